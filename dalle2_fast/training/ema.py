@@ -1,0 +1,77 @@
+"""average_t = d_t * average_{t-1} + (1 - d_t) * weight_t,   d_t = min(decay, (1 + t) / (10 + t))."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class ExponentialMovingAverage:
+    """Average of a model's weights, used for sampling and for the weights that are published.
+
+    The decay warms up (Adam-style bias correction in one line), because with a constant 0.999 the average of
+    a run of a few thousand steps would still remember its random start. Floating-point buffers are averaged
+    like parameters; integer buffers (counters) are copied.
+
+    model: the model being trained; its weights are copied here as the start.
+    decay: the final decay, 0 <= decay < 1.
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"decay: expected 0 <= decay < 1, got {decay}")
+        self.decay = decay
+        self.updates = 0
+        self.average: dict[str, Tensor] = {
+            name: value.detach().clone() for name, value in model.state_dict().items()
+        }
+
+    def current_decay(self) -> float:
+        """The decay that the next update will use."""
+        return min(self.decay, (1 + self.updates) / (10 + self.updates))
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards the model's present weights."""
+        weight = 1.0 - self.current_decay()
+        self.updates += 1
+        current = model.state_dict()
+        averages, values = [], []
+        for name, average in self.average.items():
+            if average.is_floating_point():
+                averages.append(average)
+                values.append(current[name].detach())
+            else:
+                average.copy_(current[name])
+        torch._foreach_lerp_(averages, values, weight)
+
+    @contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Within the block the model, in eval mode, carries the averaged weights; afterwards its own are
+        back."""
+        own = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        training = model.training
+        model.load_state_dict(self.average)
+        model.eval()
+        try:
+            yield model
+        finally:
+            model.load_state_dict(own)
+            model.train(training)
+
+    def state_dict(self) -> dict:
+        """{"updates": int, "average": tensors by name}: tensors and numbers only, so weights_only loading
+        works."""
+        return {"updates": self.updates, "average": self.average}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over a saved average; the names must be exactly the model's."""
+        if state["average"].keys() != self.average.keys():
+            different = sorted(state["average"].keys() ^ self.average.keys())
+            raise ValueError(f"EMA state: names differ from the model's: {', '.join(different[:5])}")
+        self.updates = int(state["updates"])
+        for name, value in state["average"].items():
+            self.average[name].copy_(value)

@@ -1,0 +1,335 @@
+"""One loop for every stage: AdamW, warm-up and cosine decay, clipping, EMA, log, pictures, resumable state.
+
+Everything random in step k (scenes, captions, noise, times, drops) is a function of (seed, k) alone. The
+state therefore holds no generator, and on the CPU a run that was killed and resumed equals the uninterrupted
+run bit for bit when the length is given in steps. With a budget in minutes the learning rate follows the
+clock, which no run can repeat exactly.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dalle2_fast.training.ema import ExponentialMovingAverage
+from dalle2_fast.training.folder import StageFolder, TrainingError
+
+
+class Stage(Protocol):
+    """What the loop needs to know about a stage (see stages.py)."""
+
+    name: str
+    model: nn.Module
+    config: dict  # JSON-able; rebuilds the model
+
+    def batch(self, step: int) -> dict: ...
+    def loss(self, batch: dict, generator: torch.Generator) -> Tensor: ...
+    def metrics(self) -> dict[str, float]: ...
+    def pictures(self) -> tuple[Tensor, int] | None: ...
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """How a stage is optimised.
+
+    Length: `steps` when given, else `minutes` of wall clock. final_fraction: learning rate at the end over
+    its peak.
+    """
+
+    batch_size: int
+    minutes: float | None = None
+    steps: int | None = None
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    warmup_steps: int = 200
+    final_fraction: float = 0.02
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+    log_steps: int = 50
+    save_minutes: float = 5.0
+    save_steps: int | None = None
+    first_pictures: int = 256  # metrics and pictures at this step, at each doubling of it, and at the end
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.minutes is None:
+            raise ValueError("length of training: expected steps or minutes, got neither")
+        for name in ("batch_size", "learning_rate", "clip_norm", "log_steps", "steps", "minutes"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: expected a number above 0, got {value}")
+
+    def progress(self, step: int, elapsed: float) -> float:
+        """Done fraction in [0, 1]: of the steps, or of the wall-clock budget."""
+        done = step / self.steps if self.steps is not None else elapsed / (60.0 * self.minutes)
+        return min(1.0, done)
+
+    def rate(self, step: int, progress: float) -> float:
+        """Learning rate: linear warm-up in steps, times a cosine from 1 to final_fraction in progress."""
+        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+        return self.learning_rate * warm * (self.final_fraction + (1.0 - self.final_fraction) * cosine)
+
+
+def step_seed(seed: int, step: int) -> int:
+    """A well-mixed 63-bit seed from (seed, step): splitmix64's finaliser, because neighbouring seeds must
+    not correlate."""
+    mask = (1 << 64) - 1
+    value = (seed * 0x9E3779B97F4A7C15 + step + 1) & mask
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+    return (value ^ (value >> 31)) >> 1
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Decay matrices and convolutions; leave norms, biases, scalars and embeddings alone."""
+    tables = {
+        id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
+    }
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            plain = (
+                parameter.ndim >= 2
+                and id(parameter) not in tables
+                and "embedding" not in name.rsplit(".", 1)[-1]
+            )
+            (decayed if plain else free).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+@contextmanager
+def stop_requests():
+    """Yields a list that receives the number of a SIGINT or SIGTERM; a second one ends the process as
+    usual."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield received
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number, frame):
+        received.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Trainer:
+    """Trains `stage.model` in `folder`.
+
+    stage: model, batches and loss. seed: with the step it determines everything random. device: where the
+    model lies.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        options: Optimisation,
+        folder: StageFolder,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        show_progress: bool = True,
+    ) -> None:
+        self.stage, self.options, self.folder, self.seed = stage, options, folder, seed
+        self.device = torch.device(device)
+        self.show_progress = show_progress
+        self.model = stage.model.to(self.device).train()
+        self.ema = ExponentialMovingAverage(self.model, options.ema_decay)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, options.weight_decay),
+            lr=options.learning_rate,
+            betas=options.betas,
+            fused=True,
+        )
+        self.step = 0
+        self.elapsed = 0.0
+
+    # --- state
+    # -----------------------------------------------------------------------------------------------------
+    def save(self) -> None:
+        self.folder.save_state(
+            {
+                "format_version": 1,
+                "stage": self.stage.name,
+                "seed": self.seed,
+                "config": self.stage.config,
+                "step": self.step,
+                "elapsed": self.elapsed,
+                "model": self.model.state_dict(),
+                "ema": self.ema.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+            }
+        )
+
+    def resume(self) -> None:
+        """Continue from the folder's state; it must be of this stage, model and seed."""
+        state, path = self.folder.load_state(self.device)
+        for name, expected in (
+            ("stage", self.stage.name),
+            ("seed", self.seed),
+            ("config", self.stage.config),
+        ):
+            if state.get(name) != expected:
+                raise TrainingError(
+                    f"{path}: cannot resume: its {name} differs: {difference(expected, state.get(name))}"
+                )
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.elapsed = int(state["step"]), float(state["elapsed"])
+        self.folder.trim_log(self.step)
+
+    # --- the loop
+    # --------------------------------------------------------------------------------------------------
+    def train(self, pause_after: float | None = None) -> str:
+        """Train to the end. pause_after: stop (state saved) after this many minutes of this call.
+
+        Returns "finished", "paused" or "interrupted by SIGINT" (SIGTERM). Raises TrainingError on a loss or
+        gradient that is not finite; the last good state is then on the disk.
+        """
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with stop_requests() as stops, torch.random.fork_rng(devices=cuda), self._bar() as bar:
+            if not self.folder.has_state():
+                self.save()  # a full disk shows now, and there is a good state whatever happens
+            return self._loop(stops, bar, pause_after)
+
+    def _bar(self) -> tqdm:
+        if self.options.steps is not None:
+            return tqdm(
+                total=self.options.steps,
+                initial=self.step,
+                desc=self.stage.name,
+                unit="step",
+                disable=not self.show_progress,
+            )
+        return tqdm(
+            total=round(60 * self.options.minutes),
+            initial=round(self.elapsed),
+            desc=self.stage.name,
+            unit="s",
+            disable=not self.show_progress,
+        )
+
+    def _loop(self, stops: list[int], bar: tqdm, pause_after: float | None) -> str:
+        options = self.options
+        every_step = (
+            self.device.type == "cpu"
+        )  # reading a value back stalls a GPU, so there it is done at each log line
+        begin, before = time.monotonic(), self.elapsed
+        last_save = last_log = begin
+        losses, norms = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        finite, logged = torch.ones((), dtype=torch.bool, device=self.device), self.step
+        while True:
+            self.elapsed = before + time.monotonic() - begin
+            progress = options.progress(self.step, self.elapsed)
+            if progress >= 1.0:
+                self.save()
+                return "finished"
+            if stops or (pause_after is not None and time.monotonic() - begin >= 60 * pause_after):
+                self._require_finite(finite)
+                self.save()
+                return f"interrupted by {signal.Signals(stops[0]).name}" if stops else "paused"
+
+            rate = options.rate(self.step, progress)
+            loss, norm = self._backward()
+            finite &= torch.isfinite(loss) & torch.isfinite(norm)
+            if every_step:
+                self._require_finite(finite)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self.ema.update(self.model)
+            self.step += 1
+            losses += loss
+            norms += norm
+
+            due = self.step & (self.step - 1) == 0 and self.step >= options.first_pictures
+            due = due or self.step == options.steps
+            if self.step % options.log_steps == 0 or due:
+                self._require_finite(finite)
+                now, steps = time.monotonic(), self.step - logged
+                self.elapsed = before + now - begin
+                row = {
+                    "step": self.step,
+                    "seconds": round(self.elapsed, 2),
+                    "samples": self.step * options.batch_size,
+                    "images_per_s": round(steps * options.batch_size / (now - last_log), 2),
+                    "loss": losses.item() / steps,
+                    "lr": rate,
+                    "grad_norm": norms.item() / steps,
+                }
+                if due:
+                    row |= self._examine()
+                self.folder.append_log([row])
+                bar.set_postfix(loss=f"{row['loss']:.4f}", rate=f"{row['images_per_s']:.0f}/s", refresh=False)
+                losses.zero_()
+                norms.zero_()
+                last_log, logged = time.monotonic(), self.step
+            bar.update(1 if options.steps is not None else max(0, int(self.elapsed) - bar.n))
+
+            saved_by_step = options.save_steps is not None and self.step % options.save_steps == 0
+            if saved_by_step or time.monotonic() - last_save >= 60 * options.save_minutes:
+                self._require_finite(finite)
+                self.elapsed = before + time.monotonic() - begin
+                self.save()
+                last_save = time.monotonic()
+
+    def _backward(self) -> tuple[Tensor, Tensor]:
+        seed = step_seed(self.seed, self.step)
+        torch.manual_seed(seed)  # for dropout and the like, which take no generator
+        generator = torch.Generator(self.device).manual_seed(seed)
+        batch = self.stage.batch(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+            loss = self.stage.loss(batch, generator)
+        loss.backward()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.options.clip_norm)
+        return loss.detach().float(), norm.detach().float()
+
+    def _require_finite(self, finite: Tensor) -> None:
+        if not finite.item():
+            raise TrainingError(
+                f"{self.stage.name}: the loss or its gradient is not finite near step {self.step}; stopped. "
+                f"The last good state is {self.folder.state_path}; resume it with a lower --lr"
+            )
+
+    @torch.no_grad()
+    def _examine(self) -> dict[str, float]:
+        """Metrics and a picture sheet with the averaged weights."""
+        with self.ema.applied_to(self.model):
+            metrics = self.stage.metrics()
+            sheet = self.stage.pictures()
+            if sheet is not None:
+                self.folder.save_picture(f"step-{self.step:07d}.png", *sheet)
+        return {name: round(float(value), 5) for name, value in metrics.items()}
+
+
+def difference(expected, got, path: str = "") -> str:
+    """The first place where two nested configurations differ, as text."""
+    if isinstance(expected, dict) and isinstance(got, dict):
+        for key in [*expected, *(key for key in got if key not in expected)]:
+            if key not in expected or key not in got or expected[key] != got[key]:
+                return difference(
+                    expected.get(key, "nothing"), got.get(key, "nothing"), f"{path}.{key}".lstrip(".")
+                )
+    return f"{path + ': ' if path else ''}expected {expected!r}, got {got!r}"
