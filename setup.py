@@ -1,9 +1,9 @@
 """Which packages there are; everything else about the project is declared in pyproject.toml.
 
-`dalle2_fast/kernels` is a relative symlink to `kernels/`, and `kernels/` has no `__init__.py`, so the namespace
-search below finds it as `dalle2_fast.kernels` in a wheel, an sdist and an editable install alike. A `package_dir`
-mapping breaks one of those cases, and a top-level `kernels/__init__.py` would hide the package of that name from
-other projects when Python runs in this folder. `tests/test_packaging.py` holds every case.
+`dalle2_fast/kernels` is a relative symlink to `kernels/`, and `kernels/` has no `__init__.py`, so the
+namespace search below finds it as `dalle2_fast.kernels` in a wheel, an sdist and an editable install alike.
+A `package_dir` mapping breaks one of those cases, and an `__init__.py` in the top-level `kernels/` would hide
+the package of that name from every program that runs in this folder. tests/test_packaging.py holds each case.
 """
 
 from setuptools import find_namespace_packages, setup

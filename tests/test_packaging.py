@@ -1,0 +1,144 @@
+"""`dalle2_fast.kernels` and the pretrained data arrive in every kind of install, and nothing else does.
+
+Each case works on a copy of the tree with a stand-in for the (large) checkpoint, without a network.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = "dalle2_fast/pretrained/scenes/config.json"
+WHERE = "import dalle2_fast.kernels._op as op, dalle2_fast; print(op.__file__); print(dalle2_fast.__file__)"
+
+
+def run(command, cwd: Path, **environment: str) -> str:
+    """Run a command, show its output if it fails, and return what it printed."""
+    clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+    done = subprocess.run([str(part) for part in command], cwd=cwd, text=True, capture_output=True,
+                          env=clean | environment)
+    assert done.returncode == 0, f"{command} in {cwd}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def build(kind: str, tree: Path, into: Path) -> Path:
+    """Build a wheel or sdist of `tree` with the installed setuptools (no build isolation, so no network)."""
+    into.mkdir(exist_ok=True)
+    code = f"from setuptools import build_meta; build_meta.build_{kind}({str(into)!r})"
+    run([sys.executable, "-c", code], cwd=tree)
+    (built,) = into.iterdir()
+    return built
+
+
+def make_environment(folder: Path) -> Path:
+    """A virtual environment that sees torch and setuptools of this one, but not its dalle2_fast.
+
+    The folder named in a .pth file joins the path without its own .pth files being read, and of those an
+    editable install consists.
+    """
+    venv.create(folder, with_pip=False)
+    site = next(folder.glob("lib/python*/site-packages"))
+    (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "bin" / "python"
+
+
+def pip_install(python: Path, *what: str | Path) -> None:
+    command = [sys.executable, "-m", "pip", "--python", python, "install"]
+    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    run([*command, *options, *what], cwd=python.parent, PIP_DISABLE_PIP_VERSION_CHECK="1")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """A copy of the sources, symlink included, with a stand-in for the checkpoint."""
+    tree = tmp_path_factory.mktemp("checkout") / "tree"
+    tree.mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    unwanted = shutil.ignore_patterns("__pycache__", "pretrained", "*.so")
+    for name in ("dalle2_fast", "kernels"):
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=unwanted)
+    (tree / DATA).parent.mkdir(parents=True)
+    (tree / DATA).write_text("{}")
+    return tree
+
+
+@pytest.fixture(scope="module")
+def wheel(tree, tmp_path_factory) -> Path:
+    return build("wheel", tree, tmp_path_factory.mktemp("wheel"))
+
+
+def contents(wheel: Path) -> set[str]:
+    return {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+
+
+def test_kernels_is_a_relative_symlink_without_init():
+    """An absolute link breaks in every other checkout; an __init__.py hijacks the package called kernels."""
+    link = ROOT / "dalle2_fast" / "kernels"
+    assert link.is_symlink() and os.readlink(link) == "../kernels"
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_wheel_holds_every_module_and_the_data_and_nothing_else(tree, wheel):
+    modules = {str(path.relative_to(tree)) for path in (tree / "dalle2_fast").rglob("*.py")}
+    modules |= {f"dalle2_fast/{path.relative_to(tree)}" for path in (tree / "kernels").rglob("*.py")}
+    assert "dalle2_fast/kernels/_op.py" in modules
+    assert contents(wheel) == modules | {DATA}
+
+
+def test_sdist_builds_the_same_wheel(tree, wheel, tmp_path):
+    """An sdist that stores the symlink, or loses the data, builds a different wheel."""
+    sdist = build("sdist", tree, tmp_path / "sdist")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    assert contents(build("wheel", unpacked, tmp_path / "wheel")) == contents(wheel)
+
+
+def test_installed_wheel_runs_elsewhere(wheel, tmp_path):
+    python = make_environment(tmp_path / "venv")
+    pip_install(python, wheel)
+    kernels, package = run([python, "-c", WHERE], cwd=tmp_path).split()
+    assert kernels.startswith(str(tmp_path / "venv")) and package.startswith(str(tmp_path / "venv"))
+    assert (Path(package).parent / "pretrained/scenes/config.json").is_file()
+    assert (tmp_path / "venv" / "bin" / "dalle2-fast").is_file()
+
+
+def test_editable_install_runs_at_the_root_and_elsewhere(tree, tmp_path):
+    python = make_environment(tmp_path / "venv")
+    pip_install(python, "-e", tree)
+    for cwd in (tree, tmp_path):
+        kernels, package = run([python, "-c", WHERE], cwd=cwd).split()
+        assert Path(package).samefile(tree / "dalle2_fast/__init__.py")
+        assert Path(kernels).samefile(tree / "kernels/_op.py")
+
+
+def test_another_package_called_kernels_is_not_hidden_at_the_root(tree, tmp_path):
+    python = make_environment(tmp_path / "venv")
+    site = next((tmp_path / "venv").glob("lib/python*/site-packages"))
+    (site / "kernels").mkdir()
+    (site / "kernels" / "__init__.py").write_text("mine = False\n")
+    found = run([python, "-c", "import kernels; print(kernels.__file__)"], cwd=tree)
+    assert found.strip() == str(site / "kernels" / "__init__.py")
+
+
+def test_ci_runs_the_commands_of_the_readme():
+    """The README promises two lines; CI must run exactly those."""
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    block = re.search(r"## Install and run\n.*?```\n(.*?)```", readme, re.DOTALL)
+    assert block is not None
+    lines = block[1].strip().splitlines()
+    assert len(lines) == 2
+    for command in (command for line in lines for command in line.split(" && ")):
+        assert re.search(rf"^(OMP_NUM_THREADS=1 )?{re.escape(command)}$", ci, re.MULTILINE), command
