@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from dalle2_fast.training.folder import StageFolder, TrainingError, save_weights
-from dalle2_fast.training.presets import PRESETS, STAGES, Preset, get_preset, lengthen
+from dalle2_fast.training.presets import PRESETS, STAGES, Preset, adjust, get_preset
 from dalle2_fast.training.stages import load_stage, make_stage
 from dalle2_fast.training.trainer import Trainer
 
@@ -72,7 +72,7 @@ def _run(args: argparse.Namespace) -> int:
             raise ValueError(f"--threads: expected at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
     stages = STAGES if args.stage == "all" else (args.stage,)
-    preset = lengthen(
+    preset = adjust(
         get_preset(args.preset),
         stages,
         minutes=args.minutes,

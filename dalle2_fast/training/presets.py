@@ -1,25 +1,22 @@
-"""Presets: pure data. Everything that decides what is trained, how large and how long stands in this file.
+"""Presets: pure data. What is trained, how large and how long is decided in this file and nowhere else.
 
-A preset names a world and, for each stage, a recipe: `model` (constructor arguments), `data` (what the stage
-asks of the stream) and `optimisation`. Minutes are wall clock; `--minutes` scales them, `--steps` replaces
-them.
+A preset names a world and one recipe a stage: `model` (constructor arguments), `data` (what the stage asks of
+its stream) and `optimisation`. Minutes are wall clock; `--minutes` scales them, `--steps` replaces them.
 """
-
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dalle2_fast.training.trainer import Optimisation
 
 STAGES = ("clip", "prior", "decoder", "upsampler")
-VOCABULARY = 126  # words of the scenes' table; ids do not change in a restricted world
-CAPTION_LENGTH = 36
+# Of the scenes' full table: a restricted world keeps the ids. Captions are at most 36 tokens long.
+WORDS = dict(num_text_tokens=126, text_seq_len=36)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One stage: model constructor arguments, data options and optimisation."""
+    """One stage: model constructor arguments, optimisation, data options."""
 
     model: dict
     optimisation: Optimisation
@@ -28,7 +25,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Preset:
-    """A named set of recipes on one world (arguments of data.World; {} is the full world)."""
+    """Recipes for the four stages on one world (arguments of data.World; {} is the full world)."""
 
     name: str
     world: dict
@@ -36,309 +33,116 @@ class Preset:
     prior: Recipe
     decoder: Recipe
     upsampler: Recipe
-    defaults: dict = field(default_factory=dict)  # sampling defaults written into the finished pipeline
 
     def recipe(self, stage: str) -> Recipe:
         return getattr(self, stage)
 
 
-# ----------------------------------------------------------------------------------------------- scenes-cpu
-# About two hours on two CPU cores.
+# ------------------------------------------------------------- scenes-cpu: about two hours on two CPU cores
 SCENES_CPU = Preset(
     name="scenes-cpu",
     world=dict(
         shapes=["circle", "square", "triangle", "star", "heart", "ring"],
         colors=["red", "orange", "yellow", "green", "blue", "purple", "white", "black"],
-        fills=["solid"],
-        sizes=["small", "medium", "large"],
-        backgrounds=["white", "black", "gray", "navy"],
-        textures=["plain"],
-        kinds=["one", "two", "count"],
-    ),
+        fills=["solid"], sizes=["small", "medium", "large"],
+        backgrounds=["white", "black", "gray", "navy"], textures=["plain"], kinds=["one", "two", "count"]),
     clip=Recipe(
-        model=dict(
-            dim_text=128,
-            dim_image=128,
-            dim_latent=128,
-            num_text_tokens=VOCABULARY,
-            text_enc_depth=3,
-            text_seq_len=CAPTION_LENGTH,
-            text_heads=4,
-            visual_enc_depth=3,
-            visual_heads=4,
-            visual_image_size=32,
-            visual_patch_size=4,
-            visual_kind="conv_vit",
-        ),
-        data=dict(negatives=True),
-        optimisation=Optimisation(
-            batch_size=128,
-            minutes=18,
-            learning_rate=1e-3,
-            betas=(0.9, 0.98),
-            weight_decay=0.05,
-            warmup_steps=200,
-            ema_decay=0.998,
-        ),
-    ),
+        model=dict(dim_text=128, text_enc_depth=3, text_heads=4, dim_image=128, visual_enc_depth=3,
+                   visual_heads=4,
+                   visual_kind="conv_vit", visual_image_size=32, visual_patch_size=4, dim_latent=128,
+                   **WORDS),
+        optimisation=Optimisation(batch_size=128, minutes=18, learning_rate=1e-3, betas=(0.9, 0.98),
+                                  weight_decay=0.05, warmup_steps=200, ema_decay=0.998)),
     prior=Recipe(
         model=dict(net=dict(dim=128, depth=4, heads=4, dim_head=32)),
         data=dict(statistics_batches=16),
-        optimisation=Optimisation(
-            batch_size=128,
-            minutes=8,
-            learning_rate=1e-3,
-            betas=(0.9, 0.98),
-            weight_decay=0.02,
-            warmup_steps=200,
-            ema_decay=0.998,
-        ),
-    ),
+        optimisation=Optimisation(batch_size=128, minutes=8, learning_rate=1e-3, betas=(0.9, 0.98),
+                                  weight_decay=0.02, warmup_steps=200, ema_decay=0.998)),
     decoder=Recipe(
-        model=dict(
-            image_size=64,
-            num_image_tokens=4,
-            image_cond_drop_prob=0.28,
-            text_cond_drop_prob=0.1,
-            text_encoder=dict(dim=128, depth=2, heads=4),
-            unet=dict(
-                in_channels=3,
-                out_channels=3,
-                patch_size=4,
-                channels=(96, 128),
-                layers_per_block=2,
-                attention_levels=(0, 1),
-                head_dim=32,
-                cross_dim=128,
-                num_groups=8,
-            ),
-            schedule="cosine",
-            prediction="v_prediction",
-            variance="fixed_small",
-        ),
+        model=dict(image_size=64, num_image_tokens=4, image_cond_drop_prob=0.28, text_cond_drop_prob=0.1,
+                   text_encoder=dict(dim=128, depth=2, heads=4),
+                   unet=dict(in_channels=3, out_channels=3, patch_size=4, channels=(96, 128),
+                             layers_per_block=2,
+                             attention_levels=(0, 1), head_dim=32, cross_dim=128, num_groups=8),
+                   schedule="cosine", prediction="v_prediction", variance="fixed_small"),
         data=dict(foreground_weight=1.0),
-        optimisation=Optimisation(
-            batch_size=48,
-            minutes=80,
-            learning_rate=1e-3,
-            betas=(0.9, 0.99),
-            weight_decay=0.01,
-            warmup_steps=400,
-            ema_decay=0.998,
-        ),
-    ),
+        optimisation=Optimisation(batch_size=48, minutes=80, learning_rate=1e-3, betas=(0.9, 0.99),
+                                  weight_decay=0.01, warmup_steps=400, ema_decay=0.998)),
     upsampler=Recipe(
-        model=dict(
-            image_size=256,
-            low_res_size=64,
-            unet=dict(
-                in_channels=6,
-                out_channels=3,
-                patch_size=4,
-                channels=(32, 48),
-                layers_per_block=2,
-                num_groups=8,
-            ),
-        ),
+        model=dict(image_size=256, low_res_size=64,
+                   unet=dict(in_channels=6, out_channels=3, patch_size=4, channels=(32, 48),
+                             layers_per_block=2,
+                             attention_levels=(), num_groups=8)),
         data=dict(crop=64, crops_per_image=4),
-        optimisation=Optimisation(
-            batch_size=32,
-            minutes=14,
-            learning_rate=1e-3,
-            betas=(0.9, 0.99),
-            weight_decay=0.01,
-            warmup_steps=200,
-            ema_decay=0.998,
-        ),
-    ),
+        optimisation=Optimisation(batch_size=32, minutes=14, learning_rate=1e-3, betas=(0.9, 0.99),
+                                  weight_decay=0.01, warmup_steps=200, ema_decay=0.998)),
 )
 
-# ----------------------------------------------------------------------------------------------- scenes-gpu
-# The full world, about twenty minutes on one H200; 19.65 M parameters in all, 40 MB in bf16.
+# ------------------------- scenes-gpu: the full world, about twenty minutes on one H200; 40 MB in bf16 in all
 SCENES_GPU = Preset(
     name="scenes-gpu",
     world={},
     clip=Recipe(
-        model=dict(
-            dim_text=192,
-            dim_image=192,
-            dim_latent=192,
-            num_text_tokens=VOCABULARY,
-            text_enc_depth=4,
-            text_seq_len=CAPTION_LENGTH,
-            text_heads=4,
-            visual_enc_depth=6,
-            visual_heads=4,
-            visual_image_size=64,
-            visual_patch_size=4,
-            visual_kind="conv_vit",
-        ),
-        data=dict(negatives=True),
-        optimisation=Optimisation(
-            batch_size=4096,
-            minutes=3.5,
-            learning_rate=2e-3,
-            betas=(0.9, 0.98),
-            weight_decay=0.05,
-            warmup_steps=200,
-            ema_decay=0.995,
-            log_steps=20,
-        ),
-    ),
+        model=dict(dim_text=192, text_enc_depth=4, text_heads=4, dim_image=192, visual_enc_depth=6,
+                   visual_heads=4,
+                   visual_kind="conv_vit", visual_image_size=64, visual_patch_size=4, dim_latent=192,
+                   **WORDS),
+        optimisation=Optimisation(batch_size=4096, minutes=3.5, learning_rate=2e-3, betas=(0.9, 0.98),
+                                  weight_decay=0.05, warmup_steps=200, ema_decay=0.995, log_steps=20)),
     prior=Recipe(
         model=dict(net=dict(dim=224, depth=6, heads=7, dim_head=32)),
         data=dict(statistics_batches=8),
-        optimisation=Optimisation(
-            batch_size=2048,
-            minutes=2.5,
-            learning_rate=1e-3,
-            betas=(0.9, 0.98),
-            weight_decay=0.02,
-            warmup_steps=200,
-            ema_decay=0.998,
-            log_steps=20,
-        ),
-    ),
+        optimisation=Optimisation(batch_size=2048, minutes=2.5, learning_rate=1e-3, betas=(0.9, 0.98),
+                                  weight_decay=0.02, warmup_steps=200, ema_decay=0.998, log_steps=20)),
     decoder=Recipe(
-        model=dict(
-            image_size=64,
-            num_image_tokens=4,
-            image_cond_drop_prob=0.28,
-            text_cond_drop_prob=0.1,
-            text_encoder=dict(dim=192, depth=2, heads=4),
-            unet=dict(
-                in_channels=3,
-                out_channels=3,
-                patch_size=2,
-                channels=(128, 144),
-                layers_per_block=2,
-                attention_levels=(1,),
-                head_dim=48,
-                cross_dim=192,
-                num_groups=16,
-            ),
-            schedule="cosine",
-            prediction="v_prediction",
-            variance="fixed_small",
-        ),
+        model=dict(image_size=64, num_image_tokens=4, image_cond_drop_prob=0.28, text_cond_drop_prob=0.1,
+                   text_encoder=dict(dim=192, depth=2, heads=4),
+                   unet=dict(in_channels=3, out_channels=3, patch_size=2, channels=(128, 144),
+                             layers_per_block=2,
+                             attention_levels=(1,), head_dim=48, cross_dim=192, num_groups=16),
+                   schedule="cosine", prediction="v_prediction", variance="fixed_small"),
         data=dict(foreground_weight=1.0),
-        optimisation=Optimisation(
-            batch_size=512,
-            minutes=11,
-            learning_rate=1e-3,
-            betas=(0.9, 0.99),
-            weight_decay=0.01,
-            warmup_steps=400,
-            ema_decay=0.999,
-            log_steps=20,
-        ),
-    ),
+        optimisation=Optimisation(batch_size=512, minutes=11, learning_rate=1e-3, betas=(0.9, 0.99),
+                                  weight_decay=0.01, warmup_steps=400, ema_decay=0.999, log_steps=20)),
     upsampler=Recipe(
-        model=dict(
-            image_size=256,
-            low_res_size=64,
-            unet=dict(
-                in_channels=6,
-                out_channels=3,
-                patch_size=4,
-                channels=(48, 80),
-                layers_per_block=2,
-                num_groups=8,
-            ),
-        ),
+        model=dict(image_size=256, low_res_size=64,
+                   unet=dict(in_channels=6, out_channels=3, patch_size=4, channels=(48, 80),
+                             layers_per_block=2,
+                             attention_levels=(), num_groups=8)),
         data=dict(crop=128, crops_per_image=2),
-        optimisation=Optimisation(
-            batch_size=256,
-            minutes=3.5,
-            learning_rate=1e-3,
-            betas=(0.9, 0.99),
-            weight_decay=0.01,
-            warmup_steps=200,
-            ema_decay=0.999,
-            log_steps=20,
-        ),
-    ),
+        optimisation=Optimisation(batch_size=256, minutes=3.5, learning_rate=1e-3, betas=(0.9, 0.99),
+                                  weight_decay=0.01, warmup_steps=200, ema_decay=0.999, log_steps=20)),
 )
 
-# ----------------------------------------------------------------------------------------------- tiny
-# For tests: every stage in a few seconds, pictures are noise.
-_TINY_LENGTH = Optimisation(
-    batch_size=4, steps=4, warmup_steps=2, ema_decay=0.9, log_steps=2, first_pictures=4
-)
+# ---------------------------------------------- tiny: every stage in seconds, for tests; its pictures are noise
+_BRIEF = Optimisation(batch_size=4, steps=4, warmup_steps=2, ema_decay=0.9, log_steps=2, first_pictures=4)
 TINY = Preset(
     name="tiny",
-    world=dict(
-        shapes=["circle", "square"],
-        colors=["red", "blue", "white"],
-        fills=["solid"],
-        backgrounds=["black", "gray"],
-        textures=["plain"],
-        kinds=["one", "two"],
-    ),
+    world=dict(shapes=["circle", "square"], colors=["red", "blue", "white"], fills=["solid"],
+               backgrounds=["black", "gray"], textures=["plain"], kinds=["one", "two"]),
     clip=Recipe(
-        model=dict(
-            dim_text=16,
-            dim_image=16,
-            dim_latent=16,
-            num_text_tokens=VOCABULARY,
-            text_enc_depth=1,
-            text_seq_len=CAPTION_LENGTH,
-            text_heads=2,
-            visual_enc_depth=1,
-            visual_heads=2,
-            visual_image_size=16,
-            visual_patch_size=4,
-            visual_kind="conv_vit",
-        ),
-        data=dict(negatives=True),
-        optimisation=_TINY_LENGTH,
-    ),
-    prior=Recipe(
-        model=dict(net=dict(dim=16, depth=1, heads=2, dim_head=8)),
-        data=dict(statistics_batches=2),
-        optimisation=_TINY_LENGTH,
-    ),
+        model=dict(dim_text=16, text_enc_depth=1, text_heads=2, dim_image=16, visual_enc_depth=1,
+                   visual_heads=2,
+                   visual_kind="conv_vit", visual_image_size=16, visual_patch_size=4, dim_latent=16, **WORDS),
+        optimisation=_BRIEF),
+    prior=Recipe(model=dict(net=dict(dim=16, depth=1, heads=2, dim_head=8)), data=dict(statistics_batches=2),
+                 optimisation=_BRIEF),
     decoder=Recipe(
-        model=dict(
-            image_size=16,
-            num_image_tokens=2,
-            image_cond_drop_prob=0.2,
-            text_cond_drop_prob=0.2,
-            text_encoder=dict(dim=16, depth=1, heads=2),
-            unet=dict(
-                in_channels=3,
-                out_channels=3,
-                patch_size=2,
-                channels=(16, 16),
-                layers_per_block=1,
-                attention_levels=(1,),
-                head_dim=8,
-                cross_dim=16,
-                num_groups=4,
-            ),
-            schedule="cosine",
-            prediction="v_prediction",
-            variance="fixed_small",
-        ),
+        model=dict(image_size=16, num_image_tokens=2, image_cond_drop_prob=0.2, text_cond_drop_prob=0.2,
+                   text_encoder=dict(dim=16, depth=1, heads=2),
+                   unet=dict(in_channels=3, out_channels=3, patch_size=2, channels=(16, 16),
+                             layers_per_block=1,
+                             attention_levels=(1,), head_dim=8, cross_dim=16, num_groups=4),
+                   schedule="cosine", prediction="v_prediction", variance="fixed_small"),
         data=dict(foreground_weight=2.0),
-        optimisation=_TINY_LENGTH,
-    ),
+        optimisation=_BRIEF),
     upsampler=Recipe(
-        model=dict(
-            image_size=32,
-            low_res_size=16,
-            unet=dict(
-                in_channels=6,
-                out_channels=3,
-                patch_size=2,
-                channels=(16, 16),
-                layers_per_block=1,
-                num_groups=4,
-            ),
-        ),
+        model=dict(image_size=32, low_res_size=16,
+                   unet=dict(in_channels=6, out_channels=3, patch_size=2, channels=(16, 16),
+                             layers_per_block=1,
+                             attention_levels=(), num_groups=4)),
         data=dict(crop=16, crops_per_image=2),
-        optimisation=_TINY_LENGTH,
-    ),
+        optimisation=_BRIEF),
 )
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in (SCENES_CPU, SCENES_GPU, TINY)}
@@ -351,31 +155,20 @@ def get_preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-def lengthen(
-    preset: Preset,
-    stages: tuple[str, ...],
-    *,
-    minutes: float | None = None,
-    steps: int | None = None,
-    batch_size: int | None = None,
-    learning_rate: float | None = None,
-) -> Preset:
-    """The preset with the command line's wishes. `minutes` is the total of `stages`, split as the preset
-    splits its own."""
+def adjust(preset: Preset, stages: tuple[str, ...], *, minutes: float | None = None, steps: int | None = None,
+           batch_size: int | None = None, learning_rate: float | None = None) -> Preset:
+    """The preset with the command line's wishes for `stages`.
+
+    minutes: budget of all `stages` together, split in the preset's proportions.
+    steps: length of each stage; wins over minutes.
+    """
     total = sum(preset.recipe(stage).optimisation.minutes or 1.0 for stage in stages)
     changed = {}
     for stage in stages:
-        recipe = preset.recipe(stage)
-        wishes: dict = {}
+        before = preset.recipe(stage).optimisation
+        wishes = dict(steps=steps, batch_size=batch_size, learning_rate=learning_rate)
+        wishes = {name: value for name, value in wishes.items() if value is not None}
         if minutes is not None:
-            wishes |= dict(minutes=minutes * (recipe.optimisation.minutes or 1.0) / total, steps=None)
-        if steps is not None:
-            wishes |= dict(steps=steps)
-        if batch_size is not None:
-            wishes |= dict(batch_size=batch_size)
-        if learning_rate is not None:
-            wishes |= dict(learning_rate=learning_rate)
-        changed[stage] = dataclasses.replace(
-            recipe, optimisation=dataclasses.replace(recipe.optimisation, **wishes)
-        )
-    return dataclasses.replace(preset, **changed)
+            wishes = dict(minutes=minutes * (before.minutes or 1.0) / total, steps=None) | wishes
+        changed[stage] = replace(preset.recipe(stage), optimisation=replace(before, **wishes))
+    return replace(preset, **changed)

@@ -58,7 +58,8 @@ class Optimisation:
     log_steps: int = 50
     save_minutes: float = 5.0
     save_steps: int | None = None
-    first_pictures: int = 256  # metrics and pictures at this step, at each doubling of it, and at the end
+    first_pictures: int = 256  # metrics and pictures at this step and each doubling of it,
+    picture_minutes: float = 10.0  # this often, and at the end
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
@@ -161,6 +162,7 @@ class Trainer:
             fused=True,
         )
         self.step = 0
+        self.rate = 0.0
         self.elapsed = 0.0
 
     # --- state
@@ -213,85 +215,54 @@ class Trainer:
             return self._loop(stops, bar, pause_after)
 
     def _bar(self) -> tqdm:
-        if self.options.steps is not None:
-            return tqdm(
-                total=self.options.steps,
-                initial=self.step,
-                desc=self.stage.name,
-                unit="step",
-                disable=not self.show_progress,
-            )
-        return tqdm(
-            total=round(60 * self.options.minutes),
-            initial=round(self.elapsed),
-            desc=self.stage.name,
-            unit="s",
-            disable=not self.show_progress,
-        )
+        options, common = self.options, dict(desc=self.stage.name, disable=not self.show_progress)
+        if options.steps is not None:
+            return tqdm(total=options.steps, initial=self.step, unit="step", **common)
+        return tqdm(total=round(60 * options.minutes), initial=round(self.elapsed), unit="s", **common)
 
     def _loop(self, stops: list[int], bar: tqdm, pause_after: float | None) -> str:
-        options = self.options
-        every_step = (
-            self.device.type == "cpu"
-        )  # reading a value back stalls a GPU, so there it is done at each log line
+        options, window = self.options, Window(self.device)
         begin, before = time.monotonic(), self.elapsed
-        last_save = last_log = begin
-        losses, norms = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        finite, logged = torch.ones((), dtype=torch.bool, device=self.device), self.step
+        saved = examined = begin
         while True:
-            self.elapsed = before + time.monotonic() - begin
+            now = time.monotonic()
+            self.elapsed = before + now - begin
             progress = options.progress(self.step, self.elapsed)
-            if progress >= 1.0:
+            paused = pause_after is not None and now - begin >= 60 * pause_after
+            if progress >= 1.0 or stops or paused:
+                self._require_finite(window)
+                if progress >= 1.0:
+                    self._log(window, bar, examine=True)
                 self.save()
-                return "finished"
-            if stops or (pause_after is not None and time.monotonic() - begin >= 60 * pause_after):
-                self._require_finite(finite)
-                self.save()
+                if progress >= 1.0:
+                    return "finished"
                 return f"interrupted by {signal.Signals(stops[0]).name}" if stops else "paused"
 
-            rate = options.rate(self.step, progress)
-            loss, norm = self._backward()
-            finite &= torch.isfinite(loss) & torch.isfinite(norm)
-            if every_step:
-                self._require_finite(finite)
+            self.rate = options.rate(self.step, progress)
+            window.add(*self._backward())
+            if self.device.type == "cpu":  # reading a value stalls a GPU: there it waits for the log line
+                self._require_finite(window)
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = self.rate
             self.optimizer.step()
             self.ema.update(self.model)
             self.step += 1
-            losses += loss
-            norms += norm
 
-            due = self.step & (self.step - 1) == 0 and self.step >= options.first_pictures
-            due = due or self.step == options.steps
-            if self.step % options.log_steps == 0 or due:
-                self._require_finite(finite)
-                now, steps = time.monotonic(), self.step - logged
-                self.elapsed = before + now - begin
-                row = {
-                    "step": self.step,
-                    "seconds": round(self.elapsed, 2),
-                    "samples": self.step * options.batch_size,
-                    "images_per_s": round(steps * options.batch_size / (now - last_log), 2),
-                    "loss": losses.item() / steps,
-                    "lr": rate,
-                    "grad_norm": norms.item() / steps,
-                }
-                if due:
-                    row |= self._examine()
-                self.folder.append_log([row])
-                bar.set_postfix(loss=f"{row['loss']:.4f}", rate=f"{row['images_per_s']:.0f}/s", refresh=False)
-                losses.zero_()
-                norms.zero_()
-                last_log, logged = time.monotonic(), self.step
+            doubled = self.step >= options.first_pictures and self.step & (self.step - 1) == 0
+            examine = doubled or now - examined >= 60 * options.picture_minutes
+            if (examine or self.step % options.log_steps == 0) and self.step != options.steps:
+                self._require_finite(window)
+                self.elapsed = before + time.monotonic() - begin
+                self._log(window, bar, examine)
+                window = Window(self.device)
+                examined = now if examine else examined
             bar.update(1 if options.steps is not None else max(0, int(self.elapsed) - bar.n))
 
-            saved_by_step = options.save_steps is not None and self.step % options.save_steps == 0
-            if saved_by_step or time.monotonic() - last_save >= 60 * options.save_minutes:
-                self._require_finite(finite)
-                self.elapsed = before + time.monotonic() - begin
+            by_step = options.save_steps is not None and self.step % options.save_steps == 0
+            if by_step or now - saved >= 60 * options.save_minutes:
+                self._require_finite(window)
                 self.save()
-                last_save = time.monotonic()
+                saved = now
 
     def _backward(self) -> tuple[Tensor, Tensor]:
         seed = step_seed(self.seed, self.step)
@@ -306,12 +277,23 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.options.clip_norm)
         return loss.detach().float(), norm.detach().float()
 
-    def _require_finite(self, finite: Tensor) -> None:
-        if not finite.item():
+    def _require_finite(self, window: Window) -> None:
+        if not window.is_finite():
             raise TrainingError(
                 f"{self.stage.name}: the loss or its gradient is not finite near step {self.step}; stopped. "
                 f"The last good state is {self.folder.state_path}; resume it with a lower --lr"
             )
+
+    def _log(self, window: Window, bar: tqdm, examine: bool) -> None:
+        """One line of log.jsonl: means since the last one; with `examine` also metrics and a picture sheet."""
+        batch_size = self.options.batch_size
+        row = {"step": self.step, "seconds": round(self.elapsed, 2), "samples": self.step * batch_size}
+        if window.steps:
+            row |= window.means(batch_size) | {"lr": self.rate}
+            bar.set_postfix(loss=f"{row['loss']:.4f}", images=f"{row['images_per_s']:.0f}/s", refresh=False)
+        if examine:
+            row |= self._examine()
+        self.folder.append_log([row])
 
     @torch.no_grad()
     def _examine(self) -> dict[str, float]:
@@ -319,9 +301,36 @@ class Trainer:
         with self.ema.applied_to(self.model):
             metrics = self.stage.metrics()
             sheet = self.stage.pictures()
-            if sheet is not None:
-                self.folder.save_picture(f"step-{self.step:07d}.png", *sheet)
+        if sheet is not None:
+            self.folder.save_picture(f"step-{self.step:07d}.png", *sheet)
         return {name: round(float(value), 5) for name, value in metrics.items()}
+
+
+class Window:
+    """Sums since the last log line, kept on the device: reading one value per step would stall a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss = torch.zeros((), device=device)
+        self.norm = torch.zeros((), device=device)
+        self.steps = 0
+        self.begin = time.monotonic()
+
+    def add(self, loss: Tensor, norm: Tensor) -> None:
+        self.loss += loss
+        self.norm += norm
+        self.steps += 1
+
+    def is_finite(self) -> bool:
+        """False once any loss or gradient norm was not finite: infinities and NaN stay in a sum."""
+        return math.isfinite((self.loss + self.norm).item())
+
+    def means(self, batch_size: int) -> dict[str, float]:
+        seconds = time.monotonic() - self.begin
+        return {
+            "images_per_s": round(self.steps * batch_size / seconds, 2),
+            "loss": self.loss.item() / self.steps,
+            "grad_norm": self.norm.item() / self.steps,
+        }
 
 
 def difference(expected, got, path: str = "") -> str:
