@@ -1,0 +1,37 @@
+"""DALL-E 2 (unCLIP) in PyTorch: caption -> CLIP text -> prior -> image embedding -> decoder -> upsampler.
+
+The public names below are imported on first use (PEP 562), so `import dalle2_fast` costs milliseconds and
+`dalle2-fast --help` never waits for torch.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CLIP": "dalle2_fast.models.clip",
+    "DiffusionPrior": "dalle2_fast.models.prior",
+    "DiffusionPriorNetwork": "dalle2_fast.models.prior",
+    "UNet": "dalle2_fast.models.unet",
+    "Decoder": "dalle2_fast.models.decoder",
+    "Upsampler": "dalle2_fast.models.upsampler",
+    "DALLE2": "dalle2_fast.models.dalle2",
+    "ClipLoss": "dalle2_fast.modules",
+    "SigLipLoss": "dalle2_fast.modules",
+    "GroupNormSiLU": "dalle2_fast.modules",
+    "build_info": "dalle2_fast._backend",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+
+def __getattr__(name):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dalle2_fast' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value  # the next look-up does not come here
+    return value
+
+
+def __dir__():
+    return sorted(set(globals()) | set(__all__))
