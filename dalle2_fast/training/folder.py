@@ -25,15 +25,19 @@ class TrainingError(RuntimeError):
     """Something the user can put right; its text is the one line shown on the command line (exit code 2)."""
 
 
-def write_beside(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write to `path`.partial, flush it to the disk, then rename: readers see the old file or the new one,
-    never half of it."""
+def write_beside(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None = None) -> None:
+    """Write to `path`.partial, flush to the disk, then rename: readers see the old file or the new, no half.
+
+    keep: where the old file goes; without it the old file is replaced.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
@@ -87,28 +91,18 @@ class StageFolder:
         return self.state_path.exists() or self.previous_path.exists()
 
     def save_state(self, state: dict) -> None:
-        """Write the state beside, keep the present one as the previous, then rename. At every instant one
-        whole state exists."""
-        buffer = (
-            io.BytesIO()
-        )  # torch's own file writer aborts the process in some versions when the disk is full
+        """Write the state; the present one becomes the previous. At every instant one whole state exists."""
+        buffer = io.BytesIO()  # in memory first: torch's own file writer may abort the process on a full disk
         torch.save(state, buffer)
-        written = self.path / "state.new.pt"
-        write_beside(written, lambda file: file.write(buffer.getbuffer()))
-        if self.state_path.exists():
-            os.replace(self.state_path, self.previous_path)
-        os.replace(written, self.state_path)
+        write_beside(self.state_path, lambda file: file.write(buffer.getbuffer()), keep=self.previous_path)
 
     def load_state(self, device: torch.device) -> tuple[dict, Path]:
-        """The newest whole state and the file it came from. A damaged newest file is an error that names the
-        previous one."""
+        """The newest whole state and its file. A damaged one is an error that names the previous one."""
         path = self.state_path if self.state_path.exists() else self.previous_path
         try:
             return torch.load(path, map_location=device, weights_only=True), path
         except Exception as error:
-            advice = (
-                f"; delete it to resume from {self.previous_path.name}" if path == self.state_path else ""
-            )
+            advice = f"; delete it to resume {self.previous_path.name}" if path == self.state_path else ""
             raise TrainingError(f"{path}: damaged training state ({type(error).__name__}){advice}") from error
 
     def append_log(self, rows: list[dict]) -> None:

@@ -114,7 +114,7 @@ SCENES_GPU = Preset(
                                   weight_decay=0.01, warmup_steps=200, ema_decay=0.999, log_steps=20)),
 )
 
-# ---------------------------------------------- tiny: every stage in seconds, for tests; its pictures are noise
+# ------------------------------------------- tiny: every stage in seconds, for tests; its pictures are noise
 _BRIEF = Optimisation(batch_size=4, steps=4, warmup_steps=2, ema_decay=0.9, log_steps=2, first_pictures=4)
 TINY = Preset(
     name="tiny",

@@ -285,7 +285,7 @@ class Trainer:
             )
 
     def _log(self, window: Window, bar: tqdm, examine: bool) -> None:
-        """One line of log.jsonl: means since the last one; with `examine` also metrics and a picture sheet."""
+        """One line of log.jsonl: means since the last one; with `examine` also metrics and pictures."""
         batch_size = self.options.batch_size
         row = {"step": self.step, "seconds": round(self.elapsed, 2), "samples": self.step * batch_size}
         if window.steps:
