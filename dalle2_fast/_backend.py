@@ -18,7 +18,7 @@ def use_reference(impl: str, *tensors: Tensor | None) -> bool:
         raise ValueError(f"impl: expected one of {', '.join(map(repr, _CHOICES))}, got {impl!r}")
     if impl == "fused":
         raise RuntimeError(
-            'impl="fused": this build of dalle2_fast contains no fused kernels; use impl="auto" or "reference"'
+            'impl="fused": this version of dalle2_fast has no fused kernels; use impl="auto" or "reference"'
         )
     return True
 
@@ -33,10 +33,10 @@ def _version(package: str) -> str | None:
 def build_info() -> dict[str, object]:
     """Versions and backends of this installation, as a JSON-able dict.
 
-    Keys: `dalle2_fast`, `python`, `platform`, `torch`, `triton` (None when not installed), `cuda` (the version
-    that torch was built with, or None), `devices` (names of the GPUs that torch can use), `cpu_threads`,
-    `native_extension` (whether `dalle2_fast._C` is installed) and `fused_ops` (names; empty: every op runs as
-    its reference).
+    Keys: `dalle2_fast`, `python`, `platform`, `torch`, `triton` (None when not installed), `cuda` (the
+    version that torch was built with, or None), `devices` (names of the GPUs that torch can use),
+    `cpu_threads`, `native_extension` (whether `dalle2_fast._C` is installed) and `fused_ops` (names; empty:
+    every op runs as its reference).
     """
     devices = []
     if torch.cuda.is_available():

@@ -1,7 +1,7 @@
 """Argument checks of the public ops: the same on every backend, raised before any work is done.
 
-A wrong type or dtype is a TypeError, a wrong shape, value or device a ValueError. Each message names the argument,
-what was expected (the letters and the numbers of a shape) and what came.
+A wrong type or dtype is a TypeError, a wrong shape, value or device a ValueError. Each message names the
+argument, what was expected (the letters and the numbers of a shape) and what came.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def diffusion_step(
     if table.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"table: expected torch.float32 or torch.float64, got {table.dtype}")
     if table.dim() != 2 or table.shape[1] != _TABLE_COLUMNS or table.shape[0] == 0:
-        raise ValueError(f"table: expected [steps, {_TABLE_COLUMNS}] with steps >= 1, got {tuple(table.shape)}")
+        raise ValueError(f"table: expected [steps >= 1, {_TABLE_COLUMNS}], got {tuple(table.shape)}")
     same_device("table", table, "x", x)
     step_index(step, x, length=table.shape[0])
 

@@ -1,7 +1,7 @@
 """The ops of dalle2_fast as functions: check the arguments, choose an implementation, call it.
 
-Every function takes `impl`: "auto" (the fused kernel where one can run, otherwise the reference), "reference" or
-"fused" (raises where it cannot run; there is no silent fall-back). This version has the references only.
+Every function takes `impl`: "auto" (the fused kernel where one can run, otherwise the reference), "reference"
+or "fused" (raises where it cannot run; there is no silent fall-back). This version has the references only.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def group_norm_silu(
 ) -> Tensor:  # [N, C, *]
     """Group normalisation, an optional scale and shift per sample (FiLM), and SiLU: one op.
 
-    y = act(gn(x) * (1 + scale) + shift), gn(x) = (x - mean) / sqrt(var + eps) * weight + bias, where mean and the
-    biased variance are taken over each sample's group of C / num_groups channels and all positions.
+    y = act(gn(x) * (1 + scale) + shift), gn(x) = (x - mean) / sqrt(var + eps) * weight + bias, where mean and
+    the biased variance are taken over each sample's group of C / num_groups channels and all positions.
 
     Args:
         x: floating point; 2 to 5 dimensions are usual, contiguous or channels_last.
@@ -77,8 +77,8 @@ def cross_attention(
 ) -> Tensor:  # [B, H, T, D]
     """Attention of q on context keys and, in the same softmax, optionally on the image's own keys.
 
-    out = softmax(softmax_scale * q [context_k; image_k]^T) [context_v; image_v]. Without image keys this is plain
-    (cross-)attention; `cross_attention(q, k, v)` is bidirectional self-attention.
+    out = softmax(softmax_scale * q [context_k; image_k]^T) [context_v; image_v]. Without image keys this is
+    plain (cross-)attention; `cross_attention(q, k, v)` is bidirectional self-attention.
 
     Args:
         q, context_k, context_v, image_k, image_v: one floating dtype (any mix under autocast), any strides.
@@ -87,15 +87,15 @@ def cross_attention(
         impl: "auto", "reference" or "fused".
 
     Returns:
-        The dtype of q; under autocast the autocast dtype. A query that may attend to no key at all gives zeros,
-        and zero gradients.
+        The dtype of q; under autocast the autocast dtype. A query that may attend to no key at all gives
+        zeros, and zero gradients.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, shape or device, or only one of image_k and image_v
-            is given.
+        TypeError, ValueError: an argument has the wrong type, shape or device, or only one of image_k and
+            image_v is given.
         RuntimeError: impl="fused" and no kernel can run here.
 
-    Source: Vaswani et al., 1706.03762; the joint softmax over text and image keys is that of GLIDE, 2112.10741.
+    Source: Vaswani et al., 1706.03762; the joint softmax over text and image keys: GLIDE, 2112.10741.
     """
     _check.cross_attention(q, context_k, context_v, context_mask, image_k, image_v, softmax_scale)
     if softmax_scale is None:
@@ -111,10 +111,10 @@ def sample_noise(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # [B, *]
-    """Standard normal noise that depends on nothing but (seed, step, element): not on the batch, not on the device.
+    """Standard normal noise that depends on (seed, step, element), not on batch mates or the device.
 
-    Element e of sample b is normal number e % 4 of Philox4x32-10 with key seeds[b] and counter (e // 4, step);
-    elements count in the order of a contiguous tensor. Words become numbers by Box-Muller in float32.
+    Element e of sample b is normal number e % 4 of Philox4x32-10 with key seeds[b] and counter (e // 4,
+    step); elements count in the order of a contiguous tensor. Words become numbers by Box-Muller in float32.
 
     Args:
         seeds: one per sample; all 64 bits count.
@@ -154,10 +154,12 @@ def add_noise(
         impl: "auto", "reference" or "fused".
 
     Returns:
-        x_t in the dtype of x0 (the maths is float32, or float64 for float64 input), and the noise that was added.
+        x_t in the dtype of x0 (the maths is float32, or float64 for float64 input), and the noise that was
+        added.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, shape or device; both or neither of noise and seeds.
+        TypeError, ValueError: an argument has the wrong type, shape or device; both or neither of noise and
+            seeds.
         RuntimeError: impl="fused" and no kernel can run here.
 
     Source: Kingma et al., 2107.00630, equation 1.
@@ -187,8 +189,8 @@ def diffusion_step(
 ) -> tuple[Tensor, Tensor]:  # x_next, x0: [B, C, *]
     """One step of any sampler, from the network's output to the next x.
 
-    Guidance, then x0 from the prediction, then its bound, then the update that DDPM, DDIM and DPM-Solver++(2M)
-    share because each of them is linear:
+    Guidance, then x0 from the prediction, then its bound, then the update that DDPM, DDIM and
+    DPM-Solver++(2M) share because each of them is linear:
 
         x_next = a x + b x0 + c previous_x0 + std noise(seed, step)
 
@@ -198,20 +200,21 @@ def diffusion_step(
             unconditional. With learned_range it has 2C channels, the second half in about [-1, 1].
         table: float32 on the device of x; a row per step, columns (alpha, sigma, a, b, c, std, log_var_min,
             log_var_max).
-        step: the row; an int, or an int64 scalar tensor on the device of x (then nothing waits for the device).
-        seeds: per sample, for the noise of this step. None leaves the noise out, whatever std is: the mean of the
-            update, which is all there is when the sampler is deterministic.
+        step: the row; an int, or an int64 scalar tensor on the device of x (then nothing waits for the
+            device).
+        seeds: per sample, for the noise of this step. None leaves the noise out, whatever std is: the mean of
+            the update, which is all there is when the sampler is deterministic.
         guidance: out = unconditional + guidance * (conditional - unconditional). A float must be finite. None
             means that the network was run without unconditional rows.
-        guidance_rescale: in [0, 1]; how far the guided output is brought back to the standard deviation of the
-            conditional one.
+        guidance_rescale: in [0, 1]; how far the guided output is brought back to the standard deviation of
+            the conditional one.
         prediction: "epsilon", "sample" (x0) or "v_prediction" (v = alpha epsilon - sigma x0).
         clip: x0 is clamped to [-clip, clip].
-        dynamic_threshold: a quantile p in (0, 1]: x0 is clamped to [-s, s] with s = max(quantile_p(|x0|), bound)
-            per sample and brought back to [-bound, bound]; bound is clip, or 1 without clip.
-        learned_range: the noise's standard deviation is exp(log_var / 2) with log_var between log_var_min (v = -1)
-            and log_var_max (v = 1) by the network's second half v, taken from the conditional rows. Where std is 0
-            (the last step) no noise is added.
+        dynamic_threshold: a quantile p in (0, 1]: x0 is clamped to [-s, s] with s = max(quantile_p(|x0|),
+            bound) per sample and brought back to [-bound, bound]; bound is clip, or 1 without clip.
+        learned_range: the noise's standard deviation is exp(log_var / 2) with log_var between log_var_min
+            (v = -1) and log_var_max (v = 1), v the second half of the network's conditional rows. Where
+            std is 0 (the last step) no noise is added.
         previous_x0: x0 of the step before, for multistep samplers. None: x0 itself stands in for it.
         impl: "auto", "reference" or "fused".
 
@@ -244,10 +247,11 @@ def contrastive_loss(
     logit_bias: Tensor | float | None = None,
     impl: str = "auto",
 ) -> Tensor:  # scalar
-    """Symmetric InfoNCE: the mean cross-entropy of picking each image's text and each text's image in the batch.
+    """Symmetric InfoNCE: mean cross-entropy of finding each image's text and each text's image.
 
     Args:
-        image_features, text_features: floating; row i of one belongs to row i of the other. Usually of unit norm.
+        image_features, text_features: floating; row i of one belongs to row i of the other. Usually of unit
+            norm.
         logit_scale: factor of the inner products (a temperature's inverse, already exponentiated).
         logit_bias: added to every logit (it cancels; accepted because open_clip does).
         impl: "auto", "reference" or "fused".
@@ -275,7 +279,8 @@ def sigmoid_loss(
 ) -> Tensor:  # scalar
     """SigLIP's loss: every pair of the batch is a binary question. Sum over pairs, divided by N.
 
-    Arguments, dtypes and errors as `contrastive_loss`; logit_bias is required (it is -10 at the start of training).
+    Arguments, dtypes and errors as `contrastive_loss`; logit_bias is required (it is -10 at the start of
+    training).
 
     Source: Zhai et al., 2303.15343, equation 1.
     """

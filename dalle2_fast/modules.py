@@ -1,4 +1,4 @@
-"""Thin modules around the ops. Each has the parameters, and so the state_dict, of the module that it replaces."""
+"""Thin modules around the ops. Each has the parameters, so the state_dict, of the module that it replaces."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ class GroupNormSiLU(nn.GroupNorm):
 def _single_process(name: str, world_size: int) -> None:
     if world_size > 1:
         raise NotImplementedError(
-            f"{name}: expected world_size = 1, got {world_size}: the distributed loss is not part of this version"
+            f"{name}: expected world_size = 1, got {world_size}: this version has no distributed loss"
         )
 
 
 class ClipLoss(nn.Module):
     """The symmetric contrastive loss with the constructor and the call of open_clip's `ClipLoss`.
 
-    With one process `local_loss`, `gather_with_grad` and `cache_labels` change nothing; they are kept so that the
-    class drops in.
+    With one process `local_loss`, `gather_with_grad` and `cache_labels` change nothing; they are kept so that
+    the class drops in.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class ClipLoss(nn.Module):
         super().__init__()
         _single_process("ClipLoss", world_size)
         if use_horovod:
-            raise NotImplementedError("ClipLoss: expected use_horovod = False, got True: horovod is not supported")
+            raise NotImplementedError("ClipLoss: expected use_horovod = False, got True: no horovod support")
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
