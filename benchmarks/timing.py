@@ -1,0 +1,115 @@
+"""What every benchmark here shares: a stopwatch for stages, and result files that say where they are from."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+class Stopwatch:
+    """Seconds spent in named stages.
+
+    `watch(stage, owner, "method")` times that method from then on. A watched method inside another counts for
+    the inner one only, so the stages add up to no more than the whole.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._inner = [0.0]  # seconds of watched calls inside each open one
+
+    def watch(self, stage: str, owner: object, method: str) -> None:
+        original: Callable = getattr(owner, method)
+
+        def timed(*args, **kwargs):
+            self._inner.append(0.0)
+            begin = time.perf_counter()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                whole = time.perf_counter() - begin
+                own = whole - self._inner.pop()
+                self._inner[-1] += whole
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + own
+
+        setattr(owner, method, timed)
+
+    def run(self, job: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        """The job's result and the seconds of each stage, `rest` and `total` of this one run."""
+        self.seconds.clear()
+        begin = time.perf_counter()
+        result = job()
+        total = time.perf_counter() - begin
+        return result, {**self.seconds, "rest": total - sum(self.seconds.values()), "total": total}
+
+
+def check_images(images: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """No time is reported for a job that did not do its work."""
+    if tuple(images.shape) != shape:
+        raise RuntimeError(f"images: expected {shape}, got {tuple(images.shape)}")
+    if not (torch.isfinite(images).all() and images.min() >= 0 and images.max() <= 1):
+        raise RuntimeError(f"images: expected values in [0, 1], got {images.min():.3g} .. {images.max():.3g}")
+
+
+def medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    return {stage: round(statistics.median(run[stage] for run in runs), 3) for stage in runs[0]}
+
+
+def parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def machine() -> dict:
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_before": round(os.getloadavg()[0], 2),  # far from 0: something else was running
+    }
+
+
+def versions(*packages: str) -> dict:
+    found = {"python": platform.python_version()}
+    for package in ("torch", *packages):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def commit() -> str:
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    sources = ("dalle2_fast", "kernels", "benchmarks/*.py")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *sources)
+    return git("rev-parse", "--short", "HEAD") + (" with local changes" if changed else "")
+
+
+def save(name: str, result: dict) -> Path:
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    whole = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), **result}
+    path.write_text(json.dumps(whole, indent=2) + "\n")
+    return path
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), platform.machine())
