@@ -1,0 +1,280 @@
+"""CLIP: an image tower and a causal text tower, trained so that matching pairs have the largest cosine.
+
+    logits[i, j] = exp(logit_scale) * <image_i / |image_i|, text_j / |text_j|>,
+    loss = (cross_entropy(rows) + cross_entropy(columns)) / 2.
+
+Source: CLIP, arXiv 2103.00020. Weight names are those of OpenAI's files and of open_clip's `CLIP` class. The
+hard-negative captions, which widen their own image's softmax row, follow NegCLIP, arXiv 2210.01936.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle2_fast.functional import contrastive_loss
+from dalle2_fast.models.resnet import ModifiedResNet
+from dalle2_fast.models.transformer import TextTransformer, Transformer
+from dalle2_fast.modules import GroupNormSiLU
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the images CLIP was trained on, per channel
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+LARGEST_LOGIT_SCALE = math.log(100.0)
+
+
+def convolution_stem(width: int, patch_size: int) -> nn.Sequential:
+    """Stride-2 3x3 convolutions down to one pixel per patch, then a 1x1 to `width` (arXiv 2106.14881).
+
+    It replaces the patch embedding where images are few and small: edges are learned sooner.
+    """
+    groups = 8
+    steps = patch_size.bit_length() - 1
+    if steps < 1 or 2**steps != patch_size or width % (groups * patch_size // 2):
+        raise ValueError(
+            "conv_vit: expected visual_patch_size a power of two >= 2 and dim_image divisible by "
+            f"{groups // 2} * visual_patch_size, got visual_patch_size={patch_size}, dim_image={width}"
+        )
+    layers: list[nn.Module] = []
+    channels = 3
+    for step in range(steps):
+        out_channels = width // 2 ** (steps - 1 - step)
+        layers += [
+            nn.Conv2d(channels, out_channels, 3, stride=2, padding=1, bias=False),
+            GroupNormSiLU(groups, out_channels),
+        ]
+        channels = out_channels
+    return nn.Sequential(*layers, nn.Conv2d(channels, width, 1, bias=False))
+
+
+class VisionTransformer(nn.Module):
+    """Normalised images [B, 3, S, S] -> embedding [B, output_dim] (not normalised) at the class token."""
+
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        width: int,
+        depth: int,
+        heads: int,
+        output_dim: int,
+        *,
+        mlp_ratio: float = 4.0,
+        quick_gelu: bool = False,
+        stem: bool = False,
+    ):
+        super().__init__()
+        if patch_size < 1 or image_size % patch_size:
+            raise ValueError(
+                f"visual_image_size: expected a multiple of the patch size {patch_size}, got {image_size}"
+            )
+        scale = width**-0.5
+        if stem:
+            self.conv1 = convolution_stem(width, patch_size)
+        else:
+            self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        positions = (image_size // patch_size) ** 2 + 1
+        self.positional_embedding = nn.Parameter(scale * torch.randn(positions, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, depth, heads, mlp_ratio=mlp_ratio, quick_gelu=quick_gelu)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(scale * torch.randn(width, output_dim))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv1(images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        x = self.ln_pre(x + self.positional_embedding.to(x.dtype))
+        x = self.transformer(x)
+        return self.ln_post(x[:, 0]) @ self.proj
+
+
+class CLIP(TextTransformer):
+    """CLIP. The defaults are ViT-L/14: 427,616,513 parameters.
+
+    It *is* its text tower plus `visual`, because OpenAI's files keep the text tower's weights at top level.
+
+    dim_latent: width of the shared embedding; dim_text, text_enc_depth, text_heads, text_seq_len,
+    num_text_tokens: the text tower; dim_image, visual_enc_depth, visual_heads, visual_image_size: the image
+    tower, of visual_kind
+      "vit"       patches of visual_patch_size pixels;
+      "conv_vit"  the same behind a stem of stride-2 convolutions, for small models; patch size 2, 4, 8, ...;
+      "resnet"    the modified ResNet: visual_enc_depth = blocks per stage, e.g. (3, 4, 6, 3), dim_image =
+                  base width (64 for RN50), visual_heads = heads of the attention pool.
+    quick_gelu: the activation of OpenAI's weights; False for LAION's.
+    logit_scale_init: where log(1 / temperature) starts; it is learned, and clamped at ln 100.
+    image_mean, image_std: per-channel normalisation of the images.
+    """
+
+    def __init__(
+        self,
+        dim_text: int = 768,
+        dim_image: int = 1024,
+        dim_latent: int = 768,
+        num_text_tokens: int = 49408,
+        text_enc_depth: int = 12,
+        text_seq_len: int = 77,
+        text_heads: int = 12,
+        visual_enc_depth: int | Sequence[int] = 24,
+        visual_heads: int = 16,
+        visual_image_size: int = 224,
+        visual_patch_size: int = 14,
+        visual_kind: str = "vit",
+        quick_gelu: bool = True,
+        *,
+        mlp_ratio: float = 4.0,
+        visual_mlp_ratio: float = 4.0,
+        logit_scale_init: float = math.log(1 / 0.07),
+        image_mean: Sequence[float] = OPENAI_MEAN,
+        image_std: Sequence[float] = OPENAI_STD,
+    ):
+        super().__init__(
+            num_text_tokens, text_seq_len, dim_text, text_enc_depth, text_heads,
+            mlp_ratio=mlp_ratio, quick_gelu=quick_gelu,
+        )
+        is_resnet = visual_kind == "resnet"
+        if visual_kind not in ("vit", "conv_vit", "resnet"):
+            raise ValueError(f'visual_kind: expected "vit", "conv_vit" or "resnet", got {visual_kind!r}')
+        if is_resnet == isinstance(visual_enc_depth, int):
+            wanted = "four stage depths, e.g. (3, 4, 6, 3)" if is_resnet else "one integer"
+            raise ValueError(
+                f"visual_enc_depth: expected {wanted} for {visual_kind!r}, got {visual_enc_depth!r}"
+            )
+        if len(image_mean) != 3 or len(image_std) != 3 or min(image_std) <= 0:
+            raise ValueError(
+                f"image_mean, image_std: expected 3 numbers each (std > 0), got {image_mean}, {image_std}"
+            )
+        self.config = dict(
+            dim_text=dim_text, dim_image=dim_image, dim_latent=dim_latent, num_text_tokens=num_text_tokens,
+            text_enc_depth=text_enc_depth, text_seq_len=text_seq_len, text_heads=text_heads,
+            visual_enc_depth=list(visual_enc_depth) if is_resnet else visual_enc_depth,
+            visual_heads=visual_heads, visual_image_size=visual_image_size,
+            visual_patch_size=visual_patch_size, visual_kind=visual_kind, quick_gelu=quick_gelu,
+            mlp_ratio=mlp_ratio, visual_mlp_ratio=visual_mlp_ratio, logit_scale_init=logit_scale_init,
+            image_mean=list(image_mean), image_std=list(image_std),
+        )
+        self.dim_latent, self.image_size = dim_latent, visual_image_size
+        self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
+        if is_resnet:
+            layers = tuple(visual_enc_depth)
+            self.visual = ModifiedResNet(layers, dim_image, visual_heads, visual_image_size, dim_latent)
+        else:
+            self.visual = VisionTransformer(
+                visual_image_size, visual_patch_size, dim_image, visual_enc_depth, visual_heads, dim_latent,
+                mlp_ratio=visual_mlp_ratio, quick_gelu=quick_gelu, stem=visual_kind == "conv_vit",
+            )
+        self.text_projection = nn.Parameter(dim_text**-0.5 * torch.randn(dim_text, dim_latent))
+        self.logit_scale = nn.Parameter(torch.tensor(float(logit_scale_init)))
+
+    def encode_image(self, images: Tensor, *, normalize: bool = True) -> Tensor:
+        """Images [B, 3, S, S] in [0, 1] -> embedding [B, dim_latent] of unit norm, in the weights' dtype.
+
+        normalize=False gives the raw projection.
+        """
+        self._check_images(images)
+        weights = self.text_projection.dtype
+        # Channel by channel with plain numbers: no constant has to live on, or be copied to, the device.
+        channels = zip(images.unbind(1), self.image_mean, self.image_std, strict=True)
+        x = torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
+        x = self.visual(x.to(weights))
+        return _unit(x).to(weights) if normalize else x.to(weights)
+
+    def encode_text(self, text: Tensor, *, normalize: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens int64 [B, L] -> (embedding [B, dim_latent], encodings [B, L, dim_text], mask bool [B, L]).
+
+        The embedding, of unit norm, is read at the last non-zero token (end of text); the mask is True up to
+        there. The encodings are the hidden states after the final norm, zero where padded.
+        """
+        encodings, mask = self.encode_tokens(text)
+        last = (mask.sum(dim=1) - 1).clamp(min=0)
+        x = encodings[torch.arange(len(text), device=text.device), last] @ self.text_projection
+        weights = self.text_projection.dtype
+        return (_unit(x).to(weights) if normalize else x.to(weights)), encodings, mask
+
+    def forward(
+        self,
+        text: Tensor,  # int64 [B, L]
+        images: Tensor,  # [B, 3, S, S] in [0, 1]
+        *,
+        negative_text: Tensor | None = None,  # int64 [B, K, L]
+        negative_mask: Tensor | None = None,  # bool [B, K], False = not applicable
+        return_loss: bool = True,
+    ) -> Tensor:
+        """The symmetric contrastive loss (scalar), or with return_loss=False the logits [B_images, B_text].
+
+        negative_text: captions that are wrong for their own image, and only for it: they widen that image's
+        softmax row to B + K columns and leave the text -> image direction alone.
+        """
+        if return_loss and len(text) != len(images):
+            raise ValueError(f"text: expected one caption per image = {len(images)}, got {len(text)}")
+        if negative_text is not None:
+            self._check_negatives(text, negative_text, negative_mask)
+        if self.training:
+            # The value is clamped, not the gradient: else a scale at the limit could never come down again.
+            with torch.no_grad():
+                self.logit_scale.clamp_(max=LARGEST_LOGIT_SCALE)
+        scale = self.logit_scale.exp()
+        image_features = self.encode_image(images)
+        batch = len(text)
+        if negative_text is not None and return_loss:
+            text = torch.cat([text, negative_text.flatten(0, 1)])
+        text_features, _, _ = self.encode_text(text)
+        if not return_loss:
+            return scale * image_features @ text_features.T
+        if negative_text is None:
+            return contrastive_loss(image_features, text_features, scale)
+        text_features, negatives = text_features[:batch], text_features[batch:].unflatten(0, (batch, -1))
+        return _loss_with_negatives(image_features, text_features, negatives, negative_mask, scale)
+
+    def _check_images(self, images: Tensor) -> None:
+        size = self.image_size
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            came = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"images: expected a floating-point tensor [B, 3, {size}, {size}], got {came}")
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
+            came = tuple(images.shape)
+            raise ValueError(f"images: expected [B, 3, S, S] = (B, 3, {size}, {size}), got {came}")
+        # Only where looking at the values costs nothing; on a GPU it would stall the queue at every step.
+        if images.device.type == "cpu" and images.numel() and not torch.compiler.is_compiling():
+            low, high = (float(value) for value in images.detach().aminmax())
+            if not (low >= -1e-3 and high <= 1 + 1e-3):
+                raise ValueError(f"images: expected values in [0, 1], got {low:.4g} to {high:.4g}")
+
+    def _check_negatives(self, text: Tensor, negative_text: Tensor, negative_mask: Tensor | None) -> None:
+        batch, length = text.shape
+        if negative_text.ndim != 3 or negative_text.shape[0] != batch or negative_text.shape[2] != length:
+            came = tuple(negative_text.shape)
+            raise ValueError(f"negative_text: expected [B, K, L] = ({batch}, K, {length}), got {came}")
+        if negative_mask is not None and (
+            negative_mask.dtype != torch.bool or negative_mask.shape != negative_text.shape[:2]
+        ):
+            raise ValueError(
+                f"negative_mask: expected bool [B, K] = {tuple(negative_text.shape[:2])}, "
+                f"got {negative_mask.dtype} {tuple(negative_mask.shape)}"
+            )
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x / |x| in at least float32: a float16 norm overflows, and CLIP turns NaN in half precision."""
+    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+
+
+def _loss_with_negatives(
+    image_features: Tensor,  # [B, D], unit norm
+    text_features: Tensor,  # [B, D], unit norm
+    negative_features: Tensor,  # [B, K, D], unit norm
+    negative_mask: Tensor | None,  # bool [B, K]
+    scale: Tensor,
+) -> Tensor:
+    # Autocast would round the cosines to bfloat16, whose steps near 1 exceed a hard negative's margin.
+    with torch.autocast(image_features.device.type, enabled=False):
+        logits = scale * image_features @ text_features.T
+        extra = scale * (negative_features @ image_features[:, :, None]).squeeze(-1)
+        if negative_mask is not None:
+            extra = extra.masked_fill(~negative_mask, float("-inf"))
+        target = torch.arange(len(logits), device=logits.device)
+        by_image = F.cross_entropy(torch.cat([logits, extra], dim=1), target)
+        return (by_image + F.cross_entropy(logits.T, target)) / 2
