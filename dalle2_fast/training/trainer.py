@@ -1,4 +1,4 @@
-"""One loop for every stage: AdamW, warm-up and cosine decay, clipping, EMA, log, pictures, resumable state.
+"""One loop for every stage: AdamW or Muon, warm-up and cosine decay, clipping, EMA, log, pictures, resumable state.
 
 Everything random in step k (scenes, captions, noise, times, drops) is a function of (seed, k) alone. The
 state therefore holds no generator, and on the CPU a run that was killed and resumed equals the uninterrupted
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from dalle2_fast.training.ema import ExponentialMovingAverage
 from dalle2_fast.training.folder import StageFolder, TrainingError
+from dalle2_fast.training.muon import Muon
 
 
 class Stage(Protocol):
@@ -48,6 +49,7 @@ class Optimisation:
     batch_size: int
     minutes: float | None = None
     steps: int | None = None
+    optimizer: str = "adamw"  # "muon": Muon on hidden matrices, AdamW on the rest
     learning_rate: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
@@ -68,6 +70,9 @@ class Optimisation:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: expected a number above 0, got {value}")
+
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f'optimizer: expected "adamw" or "muon", got {self.optimizer!r}')
 
     def progress(self, step: int, elapsed: float) -> float:
         """Done fraction in [0, 1]: of the steps, or of the wall-clock budget."""
@@ -107,6 +112,25 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
             (decayed if plain else free).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+# Weights at the ends of a network, where the rows of a matrix are inputs or outputs of unlike scale: not for Muon.
+ENDS = {"conv_in", "conv_out", "proj_in", "proj_out", "proj", "text_projection"}
+
+
+def make_optimizers(model: nn.Module, options: Optimisation) -> list[torch.optim.Optimizer]:
+    """AdamW on everything, or Muon on the hidden matrices and AdamW on what is left."""
+    groups = parameter_groups(model, options.weight_decay)
+    optimizers: list[torch.optim.Optimizer] = []
+    if options.optimizer == "muon":
+        ends = {id(p) for name, p in model.named_parameters() if ENDS & set(name.split("."))}
+        decayed = groups[0]["params"]
+        hidden = [p for p in decayed if id(p) not in ends]
+        groups[0]["params"] = [p for p in decayed if id(p) in ends]
+        optimizers.append(Muon(hidden, lr=options.learning_rate, weight_decay=options.weight_decay))
+    groups = [group for group in groups if group["params"]]
+    optimizers.append(torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, fused=True))
+    return optimizers
 
 
 @contextmanager
@@ -155,12 +179,7 @@ class Trainer:
         self.show_progress = show_progress
         self.model = stage.model.to(self.device).train()
         self.ema = ExponentialMovingAverage(self.model, options.ema_decay)
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, options.weight_decay),
-            lr=options.learning_rate,
-            betas=options.betas,
-            fused=True,
-        )
+        self.optimizers = make_optimizers(self.model, options)
         self.step = 0
         self.rate = 0.0
         self.elapsed = 0.0
@@ -178,7 +197,7 @@ class Trainer:
                 "elapsed": self.elapsed,
                 "model": self.model.state_dict(),
                 "ema": self.ema.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             }
         )
 
@@ -196,7 +215,8 @@ class Trainer:
                 )
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.step, self.elapsed = int(state["step"]), float(state["elapsed"])
         self.folder.trim_log(self.step)
 
@@ -242,9 +262,10 @@ class Trainer:
             window.add(*self._backward())
             if self.device.type == "cpu":  # reading a value stalls a GPU: there it waits for the log line
                 self._require_finite(window)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.rate
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = self.rate
+                optimizer.step()
             self.ema.update(self.model)
             self.step += 1
 
@@ -269,12 +290,11 @@ class Trainer:
         torch.manual_seed(seed)  # for dropout and the like, which take no generator
         generator = torch.Generator(self.device).manual_seed(seed)
         batch = self.stage.batch(self.step)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
             loss = self.stage.loss(batch, generator)
         loss.backward()
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.options.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
         return loss.detach().float(), norm.detach().float()
 
     def _require_finite(self, window: Window) -> None:
