@@ -1,0 +1,72 @@
+"""What users hand to the image models: images, seeds, random draws. Checked here once, in the same words."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_images(
+    name: str,
+    images: Tensor,
+    channels: int,
+    size: tuple[int, int] | None = None,  # (H, W), None = any
+    batch: int | None = None,
+    check_range: bool = True,
+) -> None:
+    """Raise unless `images` is a floating-point [B, channels, H, W] with values in [0, 1].
+
+    Looking at the values makes the host wait for a GPU; a training loop that trusts its data turns it off.
+    """
+    expected = f"[B, {channels}, H, W]" + (f" with H, W = {size[0]}, {size[1]}" if size else "")
+    expected += f" and B = {batch}" if batch is not None else ""
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        came = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(
+            f"{name}: expected a floating-point tensor {expected} with values in [0, 1], got {came}"
+        )
+    shape = tuple(images.shape)
+    if (
+        len(shape) != 4
+        or shape[1] != channels
+        or size not in (None, shape[2:])
+        or batch not in (None, shape[0])
+    ):
+        raise ValueError(f"{name}: expected {expected}, got {shape}")
+    if check_range and images.numel():
+        low, high = (value.item() for value in images.detach().aminmax())
+        if not (low >= 0.0 and high <= 1.0):  # written so that NaN fails, too
+            raise ValueError(f"{name}: expected values in [0, 1], got {low:.4g} to {high:.4g}")
+
+
+def resolve_seeds(
+    seeds: Tensor | None,  # int64 [B]
+    batch: int,
+    device: torch.device,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """The seeds as they are, or, when None, drawn from `generator` (torch's own when that is None, too)."""
+    if seeds is None:
+        drawn_on = generator.device if generator is not None else "cpu"
+        seeds = torch.randint(2**62, (batch,), generator=generator, device=drawn_on)
+    if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or tuple(seeds.shape) != (batch,):
+        came = f"{seeds.dtype} {tuple(seeds.shape)}" if isinstance(seeds, Tensor) else repr(seeds)
+        raise ValueError(f"seeds: expected int64 [B] = ({batch},), got {came}")
+    return seeds.to(device)
+
+
+def coin(
+    batch: int,
+    probability: float,
+    device: torch.device,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """bool [B], True with `probability` (exactly never for 0, exactly always for 1)."""
+    # A generator draws on its own device, which may not be the data's.
+    drawn_on = generator.device if generator is not None else device
+    return torch.rand(batch, generator=generator, device=drawn_on).to(device) < probability
+
+
+def check_probability(name: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}: expected a probability in [0, 1], got {value}")

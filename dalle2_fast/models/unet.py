@@ -1,0 +1,382 @@
+"""The ADM U-Net of unCLIP's decoder and upsamplers: eps(x_t, t, context, classes), convolution and attention.
+
+Source: Dhariwal & Nichol 2021 (arXiv 2105.05233, "ADM"), GLIDE (2112.10741) for text keys inside the image's
+own self-attention, unCLIP (2204.06125, section 2.1). The defaults are the public unCLIP decoder's 885,439,686
+parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..functional import cross_attention
+from ..modules import GroupNormSiLU
+from .transformer import sinusoidal_embedding
+
+
+@dataclass(frozen=True)
+class ContextCache:
+    """Keys and values of one context for every attention layer of one U-Net, made by `UNet.encode_context`.
+
+    They do not depend on the timestep, so a sampling run makes them once and passes this object where the
+    context itself would go.
+    """
+
+    keys: tuple[Tensor, ...]  # one [B, heads, S, head_dim] per attention layer
+    values: tuple[Tensor, ...]
+    mask: Tensor | None  # bool [B, S], True = attend
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(norm(conv(resample(silu(norm(x))))))), with the embedding as FiLM or as an addition."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        embed_dim: int,
+        num_groups: int,
+        film: bool,
+        resample: str | None = None,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.film = film
+        self.resample = resample
+        self.dropout = dropout
+        self.norm1 = GroupNormSiLU(num_groups, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.embed = nn.Linear(embed_dim, 2 * out_channels if film else out_channels)
+        self.norm2 = GroupNormSiLU(num_groups, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)  # every block starts as the identity (ADM)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C, H, W]
+        embed: Tensor,  # [B, E], already through SiLU: one activation for all blocks
+    ) -> Tensor:
+        hidden = self.norm1(x)
+        if self.resample is not None:
+            hidden, x = _resample(hidden, self.resample), _resample(x, self.resample)
+        hidden = self.conv1(hidden)
+        if self.film:
+            scale, shift = self.embed(embed).chunk(2, dim=1)
+            hidden = self.norm2(hidden, scale=scale, shift=shift)
+        else:
+            hidden = self.norm2(hidden + self.embed(embed)[:, :, None, None])
+        if self.dropout > 0:
+            hidden = F.dropout(hidden, self.dropout, self.training)
+        return self.skip(x) + self.conv2(hidden)
+
+
+def _resample(x: Tensor, direction: str) -> Tensor:
+    return F.avg_pool2d(x, 2) if direction == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class AttentionBlock(nn.Module):
+    """x + project(attention of the image's tokens on [context, image] in one softmax) (GLIDE, section
+    2.4)."""
+
+    def __init__(self, channels: int, head_dim: int, cross_dim: int | None, num_groups: int):
+        super().__init__()
+        self.heads = channels // head_dim
+        self.norm = GroupNormSiLU(num_groups, channels, activation=None)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.context_kv = nn.Linear(cross_dim, 2 * channels) if cross_dim is not None else None
+        self.project = nn.Linear(channels, channels)
+        nn.init.zeros_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
+
+    def encode_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """context [B, S, cross_dim] -> keys, values [B, heads, S, head_dim]."""
+        return _split_heads(self.context_kv(context), 2, self.heads)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C, H, W]
+        context: tuple[Tensor, Tensor] | None = None,  # keys, values [B, heads, S, head_dim]
+        context_mask: Tensor | None = None,  # bool [B, S]
+    ) -> Tensor:
+        # Free of copies when x is channels_last; so is the way back.
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, H * W, C]
+        q, k, v = _split_heads(self.qkv(tokens), 3, self.heads)
+        if context is None:
+            out = cross_attention(q, k, v)
+        else:
+            out = cross_attention(q, *context, context_mask=context_mask, image_k=k, image_v=v)
+        out = self.project(out.transpose(1, 2).flatten(2))
+        return x + out.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def _split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """[B, T, parts * heads * D] -> parts tensors [B, heads, T, D] (views)."""
+    return x.unflatten(2, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class UNet(nn.Module):
+    """ADM U-Net with the call shape `net(sample, timestep, encoder_hidden_states, class_labels,
+    attention_mask)`.
+
+    Arguments (the defaults are unCLIP's 64 px decoder):
+        in_channels, out_channels: of the image; out_channels 6 = 3 + 3 for a learned variance.
+        channels: width of each level; each level after the first halves the resolution.
+        layers_per_block: residual blocks a level, one int or one per level (the way up has one more).
+        attention_levels: levels with attention after each residual block; the middle has it if any level has.
+        head_dim: width of an attention head, one int or one per level.
+        cross_dim: width of `encoder_hidden_states`; None = self-attention only.
+        embed_dim: width of the time embedding, by default 4 * channels[0].
+        class_embed_dim: width of `class_labels` when they are to be projected and added to the time
+            embedding; None = `class_labels`, if given, have embed_dim columns and are added as they are.
+        patch_size: p > 1 runs the net on p x p patches (pixel-unshuffle before, pixel-shuffle after).
+        num_groups: groups of every group norm; must divide every width.
+        film: scale-shift conditioning (True) or an added embedding (False).
+        kernel_in, kernel_out: size of the first and the last convolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 6,
+        channels: Sequence[int] = (320, 640, 960, 1280),
+        layers_per_block: int | Sequence[int] = 3,
+        attention_levels: Sequence[int] = (1, 2, 3),
+        head_dim: int | Sequence[int] = 64,
+        cross_dim: int | None = 1536,
+        embed_dim: int | None = None,
+        class_embed_dim: int | None = None,
+        patch_size: int = 1,
+        num_groups: int = 32,
+        film: bool = True,
+        dropout: float = 0.0,
+        kernel_in: int = 3,
+        kernel_out: int = 3,
+    ):
+        super().__init__()
+        channels = tuple(channels)
+        levels = len(channels)
+        layers = _per_level("layers_per_block", layers_per_block, levels)
+        head_dims = _per_level("head_dim", head_dim, levels)
+        attention_levels = tuple(sorted(set(attention_levels)))
+        _check_widths(channels, layers, attention_levels, head_dims, num_groups, patch_size)
+        embed_dim = 4 * channels[0] if embed_dim is None else embed_dim
+        self.config = {
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "channels": list(channels),
+            "layers_per_block": list(layers),
+            "attention_levels": list(attention_levels),
+            "head_dim": list(head_dims),
+            "cross_dim": cross_dim,
+            "embed_dim": embed_dim,
+            "class_embed_dim": class_embed_dim,
+            "patch_size": patch_size,
+            "num_groups": num_groups,
+            "film": film,
+            "dropout": dropout,
+            "kernel_in": kernel_in,
+            "kernel_out": kernel_out,
+        }
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.cross_dim, self.embed_dim, self.class_embed_dim = cross_dim, embed_dim, class_embed_dim
+        self.patch_size = patch_size
+        self.size_multiple = patch_size * 2 ** (levels - 1)
+        self.time_dim = channels[0]
+
+        def res(before: int, after: int, resample: str | None = None) -> ResBlock:
+            return ResBlock(before, after, embed_dim, num_groups, film, resample, dropout)
+
+        def attention(level: int) -> AttentionBlock | None:
+            if level not in attention_levels:
+                return None
+            return AttentionBlock(channels[level], head_dims[level], cross_dim, num_groups)
+
+        self.time_embed = nn.Sequential(
+            nn.Linear(self.time_dim, embed_dim), nn.SiLU(), nn.Linear(embed_dim, embed_dim)
+        )
+        self.class_embed = nn.Linear(class_embed_dim, embed_dim) if class_embed_dim is not None else None
+        patches = patch_size**2
+        self.conv_in = nn.Conv2d(in_channels * patches, channels[0], kernel_in, padding=kernel_in // 2)
+
+        width, skips = channels[0], [channels[0]]
+        self.down = nn.ModuleList()
+        for level in range(levels):
+            for _ in range(layers[level]):
+                self.down.append(_Layer(res(width, channels[level]), attention(level)))
+                width = channels[level]
+                skips.append(width)
+            if level < levels - 1:
+                self.down.append(_Layer(res(width, width, "down"), None))
+                skips.append(width)
+
+        last = levels - 1
+        middle_attention = attention_levels and AttentionBlock(width, head_dims[last], cross_dim, num_groups)
+        self.middle = nn.ModuleList(
+            [_Layer(res(width, width), middle_attention or None), _Layer(res(width, width), None)]
+        )
+
+        self.up = nn.ModuleList()
+        for level in reversed(range(levels)):
+            for _ in range(layers[level] + 1):
+                self.up.append(
+                    _Layer(res(width + skips.pop(), channels[level]), attention(level), takes_skip=True)
+                )
+                width = channels[level]
+            if level > 0:
+                self.up.append(_Layer(res(width, width, "up"), None))
+
+        self.norm_out = GroupNormSiLU(num_groups, width)
+        self.conv_out = nn.Conv2d(width, out_channels * patches, kernel_out, padding=kernel_out // 2)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+
+    def attention_blocks(self) -> list[AttentionBlock]:
+        """The attention layers in the order in which `forward` meets them."""
+        layers = [*self.down, *self.middle, *self.up]
+        return [layer.attention for layer in layers if layer.attention is not None]
+
+    def encode_context(
+        self,
+        context: Tensor,  # [B, S, cross_dim]
+        mask: Tensor | None = None,  # bool [B, S], True = attend
+    ) -> ContextCache:
+        """Keys and values of `context` for all attention layers: what `forward` would make at every step."""
+        _check_context(context, mask, self.cross_dim)
+        context = context.to(self.conv_in.weight.dtype)
+        pairs = [block.encode_context(context) for block in self.attention_blocks()]
+        return ContextCache(tuple(k for k, _ in pairs), tuple(v for _, v in pairs), mask)
+
+    def forward(
+        self,
+        sample: Tensor,  # [B, in_channels, H, W]
+        timestep: Tensor,  # [B], 0..1000
+        encoder_hidden_states: Tensor | ContextCache | None = None,  # [B, S, cross_dim]
+        class_labels: Tensor | None = None,  # [B, embed_dim], or [B, class_embed_dim]
+        attention_mask: Tensor | None = None,  # bool [B, S], True = attend
+    ) -> Tensor:  # [B, out_channels, H, W], dtype of sample
+        """Runs in the dtype of the weights (autocast applies) and answers in the dtype of `sample`.
+
+        H and W must be multiples of patch_size * 2 ** (levels - 1). Raises ValueError on any other shape.
+        """
+        self._check_sample(sample, timestep)
+        dtype = self.conv_in.weight.dtype
+        embed = self.time_embed(sinusoidal_embedding(timestep, self.time_dim).to(dtype))
+        if class_labels is not None:
+            embed = embed + self._embed_classes(class_labels.to(dtype))
+        embed = F.silu(embed)
+
+        cache = encoder_hidden_states
+        if isinstance(cache, ContextCache):
+            if attention_mask is not None:
+                raise ValueError("attention_mask: a ContextCache carries its own mask, got a second one")
+        elif cache is not None:
+            cache = self.encode_context(cache, attention_mask)
+        context = _ContextReader(cache)
+
+        hidden = sample.to(dtype)
+        if self.patch_size > 1:
+            hidden = F.pixel_unshuffle(hidden, self.patch_size)
+        hidden = self.conv_in(hidden)
+        skips = [hidden]
+        for layer in self.down:
+            hidden = layer(hidden, embed, context)
+            skips.append(hidden)
+        for layer in self.middle:
+            hidden = layer(hidden, embed, context)
+        for layer in self.up:
+            if layer.takes_skip:
+                hidden = torch.cat([hidden, skips.pop()], dim=1)
+            hidden = layer(hidden, embed, context)
+        hidden = self.conv_out(self.norm_out(hidden))
+        if self.patch_size > 1:
+            hidden = F.pixel_shuffle(hidden, self.patch_size)
+        return hidden.to(sample.dtype)
+
+    def _embed_classes(self, class_labels: Tensor) -> Tensor:
+        expected = self.embed_dim if self.class_embed is None else self.class_embed_dim
+        if class_labels.ndim != 2 or class_labels.shape[1] != expected:
+            raise ValueError(f"class_labels: expected [B, {expected}], got {tuple(class_labels.shape)}")
+        return class_labels if self.class_embed is None else self.class_embed(class_labels)
+
+    def _check_sample(self, sample: Tensor, timestep: Tensor) -> None:
+        if sample.ndim != 4 or sample.shape[1] != self.in_channels:
+            raise ValueError(f"sample: expected [B, {self.in_channels}, H, W], got {tuple(sample.shape)}")
+        if sample.shape[2] % self.size_multiple or sample.shape[3] % self.size_multiple:
+            raise ValueError(
+                f"sample: height and width must be multiples of {self.size_multiple} (patch_size times 2 "
+                f"per level after the first), got {tuple(sample.shape)}"
+            )
+        if timestep.shape != sample.shape[:1]:
+            raise ValueError(f"timestep: expected [B] = ({sample.shape[0]},), got {tuple(timestep.shape)}")
+
+
+class _Layer(nn.Module):
+    """A residual block and, at the levels that have it, its attention."""
+
+    def __init__(self, res: ResBlock, attention: AttentionBlock | None, takes_skip: bool = False):
+        super().__init__()
+        self.res = res
+        self.attention = attention
+        self.takes_skip = takes_skip
+
+    def forward(self, x: Tensor, embed: Tensor, context: _ContextReader) -> Tensor:
+        x = self.res(x, embed)
+        return x if self.attention is None else self.attention(x, *context.next())
+
+
+class _ContextReader:
+    """Hands each attention layer its keys and values in turn."""
+
+    def __init__(self, cache: ContextCache | None):
+        self.mask = None if cache is None else cache.mask
+        self.pairs = None if cache is None else iter(zip(cache.keys, cache.values, strict=True))
+
+    def next(self) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
+        return (None, None) if self.pairs is None else (next(self.pairs), self.mask)
+
+
+def _per_level(name: str, value: int | Sequence[int], levels: int) -> tuple[int, ...]:
+    values = (value,) * levels if isinstance(value, int) else tuple(value)
+    if len(values) != levels:
+        raise ValueError(f"{name}: expected one int or one per level ({levels}), got {value!r}")
+    return values
+
+
+def _check_widths(channels, layers, attention_levels, head_dims, num_groups, patch_size) -> None:
+    if not channels or min(channels) < 1 or patch_size < 1 or min(layers) < 1 or num_groups < 1:
+        raise ValueError(
+            "channels, layers_per_block, patch_size, num_groups: expected positive numbers, got "
+            f"{channels}, {layers}, {patch_size}, {num_groups}"
+        )
+    if channels[0] % 2:
+        raise ValueError(f"channels: expected an even first width (half sines, half cosines), got {channels}")
+    for level, width in enumerate(channels):
+        if width % num_groups:
+            raise ValueError(f"num_groups: {num_groups} must divide every width, got channels {channels}")
+        needs_heads = level in attention_levels or (attention_levels and level == len(channels) - 1)
+        if needs_heads and width % head_dims[level]:
+            raise ValueError(f"head_dim: {head_dims[level]} must divide the width {width} of level {level}")
+    if any(not 0 <= level < len(channels) for level in attention_levels):
+        raise ValueError(f"attention_levels: expected levels 0..{len(channels) - 1}, got {attention_levels}")
+
+
+def _check_context(context: Tensor, mask: Tensor | None, cross_dim: int | None) -> None:
+    if cross_dim is None:
+        raise ValueError(
+            "encoder_hidden_states: this UNet has cross_dim=None and takes no context, got "
+            f"{tuple(context.shape)}"
+        )
+    if context.ndim != 3 or context.shape[2] != cross_dim:
+        raise ValueError(f"encoder_hidden_states: expected [B, S, {cross_dim}], got {tuple(context.shape)}")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != context.shape[:2]):
+        raise ValueError(
+            f"attention_mask: expected bool [B, S] = {tuple(context.shape[:2])}, got {mask.dtype} "
+            f"{tuple(mask.shape)}"
+        )

@@ -1,0 +1,288 @@
+"""The upsampler of unCLIP: a small image -> a large one, by diffusion on convolutions only.
+
+    prediction = unet([x_t, resize(degrade(low_res))], t)
+
+Source: unCLIP, arXiv 2204.06125, section 2.1; SR3, arXiv 2104.07636; noise on the condition: Cascaded
+Diffusion Models, arXiv 2106.15282, section 4.1. The defaults are Karlo's net: 691,579,523 parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..diffusion.process import GaussianDiffusion
+from ..diffusion.schedules import make_schedule
+from ..functional import add_noise, sample_noise
+from .degradation import DEGRADATIONS
+from .inputs import check_images, check_probability, coin, resolve_seeds
+from .transformer import sinusoidal_embedding
+from .unet import UNet
+
+# The condition's noise while sampling: a Philox step that no sampler reaches.
+_CONDITION_NOISE_STEP = 2**31 - 1
+
+
+class Upsampler(nn.Module):
+    """low_res [B, C, h, w] -> [B, C, f h, f w], f = image_size / low_res_size, any h and w that the U-Net can
+    halve.
+
+    unet: a UNet with 2 C input channels (noisy image, resized condition), or its config; None builds the
+        default.
+    degradation: of the condition while training: "blur" (Gaussian, 3 x 3, sigma 0.6), "bsr" (blur,
+        resampling, noise, JPEG) or None; degradation_prob: how often.
+    max_noise_level: 0 = off; otherwise the condition gets noise of a level drawn from [0, max_noise_level],
+        at most 1, of which the U-Net is told: it needs a class_embed_dim (even).
+    resize: filter that enlarges the condition, "bilinear" or "bicubic".
+    schedule, timesteps, prediction, variance, weighting, min_snr_gamma, log_snr_focus, vlb_weight: see
+        GaussianDiffusion. sample_timesteps: steps of `sample` by default.
+    """
+
+    def __init__(
+        self,
+        unet: UNet | dict | None = None,
+        *,
+        image_size: int = 256,
+        low_res_size: int = 64,
+        degradation: str | None = "blur",
+        degradation_prob: float = 0.5,
+        max_noise_level: float = 0.0,
+        resize: str = "bilinear",
+        schedule: str = "cosine",
+        timesteps: int | None = 1000,
+        prediction: str = "epsilon",
+        variance: str = "fixed_small",
+        weighting: str = "simple",
+        min_snr_gamma: float = 5.0,
+        log_snr_focus: Sequence[float] | None = None,
+        vlb_weight: float | None = None,
+        sample_timesteps: int = 7,
+    ):
+        super().__init__()
+        if unet is None:
+            unet = dict(
+                in_channels=6,
+                out_channels=6 if variance == "learned_range" else 3,
+                attention_levels=(),
+                cross_dim=None,
+                film=False,
+                class_embed_dim=320 if max_noise_level > 0 else None,
+            )
+        unet = UNet(**unet) if isinstance(unet, dict) else unet
+        channels = unet.in_channels // 2
+        expected = channels * (2 if variance == "learned_range" else 1)
+        if unet.in_channels % 2 or unet.out_channels != expected:
+            raise ValueError(
+                f"unet: expected in_channels = 2 C and out_channels = {expected} for variance={variance!r}, "
+                f"got {unet.in_channels} and {unet.out_channels}"
+            )
+        if low_res_size < 1 or image_size % low_res_size or image_size % unet.size_multiple:
+            raise ValueError(
+                f"image_size: expected a multiple of low_res_size = {low_res_size} and of the unet's "
+                f"{unet.size_multiple}, got {image_size}"
+            )
+        if degradation is not None and degradation not in DEGRADATIONS:
+            raise ValueError(
+                f"degradation: expected one of {', '.join(DEGRADATIONS)} or None, got {degradation!r}"
+            )
+        if resize not in ("bilinear", "bicubic"):
+            raise ValueError(f'resize: expected "bilinear" or "bicubic", got {resize!r}')
+        check_probability("degradation_prob", degradation_prob)
+        if not 0.0 <= max_noise_level <= 1.0:
+            raise ValueError(f"max_noise_level: expected a number in [0, 1], got {max_noise_level}")
+        wants_level = max_noise_level > 0
+        if wants_level != (unet.class_embed_dim is not None):
+            raise ValueError(
+                "max_noise_level: expected a unet with a class_embed_dim exactly if the level is not 0, got "
+                f"max_noise_level={max_noise_level}, class_embed_dim={unet.class_embed_dim}"
+            )
+        self.config = dict(
+            unet=unet.config,
+            image_size=image_size,
+            low_res_size=low_res_size,
+            degradation=degradation,
+            degradation_prob=degradation_prob,
+            max_noise_level=max_noise_level,
+            resize=resize,
+            schedule=schedule,
+            timesteps=timesteps,
+            prediction=prediction,
+            variance=variance,
+            weighting=weighting,
+            min_snr_gamma=min_snr_gamma,
+            log_snr_focus=None if log_snr_focus is None else list(log_snr_focus),
+            vlb_weight=vlb_weight,
+            sample_timesteps=sample_timesteps,
+        )
+        self.image_size, self.low_res_size, self.factor = image_size, low_res_size, image_size // low_res_size
+        self.channels, self.resize, self.sample_timesteps = channels, resize, sample_timesteps
+        self.degradation, self.degradation_prob = degradation, degradation_prob
+        self.max_noise_level = max_noise_level
+        self.unet = unet
+        options = {} if vlb_weight is None else {"vlb_weight": vlb_weight}
+        self.diffusion = GaussianDiffusion(
+            make_schedule(schedule, timesteps),
+            prediction=prediction,
+            variance=variance,
+            weighting=weighting,
+            min_snr_gamma=min_snr_gamma,
+            log_snr_focus=None if log_snr_focus is None else tuple(log_snr_focus),
+            **options,
+        )
+
+    # -- training --------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        image: Tensor,  # [B, C, H, W] in [0, 1]
+        low_res: Tensor | None = None,  # [B, C, H / factor, W / factor] in [0, 1]; None = image, made smaller
+        *,
+        crop: int | None = None,
+        generator: torch.Generator | None = None,
+        pixel_weight: Tensor | None = None,  # [B, 1, H, W], weight of the squared error
+        check_range: bool = True,
+    ) -> Tensor:
+        """The training loss, a scalar. H and W may be any size that the U-Net can halve: whole images or
+        crops.
+
+        crop: train on one random crop x crop window of each image; the condition is made from the whole one.
+        check_range=False skips the look at the values, for which the host has to wait for a GPU.
+        """
+        check_images("image", image, self.channels, check_range=check_range)
+        batch, _, height, width = image.shape
+        self._check_size("image", height, width)
+        small = (height // self.factor, width // self.factor)
+        if low_res is None:
+            low_res = F.interpolate(image, small, mode="bicubic", antialias=True).clamp(0, 1)
+        else:
+            check_images("low_res", low_res, self.channels, small, batch, check_range=check_range)
+        if self.degradation is not None and self.degradation_prob > 0:
+            degraded = DEGRADATIONS[self.degradation](low_res, generator)
+            chosen = coin(batch, self.degradation_prob, image.device, generator)
+            low_res = torch.where(chosen[:, None, None, None], degraded, low_res)
+        low_res, level = low_res * 2 - 1, None
+        if self.max_noise_level > 0:
+            drawn_on = generator.device if generator is not None else image.device
+            draws = torch.rand(batch, generator=generator, device=drawn_on).to(image.device)
+            level = draws * self.max_noise_level
+            noise = torch.randn(low_res.shape, generator=generator, device=drawn_on).to(low_res)
+            low_res = self._add_noise(low_res, level, noise)
+        condition = self._enlarge(low_res)
+        target = image * 2 - 1
+        if crop is not None:
+            target, condition, pixel_weight = self._crop(crop, generator, target, condition, pixel_weight)
+        losses = self.diffusion.training_loss(
+            lambda x, t: self._predict(x, t, condition, level),
+            target,
+            generator=generator,
+            pixel_weight=pixel_weight,
+        )
+        return losses.mean()
+
+    # -- sampling --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        low_res: Tensor,  # [B, C, h, w] in [0, 1]
+        *,
+        seeds: Tensor | None = None,  # int64 [B]
+        generator: torch.Generator | None = None,
+        steps: int | None = None,
+        sampler: str = "ddpm",
+        noise_level: float = 0.0,
+        progress: Callable | bool | None = None,
+        **sampler_options,
+    ) -> Tensor:
+        """Images [B, C, factor * h, factor * w] float32 in [0, 1].
+
+        seeds: one int64 an image, the same seed giving the same picture in any batch; None draws them from
+        `generator`, or from torch's own. noise_level: of the condition, at most max_noise_level: more noise,
+        more invention. Further keywords (eta, clip, dynamic_threshold, x_T, start, callback) go to
+        GaussianDiffusion.sample.
+        """
+        check_images("low_res", low_res, self.channels)
+        if not 0.0 <= noise_level <= self.max_noise_level:
+            raise ValueError(
+                f"noise_level: expected a number in [0, max_noise_level] = [0, {self.max_noise_level}], got "
+                f"{noise_level}"
+            )
+        batch, _, height, width = low_res.shape
+        height, width = height * self.factor, width * self.factor
+        self._check_size("low_res times the factor", height, width)
+        weight = self.unet.conv_in.weight
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        seeds = resolve_seeds(seeds, batch, weight.device, generator)
+        low_res, level = low_res.to(weight.device, dtype) * 2 - 1, None
+        if self.max_noise_level > 0:
+            level = torch.full((batch,), noise_level, device=weight.device)
+            noise = sample_noise(seeds, _CONDITION_NOISE_STEP, tuple(low_res.shape), dtype=dtype)
+            low_res = self._add_noise(low_res, level, noise)
+        condition = self._enlarge(low_res)
+        images = self.diffusion.sample(
+            lambda x, t: self._predict(x, t, condition, level),
+            (batch, self.channels, height, width),
+            seeds=seeds,
+            sampler=sampler,
+            steps=self.sample_timesteps if steps is None else steps,
+            progress=progress,
+            device=weight.device,
+            dtype=dtype,
+            **sampler_options,
+        )
+        return ((images + 1) / 2).clamp(0, 1)
+
+    # -- pieces ----------------------------------------------------------------------------------------------
+
+    def _predict(self, x: Tensor, t: Tensor, condition: Tensor, level: Tensor | None) -> Tensor:
+        classes = None if level is None else sinusoidal_embedding(level * 1000.0, self.unet.class_embed_dim)
+        return self.unet(torch.cat([x, condition.to(x.dtype)], dim=1), t, class_labels=classes)
+
+    def _enlarge(self, low_res: Tensor) -> Tensor:
+        # antialias changes nothing for "bilinear"; for "bicubic" it selects the usual coefficients (a =
+        # -0.5).
+        return F.interpolate(low_res, scale_factor=self.factor, mode=self.resize, antialias=True)
+
+    @staticmethod
+    def _add_noise(low_res: Tensor, level: Tensor, noise: Tensor) -> Tensor:
+        """Variance-preserving: level 0 is clean, level 1 pure noise."""
+        angle = level.float() * (math.pi / 2)
+        return add_noise(low_res, angle.cos(), angle.sin(), noise)[0]
+
+    def _crop(
+        self,
+        crop: int,
+        generator: torch.Generator | None,
+        image: Tensor,
+        *others: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        """The same random crop x crop window of each image's tensors."""
+        batch, _, height, width = image.shape
+        multiple, largest = self.unet.size_multiple, min(height, width)
+        if not 0 < crop <= largest or crop % multiple:
+            raise ValueError(f"crop: expected a multiple of {multiple} up to {largest}, got {crop}")
+        device = image.device
+        drawn_on = generator.device if generator is not None else "cpu"
+
+        def window(length: int) -> Tensor:
+            start = torch.randint(length - crop + 1, (batch, 1), generator=generator, device=drawn_on)
+            return start.to(device) + torch.arange(crop, device=device)
+
+        rows, columns = window(height)[:, None, :, None], window(width)[:, None, None, :]
+        owner = torch.arange(batch, device=device)[:, None, None, None]
+
+        def cut(x: Tensor) -> Tensor:
+            return x[owner, torch.arange(x.shape[1], device=device)[:, None, None], rows, columns]
+
+        return tuple(None if x is None else cut(x) for x in (image, *others))
+
+    def _check_size(self, name: str, height: int, width: int) -> None:
+        multiple = math.lcm(self.factor, self.unet.size_multiple)
+        if height % multiple or width % multiple or not height or not width:
+            raise ValueError(
+                f"{name}: expected height and width to be multiples of {multiple}, got {height} x {width}"
+            )
