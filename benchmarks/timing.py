@@ -1,4 +1,4 @@
-"""What every benchmark here shares: a stopwatch for stages, and result files that say where they are from."""
+"""What every benchmark here shares: the check before a time counts, and results that say their origin."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -16,42 +15,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-
-
-class Stopwatch:
-    """Seconds spent in named stages.
-
-    `watch(stage, owner, "method")` times that method from then on. A watched method inside another counts for
-    the inner one only, so the stages add up to no more than the whole.
-    """
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._inner = [0.0]  # seconds of watched calls inside each open one
-
-    def watch(self, stage: str, owner: object, method: str) -> None:
-        original: Callable = getattr(owner, method)
-
-        def timed(*args, **kwargs):
-            self._inner.append(0.0)
-            begin = time.perf_counter()
-            try:
-                return original(*args, **kwargs)
-            finally:
-                whole = time.perf_counter() - begin
-                own = whole - self._inner.pop()
-                self._inner[-1] += whole
-                self.seconds[stage] = self.seconds.get(stage, 0.0) + own
-
-        setattr(owner, method, timed)
-
-    def run(self, job: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
-        """The job's result and the seconds of each stage, `rest` and `total` of this one run."""
-        self.seconds.clear()
-        begin = time.perf_counter()
-        result = job()
-        total = time.perf_counter() - begin
-        return result, {**self.seconds, "rest": total - sum(self.seconds.values()), "total": total}
 
 
 def check_images(images: torch.Tensor, shape: tuple[int, ...]) -> None:

@@ -1,0 +1,212 @@
+"""The main job on DALLE2-pytorch's classes and on ours, side by side in one run on the CPU.
+
+    pip install torch torchvision dalle2-pytorch && pip install -e .
+    python benchmarks/dalle2_pytorch_job.py          writes benchmarks/results/dalle2_pytorch_job.json
+
+Three chains make the same number of pictures of the same size with the same steps and guidance; the rows that
+each net evaluates are counted and must agree:
+
+    ours            the checkpoint in the package, whose U-Nets work on patches of pixels
+    ours_plain      our classes without patches, random weights: U-Nets of DALLE2-pytorch's default shape
+    dalle2_pytorch  its classes, random weights (it has no trained ones); its defaults except for sizes
+
+Every net of the second and third has, as nearly as its widths allow, the parameters of the first. Random
+weights cost the same time as trained ones; pictures are checked for shape and range only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterable
+
+os.environ["TQDM_DISABLE"] = "1"  # DALLE2-pytorch always draws its bars
+
+import dalle2_pytorch as theirs  # noqa: E402
+import torch  # noqa: E402
+from main_job import CAPTION  # noqa: E402
+from timing import check_images, machine, medians, parameters, save, versions  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from dalle2_fast import DALLE2, Decoder, Upsampler  # noqa: E402
+
+LEVELS = (1, 2, 4, 8)  # DALLE2-pytorch's default: widths of the levels over the first
+SAMPLES = 2  # of the prior, the better of which is kept: the paper's number, both sides' default
+
+
+def nearest(build: Callable[[int], nn.Module], sizes: Iterable[int], target: int) -> nn.Module:
+    """The module whose size comes nearest to `target` parameters; the others are never allocated."""
+
+    def distance(size: int) -> int:
+        with torch.device("meta"):
+            return abs(parameters(build(size)) - target)
+
+    return build(min(sizes, key=distance))
+
+
+def plain_chain(pipe: DALLE2) -> DALLE2:
+    """Our classes with U-Nets of DALLE2-pytorch's shape: no patches, four levels, attention at the last."""
+
+    def sized(cls: type[nn.Module], like: nn.Module, attention_levels: tuple[int, ...]) -> nn.Module:
+        def build(width: int) -> nn.Module:
+            unet = {**like.unet.config, "patch_size": 1, "channels": [width * level for level in LEVELS],
+                    "layers_per_block": 2, "attention_levels": attention_levels, "head_dim": 32,
+                    "num_groups": 8, "embed_dim": None}
+            return cls(**{**like.config, "unet": unet})
+
+        return nearest(build, range(8, 129, 8), parameters(like))
+
+    decoder, upsampler = sized(Decoder, pipe.decoder, (3,)), sized(Upsampler, pipe.upsampler, ())
+    return DALLE2(pipe.clip, pipe.prior, decoder, upsampler, pipe.tokenizer, sampling=pipe.sampling).eval()
+
+
+def their_chain(pipe: DALLE2) -> theirs.DALLE2:
+    """DALLE2-pytorch's text tower, prior and two U-Nets with the parameters and steps of `pipe`."""
+    width, length = pipe.clip.dim_latent, pipe.tokenizer.context_length
+    attention = dict(attn_heads=4, attn_dim_head=32)
+
+    def clip(depth: int) -> theirs.CLIP:
+        return theirs.CLIP(dim_text=width, dim_latent=width, num_text_tokens=pipe.tokenizer.vocab_size,
+                           text_seq_len=length, text_enc_depth=depth, text_heads=4, text_dim_head=width // 4,
+                           dim_image=8, visual_enc_depth=1, visual_heads=1, visual_image_size=64)
+
+    def network(depth: int) -> theirs.DiffusionPriorNetwork:
+        return theirs.DiffusionPriorNetwork(dim=width, depth=depth, heads=4, dim_head=width // 4,
+                                            max_text_len=length, num_timesteps=1000)
+
+    def decoder_net(dim: int) -> theirs.Unet:
+        return theirs.Unet(dim=dim, dim_mults=LEVELS, image_embed_dim=width, text_embed_dim=width,
+                           cond_dim=width, cond_on_image_embeds=True, cond_on_text_encodings=True,
+                           max_text_len=length, self_attn=(False, False, False, True), **attention)
+
+    def upsampler_net(dim: int) -> theirs.Unet:  # its attention in the middle cannot be left out
+        return theirs.Unet(dim=dim, dim_mults=LEVELS, lowres_cond=True, **attention)
+
+    text = parameters(pipe.clip) - parameters(pipe.clip.visual)
+    their_clip = nearest(clip, range(1, 13), text)
+    net = nearest(network, range(1, 13), parameters(pipe.prior.net))
+    # Its loops take one step fewer than they are asked for in the prior, and exactly as many in the decoder.
+    prior = theirs.DiffusionPrior(net, clip=their_clip, sample_timesteps=pipe.sampling["prior_steps"] + 1,
+                                  cond_drop_prob=0.1)
+    unets = (nearest(decoder_net, range(8, 129, 8), parameters(pipe.decoder)),
+             nearest(upsampler_net, range(8, 129, 8), parameters(pipe.upsampler)))
+    steps = (pipe.sampling["steps"], pipe.sampling["upsampler_steps"])
+    decoder = theirs.Decoder(unets, clip=their_clip, image_sizes=(64, 256), learned_variance=False,
+                             predict_v=True, sample_timesteps=steps)
+    return theirs.DALLE2(prior=prior, decoder=decoder, prior_num_samples=SAMPLES).eval()
+
+
+class Chain:
+    """One of the three: a job that returns pictures, its nets, whose rows are counted, and its stages' clock."""
+
+    def __init__(self, nets: dict[str, nn.Module], job: Callable[[], Tensor], seconds: dict[str, float]):
+        self.nets, self.job, self.seconds = nets, job, seconds
+        self.rows = dict.fromkeys(nets, 0)
+        for stage, net in nets.items():
+            net.register_forward_pre_hook(lambda net, args, stage=stage: self._count(stage, len(args[0])))
+
+    def _count(self, stage: str, rows: int) -> None:
+        self.rows[stage] += rows
+
+    def run(self, images: int) -> dict[str, float]:
+        self.rows.update(dict.fromkeys(self.rows, 0))
+        self.seconds.clear()
+        begin = time.perf_counter()
+        made = self.job()
+        total = time.perf_counter() - begin
+        check_images(made.clamp(0, 1), (images, 3, 256, 256))  # DALLE2-pytorch's may leave the range a little
+        return {**self.seconds, "rest": total - sum(self.seconds.values()), "total": total}
+
+
+def our_chain(pipe: DALLE2, images: int) -> Chain:
+    seconds: dict[str, float] = {}
+
+    def job() -> Tensor:
+        made = pipe.generate(CAPTION, images, seed=0)
+        seconds.update(made.seconds)
+        return made.images
+
+    nets = {"prior": pipe.prior.net, "decoder": pipe.decoder.unet, "upsampler": pipe.upsampler.unet}
+    return Chain(nets, job, seconds)
+
+
+def rival_chain(chain: theirs.DALLE2, pipe: DALLE2, images: int) -> Chain:
+    """Its stages are timed at the methods that `DALLE2.forward` goes through."""
+    seconds: dict[str, float] = {}
+
+    def timed(stage: Callable[..., str], method: Callable) -> Callable:
+        def call(*args, **kwargs):
+            inner, begin = seconds.get("text", 0.0), time.perf_counter()
+            result = method(*args, **kwargs)
+            name = stage(*args)
+            took = time.perf_counter() - begin
+            if name != "text":  # the prior encodes the caption itself
+                took -= seconds.get("text", 0.0) - inner
+            seconds[name] = seconds.get(name, 0.0) + took
+            return result
+
+        return call
+
+    prior, decoder = chain.prior, chain.decoder
+    for owner in (prior, decoder):
+        owner.clip.embed_text = timed(lambda *args: "text", owner.clip.embed_text)
+    prior.sample = timed(lambda *args: "prior", prior.sample)
+    first = decoder.unets[0]
+    decoder.p_sample_loop = timed(lambda unet, *args: "decoder" if unet is first else "upsampler",
+                                  decoder.p_sample_loop)
+    tokens = pipe.tokenizer.encode(CAPTION).expand(images, -1)
+    scale, prior_scale = (pipe.sampling["guidance"], 1.0), pipe.sampling["prior_guidance"]
+    nets = {"prior": prior.net, "decoder": first, "upsampler": decoder.unets[1]}
+    return Chain(nets, lambda: chain(tokens, cond_scale=scale, prior_cond_scale=prior_scale), seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--num-images", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--checkpoint", help="a folder; default: the checkpoint in the package")
+    arguments = parser.parse_args()
+    where, images = machine(), arguments.num_images
+
+    torch.manual_seed(0)
+    pipe = DALLE2.from_pretrained(arguments.checkpoint)
+    plain, rival = plain_chain(pipe), their_chain(pipe)
+    chains = {
+        "ours": our_chain(pipe, images),
+        "ours_plain": our_chain(plain, images),
+        "dalle2_pytorch": rival_chain(rival, pipe, images),
+    }
+    for name, chain in chains.items():  # warms up, and checks before anything is timed
+        chain.run(images)
+        if name == "ours":
+            wanted = dict(chain.rows)
+        if chain.rows != wanted:
+            raise RuntimeError(f"{name} evaluates {chain.rows} rows, ours {wanted}: not the same job")
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in chains}
+    for _ in range(arguments.repeats):  # in turns, so that a change of the machine's speed meets all of them
+        for name, chain in chains.items():
+            runs[name].append(chain.run(images))
+
+    texts = {"ours": pipe.clip, "ours_plain": plain.clip, "dalle2_pytorch": rival.prior.clip.clip}
+    towers = {"ours": pipe.clip.visual, "ours_plain": plain.clip.visual,
+              "dalle2_pytorch": rival.prior.clip.clip.visual_transformer}
+    wholes = {"ours": pipe, "ours_plain": plain}
+    path = save("dalle2_pytorch_job", {
+        "machine": where,
+        "versions": versions("dalle2-pytorch", "torchvision", "numpy"),
+        "job": {"caption": CAPTION, "num_images": images, "size": 256, "dtype": "float32", **pipe.sampling},
+        "rows_per_net": wanted,
+        "parameters": {name: {
+            "text": parameters(texts[name]) - parameters(towers[name]),
+            **{stage: parameters(getattr(wholes[name], stage) if name in wholes and stage != "prior" else net)
+               for stage, net in chain.nets.items()},
+        } for name, chain in chains.items()},
+        "seconds": {name: medians(runs[name]) for name in chains},
+        "repeats": arguments.repeats,
+    })
+    print(path.read_text(), end="")
+
+
+if __name__ == "__main__":
+    main()
