@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle2_fast.functional import contrastive_loss
+from dalle2_fast.models.inputs import check_images
 from dalle2_fast.models.resnet import ModifiedResNet
 from dalle2_fast.models.transformer import TextTransformer, Transformer
 from dalle2_fast.modules import GroupNormSiLU
@@ -174,7 +175,11 @@ class CLIP(TextTransformer):
 
         normalize=False gives the raw projection.
         """
-        self._check_images(images)
+        size = (self.image_size, self.image_size)
+        # On a GPU, looking at the values would stall the queue at every step.
+        on_cpu = isinstance(images, Tensor) and images.device.type == "cpu"
+        look = on_cpu and not torch.compiler.is_compiling()
+        check_images("images", images, 3, size, check_range=look)
         weights = self.text_projection.dtype
         # Channel by channel with plain numbers: no constant has to live on, or be copied to, the device.
         channels = zip(images.unbind(1), self.image_mean, self.image_std, strict=True)
@@ -228,20 +233,6 @@ class CLIP(TextTransformer):
             return contrastive_loss(image_features, text_features, scale)
         text_features, negatives = text_features[:batch], text_features[batch:].unflatten(0, (batch, -1))
         return _loss_with_negatives(image_features, text_features, negatives, negative_mask, scale)
-
-    def _check_images(self, images: Tensor) -> None:
-        size = self.image_size
-        if not isinstance(images, Tensor) or not images.is_floating_point():
-            came = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(f"images: expected a floating-point tensor [B, 3, {size}, {size}], got {came}")
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
-            came = tuple(images.shape)
-            raise ValueError(f"images: expected [B, 3, S, S] = (B, 3, {size}, {size}), got {came}")
-        # Only where looking at the values costs nothing; on a GPU it would stall the queue at every step.
-        if images.device.type == "cpu" and images.numel() and not torch.compiler.is_compiling():
-            low, high = (float(value) for value in images.detach().aminmax())
-            if not (low >= -1e-3 and high <= 1 + 1e-3):
-                raise ValueError(f"images: expected values in [0, 1], got {low:.4g} to {high:.4g}")
 
     def _check_negatives(self, text: Tensor, negative_text: Tensor, negative_mask: Tensor | None) -> None:
         batch, length = text.shape

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dalle2_fast.diffusion.process import GaussianDiffusion
 from dalle2_fast.diffusion.schedules import make_schedule
 from dalle2_fast.models.clip import CLIP
+from dalle2_fast.models.inputs import check_probability, coin, resolve_seeds
 from dalle2_fast.models.prior_network import DiffusionPriorNetwork, Prefix
 
 Caption = tuple[Tensor, Tensor | None, Tensor | None]  # embedding, encodings, mask
@@ -72,8 +73,7 @@ class DiffusionPrior(nn.Module):
         for name, width in (("image_embed_dim", image_embed_dim), ("clip", clip and clip.dim_latent)):
             if width is not None and width != net.embed_dim:
                 raise ValueError(f"{name}: expected width net.embed_dim = {net.embed_dim}, got {width}")
-        if not 0.0 <= cond_drop_prob <= 1.0:
-            raise ValueError(f"cond_drop_prob: expected a probability in [0, 1], got {cond_drop_prob}")
+        check_probability("cond_drop_prob", cond_drop_prob)
         if embed_scale is None:
             embed_scale = math.sqrt(net.embed_dim)
         self.config = dict(
@@ -101,7 +101,7 @@ class DiffusionPrior(nn.Module):
     # ------------------------------------------------------------------ embeddings as the network sees them
 
     @torch.no_grad()
-    def set_statistics(self, image_embed: Tensor) -> None:
+    def fit_statistics(self, image_embed: Tensor) -> None:
         """Standardise each entry by its mean and deviation over image_embed [N, E], N >= 2.
 
         It helps where CLIP's image embeddings lie in a narrow cone. Call it before training.
@@ -147,10 +147,7 @@ class DiffusionPrior(nn.Module):
                 image_embed = self._need_clip("image").encode_image(image, normalize=self.unit_norm)
         batch, device = len(caption[0]), caption[0].device
         self._check_embed("image_embed", image_embed, batch)
-        # A generator draws on its own device, which may not be the data's.
-        drawn_on = device if generator is None else generator.device
-        keep = torch.rand(batch, generator=generator, device=drawn_on).to(device) >= self.cond_drop_prob
-        condition = self._condition(caption, keep)
+        condition = self._condition(caption, ~coin(batch, self.cond_drop_prob, device, generator))
         losses = self.diffusion.training_loss(
             lambda x, t: self.net(x, t, *condition), self._standardised(image_embed), generator=generator
         )
@@ -204,7 +201,7 @@ class DiffusionPrior(nn.Module):
         count = num_samples_per_batch
         if count < 1:
             raise ValueError(f"num_samples_per_batch: expected at least 1, got {count}")
-        seeds = _candidate_seeds(_check_seeds(seeds, batch, device, generator), count)
+        seeds = _candidate_seeds(resolve_seeds(seeds, batch, device, generator), count)
         guidance = cond_scale if guidance is None else guidance
         if isinstance(guidance, Tensor):
             guidance = guidance.to(device).expand(batch).repeat_interleave(count)
@@ -284,18 +281,6 @@ class DiffusionPrior(nn.Module):
         if embed.ndim != 2 or embed.shape[1] != width or batch not in (None, len(embed)):
             expected = f"({'B' if batch is None else batch}, {width})"
             raise ValueError(f"{name}: expected [B, E] = {expected}, got {tuple(embed.shape)}")
-
-
-def _check_seeds(
-    seeds: Tensor | None, batch: int, device: torch.device, generator: torch.Generator | None
-) -> Tensor:
-    if seeds is None:
-        drawn_on = "cpu" if generator is None else generator.device
-        seeds = torch.randint(2**62, (batch,), generator=generator, device=drawn_on)
-    if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or tuple(seeds.shape) != (batch,):
-        came = f"{seeds.dtype} {tuple(seeds.shape)}" if isinstance(seeds, Tensor) else type(seeds).__name__
-        raise ValueError(f"seeds: expected int64 [B] = ({batch},), got {came}")
-    return seeds.to(device)
 
 
 def _candidate_seeds(seeds: Tensor, count: int) -> Tensor:
