@@ -7,6 +7,7 @@ parameters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,17 @@ from torch import Tensor, nn
 
 from ..functional import cross_attention
 from ..modules import GroupNormSiLU
-from .transformer import sinusoidal_embedding
+
+
+def sinusoidal_embedding(time: Tensor, width: int) -> Tensor:
+    """[cos(time f), sin(time f)], f falling geometrically from 1 to 1/10000; time [B] -> float32 [B, width].
+
+    Source: Vaswani et al. 2017, cosines first as in ADM. width is even.
+    """
+    half = width // 2
+    exponent = torch.arange(half, device=time.device, dtype=torch.float32) / half
+    angle = time.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from ..diffusion.schedules import make_schedule
 from ..functional import add_noise, sample_noise
 from .degradation import DEGRADATIONS
 from .inputs import check_images, check_probability, coin, resolve_seeds
-from .transformer import sinusoidal_embedding
-from .unet import UNet
+from .unet import UNet, sinusoidal_embedding
 
 # The condition's noise while sampling: a Philox step that no sampler reaches.
 _CONDITION_NOISE_STEP = 2**31 - 1
