@@ -1,0 +1,452 @@
+"""The Gaussian diffusion process: training losses, the variational bound, sampling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from dalle2_fast import functional
+from dalle2_fast.diffusion import losses, samplers
+from dalle2_fast.diffusion.schedules import Schedule
+
+Net = Callable[[Tensor, Tensor], Tensor]
+
+# The counter of the noise that sampling starts from: no row of a table, so it is independent of every step's noise
+# and the same for every number of steps.
+_INITIAL_NOISE = 2**31 - 1
+# Learned variance: v is meant in [-1, 1]. Far outside, exp(-log_var) overflows and 0 * inf is NaN; up to here the
+# bound is as in the paper (log_var_max - log_var_min is below 1.1, so the exponent stays under 12).
+_LARGEST_RANGE_POSITION = 20.0
+
+
+class GaussianDiffusion:
+    """What a network is trained on and sampled with, given a schedule.
+
+    schedule: see `make_schedule`.
+    prediction: what the network returns: "epsilon", "sample" (x0) or "v_prediction" (alpha epsilon - sigma x0).
+    variance: of DDPM's noise: "fixed_small", "fixed_large", or "learned_range": then the network returns 2C channels
+        whose second half places the log variance between the two (2102.09672, equation 15). Needs discrete times.
+    weighting: of the loss over time, see `losses.loss_weight`: "simple" is the error of epsilon, "x0" that of x0, "v"
+        that of v, "min_snr" that of x0 times min(SNR, min_snr_gamma), each whatever the network predicts; "uniform"
+        is the plain error of what it predicts.
+    max_weight: bounds the weight on the network's own error. The weights "v" and "simple" on a network that predicts
+        x0 grow without limit as the noise vanishes.
+    log_snr_focus: (low, high, fraction): this fraction of the training times is drawn so that log-SNR is uniform on
+        [low, high], beside the uniform ones.
+    stratified: draw one training time from each B-th of their distribution, which lowers the gradient's variance.
+    vlb_weight: of the bound in the hybrid loss of learned_range, L_simple + vlb_weight * timesteps * L_t with L_t in
+        bits per dimension, as improved DDPM trains it.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        prediction: str = "epsilon",
+        variance: str = "fixed_small",
+        weighting: str = "simple",
+        min_snr_gamma: float = 5.0,
+        log_snr_focus: Sequence[float] | None = None,
+        vlb_weight: float = 0.001,
+        *,
+        max_weight: float = 100.0,
+        stratified: bool = False,
+    ):
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"schedule: expected a Schedule (see make_schedule), got {type(schedule).__name__}")
+        for name, value, choices in (
+            ("prediction", prediction, losses.PREDICTIONS),
+            ("variance", variance, samplers.VARIANCES),
+            ("weighting", weighting, losses.WEIGHTINGS),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+        if variance == "learned_range" and (schedule.timesteps is None or schedule.timesteps < 2):
+            raise ValueError(
+                f"variance: 'learned_range' needs a discrete schedule of at least 2 timesteps, got {schedule}"
+            )
+        for name, value in (("min_snr_gamma", min_snr_gamma), ("max_weight", max_weight)):
+            if not value > 0:
+                raise ValueError(f"{name}: expected a number > 0, got {value}")
+        if not (math.isfinite(vlb_weight) and vlb_weight >= 0):
+            raise ValueError(f"vlb_weight: expected a finite number >= 0, got {vlb_weight}")
+        if log_snr_focus is not None:
+            log_snr_focus = tuple(float(value) for value in log_snr_focus)
+            if len(log_snr_focus) != 3 or not log_snr_focus[0] < log_snr_focus[1] or not 0 <= log_snr_focus[2] <= 1:
+                raise ValueError(
+                    f"log_snr_focus: expected (low, high, fraction) with low < high and fraction in [0, 1], "
+                    f"got {log_snr_focus}"
+                )
+        self.schedule, self.prediction, self.variance, self.weighting = schedule, prediction, variance, weighting
+        self.min_snr_gamma, self.max_weight, self.vlb_weight = min_snr_gamma, max_weight, vlb_weight
+        self.log_snr_focus, self.stratified = log_snr_focus, stratified
+
+    def to_config(self) -> dict[str, object]:
+        """JSON-able; `from_config` rebuilds the process."""
+        return {
+            "schedule": self.schedule.to_config(), "prediction": self.prediction, "variance": self.variance,
+            "weighting": self.weighting, "min_snr_gamma": self.min_snr_gamma,
+            "log_snr_focus": None if self.log_snr_focus is None else list(self.log_snr_focus),
+            "vlb_weight": self.vlb_weight, "max_weight": self.max_weight, "stratified": self.stratified,
+        }  # fmt: skip
+
+    @classmethod
+    def from_config(cls, config: dict[str, object]) -> GaussianDiffusion:
+        return cls(Schedule.from_config(config["schedule"]), **{k: v for k, v in config.items() if k != "schedule"})
+
+    # -- the process ---------------------------------------------------------------------------------------------
+
+    def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor | None = None, *, seeds: Tensor | None = None) -> Tensor:
+        """x_t = alpha(t) x0 + sigma(t) noise for times t [B]; noise as given, or by `seeds` that of `sample`'s x_T."""
+        alpha, sigma = self._alpha_sigma(t, x0)
+        return functional.add_noise(x0, alpha, sigma, noise, seeds=seeds, step=_INITIAL_NOISE)[0]
+
+    def predict_x0(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
+        """x0 from what the network returned at x_t (without variance channels), unbounded."""
+        if self.prediction == "sample":
+            return output
+        alpha, sigma = (_per_sample(value, x_t) for value in self._alpha_sigma(t, x_t))
+        if self.prediction == "epsilon":
+            return (x_t - sigma * output) / alpha
+        return alpha * x_t - sigma * output
+
+    def posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q(x_{t-1} | x_t, x0) of a discrete schedule, t int64 [B]: mean [B, *], variance and log variance [B, 1, ...].
+
+        At t = 0 the mean is x0, the variance 0, and the log variance that of t = 1 (its own is minus infinity).
+        Ho et al., 2006.11239, equations 6 and 7.
+        """
+        a, b, log_var_min, _ = self._transition(t, x0)
+        first = _per_sample(t == 0, x0)
+        return a * x_t + b * x0, log_var_min.exp().masked_fill(first, 0.0), log_var_min
+
+    def _alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        wide = _wide(like.dtype)
+        t = t.to(like.device)
+        return self.schedule.alpha(t).to(wide), self.schedule.sigma(t).to(wide)
+
+    def _transition(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """a, b, log_var_min, log_var_max of the single step from t to t - 1, each [B, 1, ...]."""
+        if self.schedule.timesteps is None:
+            raise ValueError(f"schedule: expected one with discrete times, got {self.schedule}")
+        t = t.to(like.device)
+
+        def coefficients(t: Tensor) -> tuple[Tensor, ...]:
+            before = self.schedule.log_snr((t - 1).clamp(min=0)).masked_fill(t == 0, torch.inf)
+            return samplers.transition(self.schedule.log_snr(t), before)
+
+        a, b, log_var_min, log_var_max = coefficients(t)
+        if self.schedule.timesteps > 1:
+            log_var_min = coefficients(t.clamp(min=1))[2]
+        else:
+            log_var_min = log_var_max
+        wide = _wide(like.dtype)
+        return tuple(_per_sample(value.to(wide), like) for value in (a, b, log_var_min, log_var_max))
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def sample_times(
+        self, batch: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> Tensor:
+        """Training times [batch]: int64 indices, or float64 in [0, 1) for a continuous schedule."""
+        # A generator draws on its own device, which need not be the data's.
+        drawn_on = generator.device if generator is not None else device
+        u = torch.rand(batch, generator=generator, device=drawn_on, dtype=torch.float64)
+        u = u.to(device if device is not None else u.device)
+        if self.stratified:
+            u = (torch.arange(batch, device=u.device) + u) / max(batch, 1)
+        if self.log_snr_focus is None:
+            return self.schedule.uniform_time(u)
+        # One uniform number for both choices (inverse of the mixture's distribution), so that stratifying it
+        # stratifies the mixture.
+        low, high, fraction = self.log_snr_focus
+        focused = self.schedule.time_at(low + (high - low) * u / max(fraction, 1e-12))
+        uniform = self.schedule.uniform_time(((u - fraction) / max(1 - fraction, 1e-12)).clamp(0, 1))
+        return torch.where(u < fraction, focused, uniform)
+
+    def training_loss(
+        self,
+        net: Net,
+        x0: Tensor,  # [B, C, *]
+        *,
+        t: Tensor | None = None,  # [B]
+        noise: Tensor | None = None,  # [B, C, *]
+        generator: torch.Generator | None = None,
+        pixel_weight: Tensor | None = None,  # broadcasts to x0
+    ) -> Tensor:  # [B]
+        """The loss of each sample, float32 (float64 for such x0).
+
+        Args:
+            net: called once, net(x_t, time) with time float32 [B] (0 .. 1000) -> [B, C, *], or [B, 2C, *] with a
+                learned range.
+            x0: clean data; images in [-1, 1].
+            t: times, drawn by `sample_times` when None.
+            noise: drawn by `generator` when None.
+            pixel_weight: factor on the squared error of each element, before the mean over elements.
+
+        With a learned range the bound is added, in which the mean is detached: it teaches the variance only
+        (Nichol and Dhariwal, 2102.09672, equation 16).
+        """
+        _check_data(x0)
+        batch = x0.shape[0]
+        if t is None:
+            t = self.sample_times(batch, generator, x0.device)
+        elif tuple(t.shape) != (batch,):
+            raise ValueError(f"t: expected [B] = ({batch},), got {tuple(t.shape)}")
+        else:
+            t = t.to(x0.device)
+        if noise is None:
+            drawn_on = generator.device if generator is not None else x0.device
+            noise = torch.randn(x0.shape, generator=generator, device=drawn_on, dtype=x0.dtype).to(x0.device)
+        alpha, sigma = self._alpha_sigma(t, x0)
+        x_t, noise = functional.add_noise(x0, alpha, sigma, noise)
+        output, range_position = self._split(net(x_t, self.schedule.net_time(t)), x_t)
+
+        wide = _wide(x0.dtype)
+        if self.prediction == "epsilon":
+            target = noise.to(wide)
+        elif self.prediction == "sample":
+            target = x0.to(wide)
+        else:
+            target = _per_sample(alpha, x0) * noise - _per_sample(sigma, x0) * x0
+        squared = (output.to(wide) - target) ** 2
+        if pixel_weight is not None:
+            squared = squared * pixel_weight
+        weight = losses.loss_weight(
+            self.schedule.log_snr(t), self.prediction, self.weighting, self.min_snr_gamma, self.max_weight
+        )
+        loss = weight.to(wide) * squared.flatten(1).mean(1)
+        if range_position is not None and self.vlb_weight > 0:
+            bound = self._bound_term(x0, x_t, t, output.detach(), range_position, clip=None, levels=256)
+            loss = loss + self.vlb_weight * self.schedule.timesteps * bound
+        return loss
+
+    def _split(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The network's output as its prediction and, with a learned range, the place in that range."""
+        channels = x.shape[1] * (2 if self.variance == "learned_range" else 1)
+        expected = (x.shape[0], channels, *x.shape[2:])
+        if tuple(output.shape) != expected:
+            letters = "[B, 2C, ...]" if self.variance == "learned_range" else "[B, C, ...]"
+            raise ValueError(f"net: expected an output {letters} = {expected}, got {tuple(output.shape)}")
+        if self.variance == "learned_range":
+            return output[:, : x.shape[1]], output[:, x.shape[1] :]
+        return output, None
+
+    def _bound_term(
+        self, x0: Tensor, x_t: Tensor, t: Tensor, output: Tensor, range_position: Tensor | None,
+        clip: float | None, levels: int | None,
+    ) -> Tensor:  # fmt: skip
+        """L_t in bits per dimension, [B]: KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)); at t = 0 -log p(x0 | x_0)."""
+        wide = _wide(x0.dtype)
+        x0, x_t, output = x0.to(wide), x_t.to(wide), output.to(wide)
+        predicted_x0 = self.predict_x0(x_t, t, output)
+        if clip is not None:
+            predicted_x0 = predicted_x0.clamp(-clip, clip)
+        a, b, log_var_min, log_var_max = self._transition(t, x0)
+        mean, true_mean = a * x_t + b * predicted_x0, a * x_t + b * x0
+        if range_position is not None:
+            position = range_position.to(wide).clamp(-_LARGEST_RANGE_POSITION, _LARGEST_RANGE_POSITION)
+            log_var = torch.lerp(log_var_min, log_var_max, (position + 1) / 2)
+        elif self.variance == "fixed_large":
+            # The last step's beta is needlessly large for the likelihood of the data (as in improved DDPM's code).
+            log_var = torch.where(_per_sample(t.to(x0.device) == 0, x0), log_var_min, log_var_max)
+        else:
+            log_var = log_var_min
+        kl = losses.normal_kl(true_mean, log_var_min, mean, log_var)
+        if levels is None:
+            nll = losses.normal_nll(x0, mean, log_var)
+        else:
+            nll = losses.discretised_normal_nll(x0, mean, log_var, levels)
+        term = torch.where(_per_sample(t.to(x0.device) == 0, x0), nll, kl)
+        return term.flatten(1).mean(1) / math.log(2)
+
+    @torch.no_grad()
+    def vlb_bits_per_dim(
+        self,
+        net: Net,
+        x0: Tensor,  # [B, C, *]
+        *,
+        seeds: Tensor,  # int64 [B]
+        clip: float | None = 1.0,
+        levels: int | None = 256,
+    ) -> dict[str, Tensor]:
+        """The variational bound on -log2 p(x0) per dimension, whatever the network predicts: timesteps calls of net.
+
+        clip bounds the predicted x0. levels: the data are this many values in [-1, 1] (256 for 8-bit images), or None
+        for a density. Returns total [B] = prior [B] + sum of terms [B, timesteps] (column t is L_t).
+        Ho et al., 2006.11239, equation 5.
+        """
+        _check_data(x0)
+        if self.schedule.timesteps is None:
+            raise ValueError(f"schedule: the bound needs one with discrete times, got {self.schedule}")
+        terms = []
+        for step in range(self.schedule.timesteps):
+            t = torch.full((x0.shape[0],), step, device=x0.device)
+            alpha, sigma = self._alpha_sigma(t, x0)
+            x_t, _ = functional.add_noise(x0, alpha, sigma, seeds=seeds, step=step)
+            output, range_position = self._split(net(x_t, self.schedule.net_time(t)), x_t)
+            terms.append(self._bound_term(x0, x_t, t, output, range_position, clip, levels))
+        alpha, sigma = (_per_sample(value, x0) for value in (alpha, sigma))  # those of the last time
+        unit = torch.zeros_like(alpha)
+        kl = losses.normal_kl(alpha * x0.to(alpha.dtype), 2 * sigma.log(), unit, unit)
+        prior = kl.flatten(1).mean(1) / math.log(2)
+        terms = torch.stack(terms, dim=1)
+        return {"total": prior + terms.sum(1), "prior": prior, "terms": terms}
+
+    # -- sampling ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        net: Net,
+        shape: Sequence[int],  # (B, C, *)
+        *,
+        seeds: Tensor,  # int64 [B]
+        steps: int,
+        sampler: str = "ddim",
+        eta: float = 0.0,
+        guidance: float | Tensor | None = None,
+        guidance_rescale: float = 0.0,
+        clip: float | None = 1.0,
+        dynamic_threshold: float | None = None,
+        x_T: Tensor | None = None,  # [B, C, *]
+        start: int | None = None,
+        progress: Callable[..., Iterable[int]] | bool | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        callback: Callable[[int, Tensor, Tensor], None] | None = None,
+    ) -> Tensor:  # x0 [B, C, *]
+        """Draw samples; each depends on its own seed only, not on the batch around it.
+
+        Args:
+            net: net(x, time) with x [B, C, *] of `dtype`, time float32 [B] -> output [B, ...]; with guidance [2B, ...],
+                the B conditional rows first, then the B unconditional ones. 2C channels with a learned range.
+            seeds: of x_T and of every step's noise.
+            steps: calls of net; at most the schedule's timesteps.
+            sampler, eta: see `samplers.sampler_table`. A learned variance is used by "ddpm"; the others ignore it.
+            guidance, guidance_rescale, clip, dynamic_threshold: see `functional.diffusion_step`.
+            x_T: where to begin instead of at noise.
+            start: skip this many of the steps; then x_T is required, as of `times(steps)[start]` (see `add_noise`).
+            progress: True for a tqdm bar, or a function of (iterable, total=...) that gives the iterable back.
+            device: seeds' device when None.
+            dtype: of x; the update's maths is float32 (float64 for float64) in any case.
+            callback: called as callback(step, x_next, x0) after every step.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong type, shape or range.
+        """
+        batch, channels, *_ = shape = _check_shape(shape)
+        device = seeds.device if device is None else torch.device(device)
+        times = samplers.step_times(self.schedule, steps)
+        table = samplers.sampler_table(self.schedule, times, sampler, variance=self.variance, eta=eta)
+        start = 0 if start is None else start
+        if not 0 <= start < steps:
+            raise ValueError(f"start: expected 0 <= start < steps = {steps}, got {start}")
+        if start > 0 and x_T is None:
+            raise ValueError("x_T: expected the state to start from because start > 0, got None")
+        seeds = seeds.to(device)
+        if x_T is None:
+            x = functional.sample_noise(seeds, _INITIAL_NOISE, shape, dtype=dtype)
+        elif tuple(x_T.shape) != shape:
+            raise ValueError(f"x_T: expected {shape}, got {tuple(x_T.shape)}")
+        else:
+            x = x_T.to(device, dtype)
+
+        noisy = bool((table[:, 5] > 0).any())
+        learned_range = self.variance == "learned_range"
+        use_range = learned_range and sampler == "ddpm"
+        # Everything that changes with the step is on the device before the loop: no copy, no wait within.
+        rows, net_times, table = self._on_device(times, table, batch, device, dtype)
+        previous_x0 = None
+        for step in _with_progress(range(start, steps), progress):
+            output = net(x, net_times[step])
+            if learned_range and not use_range:
+                output = output[:, :channels]
+            x, x0 = functional.diffusion_step(
+                x, output, table, rows[step], seeds=seeds if noisy else None, guidance=guidance,
+                guidance_rescale=guidance_rescale, prediction=self.prediction, clip=clip,
+                dynamic_threshold=dynamic_threshold, learned_range=use_range, previous_x0=previous_x0,
+            )  # fmt: skip
+            if sampler == "dpm++":
+                previous_x0 = x0
+            if callback is not None:
+                callback(step, x, x0)
+        return x
+
+    def times(self, steps: int) -> Tensor:
+        """The falling times at which `sample` calls the network, [steps]."""
+        return samplers.step_times(self.schedule, steps)
+
+    @torch.no_grad()
+    def invert(
+        self,
+        net: Net,
+        x0: Tensor,  # [B, C, *]
+        *,
+        steps: int,
+        guidance: float | Tensor | None = None,
+        clip: float | None = None,
+        progress: Callable[..., Iterable[int]] | bool | None = None,
+    ) -> Tensor:  # x_T [B, C, *]
+        """DDIM inversion: the x_T from which `sample(..., sampler="ddim", x_T=x_T)` comes back to about x0.
+
+        steps >= 2, as in `sample`; net, guidance and clip likewise. It is exact in the limit of many steps.
+        """
+        _check_data(x0)
+        times = samplers.step_times(self.schedule, steps).flip(0)
+        if self.schedule.timesteps is None:  # continuous sampling steps end at time 0; so this begins there
+            times = torch.cat([times.new_zeros(1), times])
+        table = samplers.inversion_table(self.schedule, times)
+        rows, net_times, table = self._on_device(times[:-1], table, x0.shape[0], x0.device, x0.dtype)
+        x = x0
+        for step in _with_progress(range(len(table)), progress):
+            output = net(x, net_times[step])
+            if self.variance == "learned_range":
+                output = output[:, : x0.shape[1]]
+            x, _ = functional.diffusion_step(
+                x, output, table, rows[step], guidance=guidance, prediction=self.prediction, clip=clip
+            )
+        return x
+
+    def _on_device(
+        self, times: Tensor, table: Tensor, batch: int, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Row numbers [steps], the network's times [steps, B] and the table, on the device and rounded."""
+        net_times = self.schedule.net_time(times).to(device)[:, None].expand(-1, batch)
+        return torch.arange(len(table), device=device), net_times, table.to(_wide(dtype)).to(device)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _per_sample(value: Tensor, like: Tensor) -> Tensor:
+    """[B] -> [B, 1, ...] beside `like` [B, ...]."""
+    return value.reshape(-1, *([1] * (like.dim() - 1)))
+
+
+def _check_data(x0: Tensor) -> None:
+    if not isinstance(x0, Tensor) or not x0.is_floating_point():
+        came = x0.dtype if isinstance(x0, Tensor) else type(x0).__name__
+        raise TypeError(f"x0: expected a floating-point tensor [B, C, ...], got {came}")
+    if x0.dim() < 2:
+        raise ValueError(f"x0: expected [B, C, ...] with at least 2 dimensions, got {tuple(x0.shape)}")
+
+
+def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    shape = tuple(int(size) for size in shape)
+    if len(shape) < 2 or min(shape) < 0:
+        raise ValueError(f"shape: expected (B, C, ...) of sizes >= 0, got {shape}")
+    return shape
+
+
+def _with_progress(steps: range, progress: Callable[..., Iterable[int]] | bool | None) -> Iterable[int]:
+    if progress is None or progress is False:
+        return steps
+    if progress is True:
+        from tqdm import tqdm
+
+        progress = tqdm
+    return progress(steps, total=len(steps))

@@ -1,0 +1,211 @@
+"""Noise schedules: x_t = alpha(t) x0 + sigma(t) noise with alpha^2 + sigma^2 = 1.
+
+A schedule is its log signal-to-noise ratio, log_snr(t) = log(alpha^2 / sigma^2), falling in t; alpha^2 and sigma^2 are
+its sigmoid and the sigmoid of its negative. Everything here is float64: what models and samplers use is rounded once,
+by them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# What networks are told is on one scale whatever the schedule, so that one time embedding fits all.
+_NET_TIME_OF_ONE = 1000.0
+# "Improved DDPM" (2102.09672, section 3.2) clips betas so that the last step is not singular.
+_LARGEST_BETA = 0.999
+
+
+class Schedule:
+    """What the two kinds of schedule share. Build one with `make_schedule`.
+
+    timesteps: the number of discrete times 0 .. timesteps - 1, or None: continuous times in [0, 1].
+    """
+
+    timesteps: int | None
+    name: str
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """log(alpha^2 / sigma^2) at times t of any shape, float64."""
+        raise NotImplementedError
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        """The time whose log-SNR this is (for discrete times, the nearest one)."""
+        raise NotImplementedError
+
+    def net_time(self, t: Tensor) -> Tensor:
+        """What networks are told about t: float32, the index of a discrete time, 1000 t of a continuous one."""
+        raise NotImplementedError
+
+    def uniform_time(self, u: Tensor) -> Tensor:
+        """Numbers in [0, 1) -> times, evenly."""
+        raise NotImplementedError
+
+    def to_config(self) -> dict[str, object]:
+        """The JSON-able arguments of `make_schedule` that rebuild this schedule."""
+        raise NotImplementedError
+
+    @staticmethod
+    def from_config(config: dict[str, object]) -> Schedule:
+        return make_schedule(**config)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """The signal's factor at times t, float64."""
+        return torch.sigmoid(self.log_snr(t)).sqrt()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """The noise's factor at times t, float64."""
+        return torch.sigmoid(-self.log_snr(t)).sqrt()
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{key}={value!r}" for key, value in self.to_config().items())
+        return f"make_schedule({options})"
+
+
+class DiscreteSchedule(Schedule):
+    """Times 0 .. T-1 with alpha^2(t) = prod_{i <= t} (1 - beta_i)  (Ho et al., 2006.11239, equation 4).
+
+    betas: float64 [T] in (0, 1).
+    """
+
+    def __init__(self, name: str, betas: Tensor, options: dict[str, float] | None = None):
+        self.name, self.timesteps, self._options = name, len(betas), dict(options or {})
+        self.betas = betas
+        log_alpha_squared = torch.log1p(-betas).cumsum(0)
+        self._log_snr = {torch.device("cpu"): log_alpha_squared - torch.log(-torch.expm1(log_alpha_squared))}
+
+    def _table(self, device: torch.device) -> Tensor:
+        # One copy a device, kept: a copy every step would make the host wait.
+        if device not in self._log_snr:
+            self._log_snr[device] = self._log_snr[torch.device("cpu")].to(device)
+        return self._log_snr[device]
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return self._table(t.device)[t.long()]
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        rising = self._table(log_snr.device).flip(0)
+        wanted = log_snr.to(torch.float64).contiguous()
+        above = torch.searchsorted(rising, wanted).clamp(1, self.timesteps - 1) if self.timesteps > 1 else None
+        if above is None:
+            return torch.zeros_like(wanted, dtype=torch.int64)
+        nearest = torch.where(wanted - rising[above - 1] < rising[above] - wanted, above - 1, above)
+        return self.timesteps - 1 - nearest
+
+    def net_time(self, t: Tensor) -> Tensor:
+        return t.to(torch.float32)
+
+    def uniform_time(self, u: Tensor) -> Tensor:
+        return (u * self.timesteps).long().clamp(max=self.timesteps - 1)  # u * T can round up to T
+
+    def to_config(self) -> dict[str, object]:
+        return {"name": self.name, "timesteps": self.timesteps, **self._options}
+
+
+class ContinuousSchedule(Schedule):
+    """Times in [0, 1] with log-SNR from log_snr_max at 0 down to log_snr_min at 1.
+
+    continuous_cosine: alpha = cos(pi t / 2), cut at the two bounds; shift is added to the log-SNR, e.g.
+        2 log(64 / resolution) for images larger than 64 (Hoogeboom et al., 2301.11093, section 2.1).
+    continuous_log_linear: log-SNR linear in t (Kingma et al., 2107.00630).
+    """
+
+    timesteps = None
+
+    def __init__(self, name: str, log_snr_min: float = -15.0, log_snr_max: float = 15.0, shift: float = 0.0):
+        if not (math.isfinite(log_snr_min) and math.isfinite(log_snr_max) and log_snr_min < log_snr_max):
+            raise ValueError(
+                f"log_snr_min, log_snr_max: expected finite numbers, the first smaller, "
+                f"got {log_snr_min}, {log_snr_max}"
+            )
+        if not math.isfinite(shift):
+            raise ValueError(f"shift: expected a finite number, got {shift}")
+        self.name, self.log_snr_min, self.log_snr_max, self.shift = name, log_snr_min, log_snr_max, shift
+        # log-SNR = -2 log tan(angle) on the arc of the cosine schedule.
+        self._angle_at_0 = math.atan(math.exp(-log_snr_max / 2))
+        self._angle_at_1 = math.atan(math.exp(-log_snr_min / 2))
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        t = t.to(torch.float64)
+        if self.name == "continuous_log_linear":
+            return torch.lerp(torch.full_like(t, self.log_snr_max), torch.full_like(t, self.log_snr_min), t) + self.shift
+        angle = self._angle_at_0 + t * (self._angle_at_1 - self._angle_at_0)
+        return -2 * torch.log(torch.tan(angle)) + self.shift
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        unshifted = log_snr.to(torch.float64) - self.shift
+        if self.name == "continuous_log_linear":
+            t = (self.log_snr_max - unshifted) / (self.log_snr_max - self.log_snr_min)
+        else:
+            t = (torch.atan(torch.exp(-unshifted / 2)) - self._angle_at_0) / (self._angle_at_1 - self._angle_at_0)
+        return t.clamp(0, 1)
+
+    def net_time(self, t: Tensor) -> Tensor:
+        return (t * _NET_TIME_OF_ONE).to(torch.float32)
+
+    def uniform_time(self, u: Tensor) -> Tensor:
+        return u.to(torch.float64)
+
+    def to_config(self) -> dict[str, object]:
+        return {
+            "name": self.name, "timesteps": None, "log_snr_min": self.log_snr_min, "log_snr_max": self.log_snr_max,
+            "shift": self.shift,
+        }  # fmt: skip
+
+
+def _cosine_betas(timesteps: int) -> Tensor:
+    """Nichol and Dhariwal, 2102.09672, equation 17."""
+    grid = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+    alpha_squared = torch.cos((grid + 0.008) / 1.008 * (math.pi / 2)) ** 2
+    return 1 - alpha_squared[1:] / alpha_squared[:-1]
+
+
+def _linear_betas(timesteps: int, beta_start: float | None = None, beta_end: float | None = None) -> Tensor:
+    """Ho et al., 2006.11239: 1e-4 to 0.02 for 1000 steps; stretched so that any number ends at the same noise."""
+    start = 1e-4 * 1000 / timesteps if beta_start is None else beta_start
+    end = 0.02 * 1000 / timesteps if beta_end is None else beta_end
+    return torch.linspace(start, end, timesteps, dtype=torch.float64)
+
+
+def _scaled_linear_betas(timesteps: int, beta_start: float | None = None, beta_end: float | None = None) -> Tensor:
+    """Linear in sqrt(beta) (Rombach et al., 2112.10752: 0.00085 to 0.012 for 1000 steps), stretched likewise."""
+    start = 0.00085 * 1000 / timesteps if beta_start is None else beta_start
+    end = 0.012 * 1000 / timesteps if beta_end is None else beta_end
+    return torch.linspace(start**0.5, end**0.5, timesteps, dtype=torch.float64) ** 2
+
+
+_BETAS = {"cosine": _cosine_betas, "linear": _linear_betas, "scaled_linear": _scaled_linear_betas}
+_CONTINUOUS = ("continuous_cosine", "continuous_log_linear")
+
+
+def make_schedule(name: str = "cosine", timesteps: int | None = 1000, **options: float) -> Schedule:
+    """The noise schedule of this name.
+
+    Args:
+        name: "cosine", "linear" or "scaled_linear" with discrete times; "continuous_cosine" or
+            "continuous_log_linear" with times in [0, 1].
+        timesteps: the number of discrete times, >= 1; continuous schedules have none and ignore it.
+        options: beta_start, beta_end in (0, 1) for the two linear ones; log_snr_min, log_snr_max, shift for the
+            continuous ones.
+
+    Raises:
+        TypeError, ValueError: an unknown name or option, or a value out of range.
+    """
+    if name not in _BETAS and name not in _CONTINUOUS:
+        raise ValueError(f"name: expected one of {', '.join(map(repr, (*_BETAS, *_CONTINUOUS)))}, got {name!r}")
+    known = ("log_snr_min", "log_snr_max", "shift") if name in _CONTINUOUS else ("beta_start", "beta_end")
+    unknown = set(options) - set(known if name != "cosine" else ())
+    if unknown:
+        raise TypeError(f"{', '.join(sorted(unknown))}: not an option of schedule {name!r}")
+    if name in _CONTINUOUS:
+        return ContinuousSchedule(name, **options)
+    if not isinstance(timesteps, int) or isinstance(timesteps, bool):
+        raise TypeError(f"timesteps: expected an int because schedule {name!r} is discrete, got {timesteps!r}")
+    if timesteps < 1:
+        raise ValueError(f"timesteps: expected at least 1, got {timesteps}")
+    for option, value in options.items():
+        if not 0 < value < 1:
+            raise ValueError(f"{option}: expected a number between 0 and 1, got {value}")
+    return DiscreteSchedule(name, _BETAS[name](timesteps, **options).clamp(max=_LARGEST_BETA), options)
