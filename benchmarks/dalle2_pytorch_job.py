@@ -98,7 +98,7 @@ def their_chain(pipe: DALLE2) -> theirs.DALLE2:
 
 
 class Chain:
-    """One of the three: a job that returns pictures, its nets, whose rows are counted, and its stages' clock."""
+    """One of the three: a job that returns pictures, its nets (rows are counted) and its stages' clock."""
 
     def __init__(self, nets: dict[str, nn.Module], job: Callable[[], Tensor], seconds: dict[str, float]):
         self.nets, self.job, self.seconds = nets, job, seconds
