@@ -9,36 +9,36 @@ import torch
 from torch import Tensor
 
 from dalle2_fast import functional
-from dalle2_fast.diffusion import losses, samplers
+from dalle2_fast.diffusion import bound, losses, samplers
 from dalle2_fast.diffusion.schedules import Schedule
 
 Net = Callable[[Tensor, Tensor], Tensor]
 
-# The counter of the noise that sampling starts from: no row of a table, so it is independent of every step's noise
-# and the same for every number of steps.
+# The counter of the noise that sampling starts from: no row of a table, so it is independent of every step's
+# noise and the same for every number of steps.
 _INITIAL_NOISE = 2**31 - 1
-# Learned variance: v is meant in [-1, 1]. Far outside, exp(-log_var) overflows and 0 * inf is NaN; up to here the
-# bound is as in the paper (log_var_max - log_var_min is below 1.1, so the exponent stays under 12).
-_LARGEST_RANGE_POSITION = 20.0
 
 
 class GaussianDiffusion:
     """What a network is trained on and sampled with, given a schedule.
 
     schedule: see `make_schedule`.
-    prediction: what the network returns: "epsilon", "sample" (x0) or "v_prediction" (alpha epsilon - sigma x0).
-    variance: of DDPM's noise: "fixed_small", "fixed_large", or "learned_range": then the network returns 2C channels
-        whose second half places the log variance between the two (2102.09672, equation 15). Needs discrete times.
-    weighting: of the loss over time, see `losses.loss_weight`: "simple" is the error of epsilon, "x0" that of x0, "v"
-        that of v, "min_snr" that of x0 times min(SNR, min_snr_gamma), each whatever the network predicts; "uniform"
-        is the plain error of what it predicts.
-    max_weight: bounds the weight on the network's own error. The weights "v" and "simple" on a network that predicts
-        x0 grow without limit as the noise vanishes.
-    log_snr_focus: (low, high, fraction): this fraction of the training times is drawn so that log-SNR is uniform on
-        [low, high], beside the uniform ones.
-    stratified: draw one training time from each B-th of their distribution, which lowers the gradient's variance.
-    vlb_weight: of the bound in the hybrid loss of learned_range, L_simple + vlb_weight * timesteps * L_t with L_t in
-        bits per dimension, as improved DDPM trains it.
+    prediction: what the network returns: "epsilon", "sample" (x0) or "v_prediction" (alpha epsilon - sigma
+        x0).
+    variance: of DDPM's noise: "fixed_small", "fixed_large", or "learned_range": then the network returns 2C
+        channels whose second half places the log variance between the two (2102.09672, equation 15). Needs
+        discrete times.
+    weighting: of the loss over time, see `losses.loss_weight`: "simple" is the error of epsilon, "x0" that of
+        x0, "v" that of v, "min_snr" that of x0 times min(SNR, min_snr_gamma), each whatever the network
+        predicts; "uniform" is the plain error of what it predicts.
+    max_weight: bounds the weight on the network's own error. The weights "v" and "simple" on a network that
+        predicts x0 grow without limit as the noise vanishes.
+    log_snr_focus: (low, high, fraction): this fraction of the training times is drawn so that log-SNR is
+        uniform on [low, high], beside the uniform ones.
+    stratified: draw one training time from each B-th of their distribution, which lowers the gradient's
+        variance.
+    vlb_weight: of the bound in the hybrid loss of learned_range, L_simple + vlb_weight * timesteps * L_t with
+        L_t in bits per dimension, as improved DDPM trains it.
     """
 
     def __init__(
@@ -55,7 +55,8 @@ class GaussianDiffusion:
         stratified: bool = False,
     ):
         if not isinstance(schedule, Schedule):
-            raise TypeError(f"schedule: expected a Schedule (see make_schedule), got {type(schedule).__name__}")
+            came = type(schedule).__name__
+            raise TypeError(f"schedule: expected a Schedule (see make_schedule), got {came}")
         for name, value, choices in (
             ("prediction", prediction, losses.PREDICTIONS),
             ("variance", variance, samplers.VARIANCES),
@@ -73,13 +74,14 @@ class GaussianDiffusion:
         if not (math.isfinite(vlb_weight) and vlb_weight >= 0):
             raise ValueError(f"vlb_weight: expected a finite number >= 0, got {vlb_weight}")
         if log_snr_focus is not None:
-            log_snr_focus = tuple(float(value) for value in log_snr_focus)
-            if len(log_snr_focus) != 3 or not log_snr_focus[0] < log_snr_focus[1] or not 0 <= log_snr_focus[2] <= 1:
+            log_snr_focus = focus = tuple(float(value) for value in log_snr_focus)
+            if len(focus) != 3 or not focus[0] < focus[1] or not 0 <= focus[2] <= 1:
                 raise ValueError(
                     f"log_snr_focus: expected (low, high, fraction) with low < high and fraction in [0, 1], "
-                    f"got {log_snr_focus}"
+                    f"got {focus}"
                 )
-        self.schedule, self.prediction, self.variance, self.weighting = schedule, prediction, variance, weighting
+        self.schedule, self.prediction = schedule, prediction
+        self.variance, self.weighting = variance, weighting
         self.min_snr_gamma, self.max_weight, self.vlb_weight = min_snr_gamma, max_weight, vlb_weight
         self.log_snr_focus, self.stratified = log_snr_focus, stratified
 
@@ -94,12 +96,15 @@ class GaussianDiffusion:
 
     @classmethod
     def from_config(cls, config: dict[str, object]) -> GaussianDiffusion:
-        return cls(Schedule.from_config(config["schedule"]), **{k: v for k, v in config.items() if k != "schedule"})
+        options = {key: value for key, value in config.items() if key != "schedule"}
+        return cls(Schedule.from_config(config["schedule"]), **options)
 
-    # -- the process ---------------------------------------------------------------------------------------------
+    # -- the process -----------------------------------------------------------------------------------------
 
-    def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor | None = None, *, seeds: Tensor | None = None) -> Tensor:
-        """x_t = alpha(t) x0 + sigma(t) noise for times t [B]; noise as given, or by `seeds` that of `sample`'s x_T."""
+    def add_noise(
+        self, x0: Tensor, t: Tensor, noise: Tensor | None = None, *, seeds: Tensor | None = None
+    ) -> Tensor:
+        """x_t = alpha(t) x0 + sigma(t) noise, t [B]; by seeds, the noise that `sample` starts from."""
         alpha, sigma = self._alpha_sigma(t, x0)
         return functional.add_noise(x0, alpha, sigma, noise, seeds=seeds, step=_INITIAL_NOISE)[0]
 
@@ -113,12 +118,13 @@ class GaussianDiffusion:
         return alpha * x_t - sigma * output
 
     def posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q(x_{t-1} | x_t, x0) of a discrete schedule, t int64 [B]: mean [B, *], variance and log variance [B, 1, ...].
+        """q(x_{t-1} | x_t, x0) of a discrete schedule, t int64 [B]: mean [B, *], variance and log variance
+        [B, 1, ...].
 
-        At t = 0 the mean is x0, the variance 0, and the log variance that of t = 1 (its own is minus infinity).
-        Ho et al., 2006.11239, equations 6 and 7.
+        At t = 0 the mean is x0, the variance 0, and the log variance that of t = 1 (its own is minus
+        infinity). Ho et al., 2006.11239, equations 6 and 7.
         """
-        a, b, log_var_min, _ = self._transition(t, x0)
+        a, b, log_var_min, _ = bound.single_step(self.schedule, t, x0)
         first = _per_sample(t == 0, x0)
         return a * x_t + b * x0, log_var_min.exp().masked_fill(first, 0.0), log_var_min
 
@@ -127,25 +133,7 @@ class GaussianDiffusion:
         t = t.to(like.device)
         return self.schedule.alpha(t).to(wide), self.schedule.sigma(t).to(wide)
 
-    def _transition(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """a, b, log_var_min, log_var_max of the single step from t to t - 1, each [B, 1, ...]."""
-        if self.schedule.timesteps is None:
-            raise ValueError(f"schedule: expected one with discrete times, got {self.schedule}")
-        t = t.to(like.device)
-
-        def coefficients(t: Tensor) -> tuple[Tensor, ...]:
-            before = self.schedule.log_snr((t - 1).clamp(min=0)).masked_fill(t == 0, torch.inf)
-            return samplers.transition(self.schedule.log_snr(t), before)
-
-        a, b, log_var_min, log_var_max = coefficients(t)
-        if self.schedule.timesteps > 1:
-            log_var_min = coefficients(t.clamp(min=1))[2]
-        else:
-            log_var_min = log_var_max
-        wide = _wide(like.dtype)
-        return tuple(_per_sample(value.to(wide), like) for value in (a, b, log_var_min, log_var_max))
-
-    # -- training ------------------------------------------------------------------------------------------------
+    # -- training --------------------------------------------------------------------------------------------
 
     def sample_times(
         self, batch: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
@@ -179,8 +167,8 @@ class GaussianDiffusion:
         """The loss of each sample, float32 (float64 for such x0).
 
         Args:
-            net: called once, net(x_t, time) with time float32 [B] (0 .. 1000) -> [B, C, *], or [B, 2C, *] with a
-                learned range.
+            net: called once, net(x_t, time) with time float32 [B] (0 .. 1000) -> [B, C, *], or [B, 2C, *]
+                with a learned range.
             x0: clean data; images in [-1, 1].
             t: times, drawn by `sample_times` when None.
             noise: drawn by `generator` when None.
@@ -219,8 +207,8 @@ class GaussianDiffusion:
         )
         loss = weight.to(wide) * squared.flatten(1).mean(1)
         if range_position is not None and self.vlb_weight > 0:
-            bound = self._bound_term(x0, x_t, t, output.detach(), range_position, clip=None, levels=256)
-            loss = loss + self.vlb_weight * self.schedule.timesteps * bound
+            term = self._step_term(x0, x_t, t, output.detach(), range_position, clip=None, levels=256)
+            loss = loss + self.vlb_weight * self.schedule.timesteps * term
         return loss
 
     def _split(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -234,33 +222,15 @@ class GaussianDiffusion:
             return output[:, : x.shape[1]], output[:, x.shape[1] :]
         return output, None
 
-    def _bound_term(
+    def _step_term(
         self, x0: Tensor, x_t: Tensor, t: Tensor, output: Tensor, range_position: Tensor | None,
         clip: float | None, levels: int | None,
     ) -> Tensor:  # fmt: skip
-        """L_t in bits per dimension, [B]: KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)); at t = 0 -log p(x0 | x_0)."""
-        wide = _wide(x0.dtype)
-        x0, x_t, output = x0.to(wide), x_t.to(wide), output.to(wide)
+        x0, x_t, output = (value.to(_wide(x0.dtype)) for value in (x0, x_t, output))
         predicted_x0 = self.predict_x0(x_t, t, output)
         if clip is not None:
             predicted_x0 = predicted_x0.clamp(-clip, clip)
-        a, b, log_var_min, log_var_max = self._transition(t, x0)
-        mean, true_mean = a * x_t + b * predicted_x0, a * x_t + b * x0
-        if range_position is not None:
-            position = range_position.to(wide).clamp(-_LARGEST_RANGE_POSITION, _LARGEST_RANGE_POSITION)
-            log_var = torch.lerp(log_var_min, log_var_max, (position + 1) / 2)
-        elif self.variance == "fixed_large":
-            # The last step's beta is needlessly large for the likelihood of the data (as in improved DDPM's code).
-            log_var = torch.where(_per_sample(t.to(x0.device) == 0, x0), log_var_min, log_var_max)
-        else:
-            log_var = log_var_min
-        kl = losses.normal_kl(true_mean, log_var_min, mean, log_var)
-        if levels is None:
-            nll = losses.normal_nll(x0, mean, log_var)
-        else:
-            nll = losses.discretised_normal_nll(x0, mean, log_var, levels)
-        term = torch.where(_per_sample(t.to(x0.device) == 0, x0), nll, kl)
-        return term.flatten(1).mean(1) / math.log(2)
+        return bound.step_term(self.schedule, self.variance, x0, x_t, t, predicted_x0, range_position, levels)
 
     @torch.no_grad()
     def vlb_bits_per_dim(
@@ -272,10 +242,11 @@ class GaussianDiffusion:
         clip: float | None = 1.0,
         levels: int | None = 256,
     ) -> dict[str, Tensor]:
-        """The variational bound on -log2 p(x0) per dimension, whatever the network predicts: timesteps calls of net.
+        """The variational bound on -log2 p(x0) per dimension, whatever the network predicts: timesteps calls
+        of net.
 
-        clip bounds the predicted x0. levels: the data are this many values in [-1, 1] (256 for 8-bit images), or None
-        for a density. Returns total [B] = prior [B] + sum of terms [B, timesteps] (column t is L_t).
+        clip bounds the predicted x0. levels: the data are this many values in [-1, 1] (256 for 8-bit images),
+        or None for a density. Returns total [B] = prior [B] + sum of terms [B, timesteps] (column t is L_t).
         Ho et al., 2006.11239, equation 5.
         """
         _check_data(x0)
@@ -287,15 +258,12 @@ class GaussianDiffusion:
             alpha, sigma = self._alpha_sigma(t, x0)
             x_t, _ = functional.add_noise(x0, alpha, sigma, seeds=seeds, step=step)
             output, range_position = self._split(net(x_t, self.schedule.net_time(t)), x_t)
-            terms.append(self._bound_term(x0, x_t, t, output, range_position, clip, levels))
-        alpha, sigma = (_per_sample(value, x0) for value in (alpha, sigma))  # those of the last time
-        unit = torch.zeros_like(alpha)
-        kl = losses.normal_kl(alpha * x0.to(alpha.dtype), 2 * sigma.log(), unit, unit)
-        prior = kl.flatten(1).mean(1) / math.log(2)
+            terms.append(self._step_term(x0, x_t, t, output, range_position, clip, levels))
+        prior = bound.prior_term(self.schedule, x0.to(_wide(x0.dtype)))
         terms = torch.stack(terms, dim=1)
         return {"total": prior + terms.sum(1), "prior": prior, "terms": terms}
 
-    # -- sampling ------------------------------------------------------------------------------------------------
+    # -- sampling --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def sample(
@@ -321,15 +289,19 @@ class GaussianDiffusion:
         """Draw samples; each depends on its own seed only, not on the batch around it.
 
         Args:
-            net: net(x, time) with x [B, C, *] of `dtype`, time float32 [B] -> output [B, ...]; with guidance [2B, ...],
-                the B conditional rows first, then the B unconditional ones. 2C channels with a learned range.
+            net: net(x, time) with x [B, C, *] of `dtype`, time float32 [B] -> output [B, ...]; with guidance
+                [2B, ...], the B conditional rows first, then the B unconditional ones. 2C channels with a
+                learned range.
             seeds: of x_T and of every step's noise.
             steps: calls of net; at most the schedule's timesteps.
-            sampler, eta: see `samplers.sampler_table`. A learned variance is used by "ddpm"; the others ignore it.
+            sampler, eta: see `samplers.sampler_table`. A learned variance is used by "ddpm"; the others
+                ignore it.
             guidance, guidance_rescale, clip, dynamic_threshold: see `functional.diffusion_step`.
             x_T: where to begin instead of at noise.
-            start: skip this many of the steps; then x_T is required, as of `times(steps)[start]` (see `add_noise`).
-            progress: True for a tqdm bar, or a function of (iterable, total=...) that gives the iterable back.
+            start: skip this many of the steps; then x_T is required, as of `times(steps)[start]` (see
+                `add_noise`).
+            progress: True for a tqdm bar, or a function of (iterable, total=...) that gives the iterable
+                back.
             device: seeds' device when None.
             dtype: of x; the update's maths is float32 (float64 for float64) in any case.
             callback: called as callback(step, x_next, x0) after every step.

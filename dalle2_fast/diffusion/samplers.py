@@ -1,9 +1,9 @@
 """Samplers as tables: x_next = a x + b x0 + c previous_x0 + std noise, one row of coefficients a step.
 
-Row i goes from times[i] to times[i + 1], the last row to the data itself (alpha 1, sigma 0): there a = c = std = 0 and
-b = 1, so every sampler ends exactly on the network's x0. Below, t is where a step starts and s where it ends,
-l = log(alpha^2 / sigma^2), and q = 1 - exp(l_t - l_s) in (0, 1] is the share of the noise at t that a step removes.
-All in float64; the caller rounds once.
+Row i goes from times[i] to times[i + 1], the last row to the data itself (alpha 1, sigma 0): there a = c =
+std = 0 and b = 1, so every sampler ends exactly on the network's x0. Below, t is where a step starts and s
+where it ends, l = log(alpha^2 / sigma^2), and q = 1 - exp(l_t - l_s) in (0, 1] is the share of the noise at t
+that a step removes. All in float64; the caller rounds once.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 def step_times(schedule: Schedule, steps: int) -> Tensor:
     """The falling times at which a sampler of `steps` steps calls the network: [steps], evenly spaced.
 
-    Discrete: int64 from timesteps - 1 to 0, both included, rounded (the respacing of improved DDPM, 2102.09672,
-    section 4). Continuous: float64 from 1 to 1 / steps.
+    Discrete: int64 from timesteps - 1 to 0, both included, rounded (2102.09672, section 4); a single step is
+    at timesteps - 1. Continuous: float64 from 1 to 1 / steps.
     """
     if not isinstance(steps, int) or isinstance(steps, bool):
         raise TypeError(f"steps: expected an int, got {type(steps).__name__}")
@@ -37,8 +37,8 @@ def step_times(schedule: Schedule, steps: int) -> Tensor:
 
 
 def transition(log_snr_t: Tensor, log_snr_s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q(x_s | x_t, x0) = N(a x_t + b x0, variance): a, b, log variance (-inf where x_s is the data), and the log of
-    the forward variance, log beta for neighbouring times.
+    """q(x_s | x_t, x0) = N(a x_t + b x0, variance): a, b, log variance (-inf where x_s is the data), and the
+    log of the forward variance, log beta for neighbouring times.
 
     Ho et al., 2006.11239, equations 6 and 7, written in log-SNR, where nothing cancels; log_snr_s may be inf.
     """
@@ -61,10 +61,11 @@ def sampler_table(
 
     Args:
         times: where the network is called, strictly falling; see `step_times`.
-        sampler: "ddpm" (2006.11239; strided as in 2102.09672), "ddim" (2010.02502, equations 12 and 16), "dpm++"
-            (DPM-Solver++(2M), 2211.01095, algorithm 2: second order, deterministic).
-        variance: of ddpm's noise: "fixed_small" (that of the posterior), "fixed_large" (beta), "learned_range" (std
-            only marks the noisy steps; diffusion_step interpolates between the last two columns).
+        sampler: "ddpm" (2006.11239; strided as in 2102.09672), "ddim" (2010.02502, equations 12 and 16),
+            "dpm++" (DPM-Solver++(2M), 2211.01095, algorithm 2: second order, deterministic).
+        variance: of ddpm's noise: "fixed_small" (that of the posterior), "fixed_large" (beta),
+            "learned_range" (std only marks the noisy steps; diffusion_step interpolates between the last two
+            columns).
         eta: of ddim, in [0, 1]: 0 is deterministic, 1 has the posterior's variance.
 
     Raises:
@@ -95,8 +96,8 @@ def sampler_table(
         step = (after - log_snr) / 2  # h of the paper: its lambda is half the log-SNR
         a = sigma_after / sigma
         both = -alpha_after * torch.expm1(-step)
-        # c < 0 extrapolates x0 from the step before. Not on the first step, which has none before it, nor on the
-        # last, whose step is infinite.
+        # c < 0 extrapolates x0 from the step before. Not on the first step, which has none before it, nor on
+        # the last, whose step is infinite.
         c[1:-1] = -both[1:-1] * step[1:-1] / (2 * step[:-2])
         b = both - c
     a[-1], b[-1], c[-1], std[-1] = 0.0, 1.0, 0.0, 0.0
@@ -106,8 +107,8 @@ def sampler_table(
 def inversion_table(schedule: Schedule, times: Tensor) -> Tensor:
     """DDIM backwards, from the data to noise: float64 [steps - 1, 8] for rising times [steps >= 2].
 
-    Row i takes x at times[i] to times[i + 1] with the network's x0 at times[i]; the data count as x at times[0]
-    (Song et al., 2010.02502, section 4.3; Ramesh et al., 2204.06125, section 3).
+    Row i takes x at times[i] to times[i + 1] with the network's x0 at times[i]; the data count as x at
+    times[0] (Song et al., 2010.02502, section 4.3; Ramesh et al., 2204.06125, section 3).
     """
     log_snr = schedule.log_snr(times.cpu())
     if times.dim() != 1 or len(times) < 2 or (log_snr.diff() >= 0).any():

@@ -1,8 +1,8 @@
 """Noise schedules: x_t = alpha(t) x0 + sigma(t) noise with alpha^2 + sigma^2 = 1.
 
-A schedule is its log signal-to-noise ratio, log_snr(t) = log(alpha^2 / sigma^2), falling in t; alpha^2 and sigma^2 are
-its sigmoid and the sigmoid of its negative. Everything here is float64: what models and samplers use is rounded once,
-by them.
+A schedule is its log signal-to-noise ratio, log_snr(t) = log(alpha^2 / sigma^2), falling in t; alpha^2 and
+sigma^2 are its sigmoid and the sigmoid of its negative. Everything here is float64: what models and samplers
+use is rounded once, by them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Schedule:
         raise NotImplementedError
 
     def net_time(self, t: Tensor) -> Tensor:
-        """What networks are told about t: float32, the index of a discrete time, 1000 t of a continuous one."""
+        """What networks are told: float32, the index of a discrete time, 1000 t of a continuous one."""
         raise NotImplementedError
 
     def uniform_time(self, u: Tensor) -> Tensor:
@@ -88,11 +88,7 @@ class DiscreteSchedule(Schedule):
     def time_at(self, log_snr: Tensor) -> Tensor:
         rising = self._table(log_snr.device).flip(0)
         wanted = log_snr.to(torch.float64).contiguous()
-        above = torch.searchsorted(rising, wanted).clamp(1, self.timesteps - 1) if self.timesteps > 1 else None
-        if above is None:
-            return torch.zeros_like(wanted, dtype=torch.int64)
-        nearest = torch.where(wanted - rising[above - 1] < rising[above] - wanted, above - 1, above)
-        return self.timesteps - 1 - nearest
+        return self.timesteps - 1 - torch.searchsorted((rising[1:] + rising[:-1]) / 2, wanted)
 
     def net_time(self, t: Tensor) -> Tensor:
         return t.to(torch.float32)
@@ -130,7 +126,7 @@ class ContinuousSchedule(Schedule):
     def log_snr(self, t: Tensor) -> Tensor:
         t = t.to(torch.float64)
         if self.name == "continuous_log_linear":
-            return torch.lerp(torch.full_like(t, self.log_snr_max), torch.full_like(t, self.log_snr_min), t) + self.shift
+            return self.log_snr_max + t * (self.log_snr_min - self.log_snr_max) + self.shift
         angle = self._angle_at_0 + t * (self._angle_at_1 - self._angle_at_0)
         return -2 * torch.log(torch.tan(angle)) + self.shift
 
@@ -139,7 +135,8 @@ class ContinuousSchedule(Schedule):
         if self.name == "continuous_log_linear":
             t = (self.log_snr_max - unshifted) / (self.log_snr_max - self.log_snr_min)
         else:
-            t = (torch.atan(torch.exp(-unshifted / 2)) - self._angle_at_0) / (self._angle_at_1 - self._angle_at_0)
+            angle = torch.atan(torch.exp(-unshifted / 2))
+            t = (angle - self._angle_at_0) / (self._angle_at_1 - self._angle_at_0)
         return t.clamp(0, 1)
 
     def net_time(self, t: Tensor) -> Tensor:
@@ -150,9 +147,12 @@ class ContinuousSchedule(Schedule):
 
     def to_config(self) -> dict[str, object]:
         return {
-            "name": self.name, "timesteps": None, "log_snr_min": self.log_snr_min, "log_snr_max": self.log_snr_max,
+            "name": self.name,
+            "timesteps": None,
+            "log_snr_min": self.log_snr_min,
+            "log_snr_max": self.log_snr_max,
             "shift": self.shift,
-        }  # fmt: skip
+        }
 
 
 def _cosine_betas(timesteps: int) -> Tensor:
@@ -163,14 +163,16 @@ def _cosine_betas(timesteps: int) -> Tensor:
 
 
 def _linear_betas(timesteps: int, beta_start: float | None = None, beta_end: float | None = None) -> Tensor:
-    """Ho et al., 2006.11239: 1e-4 to 0.02 for 1000 steps; stretched so that any number ends at the same noise."""
+    """1e-4 to 0.02 for 1000 steps (Ho et al., 2006.11239); stretched for others, to end at the same noise."""
     start = 1e-4 * 1000 / timesteps if beta_start is None else beta_start
     end = 0.02 * 1000 / timesteps if beta_end is None else beta_end
     return torch.linspace(start, end, timesteps, dtype=torch.float64)
 
 
-def _scaled_linear_betas(timesteps: int, beta_start: float | None = None, beta_end: float | None = None) -> Tensor:
-    """Linear in sqrt(beta) (Rombach et al., 2112.10752: 0.00085 to 0.012 for 1000 steps), stretched likewise."""
+def _scaled_linear_betas(
+    timesteps: int, beta_start: float | None = None, beta_end: float | None = None
+) -> Tensor:
+    """Linear in sqrt(beta): 0.00085 to 0.012 for 1000 steps (Rombach et al., 2112.10752), or stretched."""
     start = 0.00085 * 1000 / timesteps if beta_start is None else beta_start
     end = 0.012 * 1000 / timesteps if beta_end is None else beta_end
     return torch.linspace(start**0.5, end**0.5, timesteps, dtype=torch.float64) ** 2
@@ -187,14 +189,15 @@ def make_schedule(name: str = "cosine", timesteps: int | None = 1000, **options:
         name: "cosine", "linear" or "scaled_linear" with discrete times; "continuous_cosine" or
             "continuous_log_linear" with times in [0, 1].
         timesteps: the number of discrete times, >= 1; continuous schedules have none and ignore it.
-        options: beta_start, beta_end in (0, 1) for the two linear ones; log_snr_min, log_snr_max, shift for the
-            continuous ones.
+        options: beta_start, beta_end in (0, 1) for the two linear ones; log_snr_min, log_snr_max, shift for
+            the continuous ones.
 
     Raises:
         TypeError, ValueError: an unknown name or option, or a value out of range.
     """
     if name not in _BETAS and name not in _CONTINUOUS:
-        raise ValueError(f"name: expected one of {', '.join(map(repr, (*_BETAS, *_CONTINUOUS)))}, got {name!r}")
+        names = ", ".join(map(repr, (*_BETAS, *_CONTINUOUS)))
+        raise ValueError(f"name: expected one of {names}, got {name!r}")
     known = ("log_snr_min", "log_snr_max", "shift") if name in _CONTINUOUS else ("beta_start", "beta_end")
     unknown = set(options) - set(known if name != "cosine" else ())
     if unknown:
@@ -202,7 +205,7 @@ def make_schedule(name: str = "cosine", timesteps: int | None = 1000, **options:
     if name in _CONTINUOUS:
         return ContinuousSchedule(name, **options)
     if not isinstance(timesteps, int) or isinstance(timesteps, bool):
-        raise TypeError(f"timesteps: expected an int because schedule {name!r} is discrete, got {timesteps!r}")
+        raise TypeError(f"timesteps: expected an int (schedule {name!r} is discrete), got {timesteps!r}")
     if timesteps < 1:
         raise ValueError(f"timesteps: expected at least 1, got {timesteps}")
     for option, value in options.items():
