@@ -112,7 +112,7 @@ def test_gradients_reach_every_parameter():
 
 
 def test_the_caller_keeps_its_tensors():
-    """DALLE2-pytorch scales the caller's image embedding in place: the next epoch trains on something else."""
+    """DALLE2-pytorch scales the caller's image embedding in place: the next epoch learns something else."""
     prior, words, image = small_prior(), caption(), image_embeddings()
     kept = {name: tensor.clone() for name, tensor in words.items()} | {"image_embed": image.clone()}
     prior(**words, image_embed=image).backward()
