@@ -41,7 +41,8 @@ class Decoder(nn.Module):
     unit_norm: embeddings of CLIP are L2-normalised first (False for weights trained on raw ones: Karlo's);
         embed_scale: then multiplied by this, by default sqrt(width) so that entries have about unit size (1
             for raw).
-    schedule, timesteps, prediction, variance, weighting, min_snr_gamma, log_snr_focus, vlb_weight: see
+    schedule, timesteps, prediction, variance, weighting, min_snr_gamma, log_snr_focus, vlb_weight,
+        max_weight, stratified: see
         GaussianDiffusion. variance "learned_range" needs a unet with twice as many output channels.
     sample_timesteps: steps of `sample` by default.
     """
@@ -61,7 +62,7 @@ class Decoder(nn.Module):
         text_cond_drop_prob: float = 0.5,
         unit_norm: bool = True,
         embed_scale: float | None = None,
-        schedule: str = "cosine",
+        schedule: str | dict = "cosine",
         timesteps: int | None = 1000,
         prediction: str = "epsilon",
         variance: str = "learned_range",
@@ -69,6 +70,8 @@ class Decoder(nn.Module):
         min_snr_gamma: float = 5.0,
         log_snr_focus: Sequence[float] | None = None,
         vlb_weight: float | None = None,
+        max_weight: float = 100.0,
+        stratified: bool = False,
         sample_timesteps: int = 25,
     ):
         super().__init__()
@@ -121,6 +124,8 @@ class Decoder(nn.Module):
             min_snr_gamma=min_snr_gamma,
             log_snr_focus=None if log_snr_focus is None else list(log_snr_focus),
             vlb_weight=vlb_weight,
+            max_weight=max_weight,
+            stratified=stratified,
             sample_timesteps=sample_timesteps,
         )
         self.image_size, self.channels = image_size, unet.in_channels
@@ -138,12 +143,14 @@ class Decoder(nn.Module):
         )
         options = {} if vlb_weight is None else {"vlb_weight": vlb_weight}
         self.diffusion = GaussianDiffusion(
-            make_schedule(schedule, timesteps),
+            make_schedule(**schedule) if isinstance(schedule, dict) else make_schedule(schedule, timesteps),
             prediction=prediction,
             variance=variance,
             weighting=weighting,
             min_snr_gamma=min_snr_gamma,
             log_snr_focus=None if log_snr_focus is None else tuple(log_snr_focus),
+            max_weight=max_weight,
+            stratified=stratified,
             **options,
         )
         # In a tuple, so that it is not a submodule: its weights are in the checkpoint already, under "clip.".

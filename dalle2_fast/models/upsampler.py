@@ -37,8 +37,10 @@ class Upsampler(nn.Module):
     max_noise_level: 0 = off; otherwise the condition gets noise of a level drawn from [0, max_noise_level],
         at most 1, of which the U-Net is told: it needs a class_embed_dim (even).
     resize: filter that enlarges the condition, "bilinear" or "bicubic".
-    schedule, timesteps, prediction, variance, weighting, min_snr_gamma, log_snr_focus, vlb_weight: see
-        GaussianDiffusion. sample_timesteps: steps of `sample` by default.
+    schedule, timesteps, prediction, variance, weighting, min_snr_gamma, log_snr_focus, vlb_weight,
+        max_weight, stratified: see GaussianDiffusion. sample_timesteps: steps of `sample` by default.
+    residual: the U-Net's output is added to the enlarged condition, so that an untrained model already
+        returns that; for prediction "sample".
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class Upsampler(nn.Module):
         degradation_prob: float = 0.5,
         max_noise_level: float = 0.0,
         resize: str = "bilinear",
-        schedule: str = "cosine",
+        schedule: str | dict = "cosine",
         timesteps: int | None = 1000,
         prediction: str = "epsilon",
         variance: str = "fixed_small",
@@ -59,6 +61,9 @@ class Upsampler(nn.Module):
         min_snr_gamma: float = 5.0,
         log_snr_focus: Sequence[float] | None = None,
         vlb_weight: float | None = None,
+        max_weight: float = 100.0,
+        stratified: bool = False,
+        residual: bool = False,
         sample_timesteps: int = 7,
     ):
         super().__init__()
@@ -99,6 +104,11 @@ class Upsampler(nn.Module):
                 "max_noise_level: expected a unet with a class_embed_dim exactly if the level is not 0, got "
                 f"max_noise_level={max_noise_level}, class_embed_dim={unet.class_embed_dim}"
             )
+        if residual and (prediction != "sample" or variance == "learned_range"):
+            raise ValueError(
+                'residual: expected prediction="sample" and a fixed variance, got '
+                f"prediction={prediction!r}, variance={variance!r}"
+            )
         self.config = dict(
             unet=unet.config,
             image_size=image_size,
@@ -115,21 +125,27 @@ class Upsampler(nn.Module):
             min_snr_gamma=min_snr_gamma,
             log_snr_focus=None if log_snr_focus is None else list(log_snr_focus),
             vlb_weight=vlb_weight,
+            max_weight=max_weight,
+            stratified=stratified,
+            residual=residual,
             sample_timesteps=sample_timesteps,
         )
         self.image_size, self.low_res_size, self.factor = image_size, low_res_size, image_size // low_res_size
         self.channels, self.resize, self.sample_timesteps = channels, resize, sample_timesteps
         self.degradation, self.degradation_prob = degradation, degradation_prob
         self.max_noise_level = max_noise_level
+        self.residual = residual
         self.unet = unet
         options = {} if vlb_weight is None else {"vlb_weight": vlb_weight}
         self.diffusion = GaussianDiffusion(
-            make_schedule(schedule, timesteps),
+            make_schedule(**schedule) if isinstance(schedule, dict) else make_schedule(schedule, timesteps),
             prediction=prediction,
             variance=variance,
             weighting=weighting,
             min_snr_gamma=min_snr_gamma,
             log_snr_focus=None if log_snr_focus is None else tuple(log_snr_focus),
+            max_weight=max_weight,
+            stratified=stratified,
             **options,
         )
 
@@ -239,7 +255,8 @@ class Upsampler(nn.Module):
 
     def _predict(self, x: Tensor, t: Tensor, condition: Tensor, level: Tensor | None) -> Tensor:
         classes = None if level is None else sinusoidal_embedding(level * 1000.0, self.unet.class_embed_dim)
-        return self.unet(torch.cat([x, condition.to(x.dtype)], dim=1), t, class_labels=classes)
+        output = self.unet(torch.cat([x, condition.to(x.dtype)], dim=1), t, class_labels=classes)
+        return output + condition.to(output.dtype) if self.residual else output
 
     def _enlarge(self, low_res: Tensor) -> Tensor:
         # antialias changes nothing for "bilinear"; for "bicubic" it selects the usual coefficients (a =
