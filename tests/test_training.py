@@ -17,8 +17,9 @@ from torch import nn
 
 from dalle2_fast.training.ema import ExponentialMovingAverage
 from dalle2_fast.training.folder import StageFolder, TrainingError, load_weights, save_weights, write_beside
+from dalle2_fast.training.muon import polar_factor
 from dalle2_fast.training.presets import PRESETS, STAGES, adjust, get_preset
-from dalle2_fast.training.trainer import Optimisation, Trainer, parameter_groups, step_seed
+from dalle2_fast.training.trainer import Optimisation, Trainer, make_optimizers, step_seed
 
 
 class Toy:
@@ -229,6 +230,11 @@ def test_learning_rate():
     assert rates[9] == max(rates)
     assert rates[100] == pytest.approx(0.2)
     assert rates[50] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+    options = Optimisation(
+        batch_size=1, steps=100, learning_rate=2.0, warmup_steps=0, hold=0.6, decay="linear"
+    )
+    assert [options.rate(9, progress) for progress in (0.0, 0.6)] == [2.0, 2.0]
+    assert options.rate(9, 0.8) == pytest.approx(2.0 * (0.02 + 0.98 * 0.5))
 
 
 def test_ema_is_the_stated_recursion_and_warms_up():
@@ -255,14 +261,47 @@ def test_ema_is_the_stated_recursion_and_warms_up():
         ExponentialMovingAverage(model, decay=1.0)
 
 
-def test_no_weight_decay_on_norms_biases_and_embeddings():
-    """Catches: decaying what should stay free, or a parameter in no group or in two."""
-    model = nn.ModuleDict({"table": nn.Embedding(3, 4), "linear": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_weight_has_one_optimiser_and_free_ones_no_decay(name):
+    """Catches: decaying norms, biases or embeddings; a parameter in no group or in two."""
+    parts = {"table": nn.Embedding(3, 4), "conv_in": nn.Conv2d(4, 4, 3), "linear": nn.Linear(4, 4)}
+    model = nn.ModuleDict(parts | {"norm": nn.LayerNorm(4)})
     model.register_parameter("positional_embedding", nn.Parameter(torch.zeros(3, 4)))
-    decayed, free = parameter_groups(model, 0.1)
-    assert [p is model["linear"].weight for p in decayed["params"]] == [True]
-    assert len(free["params"]) == 5
-    assert free["weight_decay"] == 0.0
+    optimizers = make_optimizers(model, Optimisation(batch_size=1, steps=1, optimizer=name, weight_decay=0.3))
+    groups = [group for each in optimizers for group in each.param_groups]
+    counted = sorted(id(p) for group in groups for p in group["params"])
+    assert counted == sorted(id(p) for p in model.parameters())
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {id(model["linear"].weight), id(model["conv_in"].weight)}
+    if name == "muon":
+        assert [id(p) for p in optimizers[0].param_groups[0]["params"]] == [id(model["linear"].weight)]
+
+
+def test_muon_resumes_bit_identically_and_learns(tmp_path):
+    """Catches: momentum of the second optimiser not saved."""
+    options = dict(optimizer="muon", learning_rate=0.02)
+    whole = toy_trainer(tmp_path / "whole", **options)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        toy_trainer(tmp_path / "cut", Toy(stop_step=17), save_steps=7, **options).train()
+    with pytest.raises(TrainingError, match="optimizer differs: expected 'adamw', got 'muon'"):
+        toy_trainer(tmp_path / "cut")
+    resumed = toy_trainer(tmp_path / "cut", **options)
+    resumed.train()
+    assert_same_state(whole, resumed)
+    rows = log_rows(tmp_path / "whole")
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (16, 16)])
+def test_polar_factor_levels_singular_values(shape):
+    """Catches: an iteration that diverges, or mixes up the sides of a tall matrix."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    factor = polar_factor(matrix)
+    inner = (left.T @ factor @ right.T).diagonal()
+    assert inner[values > 0.05 * values.max()].min() > 0.6
+    assert torch.linalg.svdvals(factor).max() < 1.3
 
 
 def test_step_seeds_are_distinct():

@@ -11,7 +11,8 @@ from dalle2_fast.training.trainer import Optimisation
 
 STAGES = ("clip", "prior", "decoder", "upsampler")
 # Of the scenes' full table: a restricted world keeps the ids. Captions are at most 36 tokens long.
-WORDS = dict(num_text_tokens=126, text_seq_len=36)
+WORDS = dict(num_text_tokens=126, text_seq_len=36)  # of CLIP
+TOWER = dict(num_tokens=126, context_length=36)  # of the decoder's own text tower
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,11 @@ SCENES_CPU = Preset(
                                   weight_decay=0.02, warmup_steps=200, ema_decay=0.998)),
     decoder=Recipe(
         model=dict(image_size=64, num_image_tokens=4, image_cond_drop_prob=0.28, text_cond_drop_prob=0.1,
-                   text_encoder=dict(dim=128, depth=2, heads=4),
+                   text_encoder=dict(dim=128, depth=2, heads=4, **TOWER),
                    unet=dict(in_channels=3, out_channels=3, patch_size=4, channels=(96, 128),
                              layers_per_block=2,
                              attention_levels=(0, 1), head_dim=32, cross_dim=128, num_groups=8),
-                   schedule="cosine", prediction="v_prediction", variance="fixed_small"),
+                   schedule="cosine", prediction="sample", weighting="v", variance="fixed_small"),
         data=dict(foreground_weight=1.0),
         optimisation=Optimisation(batch_size=48, minutes=80, learning_rate=1e-3, betas=(0.9, 0.99),
                                   weight_decay=0.01, warmup_steps=400, ema_decay=0.998)),
@@ -72,7 +73,7 @@ SCENES_CPU = Preset(
         model=dict(image_size=256, low_res_size=64,
                    unet=dict(in_channels=6, out_channels=3, patch_size=4, channels=(32, 48),
                              layers_per_block=2,
-                             attention_levels=(), num_groups=8)),
+                             attention_levels=(), cross_dim=None, num_groups=8)),
         data=dict(crop=64, crops_per_image=4),
         optimisation=Optimisation(batch_size=32, minutes=14, learning_rate=1e-3, betas=(0.9, 0.99),
                                   weight_decay=0.01, warmup_steps=200, ema_decay=0.998)),
@@ -96,11 +97,11 @@ SCENES_GPU = Preset(
                                   weight_decay=0.02, warmup_steps=200, ema_decay=0.998, log_steps=20)),
     decoder=Recipe(
         model=dict(image_size=64, num_image_tokens=4, image_cond_drop_prob=0.28, text_cond_drop_prob=0.1,
-                   text_encoder=dict(dim=192, depth=2, heads=4),
+                   text_encoder=dict(dim=192, depth=2, heads=4, **TOWER),
                    unet=dict(in_channels=3, out_channels=3, patch_size=2, channels=(128, 144),
                              layers_per_block=2,
                              attention_levels=(1,), head_dim=48, cross_dim=192, num_groups=16),
-                   schedule="cosine", prediction="v_prediction", variance="fixed_small"),
+                   schedule="cosine", prediction="sample", weighting="v", variance="fixed_small"),
         data=dict(foreground_weight=1.0),
         optimisation=Optimisation(batch_size=512, minutes=11, learning_rate=1e-3, betas=(0.9, 0.99),
                                   weight_decay=0.01, warmup_steps=400, ema_decay=0.999, log_steps=20)),
@@ -108,7 +109,7 @@ SCENES_GPU = Preset(
         model=dict(image_size=256, low_res_size=64,
                    unet=dict(in_channels=6, out_channels=3, patch_size=4, channels=(48, 80),
                              layers_per_block=2,
-                             attention_levels=(), num_groups=8)),
+                             attention_levels=(), cross_dim=None, num_groups=8)),
         data=dict(crop=128, crops_per_image=2),
         optimisation=Optimisation(batch_size=256, minutes=3.5, learning_rate=1e-3, betas=(0.9, 0.99),
                                   weight_decay=0.01, warmup_steps=200, ema_decay=0.999, log_steps=20)),
@@ -129,18 +130,18 @@ TINY = Preset(
                  optimisation=_BRIEF),
     decoder=Recipe(
         model=dict(image_size=16, num_image_tokens=2, image_cond_drop_prob=0.2, text_cond_drop_prob=0.2,
-                   text_encoder=dict(dim=16, depth=1, heads=2),
+                   text_encoder=dict(dim=16, depth=1, heads=2, **TOWER),
                    unet=dict(in_channels=3, out_channels=3, patch_size=2, channels=(16, 16),
                              layers_per_block=1,
                              attention_levels=(1,), head_dim=8, cross_dim=16, num_groups=4),
-                   schedule="cosine", prediction="v_prediction", variance="fixed_small"),
+                   schedule="cosine", prediction="sample", weighting="v", variance="fixed_small"),
         data=dict(foreground_weight=2.0),
         optimisation=_BRIEF),
     upsampler=Recipe(
         model=dict(image_size=32, low_res_size=16,
                    unet=dict(in_channels=6, out_channels=3, patch_size=2, channels=(16, 16),
                              layers_per_block=1,
-                             attention_levels=(), num_groups=4)),
+                             attention_levels=(), cross_dim=None, num_groups=4)),
         data=dict(crop=16, crops_per_image=2),
         optimisation=_BRIEF),
 )

@@ -11,107 +11,73 @@ from torch import Tensor, nn
 from dalle2_fast.data.render import render
 from dalle2_fast.data.scenes import World
 from dalle2_fast.data.stream import SceneStream
+from dalle2_fast.data.webdata import WebDatasetStream
 from dalle2_fast.models.clip import CLIP
 from dalle2_fast.models.decoder import Decoder
-from dalle2_fast.models.prior import DiffusionPrior, DiffusionPriorNetwork
-from dalle2_fast.models.unet import UNet
+from dalle2_fast.models.prior import DiffusionPrior
 from dalle2_fast.models.upsampler import Upsampler
 from dalle2_fast.training.folder import TrainingError, load_weights
-from dalle2_fast.training.presets import Preset, Recipe
+from dalle2_fast.training.presets import Preset
 
-# Each stage draws its own scenes: the same seed must not show every stage the same pictures in the same
-# order.
-STREAM_OFFSETS = {"clip": 1, "prior": 2, "decoder": 3, "upsampler": 4, "held-out": 5}
-
-
-def build_clip(model: dict) -> CLIP:
-    return CLIP(**model)
-
-
-def build_prior(model: dict) -> DiffusionPrior:
-    options = dict(model)
-    return DiffusionPrior(net=DiffusionPriorNetwork(**options.pop("net")), **options)
-
-
-def build_decoder(model: dict) -> Decoder:
-    options = dict(model)
-    return Decoder(unet=UNet(**options.pop("unet")), **options)
-
-
-def build_upsampler(model: dict) -> Upsampler:
-    options = dict(model)
-    return Upsampler(unet=UNet(**options.pop("unet")), **options)
-
-
-BUILDERS = {"clip": build_clip, "prior": build_prior, "decoder": build_decoder, "upsampler": build_upsampler}
+MODELS: dict[str, type[nn.Module]] = {
+    "clip": CLIP, "prior": DiffusionPrior, "decoder": Decoder, "upsampler": Upsampler}
+# Every stage draws scenes of its own: one seed must not show all of them the same pictures in the same order.
+STREAMS = {"clip": 1, "prior": 2, "decoder": 3, "upsampler": 4, "held-out": 5}
 
 
 def load_stage(out: Path, name: str, device: torch.device | str = "cpu") -> nn.Module:
-    """The finished model of stage `name` under `out` (averaged weights, eval mode, no gradients)."""
+    """The finished model of stage `name` under `out`: averaged weights, eval mode, no gradients."""
     path = Path(out) / name / "model.safetensors"
     if not path.exists():
-        raise TrainingError(
-            f"{path} does not exist: train that stage first: dalle2-fast train {name} --out {out}"
-        )
+        raise TrainingError(f"{path} not found: first train it: dalle2-fast train {name} --out {out}")
     config, tensors = load_weights(path)
-    model = BUILDERS[name](config["model"])
+    model = MODELS[name](**config["model"])
     model.load_state_dict(tensors)
     return model.to(device).eval().requires_grad_(False)
 
 
 class SceneStage:
-    """What the stages share: the stream of training batches and a small fixed held-out batch."""
+    """What the stages share: a stream of batches for training, and one small fixed batch kept out of it.
+
+    seed: of the scenes. shards: WebDataset shards to train on instead of scenes (the held-out batch is then
+    from another shuffle of the same shards).
+    """
 
     name: str
     resolutions: tuple[int, ...]
     held_out_size = 64
+    negatives = False
+    model: nn.Module
 
-    def __init__(
-        self,
-        preset: Preset,
-        recipe: Recipe,
-        *,
-        seed: int,
-        device: torch.device,
-        shards: str | None = None,
-        batch_size: int | None = None,
-    ) -> None:
-        self.recipe, self.device = recipe, device
-        self.world = World(**preset.world)
-        batch_size = batch_size or recipe.optimisation.batch_size
-        options = self.stream_options()
-        if shards is None:
-            self.stream = SceneStream(
-                self.world,
-                batch_size,
-                self.resolutions,
-                seed=seed * 16 + STREAM_OFFSETS[self.name],
-                split="train",
-                device=device,
-                **options,
-            )
-        else:
-            from dalle2_fast.data.webdata import WebDatasetStream  # an optional extra
+    def __init__(self, preset: Preset, *, seed: int, device: torch.device, shards: str | None = None) -> None:
+        self.recipe, self.device = preset.recipe(self.name), device
+        self.prepare()
+        self.config = {"model": self.model.config}
+        self.model.to(device)
 
-            self.stream = WebDatasetStream(
-                shards, batch_size=batch_size, resolutions=self.resolutions, seed=seed, device=device
-            )
-        held_out = SceneStream(
-            self.world,
-            self.held_out_size,
-            self.resolutions,
-            seed=seed * 16 + STREAM_OFFSETS["held-out"],
-            split="iid",
-            device=device,
-            **options,
-        )
-        self.held_out = held_out.batch(0)
+        def stream(batch_size: int, split: str, offset: int):
+            common = dict(resolutions=self.resolutions, seed=seed * 16 + offset, device=device)
+            if shards is not None:
+                return WebDatasetStream(shards, batch_size, **common)
+            world = World(**preset.world)
+            return SceneStream(world, batch_size, split=split, negatives=self.negatives, **common)
 
-    def stream_options(self) -> dict:
-        return {}
+        self.stream = stream(self.scenes_per_batch(), "train", STREAMS[self.name])
+        self.held_out = stream(self.held_out_size, "iid", STREAMS["held-out"]).batch(0)
+
+    def prepare(self) -> None:
+        """Build self.model and set self.resolutions from self.recipe."""
+        raise NotImplementedError
+
+    def scenes_per_batch(self) -> int:
+        return self.recipe.optimisation.batch_size
 
     def batch(self, step: int) -> dict:
         return self.stream.batch(step)
+
+    def seeds(self, count: int) -> Tensor:
+        """The same noise in every sheet, so that sheets can be compared."""
+        return torch.arange(count, device=self.device)
 
     def metrics(self) -> dict[str, float]:
         return {}
@@ -121,40 +87,27 @@ class SceneStage:
 
 
 class ClipStage(SceneStage):
-    """CLIP on (image, caption, hard negative captions): retrieval hides what is not bound, the 2-way test
-    shows it."""
+    """CLIP on (image, caption, hard negatives): retrieval hides what is not bound, 2-way tests show it."""
 
     name = "clip"
     held_out_size = 256
+    negatives = True
 
-    def __init__(self, preset: Preset, **options) -> None:
-        recipe = preset.clip
-        self.resolutions = (recipe.model["visual_image_size"],)
-        super().__init__(preset, recipe, **options)
-        self.config = {"model": recipe.model}
-        self.model = build_clip(recipe.model)
-
-    def stream_options(self) -> dict:
-        return {"negatives": self.recipe.data.get("negatives", True)}
+    def prepare(self) -> None:
+        self.model = CLIP(**self.recipe.model)
+        self.resolutions = (self.model.image_size,)
 
     def loss(self, batch: dict, generator: torch.Generator) -> Tensor:
-        images = batch["images"][self.resolutions[0]]
-        return self.model(
-            batch["tokens"],
-            images,
-            negative_text=batch.get("negatives"),
-            negative_mask=batch.get("negative_mask"),
-        )
+        return self.model(batch["tokens"], batch["images"][self.model.image_size],
+                          negative_text=batch.get("negatives"), negative_mask=batch.get("negative_mask"))
 
     def metrics(self) -> dict[str, float]:
-        """top1: the right caption among all held-out ones; two_way: the right caption beats its hard
-        negatives."""
+        """top1: the right caption among the held-out ones. two_way: it beats a hard negative of its own."""
         batch = self.held_out
-        image = self.model.encode_image(batch["images"][self.resolutions[0]])
+        image = self.model.encode_image(batch["images"][self.model.image_size])
         text = self.model.encode_text(batch["tokens"])[0]
-        similarity = image @ text.T
         truth = torch.arange(len(image), device=image.device)
-        scores = {"top1": (similarity.argmax(1) == truth).float().mean().item()}
+        scores = {"top1": ((image @ text.T).argmax(1) == truth).float().mean().item()}
         if batch.get("negatives") is not None:
             rows, count, length = batch["negatives"].shape
             wrong = self.model.encode_text(batch["negatives"].reshape(-1, length))[0].reshape(rows, count, -1)
@@ -163,134 +116,118 @@ class ClipStage(SceneStage):
         return scores
 
 
-class PriorStage(SceneStage):
-    """The diffusion prior on embeddings of the frozen CLIP, standardised per dimension."""
+class ClipGuidedStage(SceneStage):
+    """A stage that learns from the embeddings of the finished, frozen CLIP."""
+
+    def __init__(self, preset: Preset, *, out: Path, device: torch.device, **options) -> None:
+        self.clip = load_stage(out, "clip", device)
+        super().__init__(preset, device=device, **options)
+
+    @torch.no_grad()
+    def image_embed(self, batch: dict) -> Tensor:
+        return self.clip.encode_image(batch["images"][self.clip.image_size])
+
+
+class PriorStage(ClipGuidedStage):
+    """The diffusion prior, on embeddings standardised per dimension."""
 
     name = "prior"
 
-    def __init__(self, preset: Preset, *, out: Path, **options) -> None:
-        recipe = preset.prior
-        self.clip = load_stage(out, "clip", options["device"])
-        self.resolutions = (self.clip.config["visual_image_size"],)
-        super().__init__(preset, recipe, **options)
-        model = recipe.model | {"image_embed_dim": self.clip.config["dim_latent"]}
-        self.config = {"model": model}
-        self.model = build_prior(model).to(self.device)
-        embeddings = [
-            self.clip.encode_image(self.stream.batch(index)["images"][self.resolutions[0]]).float()
-            for index in range(recipe.data.get("statistics_batches", 8))
-        ]
-        self.model.set_statistics(torch.cat(embeddings))
+    def __init__(self, preset: Preset, **options) -> None:
+        super().__init__(preset, **options)
+        batches = (self.stream.batch(step) for step in range(self.recipe.data.get("statistics_batches", 8)))
+        self.model.fit_statistics(torch.cat([self.image_embed(batch).float() for batch in batches]))
+
+    def prepare(self) -> None:
+        options, clip = dict(self.recipe.model), self.clip
+        net = options.pop("net") | dict(embed_dim=clip.dim_latent, text_dim=clip.config["dim_text"],
+                                        context_length=clip.context_length)
+        self.model = DiffusionPrior(net=net, **options)
+        self.resolutions = (clip.image_size,)
 
     @torch.no_grad()
-    def encode(self, batch: dict) -> dict[str, Tensor]:
-        text, encodings, mask = self.clip.encode_text(batch["tokens"])
-        image = self.clip.encode_image(batch["images"][self.resolutions[0]])
-        return {"text_embed": text, "text_encodings": encodings, "text_mask": mask, "image_embed": image}
+    def caption(self, batch: dict) -> dict[str, Tensor]:
+        return dict(zip(("text_embed", "text_encodings", "text_mask"), self.clip.encode_text(batch["tokens"]),
+                        strict=True))
 
     def loss(self, batch: dict, generator: torch.Generator) -> Tensor:
-        return self.model(**self.encode(batch), generator=generator)
+        return self.model(**self.caption(batch), image_embed=self.image_embed(batch), generator=generator)
 
-    def metrics(self) -> dict[str, float]:
-        """Cosine of sampled with true image embeddings, and of the captions' text embeddings with them for
-        comparison."""
-        encoded = self.encode(self.held_out)
-        image = encoded.pop("image_embed").float()
-        seeds = torch.arange(len(image), device=self.device)
-        sampled = self.model.sample(**encoded, seeds=seeds, steps=8, num_samples_per_batch=1, progress=False)
-        return {
-            "cosine": F.cosine_similarity(sampled.float(), image).mean().item(),
-            "cosine_of_text": F.cosine_similarity(encoded["text_embed"].float(), image).mean().item(),
-        }
+    def metrics(self) -> dict[str, Tensor]:
+        """Mean cosine with the true image embedding: of one sample; of the text embedding, to compare."""
+        caption, image = self.caption(self.held_out), self.image_embed(self.held_out)
+        sampled = self.model.sample(**caption, seeds=self.seeds(len(image)), steps=8, num_samples_per_batch=1,
+                                    progress=False)
+        pairs = {"cosine": sampled, "cosine_of_text": caption["text_embed"]}
+        return {name: F.cosine_similarity(x.float(), image.float()).mean() for name, x in pairs.items()}
 
 
-class DecoderStage(SceneStage):
-    """The decoder on (image, caption, CLIP image embedding)."""
+class DecoderStage(ClipGuidedStage):
+    """The decoder on (image, caption, image embedding).
+
+    data["foreground_weight"] weights the error on objects: few of the pixels, but all of the shapes.
+    """
 
     name = "decoder"
     held_out_size = 8
 
-    def __init__(self, preset: Preset, *, out: Path, **options) -> None:
-        recipe = preset.decoder
-        self.clip = load_stage(out, "clip", options["device"])
-        self.size, self.clip_size = recipe.model["image_size"], self.clip.config["visual_image_size"]
-        self.resolutions = tuple(dict.fromkeys((self.size, self.clip_size)))
-        super().__init__(preset, recipe, **options)
-        model = recipe.model | {"image_embed_dim": self.clip.config["dim_latent"]}
-        self.config = {"model": model}
-        self.model = build_decoder(model)
+    def prepare(self) -> None:
+        self.model = Decoder(**self.recipe.model, image_embed_dim=self.clip.dim_latent)
+        self.size = self.model.image_size
+        self.resolutions = tuple(dict.fromkeys((self.size, self.clip.image_size)))
+        self.weight = self.recipe.data.get("foreground_weight", 1.0)
 
     def loss(self, batch: dict, generator: torch.Generator) -> Tensor:
-        image = batch["images"][self.size]
-        with torch.no_grad():
-            embedding = self.clip.encode_image(batch["images"][self.clip_size])
-        weight = self.recipe.data.get("foreground_weight", 1.0)
+        pixel_weight = foreground_weight(batch, self.size, self.weight) if self.weight != 1.0 else None
         return self.model(
-            image,
-            text=batch["tokens"],
-            image_embed=embedding,
-            generator=generator,
-            pixel_weight=foreground_weight(batch, self.size, weight) if weight != 1.0 else None,
-        )
+            batch["images"][self.size], text=batch["tokens"], image_embed=self.image_embed(batch),
+            generator=generator, pixel_weight=pixel_weight, check_range=self.device.type == "cpu")
 
     def pictures(self) -> tuple[Tensor, int]:
-        """Upper row: held-out scenes; lower row: drawn from their captions and image embeddings."""
-        image = self.held_out["images"][self.size]
-        embedding = self.clip.encode_image(self.held_out["images"][self.clip_size])
-        drawn = self.model.sample(
-            embedding,
-            text=self.held_out["tokens"],
-            seeds=torch.arange(len(image), device=self.device),
-            steps=20,
-            cond_scale=2.0,
-            progress=False,
-        )
-        return torch.cat([image, drawn.to(image.dtype)]), len(image)
+        """Upper row: held-out scenes. Lower row: drawn from their captions and embeddings."""
+        truth = self.held_out["images"][self.size]
+        drawn = self.model.sample(self.image_embed(self.held_out), text=self.held_out["tokens"],
+                                  seeds=self.seeds(len(truth)), steps=20, cond_scale=2.0, progress=False)
+        return torch.cat([truth, drawn.to(truth.dtype)]), len(truth)
 
 
 class UpsamplerStage(SceneStage):
-    """The upsampler on crops: it is fully convolutional, and one rendered scene yields several."""
+    """The upsampler on aligned crops: it is fully convolutional, and one rendered scene yields several."""
 
     name = "upsampler"
     held_out_size = 4
 
-    def __init__(self, preset: Preset, **options) -> None:
-        recipe = preset.upsampler
-        self.low, self.high = recipe.model["low_res_size"], recipe.model["image_size"]
-        self.crop, self.crops = recipe.data.get("crop", self.high), recipe.data.get("crops_per_image", 1)
-        batch_size = recipe.optimisation.batch_size
-        if self.crop * self.low % self.high or batch_size % self.crops:
+    def prepare(self) -> None:
+        self.model = Upsampler(**self.recipe.model)
+        self.low, self.high = self.model.config["low_res_size"], self.model.config["image_size"]
+        self.resolutions = (self.low, self.high)
+        self.crop = self.recipe.data.get("crop", self.high)
+        self.crops = self.recipe.data.get("crops_per_image", 1)
+        batch_size = self.recipe.optimisation.batch_size
+        if self.crop * self.low % self.high or self.crop > self.high or batch_size % self.crops:
             raise TrainingError(
                 f"upsampler: expected a crop that is a multiple of {self.high // self.low} and a batch size "
-                f"that is a multiple of crops_per_image = {self.crops}, got {self.crop} and {batch_size}"
-            )
-        self.resolutions = (self.low, self.high)
-        super().__init__(preset, recipe, batch_size=batch_size // self.crops, **options)
-        self.config = {"model": recipe.model}
-        self.model = build_upsampler(recipe.model)
+                f"that is a multiple of crops_per_image = {self.crops}, got {self.crop} and {batch_size}")
+
+    def scenes_per_batch(self) -> int:
+        return self.recipe.optimisation.batch_size // self.crops
 
     def loss(self, batch: dict, generator: torch.Generator) -> Tensor:
         low, high = batch["images"][self.low], batch["images"][self.high]
         if self.crop < self.high:
             low, high = random_crops(low, high, self.crop, self.crops, generator)
-        return self.model(high, low, generator=generator)
-
-    def _sample(self) -> Tensor:
-        low = self.held_out["images"][self.low]
-        return self.model.sample(
-            low, seeds=torch.arange(len(low), device=self.device), steps=5, progress=False
-        )
+        return self.model(high, low, generator=generator, check_range=self.device.type == "cpu")
 
     def metrics(self) -> dict[str, float]:
-        """PSNR in dB against the render, and that of bicubic interpolation."""
+        """PSNR in dB against the render: of the upsampler, and of bicubic interpolation."""
         low, high = self.held_out["images"][self.low], self.held_out["images"][self.high]
-        self._drawn = self._sample().to(high.dtype)
-        self._bicubic = F.interpolate(low, size=high.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
-        return {"psnr": psnr(self._drawn, high), "psnr_bicubic": psnr(self._bicubic, high)}
+        self.drawn = self.model.sample(low, seeds=self.seeds(len(low)), steps=5, progress=False)
+        self.bicubic = F.interpolate(low, size=high.shape[-2:], mode="bicubic").clamp(0, 1)
+        return {"psnr": psnr(self.drawn, high), "psnr_bicubic": psnr(self.bicubic, high)}
 
     def pictures(self) -> tuple[Tensor, int]:
         """Rows: bicubic, drawn, render."""
-        return torch.cat([self._bicubic, self._drawn, self.held_out["images"][self.high]]), len(self._drawn)
+        return torch.cat([self.bicubic, self.drawn, self.held_out["images"][self.high]]), len(self.drawn)
 
 
 def foreground_weight(batch: dict, size: int, weight: float) -> Tensor:
@@ -299,9 +236,7 @@ def foreground_weight(batch: dict, size: int, weight: float) -> Tensor:
     Objects are found as the difference between the scene and the same scene rendered without its objects.
     """
     if batch.get("scenes") is None:
-        raise TrainingError(
-            "foreground_weight needs rendered scenes: set it to 1 to train on one's own shards"
-        )
+        raise TrainingError("foreground_weight: expected 1 where there are no rendered scenes (--data)")
     scenes = batch["scenes"]
     empty = render(scenes | {"nobj": torch.zeros_like(scenes["nobj"])}, size)
     objects = ((batch["images"][size] - empty).abs().amax(1, keepdim=True) > 0.06).to(empty.dtype)
@@ -309,10 +244,13 @@ def foreground_weight(batch: dict, size: int, weight: float) -> Tensor:
 
 
 def random_crops(
-    low: Tensor, high: Tensor, crop: int, crops: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """`crops` aligned crops of every pair: high [B, 3, H, W] -> [B * crops, 3, crop, crop], low alike at its
-    own scale."""
+    low: Tensor,  # [B, 3, h, w]
+    high: Tensor,  # [B, 3, H, W]
+    crop: int,  # in pixels of `high`
+    crops: int,  # of each pair
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:  # [B * crops, 3, crop * h / H, crop * h / H], [B * crops, 3, crop, crop]
+    """Random crops of low and high at the same place."""
     scale = high.shape[-1] // low.shape[-1]
     side, room = crop // scale, low.shape[-1] - crop // scale
     corners = torch.randint(0, room + 1, (len(low) * crops, 2), generator=generator, device=low.device)
@@ -322,9 +260,8 @@ def random_crops(
         rows = (corners[:, 0] * factor)[:, None] + inside
         columns = (corners[:, 1] * factor)[:, None] + inside
         owner = torch.arange(len(images), device=images.device).repeat_interleave(crops)
-        return images.permute(0, 2, 3, 1)[
-            owner[:, None, None], rows[:, :, None], columns[:, None, :]
-        ].permute(0, 3, 1, 2)
+        pixels = images.permute(0, 2, 3, 1)[owner[:, None, None], rows[:, :, None], columns[:, None, :]]
+        return pixels.permute(0, 3, 1, 2)
 
     return cut(low, side, 1).contiguous(), cut(high, crop, scale).contiguous()
 
@@ -337,15 +274,11 @@ def psnr(images: Tensor, truth: Tensor) -> float:
 
 def make_stage(
     name: str, preset: Preset, *, out: Path, seed: int, device: torch.device, shards: str | None = None
-):
+) -> SceneStage:
     """The stage `name` of `preset`; its initial weights depend on (seed, name) only."""
     options = dict(seed=seed, device=device, shards=shards)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed * 16 + STREAM_OFFSETS[name])
-        if name == "clip":
-            return ClipStage(preset, **options)
-        if name == "prior":
-            return PriorStage(preset, out=out, **options)
-        if name == "decoder":
-            return DecoderStage(preset, out=out, **options)
-        return UpsamplerStage(preset, **options)
+        torch.manual_seed(seed * 16 + STREAMS[name])
+        if name in ("prior", "decoder"):
+            return {"prior": PriorStage, "decoder": DecoderStage}[name](preset, out=out, **options)
+        return {"clip": ClipStage, "upsampler": UpsamplerStage}[name](preset, **options)

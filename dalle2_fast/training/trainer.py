@@ -1,4 +1,4 @@
-"""One loop for every stage: AdamW or Muon, warm-up and cosine decay, clipping, EMA, log, pictures, resumable state.
+"""One loop for every stage: AdamW or Muon, warm-up and decay, clipping, EMA, log, pictures, resumable state.
 
 Everything random in step k (scenes, captions, noise, times, drops) is a function of (seed, k) alone. The
 state therefore holds no generator, and on the CPU a run that was killed and resumed equals the uninterrupted
@@ -42,18 +42,21 @@ class Stage(Protocol):
 class Optimisation:
     """How a stage is optimised.
 
-    Length: `steps` when given, else `minutes` of wall clock. final_fraction: learning rate at the end over
-    its peak.
+    Length: `steps` when given, else `minutes` of wall clock. optimizer: "adamw", or "muon" (Muon on hidden
+    matrices, AdamW on the rest). The learning rate warms up over `warmup_steps`, stays at its peak until the
+    fraction `hold` of the training, then falls ("cosine" or "linear") to `final_fraction` of the peak.
     """
 
     batch_size: int
     minutes: float | None = None
     steps: int | None = None
-    optimizer: str = "adamw"  # "muon": Muon on hidden matrices, AdamW on the rest
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
     warmup_steps: int = 200
+    hold: float = 0.0
+    decay: str = "cosine"
     final_fraction: float = 0.02
     clip_norm: float = 1.0
     ema_decay: float = 0.999
@@ -70,9 +73,11 @@ class Optimisation:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: expected a number above 0, got {value}")
-
-        if self.optimizer not in ("adamw", "muon"):
-            raise ValueError(f'optimizer: expected "adamw" or "muon", got {self.optimizer!r}')
+        for name, choices in (("optimizer", ("adamw", "muon")), ("decay", ("cosine", "linear"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if not 0.0 <= self.hold < 1.0:
+            raise ValueError(f"hold: expected 0 <= hold < 1, got {self.hold}")
 
     def progress(self, step: int, elapsed: float) -> float:
         """Done fraction in [0, 1]: of the steps, or of the wall-clock budget."""
@@ -80,10 +85,11 @@ class Optimisation:
         return min(1.0, done)
 
     def rate(self, step: int, progress: float) -> float:
-        """Learning rate: linear warm-up in steps, times a cosine from 1 to final_fraction in progress."""
+        """Learning rate after `step` steps, with the fraction `progress` of the training done."""
         warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
-        cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-        return self.learning_rate * warm * (self.final_fraction + (1.0 - self.final_fraction) * cosine)
+        fallen = max(0.0, progress - self.hold) / (1.0 - self.hold)
+        left = 1.0 - fallen if self.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * fallen))
+        return self.learning_rate * warm * (self.final_fraction + (1.0 - self.final_fraction) * left)
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -114,7 +120,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-# Weights at the ends of a network, where the rows of a matrix are inputs or outputs of unlike scale: not for Muon.
+# Weights at the ends of a network: rows or columns of their matrices are data of unlike scale. Not for Muon.
 ENDS = {"conv_in", "conv_out", "proj_in", "proj_out", "proj", "text_projection"}
 
 
@@ -191,6 +197,7 @@ class Trainer:
             {
                 "format_version": 1,
                 "stage": self.stage.name,
+                "optimizer": self.options.optimizer,
                 "seed": self.seed,
                 "config": self.stage.config,
                 "step": self.step,
@@ -204,15 +211,12 @@ class Trainer:
     def resume(self) -> None:
         """Continue from the folder's state; it must be of this stage, model and seed."""
         state, path = self.folder.load_state(self.device)
-        for name, expected in (
-            ("stage", self.stage.name),
-            ("seed", self.seed),
-            ("config", self.stage.config),
-        ):
+        mine = {"stage": self.stage.name, "seed": self.seed, "config": self.stage.config,
+                "optimizer": self.options.optimizer}
+        for name, expected in mine.items():
             if state.get(name) != expected:
-                raise TrainingError(
-                    f"{path}: cannot resume: its {name} differs: {difference(expected, state.get(name))}"
-                )
+                differs = difference(expected, state.get(name))
+                raise TrainingError(f"{path}: cannot resume: its {name} differs: {differs}")
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
