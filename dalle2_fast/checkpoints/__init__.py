@@ -3,6 +3,7 @@
 from dalle2_fast.checkpoints.folder import (
     FORMAT_VERSION,
     CheckpointError,
+    construct,
     embedded_path,
     load_config,
     load_folder,
@@ -13,6 +14,7 @@ from dalle2_fast.checkpoints.weights import join_states, load_state, reject_left
 __all__ = [
     "FORMAT_VERSION",
     "CheckpointError",
+    "construct",
     "embedded_path",
     "join_states",
     "load_config",

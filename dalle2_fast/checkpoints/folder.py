@@ -1,11 +1,11 @@
-"""A checkpoint is a folder of two files: `config.json` says what to build, `model.safetensors` holds the weights.
+"""A checkpoint is a folder: `config.json` says what to build, `model.safetensors` holds the weights.
 
-config.json carries `format_version` (raised when an older reader would misread the folder), `model` (the class) and
-whatever the model's constructor needs; `weights_sha256` ties it to the weights file, so that a damaged byte or a pair
-of files from two different saves is found when loading and not seen in the pictures.
+config.json carries `format_version` (raised when an older reader would misread the folder), `model` (the
+class) and whatever the model's constructor needs; `weights_sha256` ties it to the weights file, so that a
+damaged byte or a pair of files from two different saves is found when loading and not seen in the pictures.
 
-Both files are written in full beside their place and only then renamed: a full disk or a kill leaves the previous
-checkpoint as it was, and no half-written file under a valid name.
+Both files are written in full beside their place and only then renamed: a full disk or a kill leaves the
+previous checkpoint as it was, and no half-written file under a valid name.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +38,8 @@ def embedded_path() -> Path:
 def load_config(path: str | os.PathLike) -> dict[str, Any]:
     """Read and check `config.json` of the checkpoint folder `path`, without its weights.
 
-    Raises FileNotFoundError if the folder or the file is missing, CheckpointError if it is not a checkpoint of a
-    format that this version reads.
+    Raises FileNotFoundError if the folder or the file is missing, CheckpointError if it is not a checkpoint
+    of a format that this version reads.
     """
     folder = _existing_folder(path)
     file = folder / CONFIG_FILE
@@ -58,10 +59,24 @@ def load_config(path: str | os.PathLike) -> dict[str, Any]:
     return config
 
 
+def construct(make: Callable[[dict], Any], config: dict[str, Any], name: str, source: object) -> Any:
+    """`make(config[name])`; a CheckpointError that begins with `source` if that is not possible."""
+    if not isinstance(config.get(name), dict):
+        raise CheckpointError(
+            f"{source}: {CONFIG_FILE}: {name}: expected an object, got {config.get(name)!r}"
+        )
+    try:
+        return make(config[name])
+    except (TypeError, ValueError, KeyError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{source}: {CONFIG_FILE}: {name}: cannot be built ({reason})") from error
+
+
 def load_folder(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read the checkpoint folder `path` -> (config, tensors on the CPU in the dtype of the file).
 
-    Raises FileNotFoundError for a missing folder or file, CheckpointError for a damaged, truncated or unknown one.
+    Raises FileNotFoundError for a missing folder or file, CheckpointError for a damaged, truncated or unknown
+    one.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -73,7 +88,9 @@ def load_folder(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tens
         raise FileNotFoundError(_missing_file(folder, WEIGHTS_FILE))
     try:
         tensors = load_file(file)
-    except SafetensorError as error:  # the header disagrees with the length of the file, or is no header at all
+    except (
+        SafetensorError
+    ) as error:  # the header disagrees with the length of the file, or is no header at all
         size = file.stat().st_size
         raise CheckpointError(f"{file}: truncated or damaged ({size:,} bytes; {error})") from None
     expected = config.get("weights_sha256")  # absent only in a config written by hand
@@ -93,9 +110,10 @@ def save_folder(
 ) -> Path:
     """Write a checkpoint folder; an existing one is replaced, other files in it are left alone.
 
-    `config`: JSON-able, without `format_version` and `weights_sha256`, which are added. `dtype`: floating-point
-    tensors are converted to it (bfloat16 halves the file); None keeps each tensor's own. Returns the folder.
-    Raises OSError if the folder cannot be written, ValueError/TypeError if `config` is not JSON.
+    `config`: JSON-able, without `format_version` and `weights_sha256`, which are added. `dtype`:
+    floating-point tensors are converted to it (bfloat16 halves the file); None keeps each tensor's own.
+    Returns the folder. Raises OSError if the folder cannot be written, ValueError/TypeError if `config` is
+    not JSON.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -153,8 +171,8 @@ def _missing_file(folder: Path, name: str) -> str:
     present = sorted(entry.name for entry in folder.iterdir())
     shown = ", ".join(present[:6]) + (", ..." if len(present) > 6 else "")
     return (
-        f"{folder}: not a dalle2_fast checkpoint: expected {CONFIG_FILE} and {WEIGHTS_FILE}, {name} is missing "
-        f"(the folder holds: {shown or 'nothing'})"
+        f"{folder}: not a dalle2_fast checkpoint: {name} is missing; expected {CONFIG_FILE} and "
+        f"{WEIGHTS_FILE}, got {shown or 'an empty folder'}"
     )
 
 

@@ -12,8 +12,8 @@ from dalle2_fast.checkpoints.folder import CheckpointError
 def join_states(parts: Mapping[str, nn.Module | None]) -> dict[str, Tensor]:
     """{"clip": module, ...} -> {"clip.<key>": tensor, ...}; parts that are None are left out.
 
-    A part that holds another one as a submodule of that name (a prior built around a CLIP, say) does not store it
-    a second time.
+    A part that holds another one as a submodule of that name (a prior built around a CLIP, say) does not
+    store it a second time.
     """
     tensors = {}
     for name, module in parts.items():
@@ -28,8 +28,8 @@ def join_states(parts: Mapping[str, nn.Module | None]) -> dict[str, Tensor]:
 def load_state(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, source: object) -> None:
     """Copy `tensors["<prefix>.<key>"]` into `module`, which must find every key, each of its own shape.
 
-    `source` (a path) begins the message of the CheckpointError that names missing keys, leftover keys and wrong
-    shapes. On an error nothing has been copied.
+    `source` (a path) begins the message of the CheckpointError that names missing keys, leftover keys and
+    wrong shapes. On an error nothing has been copied.
     """
     own = {key: value for key, value in module.state_dict().items()}
     given = {key[len(prefix) + 1 :]: value for key, value in tensors.items() if key.startswith(prefix + ".")}
@@ -41,7 +41,9 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, so
     for key in [key for key in own if key in given and own[key].shape != given[key].shape][:3]:
         problems.append(f"{prefix}.{key}: expected {list(own[key].shape)}, got {list(given[key].shape)}")
     if problems:
-        raise CheckpointError(f"{source}: the weights do not fit the {prefix} of the config: " + "; ".join(problems))
+        raise CheckpointError(
+            f"{source}: the weights do not fit the {prefix} of the config: " + "; ".join(problems)
+        )
     module.load_state_dict(given)
 
 

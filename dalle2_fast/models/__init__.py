@@ -1,4 +1,4 @@
-"""The models of unCLIP. Each name is imported on first use: loading a tokenizer or a config needs none of them."""
+"""The models of unCLIP, each imported on first use."""
 
 from importlib import import_module
 

@@ -1,0 +1,89 @@
+"""The command line: `dalle2-fast generate|vocabulary|info|train|evaluate`.
+
+Nothing here imports torch before a command needs it, so `--help` answers at once. Every error that the user
+can put right leaves through `main` as one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from importlib import import_module
+
+from dalle2_fast import __version__
+
+# command -> (module with add_arguments(parser) and run(args) -> int, what it does). A module is imported only
+# for its own command.
+COMMANDS = {
+    "generate": ("dalle2_fast.cli_generate", "draw pictures from a caption"),
+    "vocabulary": ("dalle2_fast.cli_vocabulary", "list the words that a checkpoint knows"),
+    "info": ("dalle2_fast.cli_info", "versions, backends and the checkpoint"),
+    "train": ("dalle2_fast.training.command", "train CLIP, prior, decoder and upsampler"),
+    "evaluate": ("dalle2_fast.evaluation.command", "score a checkpoint against captions and baselines"),
+}
+# TypeError is not among them: out of a command line it is a fault of the program and deserves its traceback.
+USER_ERRORS = (ValueError, OSError, FloatingPointError, ImportError)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; returns the exit code: 0 done, 2 a user's error (one line on stderr), 130
+    interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:  # `dalle2-fast vocabulary | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if "--traceback" in argv or not (isinstance(error, USER_ERRORS) or _is_environment(error)):
+            raise
+        return _fail(_one_line(error), 2)
+
+
+def _run(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="dalle2-fast",
+        description="DALL-E 2 in PyTorch: captions to pictures, and the training behind it.",
+    )
+    parser.add_argument("--version", action="version", version=f"dalle2-fast {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    command = None
+    for name, (home, purpose) in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}."
+        )
+        if name == chosen:
+            command = import_module(home)
+            command.add_arguments(subparser)
+    args = parser.parse_args(argv)  # exits with 0 for --help and 2 for a wrong option
+    return command.run(args)
+
+
+def _is_environment(error: Exception) -> bool:
+    """Errors of torch's and the trainer's that are RuntimeErrors by class and the user's to put right."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"OutOfMemoryError", "TrainingError", "SafetensorError"})
+
+
+def _one_line(error: Exception) -> str:
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory; try a smaller --batch-size ({str(error).splitlines()[0]})"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"dalle2-fast: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""`dalle2-fast info`: versions, backends and the checkpoint, for a reader or a bug report."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dalle2_fast import __version__, cli_device
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: the one in the package")
+
+
+def run(args: argparse.Namespace) -> int:
+    from dalle2_fast._backend import build_info
+    from dalle2_fast.checkpoints import embedded_path
+
+    build = build_info() | {"dalle2_fast": __version__}
+    for key, value in build.items():
+        _print(key.replace("_", " "), _words(value))
+    device = cli_device.choose_device("auto")
+    dtype = str(cli_device.choose_dtype("auto", device)).removeprefix("torch.")
+    _print("default", f"{device}, {dtype}")
+    path = args.checkpoint or embedded_path()
+    try:
+        _print("checkpoint", _checkpoint(path))
+    except (ValueError, FileNotFoundError) as error:
+        if args.checkpoint is not None:
+            raise
+        _print("checkpoint", f"none ({error})")  # the rest of the report is still worth having
+    return 0
+
+
+def _checkpoint(path: Path) -> str:
+    from dalle2_fast.checkpoints import load_folder
+
+    config, tensors = load_folder(path)
+    counts: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        part = name.partition(".")[0]
+        counts[part] = counts.get(part, 0) + tensor.numel()
+    stored = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+    sizes = ", ".join(f"{part} {count:,}" for part, count in counts.items())
+    return f"{path} (format {config['format_version']}, {', '.join(stored)}; numbers stored: {sizes})"
+
+
+def _words(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
+
+
+def _print(key: str, value: str) -> None:
+    print(f"{key + ':':<18}{value}")
