@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -12,88 +11,48 @@ import torch
 
 from dalle2_fast.training.folder import StageFolder, TrainingError, save_weights
 from dalle2_fast.training.presets import PRESETS, STAGES, Preset, adjust, get_preset
-from dalle2_fast.training.stages import load_stage, make_stage
-from dalle2_fast.training.trainer import Trainer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `dalle2-fast train`."""
-    parser.add_argument(
-        "stage", choices=(*STAGES, "all"), help="what to train; all: every stage in order, then the pipeline"
-    )
-    parser.add_argument("--preset", required=True, help=f"one of {', '.join(PRESETS)}")
-    parser.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="folder of the run, one sub-folder a stage"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="continue what DIR holds; finished stages are skipped"
-    )
-    parser.add_argument(
-        "--minutes", type=float, help="wall-clock budget in all, shared between stages as in the preset"
-    )
-    parser.add_argument(
-        "--steps", type=int, help="length of each stage in steps instead (repeatable bit for bit on the CPU)"
-    )
-    parser.add_argument(
-        "--pause-after",
-        type=float,
-        metavar="MINUTES",
-        help="save and stop after this long; a later --resume continues on the same schedule",
-    )
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--lr", type=float, help="peak learning rate")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument(
-        "--data", metavar="SHARDS", help="WebDataset shards of image-caption pairs instead of the scenes"
-    )
-    parser.add_argument(
-        "--export", action="store_true", help="only assemble DIR's finished stages into the pipeline folder"
-    )
-    parser.add_argument("--export-dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add = parser.add_argument
+    add("stage", choices=(*STAGES, "all"), help="what to train; all: every stage in order, then the pipeline")
+    add("--preset", required=True, help=f"one of {', '.join(PRESETS)}")
+    add("--out", required=True, type=Path, metavar="DIR", help="folder of the run: one sub-folder a stage")
+    add("--resume", action="store_true", help="continue what DIR holds; finished stages are skipped")
+    add("--minutes", type=float, help="wall-clock budget in all, shared between stages as in the preset")
+    add("--steps", type=int, help="length of each stage in steps instead (repeatable bit for bit on the CPU)")
+    add("--pause-after", type=float, metavar="MINUTES",
+        help="save and stop after this long; --resume then continues on the same schedule")
+    add("--batch-size", type=int)
+    add("--lr", type=float, help="peak learning rate")
+    add("--seed", type=int, default=0, help="of weights, scenes and noise (default 0)")
+    add("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1, ...")
+    add("--threads", type=int, help="CPU threads (default: torch's)")
+    add("--data", metavar="SHARDS", help="WebDataset shards of image-caption pairs instead of the scenes")
+    add("--export", action="store_true", help="train nothing: only assemble DIR's finished stages")
+    add("--export-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights")
+    add("--quiet", action="store_true", help="no progress bar")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train as asked. 0: done or paused; 2: an error of the user's; 128 + n: stopped by signal n, state
-    saved."""
-    try:
-        return _run(args)
-    except (TrainingError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Train as asked. 0: finished or paused; 128 + n: stopped by signal n with the state saved.
 
-
-def _run(args: argparse.Namespace) -> int:
+    Raises TrainingError or ValueError for what the user can put right.
+    """
     device = choose_device(args.device)
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f"--threads: expected at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
     stages = STAGES if args.stage == "all" else (args.stage,)
-    preset = adjust(
-        get_preset(args.preset),
-        stages,
-        minutes=args.minutes,
-        steps=args.steps,
-        batch_size=args.batch_size,
-        learning_rate=args.lr,
-    )
+    preset = adjust(get_preset(args.preset), stages, minutes=args.minutes, steps=args.steps,
+                    batch_size=args.batch_size, learning_rate=args.lr)
     begin = time.monotonic()
     for name in () if args.export else stages:
         left = None if args.pause_after is None else args.pause_after - (time.monotonic() - begin) / 60
-        outcome = train_stage(
-            name,
-            preset,
-            args.out,
-            resume=args.resume,
-            seed=args.seed,
-            device=device,
-            shards=args.data,
-            pause_after=left,
-            show_progress=not args.quiet,
-        )
+        outcome = train_stage(name, preset, args.out, resume=args.resume, seed=args.seed, device=device,
+                              shards=args.data, pause_after=left, show_progress=not args.quiet)
         if outcome != "finished":
             print(f"{name}: {outcome}; the state is saved, continue with --resume")
             return 0 if outcome == "paused" else 128 + signal.Signals[outcome.split()[-1]]
@@ -104,17 +63,18 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def choose_device(name: str) -> torch.device:
-    """auto -> cuda when there is one, else cpu; an unknown or absent device is a ValueError."""
+    """auto -> cuda when there is one, else cpu. ValueError for a device that does not exist here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"--device: {name} asked for, but this torch ({torch.__version__}) sees no CUDA device"
-        )
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"--device: {name} asked for, but torch sees {count} CUDA device(s)")
     return device
 
 
@@ -130,41 +90,44 @@ def train_stage(
     pause_after: float | None = None,
     show_progress: bool = True,
 ) -> str:
-    """Train one stage in out/name. Returns "finished", "paused" or "interrupted by SIGINT" (SIGTERM)."""
-    device = torch.device(device)
-    folder = StageFolder(Path(out) / name)
+    """Train stage `name` of `preset` in out/name and store its averaged weights there when it is finished.
+
+    Returns "finished", "paused" or "interrupted by SIGINT" (SIGTERM). pause_after: in minutes.
+    """
+    from dalle2_fast.training.stages import make_stage  # models and data: not needed to print --help
+    from dalle2_fast.training.trainer import Trainer
+
+    device, folder = torch.device(device), StageFolder(Path(out) / name)
     if folder.has_state() and not resume:
-        raise TrainingError(
-            f"--out: {folder.path} already holds a training state: add --resume, or choose another"
-        )
+        raise TrainingError(f"--out: {folder.path} already holds a training state: add --resume to continue")
     if resume and folder.weights_path.exists():
         print(f"{name}: already finished, skipped ({folder.weights_path})")
         return "finished"
-    folder.prepare()
     stage = make_stage(name, preset, out=Path(out), seed=seed, device=device, shards=shards)
-    trainer = Trainer(
-        stage, preset.recipe(name).optimisation, folder, seed=seed, device=device, show_progress=show_progress
-    )
+    folder.prepare()
+    trainer = Trainer(stage, preset.recipe(name).optimisation, folder, seed=seed, device=device,
+                      show_progress=show_progress)
     if folder.has_state():
         trainer.resume()
     outcome = trainer.train(pause_after)
     if outcome == "finished":
-        save_weights(
-            folder.weights_path,
-            stage.config | {"preset": preset.name, "steps": trainer.step},
-            trainer.ema.average,
-        )
+        facts = {"preset": preset.name, "steps": trainer.step, "minutes": round(trainer.elapsed / 60, 2)}
+        save_weights(folder.weights_path, stage.config | facts, trainer.ema.average)
     return outcome
 
 
 def export_pipeline(preset: Preset, out: Path, *, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Assemble the finished stages of `out` into a pipeline folder (config.json + model.safetensors) at
-    `out`."""
+    """Assemble the finished stages of `out` into a pipeline: out/config.json, out/model.safetensors."""
     from dalle2_fast.data.scenes import World
     from dalle2_fast.data.tokenizer import WordTokenizer
     from dalle2_fast.models.dalle2 import DALLE2
+    from dalle2_fast.training.stages import load_stage
 
-    models = {name: load_stage(out, name) for name in STAGES}
-    pipeline = DALLE2(**models, tokenizer=WordTokenizer.scenes(World(**preset.world)))
-    pipeline.save_pretrained(out, dtype=dtype)
-    return Path(out)
+    models = {name: load_stage(Path(out), name) for name in STAGES}
+    world = World(**preset.world)
+    pipeline = DALLE2(**models, tokenizer=WordTokenizer.scenes(world), sampling=preset.sampling,
+                      metadata={"preset": preset.name, "world": world.to_config()})
+    try:
+        return pipeline.save_pretrained(out, dtype=dtype)
+    except OSError as error:
+        raise TrainingError(f"--out: cannot write to {out}: {error.strerror or error}") from error

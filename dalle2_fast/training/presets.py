@@ -26,7 +26,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Preset:
-    """Recipes for the four stages on one world (arguments of data.World; {} is the full world)."""
+    """Recipes for the four stages on one world (arguments of data.World; {} is the full world).
+
+    sampling: defaults that the finished pipeline samples with, where they differ from DALLE2's own.
+    """
 
     name: str
     world: dict
@@ -34,6 +37,7 @@ class Preset:
     prior: Recipe
     decoder: Recipe
     upsampler: Recipe
+    sampling: dict = field(default_factory=dict)
 
     def recipe(self, stage: str) -> Recipe:
         return getattr(self, stage)
