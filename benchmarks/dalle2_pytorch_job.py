@@ -17,6 +17,8 @@ weights cost the same time as trained ones; pictures are checked for shape and r
 from __future__ import annotations
 
 import argparse
+import copy
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -31,16 +33,19 @@ from torch import Tensor, nn  # noqa: E402
 
 from dalle2_fast import DALLE2, Decoder, Upsampler  # noqa: E402
 
-LEVELS = (1, 2, 4, 8)  # DALLE2-pytorch's default: widths of the levels over the first
+# Widths of a U-Net's levels: DALLE2-pytorch's default, and a flatter one for small nets. Widths are multiples
+# of 4 (its 8 groups become 4), or the sizes could not come near each other.
+UNETS = [[width * level for level in levels]
+         for levels in ((1, 2, 4, 8), (1, 2, 2, 4)) for width in range(8, 97, 4)]
 SAMPLES = 2  # of the prior, the better of which is kept: the paper's number, both sides' default
 
 
-def nearest(build: Callable[[int], nn.Module], sizes: Iterable[int], target: int) -> nn.Module:
+def nearest(build: Callable[..., nn.Module], sizes: Iterable, target: int) -> nn.Module:
     """The module whose size comes nearest to `target` parameters; the others are never allocated."""
 
-    def distance(size: int) -> int:
+    def distance(size) -> float:
         with torch.device("meta"):
-            return abs(parameters(build(size)) - target)
+            return abs(math.log(parameters(build(size)) / target))
 
     return build(min(sizes, key=distance))
 
@@ -49,13 +54,12 @@ def plain_chain(pipe: DALLE2) -> DALLE2:
     """Our classes with U-Nets of DALLE2-pytorch's shape: no patches, four levels, attention at the last."""
 
     def sized(cls: type[nn.Module], like: nn.Module, attention_levels: tuple[int, ...]) -> nn.Module:
-        def build(width: int) -> nn.Module:
-            unet = {**like.unet.config, "patch_size": 1, "channels": [width * level for level in LEVELS],
-                    "layers_per_block": 2, "attention_levels": attention_levels, "head_dim": 32,
-                    "num_groups": 8, "embed_dim": None}
+        def build(channels: list[int]) -> nn.Module:
+            unet = {**like.unet.config, "patch_size": 1, "channels": channels, "layers_per_block": 2,
+                    "attention_levels": attention_levels, "head_dim": 16, "num_groups": 4, "embed_dim": None}
             return cls(**{**like.config, "unet": unet})
 
-        return nearest(build, range(8, 129, 8), parameters(like))
+        return nearest(build, UNETS, parameters(like))
 
     decoder, upsampler = sized(Decoder, pipe.decoder, (3,)), sized(Upsampler, pipe.upsampler, ())
     return DALLE2(pipe.clip, pipe.prior, decoder, upsampler, pipe.tokenizer, sampling=pipe.sampling).eval()
@@ -64,7 +68,6 @@ def plain_chain(pipe: DALLE2) -> DALLE2:
 def their_chain(pipe: DALLE2) -> theirs.DALLE2:
     """DALLE2-pytorch's text tower, prior and two U-Nets with the parameters and steps of `pipe`."""
     width, length = pipe.clip.dim_latent, pipe.tokenizer.context_length
-    attention = dict(attn_heads=4, attn_dim_head=32)
 
     def clip(depth: int) -> theirs.CLIP:
         return theirs.CLIP(dim_text=width, dim_latent=width, num_text_tokens=pipe.tokenizer.vocab_size,
@@ -75,13 +78,18 @@ def their_chain(pipe: DALLE2) -> theirs.DALLE2:
         return theirs.DiffusionPriorNetwork(dim=width, depth=depth, heads=4, dim_head=width // 4,
                                             max_text_len=length, num_timesteps=1000)
 
-    def decoder_net(dim: int) -> theirs.Unet:
-        return theirs.Unet(dim=dim, dim_mults=LEVELS, image_embed_dim=width, text_embed_dim=width,
-                           cond_dim=width, cond_on_image_embeds=True, cond_on_text_encodings=True,
-                           max_text_len=length, self_attn=(False, False, False, True), **attention)
+    def unet(channels: list[int], **options) -> theirs.Unet:  # its attention in the middle cannot be left out
+        levels = tuple(channel // channels[0] for channel in channels)
+        return theirs.Unet(dim=channels[0], dim_mults=levels, resnet_groups=4, attn_heads=4,
+                           attn_dim_head=32, **options)
 
-    def upsampler_net(dim: int) -> theirs.Unet:  # its attention in the middle cannot be left out
-        return theirs.Unet(dim=dim, dim_mults=LEVELS, lowres_cond=True, **attention)
+    def decoder_net(channels: list[int]) -> theirs.Unet:
+        return unet(channels, image_embed_dim=width, text_embed_dim=width, cond_dim=width, max_text_len=length,
+                    cond_on_image_embeds=True, cond_on_text_encodings=True,
+                    self_attn=(False, False, False, True))
+
+    def upsampler_net(channels: list[int]) -> theirs.Unet:
+        return unet(channels, lowres_cond=True)
 
     text = parameters(pipe.clip) - parameters(pipe.clip.visual)
     their_clip = nearest(clip, range(1, 13), text)
@@ -89,8 +97,8 @@ def their_chain(pipe: DALLE2) -> theirs.DALLE2:
     # Its loops take one step fewer than they are asked for in the prior, and exactly as many in the decoder.
     prior = theirs.DiffusionPrior(net, clip=their_clip, sample_timesteps=pipe.sampling["prior_steps"] + 1,
                                   cond_drop_prob=0.1)
-    unets = (nearest(decoder_net, range(8, 129, 8), parameters(pipe.decoder)),
-             nearest(upsampler_net, range(8, 129, 8), parameters(pipe.upsampler)))
+    unets = (nearest(decoder_net, UNETS, parameters(pipe.decoder)),
+             nearest(upsampler_net, UNETS, parameters(pipe.upsampler)))
     steps = (pipe.sampling["steps"], pipe.sampling["upsampler_steps"])
     decoder = theirs.Decoder(unets, clip=their_clip, image_sizes=(64, 256), learned_variance=False,
                              predict_v=True, sample_timesteps=steps)
@@ -98,16 +106,23 @@ def their_chain(pipe: DALLE2) -> theirs.DALLE2:
 
 
 class Chain:
-    """One of the three: a job that returns pictures, its nets (rows are counted) and its stages' clock."""
+    """One of the three: a job that returns pictures, its nets (rows are counted), its clock."""
 
     def __init__(self, nets: dict[str, nn.Module], job: Callable[[], Tensor], seconds: dict[str, float]):
         self.nets, self.job, self.seconds = nets, job, seconds
         self.rows = dict.fromkeys(nets, 0)
         for stage, net in nets.items():
-            net.register_forward_pre_hook(lambda net, args, stage=stage: self._count(stage, len(args[0])))
+            # Our prior encodes the caption once and then calls `denoise`; DALLE2-pytorch calls forward itself,
+            # past any hook.
+            name = "denoise" if hasattr(net, "denoise") else "forward"
+            setattr(net, name, self._counted(stage, getattr(net, name)))
 
-    def _count(self, stage: str, rows: int) -> None:
-        self.rows[stage] += rows
+    def _counted(self, stage: str, method: Callable) -> Callable:
+        def call(x: Tensor, *args, **kwargs):
+            self.rows[stage] += len(x)
+            return method(x, *args, **kwargs)
+
+        return call
 
     def run(self, images: int) -> dict[str, float]:
         self.rows.update(dict.fromkeys(self.rows, 0))
@@ -157,8 +172,17 @@ def rival_chain(chain: theirs.DALLE2, pipe: DALLE2, images: int) -> Chain:
                                   decoder.p_sample_loop)
     tokens = pipe.tokenizer.encode(CAPTION).expand(images, -1)
     scale, prior_scale = (pipe.sampling["guidance"], 1.0), pipe.sampling["prior_guidance"]
+
+    def job() -> Tensor:
+        made = chain(tokens, cond_scale=scale, prior_cond_scale=prior_scale)
+        return made.reshape(images, *made.shape[-3:])  # of one caption it returns one picture, without B
+
     nets = {"prior": prior.net, "decoder": first, "upsampler": decoder.unets[1]}
-    return Chain(nets, lambda: chain(tokens, cond_scale=scale, prior_cond_scale=prior_scale), seconds)
+    return Chain(nets, job, seconds)
+
+
+def describe(channels: list[int], patch_size: int) -> str:
+    return f"channels {'-'.join(map(str, channels))}, patch size {patch_size}"
 
 
 def main() -> None:
@@ -172,6 +196,8 @@ def main() -> None:
     torch.manual_seed(0)
     pipe = DALLE2.from_pretrained(arguments.checkpoint)
     plain, rival = plain_chain(pipe), their_chain(pipe)
+    # Text tower and prior are the same modules in the first two; each chain wraps and counts its own.
+    plain.prior = copy.deepcopy(pipe.prior)
     chains = {
         "ours": our_chain(pipe, images),
         "ours_plain": our_chain(plain, images),
@@ -202,6 +228,12 @@ def main() -> None:
             **{stage: parameters(getattr(wholes[name], stage) if name in wholes and stage != "prior" else net)
                for stage, net in chain.nets.items()},
         } for name, chain in chains.items()},
+        "unets": {
+            **{name: [describe(part.unet.config["channels"], part.unet.config["patch_size"])
+                      for part in (whole.decoder, whole.upsampler)] for name, whole in wholes.items()},
+            "dalle2_pytorch": [describe([unet._locals["dim"] * level for level in unet._locals["dim_mults"]], 1)
+                               for unet in rival.decoder.unets],
+        },
         "seconds": {name: medians(runs[name]) for name in chains},
         "repeats": arguments.repeats,
     })
