@@ -42,8 +42,8 @@ class Decoder(nn.Module):
         embed_scale: then multiplied by this, by default sqrt(width) so that entries have about unit size (1
             for raw).
     schedule, timesteps, prediction, variance, weighting, min_snr_gamma, log_snr_focus, vlb_weight,
-        max_weight, stratified: see
-        GaussianDiffusion. variance "learned_range" needs a unet with twice as many output channels.
+        max_weight, stratified: see GaussianDiffusion. schedule is a name, or the arguments of make_schedule;
+        variance "learned_range" needs a unet with twice as many output channels.
     sample_timesteps: steps of `sample` by default.
     """
 

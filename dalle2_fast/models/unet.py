@@ -150,9 +150,9 @@ class UNet(nn.Module):
         num_groups: groups of every group norm; must divide every width.
         film: scale-shift conditioning (True) or an added embedding (False).
         kernel_in, kernel_out: size of the first and the last convolution, odd.
-        narrow_up: the blocks that double the resolution already narrow to the next level's width. ADM keeps the
-            width there, which in a net of few levels is its costliest spot: with channels (64, 192) a quarter of all
-            multiplications.
+        narrow_up: the blocks that double the resolution already narrow to the next level's width. ADM keeps
+            the width there, which in a net of few levels is its costliest spot: with channels (64, 192) a
+            quarter of all multiplications.
     """
 
     def __init__(
@@ -216,9 +216,8 @@ class UNet(nn.Module):
                 return None
             return AttentionBlock(channels[level], head_dims[level], cross_dim, num_groups)
 
-        self.time_embed = nn.Sequential(
-            nn.Linear(self.time_dim, embed_dim), nn.SiLU(), nn.Linear(embed_dim, embed_dim)
-        )
+        widen, mix = nn.Linear(self.time_dim, embed_dim), nn.Linear(embed_dim, embed_dim)
+        self.time_embed = nn.Sequential(widen, nn.SiLU(), mix)
         self.class_embed = nn.Linear(class_embed_dim, embed_dim) if class_embed_dim is not None else None
         patches = patch_size**2
         self.conv_in = nn.Conv2d(in_channels * patches, channels[0], kernel_in, padding=kernel_in // 2)
@@ -302,7 +301,7 @@ class UNet(nn.Module):
         hidden = sample.to(dtype)
         if self.patch_size > 1:
             hidden = F.pixel_unshuffle(hidden, self.patch_size)
-        # Convolutions hand the layout on. In this one the way from pixels to attention's tokens and back is free.
+        # Convolutions hand the layout on; in this one turning pixels into attention's tokens is free.
         hidden = self.conv_in(hidden.contiguous(memory_format=torch.channels_last))
         skips = [hidden]
         for layer in self.down:

@@ -22,8 +22,8 @@ from .degradation import DEGRADATIONS
 from .inputs import check_images, check_probability, coin, resolve_seeds
 from .unet import UNet, sinusoidal_embedding
 
-# The condition's noise while sampling: a Philox step that no sampler reaches.
-_CONDITION_NOISE_STEP = 2**31 - 1
+# The noise of the condition while sampling: a Philox step that no sampler reaches, nor the initial noise.
+_CONDITION_NOISE_STEP = 2**31 - 2
 
 
 class Upsampler(nn.Module):
@@ -259,8 +259,7 @@ class Upsampler(nn.Module):
         return output + condition.to(output.dtype) if self.residual else output
 
     def _enlarge(self, low_res: Tensor) -> Tensor:
-        # antialias changes nothing for "bilinear"; for "bicubic" it selects the usual coefficients (a =
-        # -0.5).
+        # antialias changes nothing for "bilinear"; for "bicubic" it selects the usual coefficients, a = -0.5.
         return F.interpolate(low_res, scale_factor=self.factor, mode=self.resize, antialias=True)
 
     @staticmethod
