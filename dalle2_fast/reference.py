@@ -7,6 +7,8 @@ the maths and rounded once at the end; float32 and float64 are computed as they 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,6 +56,8 @@ def group_norm_silu(
         group_width = x.shape[1] // num_groups
         first = y.detach()[(slice(None), slice(None, None, group_width)) + (0,) * (x.dim() - 2)]  # [N, G]
         y = y - _per_sample(first.repeat_interleave(group_width, dim=1), x)
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias)  # torch's backward fails on a bias without a weight
     y = F.group_norm(
         y,
         num_groups,
@@ -274,6 +278,12 @@ def diffusion_step(
 # ----------------------------------------------------------------------------------------------- contrastive
 
 
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()  # the meta device knows no autocast
+
+
 def _logits(
     rows: Tensor, columns: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float | None
 ) -> Tensor:
@@ -289,10 +299,10 @@ def contrastive_loss(
 ) -> Tensor:  # scalar
     """mean over i of (-log softmax_j(L[i, j])[i] - log softmax_j(L[j, i])[i]) / 2,  L = scale I T^T + bias"""
     wide = _wide(image_features.dtype)
-    with torch.autocast(image_features.device.type, enabled=False):
+    with _without_autocast(image_features.device):
         logits = _logits(image_features.to(wide), text_features.to(wide), logit_scale, logit_bias)
-        matched = logits.diagonal()
-        return (0.5 * (logits.logsumexp(1) + logits.logsumexp(0)) - matched).mean()
+        matched = torch.arange(logits.shape[0], device=logits.device)
+        return 0.5 * (F.cross_entropy(logits, matched) + F.cross_entropy(logits.T, matched))
 
 
 def sigmoid_loss(
@@ -303,10 +313,10 @@ def sigmoid_loss(
 ) -> Tensor:  # scalar
     """sum over i, j of -log sigmoid(z L[i, j]) / N, z = 1 on the diagonal and -1 elsewhere"""
     wide = _wide(image_features.dtype)
-    with torch.autocast(image_features.device.type, enabled=False):
+    with _without_autocast(image_features.device):
         logits = _logits(image_features.to(wide), text_features.to(wide), logit_scale, logit_bias)
-        # -log sigmoid(-l) = softplus(l) everywhere, and softplus(-l) = softplus(l) - l on the diagonal.
-        return (F.softplus(logits).sum() - logits.diagonal().sum()) / logits.shape[0]
+        signs = torch.full_like(logits, -1, requires_grad=False).fill_diagonal_(1)
+        return -F.logsigmoid(signs * logits).sum() / logits.shape[0]
 
 
 def soft_contrastive_loss(
@@ -317,11 +327,9 @@ def soft_contrastive_loss(
     """mean over i of the cross-entropies of L[i, :] and L[:, i] against P[i, :], halved,
     L = scale I T^T, P = softmax(scale (I I^T + T T^T) / 2) without gradient"""
     wide = _wide(image_features.dtype)
-    with torch.autocast(image_features.device.type, enabled=False):
+    with _without_autocast(image_features.device):
         image, text = image_features.to(wide), text_features.to(wide)
         logits = _logits(image, text, logit_scale, None)
         with torch.no_grad():
             targets = (logit_scale * 0.5 * (image @ image.T + text @ text.T)).softmax(dim=1)
-        # sum_j P[i, j] = 1, so the cross-entropy of a row is its logsumexp minus the expected logit.
-        expected = 0.5 * (targets * (logits + logits.T)).sum(dim=1)
-        return (0.5 * (logits.logsumexp(1) + logits.logsumexp(0)) - expected).mean()
+        return 0.5 * (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets))

@@ -1,0 +1,70 @@
+"""The modules: the state_dict of what they replace, and the values of the functions beneath them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dalle2_fast import functional
+from dalle2_fast.modules import ClipLoss, GroupNormSiLU, SigLipLoss
+
+
+def test_group_norm_silu_replaces_group_norm_and_silu():
+    torch.manual_seed(0)
+    theirs = nn.GroupNorm(4, 12, eps=1e-3)
+    nn.init.normal_(theirs.weight)
+    nn.init.normal_(theirs.bias)
+    ours = GroupNormSiLU(4, 12, eps=1e-3)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert isinstance(ours, nn.GroupNorm)
+    x, scale, shift = torch.randn(2, 12, 5, 3), torch.randn(2, 12), torch.randn(2, 12)
+    torch.testing.assert_close(ours(x), nn.functional.silu(theirs(x)))
+    filmed = theirs(x) * (1 + scale[..., None, None]) + shift[..., None, None]
+    torch.testing.assert_close(ours(x, scale, shift), nn.functional.silu(filmed))
+    ours.activation = None
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_group_norm_silu_options():
+    plain = GroupNormSiLU(2, 8, affine=False, activation=None, dtype=torch.float64)
+    assert plain.state_dict() == {} and "activation=None" in repr(plain)
+    assert GroupNormSiLU(2, 8, device="meta").weight.device.type == "meta"
+    assert GroupNormSiLU(2, 8, dtype=torch.bfloat16).weight.dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="no fused kernels"):
+        GroupNormSiLU(2, 8, impl="fused")(torch.zeros(1, 8))
+    with pytest.raises(ValueError, match=r"scale: expected \[N, C\] = \(1, 8\), got \(1, 4\)"):
+        GroupNormSiLU(2, 8)(torch.zeros(1, 8), torch.zeros(1, 4))
+
+
+def test_group_norm_silu_learns():
+    module = GroupNormSiLU(2, 8)
+    module(torch.randn(3, 8, 4)).sum().backward()
+    assert module.weight.grad.abs().sum() > 0 and module.bias.grad.abs().sum() > 0
+
+
+def test_clip_loss_calls_like_open_clip():
+    image, text = torch.randn(2, 6, 4).unbind()
+    expected = functional.contrastive_loss(image, text, 5.0)
+    loss = ClipLoss(local_loss=True, gather_with_grad=True, cache_labels=True, rank=0, world_size=1)
+    torch.testing.assert_close(loss(image, text, torch.tensor(5.0)), expected)
+    torch.testing.assert_close(loss(image, text, 5.0, 1.5), expected)  # a bias cancels
+    assert list(loss(image, text, 5.0, output_dict=True)) == ["contrastive_loss"]
+    assert list(loss.parameters()) == [] and loss.state_dict() == {}
+
+
+def test_siglip_loss_calls_like_open_clip():
+    image, text = torch.randn(2, 6, 4).unbind()
+    expected = functional.sigmoid_loss(image, text, 5.0, -10.0)
+    loss = SigLipLoss(cache_labels=True, dist_impl="bidir")
+    torch.testing.assert_close(loss(image, text, 5.0, -10.0), expected)
+    torch.testing.assert_close(loss(image, text, 5.0, -10.0, True)["contrastive_loss"], expected)
+    with pytest.raises(TypeError, match="logit_bias"):
+        loss(image, text, 5.0)
+
+
+@pytest.mark.parametrize("kind", [ClipLoss, SigLipLoss])
+def test_more_than_one_process_is_refused(kind):
+    with pytest.raises(NotImplementedError, match="expected world_size = 1, got 4"):
+        kind(world_size=4)
