@@ -78,14 +78,15 @@ def their_chain(pipe: DALLE2) -> theirs.DALLE2:
         return theirs.DiffusionPriorNetwork(dim=width, depth=depth, heads=4, dim_head=width // 4,
                                             max_text_len=length, num_timesteps=1000)
 
-    def unet(channels: list[int], **options) -> theirs.Unet:  # its attention in the middle cannot be left out
+    def unet(channels: list[int], **options) -> theirs.Unet:
+        # It has attention in the middle whatever one asks for.
         levels = tuple(channel // channels[0] for channel in channels)
         return theirs.Unet(dim=channels[0], dim_mults=levels, resnet_groups=4, attn_heads=4,
                            attn_dim_head=32, **options)
 
     def decoder_net(channels: list[int]) -> theirs.Unet:
-        return unet(channels, image_embed_dim=width, text_embed_dim=width, cond_dim=width, max_text_len=length,
-                    cond_on_image_embeds=True, cond_on_text_encodings=True,
+        return unet(channels, image_embed_dim=width, text_embed_dim=width, cond_dim=width,
+                    cond_on_image_embeds=True, cond_on_text_encodings=True, max_text_len=length,
                     self_attn=(False, False, False, True))
 
     def upsampler_net(channels: list[int]) -> theirs.Unet:
@@ -112,8 +113,8 @@ class Chain:
         self.nets, self.job, self.seconds = nets, job, seconds
         self.rows = dict.fromkeys(nets, 0)
         for stage, net in nets.items():
-            # Our prior encodes the caption once and then calls `denoise`; DALLE2-pytorch calls forward itself,
-            # past any hook.
+            # Our prior encodes the caption once and then calls `denoise`; DALLE2-pytorch calls `forward`
+            # itself, past any hook.
             name = "denoise" if hasattr(net, "denoise") else "forward"
             setattr(net, name, self._counted(stage, getattr(net, name)))
 
@@ -181,7 +182,7 @@ def rival_chain(chain: theirs.DALLE2, pipe: DALLE2, images: int) -> Chain:
     return Chain(nets, job, seconds)
 
 
-def describe(channels: list[int], patch_size: int) -> str:
+def describe(channels: list[int], patch_size: int = 1, **others) -> str:
     return f"channels {'-'.join(map(str, channels))}, patch size {patch_size}"
 
 
@@ -229,10 +230,10 @@ def main() -> None:
                for stage, net in chain.nets.items()},
         } for name, chain in chains.items()},
         "unets": {
-            **{name: [describe(part.unet.config["channels"], part.unet.config["patch_size"])
-                      for part in (whole.decoder, whole.upsampler)] for name, whole in wholes.items()},
-            "dalle2_pytorch": [describe([unet._locals["dim"] * level for level in unet._locals["dim_mults"]], 1)
-                               for unet in rival.decoder.unets],
+            **{name: [describe(**part.unet.config) for part in (whole.decoder, whole.upsampler)]
+               for name, whole in wholes.items()},
+            "dalle2_pytorch": [describe([net._locals["dim"] * level for level in net._locals["dim_mults"]])
+                               for net in rival.decoder.unets],
         },
         "seconds": {name: medians(runs[name]) for name in chains},
         "repeats": arguments.repeats,

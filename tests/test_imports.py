@@ -32,7 +32,7 @@ ARROWS = {
     "models": {"modules", "functional", "_check", "diffusion", "data", "checkpoints"},
     "evaluation": {"models", "diffusion", "data", "checkpoints"},
     "training": {"evaluation", "models", "diffusion", "data", "checkpoints", "functional"},
-    "cli": {"training", "evaluation", "models", "data", "checkpoints", "_backend"},
+    "cli": {"__init__", "training", "evaluation", "models", "data", "checkpoints", "_backend"},
     "__main__": {"cli"},
     "__init__": {"models", "modules", "functional", "diffusion", "data", "checkpoints", "_backend"},
 }
