@@ -57,16 +57,8 @@ def run(args: argparse.Namespace) -> int:
 
     device = cli_device.choose_device(args.device)
     dtype = cli_device.choose_dtype(args.dtype, device)
-    if (
-        device.type == "cpu"
-        and args.dtype != "auto"
-        and dtype.itemsize == 2
-        and not cli_device.cpu_has_bfloat16()
-    ):
-        print(
-            f"note: this CPU computes {args.dtype} in software, expect it to be slow; fp32 is faster",
-            file=sys.stderr,
-        )
+    if args.dtype in ("bf16", "fp16") and device.type == "cpu" and not cli_device.cpu_has_bfloat16():
+        print(f"note: this CPU computes {args.dtype} in software; fp32 is faster", file=sys.stderr)
     from dalle2_fast.models.dalle2 import DALLE2, to_pil
 
     pipe = DALLE2.from_pretrained(args.checkpoint, device=device, dtype=dtype)

@@ -151,7 +151,7 @@ class DALLE2(nn.Module):
 
         prompt: one caption or several; every word must be known to the tokenizer.
         seed: 0 ... 2^63 - 1. Image i of a prompt depends on (seed, i) only, not on num_images or the other
-            prompts. None draws it from `generator`, or else from torch's global one (so torch.manual_seed decides).
+            prompts. None draws it from `generator`, or else from torch's own (torch.manual_seed decides).
         steps, guidance: of the decoder; prior_steps, prior_guidance: of the prior; upsampler_steps: of the
             upsampler, which has no guidance. 1 is no guidance, more follows the caption more closely.
         size: one of `sizes`, by default the largest.
