@@ -46,7 +46,7 @@ class SceneStage:
     name: str
     resolutions: tuple[int, ...]
     held_out_size = 64
-    negatives = False
+    negatives = 0  # hard-negative captions a picture
     model: nn.Module
 
     def __init__(self, preset: Preset, *, seed: int, device: torch.device, shards: str | None = None) -> None:
@@ -91,7 +91,7 @@ class ClipStage(SceneStage):
 
     name = "clip"
     held_out_size = 256
-    negatives = True
+    negatives = 2
 
     def prepare(self) -> None:
         self.model = CLIP(**self.recipe.model)
