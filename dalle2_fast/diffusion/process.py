@@ -275,6 +275,7 @@ class GaussianDiffusion:
         steps: int,
         sampler: str = "ddim",
         eta: float = 0.0,
+        spacing: str = "time",
         guidance: float | Tensor | None = None,
         guidance_rescale: float = 0.0,
         clip: float | None = 1.0,
@@ -296,10 +297,11 @@ class GaussianDiffusion:
             steps: calls of net; at most the schedule's timesteps.
             sampler, eta: see `samplers.sampler_table`. A learned variance is used by "ddpm"; the others
                 ignore it.
+            spacing: of the steps: "time" or "log_snr", see `samplers.step_times`.
             guidance, guidance_rescale, clip, dynamic_threshold: see `functional.diffusion_step`.
             x_T: where to begin instead of at noise.
-            start: skip this many of the steps; then x_T is required, as of `times(steps)[start]` (see
-                `add_noise`).
+            start: skip this many of the steps; then x_T is required, as of `times(steps, spacing)[start]`
+                (see `add_noise`).
             progress: True for a tqdm bar, or a function of (iterable, total=...) that gives the iterable
                 back.
             device: seeds' device when None.
@@ -311,7 +313,7 @@ class GaussianDiffusion:
         """
         batch, channels, *_ = shape = _check_shape(shape)
         device = seeds.device if device is None else torch.device(device)
-        times = samplers.step_times(self.schedule, steps)
+        times = self.times(steps, spacing)
         table = samplers.sampler_table(self.schedule, times, sampler, variance=self.variance, eta=eta)
         start = 0 if start is None else start
         if not 0 <= start < steps:
@@ -347,9 +349,9 @@ class GaussianDiffusion:
                 callback(step, x, x0)
         return x
 
-    def times(self, steps: int) -> Tensor:
+    def times(self, steps: int, spacing: str = "time") -> Tensor:
         """The falling times at which `sample` calls the network, [steps]."""
-        return samplers.step_times(self.schedule, steps)
+        return samplers.step_times(self.schedule, steps, spacing)
 
     @torch.no_grad()
     def invert(
@@ -367,7 +369,7 @@ class GaussianDiffusion:
         steps >= 2, as in `sample`; net, guidance and clip likewise. It is exact in the limit of many steps.
         """
         _check_data(x0)
-        times = samplers.step_times(self.schedule, steps).flip(0)
+        times = self.times(steps).flip(0)
         if self.schedule.timesteps is None:  # continuous sampling steps end at time 0; so this begins there
             times = torch.cat([times.new_zeros(1), times])
         table = samplers.inversion_table(self.schedule, times)
