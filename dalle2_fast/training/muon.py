@@ -1,25 +1,28 @@
-"""Muon: momentum, orthogonalised per weight matrix, then applied (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+"""Muon: momentum, orthogonalised per weight matrix, then applied.
 
-    m <- mu m + (1 - mu) g,   u = (1 - mu) g + mu m,   W <- (1 - lr wd) W - 0.2 lr sqrt(max(rows, columns)) polar(u)
+    m <- mu m + (1 - mu) g,   u = (1 - mu) g + mu m,
+    W <- (1 - lr wd) W - 0.2 lr sqrt(max(rows, columns)) polar(u)
 
-The factor 0.2 sqrt(max) gives updates the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so one learning rate
-serves both. `torch.optim.Muon` iterates in bfloat16 (50 times slower than float32 on CPUs without bf16 units) and takes
-no convolution kernels, which a UNet is made of; here a kernel [out, in, kh, kw] counts as the matrix [out, in * kh * kw].
+Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon. The factor 0.2 sqrt(max) gives updates the size
+of AdamW's (Liu et al. 2025, arXiv 2502.16982), so one learning rate serves both. `torch.optim.Muon` iterates
+in bfloat16 (50 times slower than float32 on CPUs without bf16 units) and takes no convolution kernels, which
+a UNet is made of; here a kernel [out, in, kh, kw] counts as the matrix [out, in * kh * kw].
 """
+
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Coefficients of p(s) = a s + b s^3 + c s^5: five rounds take singular values in (0.01, 1) to about (0.7, 1.2).
+# p(s) = a s + b s^3 + c s^5: five rounds take singular values in (0.01, 1) to about (0.7, 1.2).
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def polar_factor(matrix: Tensor, rounds: int = 5) -> Tensor:
     """About U V^T of matrix = U S V^T, [rows, columns], float32.
 
-    The iteration runs on the small Gram matrix: with X_k = M_k X_0 and G_k = X_k X_k^T every M_k is a polynomial in
-    G_0, so only the first and the last product touch the long side.
+    The iteration runs on the small Gram matrix: with X_k = M_k X_0 and G_k = X_k X_k^T every M_k is a
+    polynomial in G_0, so only the first and the last product touch the long side.
     """
     if matrix.shape[0] > matrix.shape[1]:
         return polar_factor(matrix.T, rounds).T
@@ -46,7 +49,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.ndim < 2:
-                    raise ValueError(f"params: expected two or more dimensions, got shape {tuple(parameter.shape)}")
+                    came = tuple(parameter.shape)
+                    raise ValueError(f"params: expected two or more dimensions, got shape {came}")
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
