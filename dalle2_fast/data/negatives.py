@@ -1,0 +1,200 @@
+"""Hard negatives: captions that are false of a picture by one exchange or one change.
+
+A bag of words tells a caption from random others, but not from these. The wrong caption is the right one's
+phrasing applied to an edited scene, so nothing but the meaning differs; and an edit counts only where it
+- is told by the caption and makes it false (both orders of "a red star and a blue ring" are true),
+- gives attributes that a scene of the split can have: otherwise implausible words would give it away, and
+  pairs held out of training would be learnt as always wrong.
+"""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import torch
+from torch import Tensor
+
+from .captions import NAMED_OBJECTS, Phrasing, compose, draw_phrasing, stated
+from .scenes import SPLITS, Scenes, in_split, is_sound, valid_slots
+from .vocabulary import ABOVE, BELOW, COUNT, INSIDE, LEFT, MAX_OBJECTS, ONE, RIGHT, THREE, TWO
+from .world import World
+
+# Every kind with its weight when kinds are drawn: binding and relations are what is hard to learn.
+NEGATIVE_KINDS = {
+    "swap_colors": 2.0,
+    "swap_shapes": 2.0,
+    "swap_sizes": 1.0,
+    "swap_fills": 1.0,
+    "swap_objects": 2.0,
+    "change_relation": 2.0,
+    "change_color": 1.0,
+    "change_shape": 1.0,
+    "change_size": 1.0,
+    "change_fill": 1.0,
+    "change_count": 1.0,
+    "change_position": 1.0,
+    "change_background": 1.0,
+    "change_texture": 1.0,
+}
+_SCENE_ATTRIBUTES = {"change_background": ("bg", "backgrounds"), "change_texture": ("btex", "textures")}
+_INVERSE_RELATION = {LEFT: RIGHT, RIGHT: LEFT, ABOVE: BELOW, BELOW: ABOVE, INSIDE: -1}
+
+
+def hard_negatives(
+    scenes: Scenes,
+    generator: torch.Generator | None = None,
+    kind: str = "swap_colors",
+    *,
+    phrasing: Phrasing | None = None,
+    split: str = "all",
+    world: World | None = None,
+) -> tuple[Scenes, Tensor]:
+    """Edited scenes, to be captioned with `compose(edited, phrasing)`; bool [n]: are they hard negatives?
+
+    kind: "swap_colors", "swap_shapes", "swap_sizes", "swap_fills" exchange an attribute of two objects,
+        "swap_objects" exchanges the objects (that is: reverses a relation); "change_..." draws another
+        relation, color, shape, size, fill, count, position, background or texture of the world.
+    phrasing: of the captions (from `draw_phrasing`); None: captions that state everything (`drop=0`).
+    split: "train" and "iid" refuse negatives that show what these splits leave out.
+    Edited scenes keep their places and radii: caption them, do not render them.
+    """
+    if kind not in NEGATIVE_KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(NEGATIVE_KINDS)}; got {kind!r}")
+    if phrasing is None:
+        phrasing = draw_phrasing(len(scenes["kind"]), generator, scenes["kind"].device, drop=0)
+    edited = _edit(scenes, kind, generator, world or World())
+    return edited, _is_hard(scenes, edited, phrasing, split, world)
+
+
+def sample_negatives(
+    scenes: Scenes,
+    phrasing: Phrasing,
+    generator: torch.Generator | None = None,
+    *,
+    count: int = 3,
+    kinds: dict[str, float] | None = None,
+    split: str = "train",
+    world: World | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`count` hard negatives of different kinds for every caption `compose(scenes, phrasing)`.
+
+    kinds: name -> weight (default NEGATIVE_KINDS); drawn among those that apply to the caption.
+    Returns tokens int64 [n, count, 36]; mask bool [n, count], False where too few kinds apply (not to be
+    used); kinds int64 [n, count], indices into the keys of `kinds`.
+    """
+    kinds = NEGATIVE_KINDS if kinds is None else kinds
+    if not 1 <= count <= len(kinds):
+        raise ValueError(f"count: expected 1 to {len(kinds)} (the number of kinds), got {count}")
+    unknown = [kind for kind in kinds if kind not in NEGATIVE_KINDS]
+    if unknown:
+        raise ValueError(f"kinds: expected names of {', '.join(NEGATIVE_KINDS)}; got {', '.join(unknown)}")
+    n, device = len(scenes["kind"]), scenes["kind"].device
+    # All kinds of all scenes at once, [kinds * n] rows: a few large operations instead of many small ones.
+    parts = [_edit(scenes, kind, generator, world or World()) for kind in kinds]
+    edited = {key: torch.cat([part[key] for part in parts]) for key in scenes}
+    rows = torch.arange(n, device=device).repeat(len(kinds))
+    true = {key: value[rows] for key, value in scenes.items()}
+    hard = _is_hard(true, edited, phrasing.rows(rows), split, world).view(len(kinds), n).T
+
+    # Weighted draw without replacement: the least of exponential variates with rates = weights.
+    weights = torch.tensor(list(kinds.values()), device=device)
+    uniform = torch.rand(n, len(kinds), generator=generator, device=device)
+    waiting = -torch.log1p(-uniform) / weights
+    chosen = waiting.masked_fill(~hard, float("inf")).argsort(dim=1, stable=True)[:, :count]  # [n, count]
+    scene = torch.arange(n, device=device)[:, None].expand_as(chosen).reshape(-1)
+    picked = chosen.reshape(-1) * n + scene
+    tokens = compose({key: value[picked] for key, value in edited.items()}, phrasing.rows(scene))
+    return tokens.view(n, count, -1), hard.gather(1, chosen), chosen
+
+
+def contradicts(scenes: Scenes, claimed: Scenes, says: dict[str, Tensor]) -> Tensor:
+    """bool [n]: is what captions of `claimed` say (the attributes `says`, see `stated`) false of `scenes`?
+
+    Both must be of the same kinds. Attributes that are not said claim nothing.
+    """
+
+    def agrees(key: str) -> Tensor:  # [n, claimed object, real object]
+        return claimed[key][:, :NAMED_OBJECTS, None] == scenes[key][:, None, :NAMED_OBJECTS]
+
+    said_size, said_fill = (says[key][:, :NAMED_OBJECTS, None] for key in ("size", "fill"))
+    match = agrees("shape") & agrees("color")
+    match &= (agrees("size") | ~said_size) & (agrees("fill") | ~said_fill)
+
+    def matches(*order: int) -> Tensor:  # claimed object i is real object order[i]
+        return torch.stack([match[:, i, j] for i, j in enumerate(order)]).all(0)
+
+    kind, rel = scenes["kind"], scenes["rel"]
+    inverse = torch.tensor([*_INVERSE_RELATION.values(), -1], device=rel.device)[rel]  # the last one for rel -1
+    same_order = matches(0, 1) & ((claimed["rel"] == rel) | ~says["rel"])
+    other_order = matches(1, 0) & ((claimed["rel"] == inverse) | ~says["rel"])
+    three = torch.stack([matches(*order) for order in permutations(range(3))]).any(0)
+    true = torch.where(kind == TWO, same_order | other_order, torch.where(kind == THREE, three, matches(0)))
+    true &= (claimed["nobj"] == scenes["nobj"]) & (claimed["kind"] == kind)
+    for key in ("pos", "bg", "btex"):
+        true &= (claimed[key] == scenes[key]) | ~says[key]
+    return ~true
+
+
+def _is_hard(scenes: Scenes, edited: Scenes, phrasing: Phrasing, split: str, world: World | None) -> Tensor:
+    if split not in SPLITS:
+        raise ValueError(f"split: expected one of {', '.join(SPLITS)}; got {split!r}")
+    hard = contradicts(scenes, edited, stated(edited, phrasing)) & is_sound(edited, world)
+    return hard & in_split(edited, split) if split in ("train", "iid") else hard
+
+
+def _edit(scenes: Scenes, kind: str, generator: torch.Generator | None, world: World) -> Scenes:
+    """The scenes after one edit; unchanged where it makes no sense."""
+    scene_kind, device = scenes["kind"], scenes["kind"].device
+    n = len(scene_kind)
+
+    def integers(high: int) -> Tensor:
+        return torch.randint(0, high, (n,), generator=generator, device=device)
+
+    def another(old: Tensor, ids: Tensor) -> Tensor:
+        """For each id of the table `ids` a different one of it (the same where there is no other)."""
+        place = (old[:, None] == ids).int().argmax(1)
+        return ids[(place + 1 + integers(max(len(ids) - 1, 1))) % len(ids)]
+
+    if kind.startswith("swap_"):
+        partner = _partners(scene_kind, integers(3))
+        key = kind.removeprefix("swap_").removesuffix("s")
+        names = ("shape", "color", "size", "fill") if key == "object" else (key,)
+        swapped = {name: scenes[name].gather(1, partner) for name in names}
+        if key == "object":
+            inside = (scenes["rel"] == INSIDE)[:, None]  # the outer one stays the large one
+            swapped["size"] = torch.where(inside, scenes["size"], swapped["size"])
+        return scenes | swapped
+
+    if kind in _SCENE_ATTRIBUTES:
+        key, attribute = _SCENE_ATTRIBUTES[kind]
+        return scenes | {key: another(scenes[key], world.ids(attribute).to(device))}
+    if kind == "change_relation":
+        new = another(scenes["rel"], world.ids("relations").to(device))
+        return scenes | {"rel": torch.where(scene_kind == TWO, new, scenes["rel"])}
+    if kind == "change_position":
+        new = another(scenes["pos"], torch.arange(9, device=device))
+        return scenes | {"pos": torch.where(scene_kind == ONE, new, scenes["pos"])}
+    if kind == "change_count":
+        new = another(scenes["nobj"], torch.arange(2, MAX_OBJECTS + 1, device=device))
+        return scenes | {"nobj": torch.where(scene_kind == COUNT, new, scenes["nobj"])}
+
+    # One attribute of one object (of all, where they are alike).
+    key = kind.removeprefix("change_")
+    slot = integers(6) % scenes["nobj"].clamp(1, NAMED_OBJECTS)  # 6: a multiple of 1, 2 and 3
+    slot = torch.where(scene_kind == COUNT, 0, slot)
+    new = another(scenes[key].gather(1, slot[:, None])[:, 0], world.ids(key + "s").to(device))
+    here = torch.arange(MAX_OBJECTS, device=device)[None] == slot[:, None]
+    here |= (scene_kind == COUNT)[:, None] & valid_slots(scenes)
+    return scenes | {key: torch.where(here, new[:, None], scenes[key])}
+
+
+def _partners(kind: Tensor, draw: Tensor) -> Tensor:
+    """int64 [n, K]: the slot that each slot changes places with; itself where nothing is exchanged."""
+    identity, exchanges = list(range(MAX_OBJECTS)), []
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        order = identity.copy()
+        order[a], order[b] = b, a
+        exchanges.append(order)
+    table = torch.tensor([*exchanges, identity], device=kind.device)
+    choice = torch.where(kind == TWO, 0, torch.where(kind == THREE, draw, len(exchanges)))
+    return table[choice]

@@ -1,0 +1,132 @@
+"""World: which part of the vocabulary the scenes are drawn from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .vocabulary import BACKGROUNDS, COLORS, FILLS, KINDS, RELATIONS, SHAPES, SIZES, TEXTURES
+
+FILL_WEIGHTS = (0.6, 0.2, 0.2)
+RELATION_WEIGHTS = (1.0, 1.0, 1.0, 1.0, 0.6)
+TEXTURE_WEIGHTS = (0.4, 0.15, 0.15, 0.15, 0.15)
+KIND_WEIGHTS = (0.30, 0.35, 0.20, 0.15)
+
+OUTER_SHAPES = ("circle", "square", "pentagon", "hexagon")  # roomy enough to hold another object
+
+
+class World:
+    """A choice of names per attribute; None means every name that the other choices leave possible.
+
+    shapes, colors, fills, sizes, backgrounds, textures: what objects and backgrounds may look like.
+    kinds: "one" object somewhere, "two" in a relation, "count" two to five alike, "three" different ones.
+    relations: those of "two".
+    Scenes use nothing outside the choice. ValueError for a name that does not exist, an empty choice, or a
+    kind or relation that the other choices rule out ("inside" needs a large outer, a small inner object).
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[str] | None = None,
+        colors: Sequence[str] | None = None,
+        fills: Sequence[str] | None = None,
+        sizes: Sequence[str] | None = None,
+        backgrounds: Sequence[str] | None = None,
+        textures: Sequence[str] | None = None,
+        kinds: Sequence[str] | None = None,
+        relations: Sequence[str] | None = None,
+    ) -> None:
+        self.shapes = _choice("shapes", shapes, SHAPES)
+        self.colors = _choice("colors", colors, COLORS)
+        self.fills = _choice("fills", fills, FILLS)
+        self.sizes = _choice("sizes", sizes, SIZES)
+        self.backgrounds = _choice("backgrounds", backgrounds, BACKGROUNDS)
+        self.textures = _choice("textures", textures, TEXTURES)
+        impossible_relations = {} if (reason := self._why_not_inside()) is None else {"inside": reason}
+        self.relations = _possible("relations", relations, RELATIONS, impossible_relations)
+        impossible_kinds = {}
+        if not {"small", "medium"} & set(self.sizes):  # large objects do not fit beside each other
+            reason = 'it needs the size "small" or "medium"'
+            impossible_kinds = dict.fromkeys(("two", "count", "three"), reason)
+        self.kinds = _possible("kinds", kinds, KINDS, impossible_kinds)
+
+    def _why_not_inside(self) -> str | None:
+        if not set(OUTER_SHAPES) & set(self.shapes):
+            return f"it needs a shape of {', '.join(OUTER_SHAPES)}"
+        if not {"small", "large"} <= set(self.sizes):
+            return 'it needs the sizes "small" and "large"'
+        return None if "solid" in self.fills else 'it needs the fill "solid"'
+
+    def ids(self, attribute: str) -> torch.Tensor:
+        """The chosen names of an attribute ("shapes", "colors", ...) as int64 indices into the full table."""
+        return torch.tensor([_TABLES[attribute].index(name) for name in getattr(self, attribute)])
+
+    def weights(self, attribute: str) -> torch.Tensor:
+        """float32 over the full table: how often a name is drawn, 0 for those outside the world."""
+        chosen = torch.tensor([float(name in getattr(self, attribute)) for name in _TABLES[attribute]])
+        return chosen * torch.tensor(_WEIGHTS.get(attribute, (1.0,) * len(chosen)))
+
+    def to_config(self) -> dict[str, list[str]]:
+        """JSON-able; `World(**config)` and `World.from_config(config)` rebuild it."""
+        return {attribute: list(getattr(self, attribute)) for attribute in _TABLES}
+
+    @classmethod
+    def from_config(cls, config: dict) -> World:
+        unknown = sorted(set(config) - set(_TABLES))
+        if unknown:
+            raise ValueError(f"world: expected keys of {sorted(_TABLES)}, got {unknown}")
+        return cls(**config)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, World) and self.to_config() == other.to_config()
+
+    def __repr__(self) -> str:
+        restricted = [name for name in _TABLES if getattr(self, name) != _TABLES[name]]
+        return f"World({', '.join(f'{name}={list(getattr(self, name))}' for name in restricted)})"
+
+
+_TABLES = {
+    "shapes": SHAPES,
+    "colors": COLORS,
+    "fills": FILLS,
+    "sizes": SIZES,
+    "backgrounds": BACKGROUNDS,
+    "textures": TEXTURES,
+    "kinds": KINDS,
+    "relations": RELATIONS,
+}
+_WEIGHTS = {
+    "fills": FILL_WEIGHTS,
+    "relations": RELATION_WEIGHTS,
+    "textures": TEXTURE_WEIGHTS,
+    "kinds": KIND_WEIGHTS,
+}
+
+
+def _choice(argument: str, names: Sequence[str] | None, table: tuple[str, ...]) -> tuple[str, ...]:
+    if names is None:
+        return table
+    if isinstance(names, str):
+        raise TypeError(f"{argument}: expected a sequence of names, got the single string {names!r}")
+    names = tuple(dict.fromkeys(names))
+    unknown = [name for name in names if name not in table]
+    if unknown:
+        got = ", ".join(map(str, unknown))
+        raise ValueError(f"{argument}: expected names of {', '.join(table)}; got {got}")
+    if not names:
+        raise ValueError(f"{argument}: expected at least one of {', '.join(table)}; got none")
+    return names
+
+
+def _possible(
+    argument: str, names: Sequence[str] | None, table: tuple[str, ...], impossible: dict[str, str]
+) -> tuple[str, ...]:
+    """The choice; asked for by name, an impossible one is an error, otherwise it is left out."""
+    if names is None:
+        return tuple(name for name in table if name not in impossible)
+    chosen = _choice(argument, names, table)
+    for name in chosen:
+        if name in impossible:
+            raise ValueError(f"{argument}: {name!r} is not possible in this world: {impossible[name]}")
+    return chosen
