@@ -31,10 +31,11 @@ def polar_factor(matrix: Tensor, rounds: int = 5) -> Tensor:
     gram = start @ start.T
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     product = None
-    for _ in range(rounds):
+    for left in reversed(range(rounds)):
         step = torch.addmm(gram, gram, gram, beta=b, alpha=c).add_(identity, alpha=a)
         product = step if product is None else step @ product
-        gram = step @ gram @ step
+        if left:
+            gram = step @ gram @ step
     return product @ start
 
 
