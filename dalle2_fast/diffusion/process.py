@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from dalle2_fast import functional
+from dalle2_fast import _check, functional
 from dalle2_fast.diffusion import bound, losses, samplers
 from dalle2_fast.diffusion.schedules import Schedule
 
@@ -125,7 +125,7 @@ class GaussianDiffusion:
         infinity). Ho et al., 2006.11239, equations 6 and 7.
         """
         a, b, log_var_min, _ = bound.single_step(self.schedule, t, x0)
-        first = _per_sample(t == 0, x0)
+        first = _per_sample(t.to(x0.device) == 0, x0)
         return a * x_t + b * x0, log_var_min.exp().masked_fill(first, 0.0), log_var_min
 
     def _alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -312,6 +312,7 @@ class GaussianDiffusion:
             TypeError, ValueError: an argument has the wrong type, shape or range.
         """
         batch, channels, *_ = shape = _check_shape(shape)
+        _check.seeds_and_step(seeds, 0, batch)
         device = seeds.device if device is None else torch.device(device)
         times = self.times(steps, spacing)
         table = samplers.sampler_table(self.schedule, times, sampler, variance=self.variance, eta=eta)
