@@ -118,8 +118,7 @@ def train_stage(
 
 def export_pipeline(preset: Preset, out: Path, *, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Assemble the finished stages of `out` into a pipeline: out/config.json, out/model.safetensors."""
-    from dalle2_fast.data.scenes import World
-    from dalle2_fast.data.tokenizer import WordTokenizer
+    from dalle2_fast.data import WordTokenizer, World
     from dalle2_fast.models.dalle2 import DALLE2
     from dalle2_fast.training.stages import load_stage
 

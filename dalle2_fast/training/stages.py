@@ -8,10 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle2_fast.data.render import render
-from dalle2_fast.data.scenes import World
-from dalle2_fast.data.stream import SceneStream
-from dalle2_fast.data.webdata import WebDatasetStream
+from dalle2_fast.data import SceneStream, World, render
 from dalle2_fast.models.clip import CLIP
 from dalle2_fast.models.decoder import Decoder
 from dalle2_fast.models.prior import DiffusionPrior
@@ -58,6 +55,8 @@ class SceneStage:
         def stream(batch_size: int, split: str, offset: int):
             common = dict(resolutions=self.resolutions, seed=seed * 16 + offset, device=device)
             if shards is not None:
+                from dalle2_fast.data.webdata import WebDatasetStream  # needs the extra "train"
+
                 return WebDatasetStream(shards, batch_size, **common)
             world = World(**preset.world)
             return SceneStream(world, batch_size, split=split, negatives=self.negatives, **common)

@@ -1,0 +1,220 @@
+"""The four stages on the `tiny` preset, end to end. Each test names the fault it would catch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from dalle2_fast.cli import main
+from dalle2_fast.data import World, render, sample_scenes
+from dalle2_fast.models import DALLE2
+from dalle2_fast.training.command import train_stage
+from dalle2_fast.training.folder import TrainingError, load_weights
+from dalle2_fast.training.presets import PRESETS, STAGES
+from dalle2_fast.training.stages import foreground_weight, make_stage, psnr, random_crops
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with all four stages of `tiny` trained by the command line, and the pipeline."""
+    out = tmp_path_factory.mktemp("run")
+    assert main(["train", "all", "--preset", "tiny", "--out", str(out), "--device", "cpu", "--quiet"]) == 0
+    return out
+
+
+def test_train_all_makes_a_pipeline_that_draws(trained):
+    """Catches: stages that do not fit together, weights of the wrong dtype, a world that is not recorded."""
+    pipeline = DALLE2.from_pretrained(trained)
+    images = pipeline("a red circle", num_images=2, seed=0, steps=2, prior_steps=2)
+    assert images.shape == (2, 3, 32, 32)
+    config = json.loads((trained / "config.json").read_text())
+    assert config["metadata"]["preset"] == "tiny"
+    assert World(**config["metadata"]["world"]).shapes == ("circle", "square")
+    for stage in STAGES:
+        rows = [json.loads(line) for line in (trained / stage / "log.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [2, 4]
+        assert {"loss", "lr", "grad_norm", "images_per_s", "seconds", "samples"} <= set(rows[0])
+    assert "two_way" in rows_of(trained, "clip")[-1]
+    assert "psnr_bicubic" in rows_of(trained, "upsampler")[-1]
+    assert (trained / "decoder" / "samples" / "step-0000004.png").exists()
+
+
+def rows_of(out, stage):
+    return [json.loads(line) for line in (out / stage / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_finished_weights_are_the_average(trained):
+    """Catches: publishing the raw weights."""
+    for stage in STAGES:
+        _, tensors = load_weights(trained / stage / "model.safetensors")
+        state = torch.load(trained / stage / "state.pt", weights_only=True)
+        assert all(torch.equal(tensors[name], value) for name, value in state["ema"]["average"].items())
+        assert any(not torch.equal(tensors[name], value) for name, value in state["model"].items())
+
+
+def test_resume_skips_what_is_finished(trained, capsys):
+    """Catches: training a finished stage once more, or refusing to."""
+    arguments = ["train", "all", "--preset", "tiny", "--out", str(trained), "--device", "cpu", "--quiet"]
+    before = (trained / "decoder" / "state.pt").stat().st_mtime_ns
+    assert main([*arguments, "--resume"]) == 0
+    assert capsys.readouterr().out.count("already finished, skipped") == 4
+    assert (trained / "decoder" / "state.pt").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_paused_stage_continues_bit_identically(trained, tmp_path, stage):
+    """Catches: randomness of a model or stream that the step's seed does not reach."""
+    (tmp_path / "clip").symlink_to(trained / "clip") if stage != "clip" else None
+    preset = PRESETS["tiny"]
+    assert train_stage(stage, preset, tmp_path, pause_after=0.0, show_progress=False) == "paused"
+    # Then a run that is killed after its second step.
+    options = dataclasses.replace(preset.recipe(stage).optimisation, save_steps=2)
+    recipe = dataclasses.replace(preset.recipe(stage), optimisation=options)
+    preset = dataclasses.replace(preset, **{stage: recipe})
+    with pytest.raises(Killed):
+        with killed_at(3):
+            train_stage(stage, preset, tmp_path, resume=True, show_progress=False)
+    state = torch.load(tmp_path / stage / "state.pt", weights_only=True)
+    assert state["step"] == 2
+    assert train_stage(stage, preset, tmp_path, resume=True, show_progress=False) == "finished"
+    _, resumed = load_weights(tmp_path / stage / "model.safetensors")
+    _, whole = load_weights(trained / stage / "model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+class Killed(BaseException):
+    pass
+
+
+class killed_at:
+    """Within the block the trainer's backward of step `step` raises."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def __enter__(self):
+        from dalle2_fast.training.trainer import Trainer
+
+        self.backward, limit = Trainer._backward, self.step
+
+        def backward(trainer):
+            if trainer.step >= limit:
+                raise Killed
+            return self.backward(trainer)
+
+        Trainer._backward = backward
+
+    def __exit__(self, *_):
+        from dalle2_fast.training.trainer import Trainer
+
+        Trainer._backward = self.backward
+
+
+def test_decoder_and_prior_need_clip(tmp_path, capsys):
+    """Catches: a traceback, or half a folder left behind."""
+    for stage in ("prior", "decoder"):
+        arguments = ["train", stage, "--preset", "tiny", "--out", str(tmp_path), "--device", "cpu"]
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert "clip/model.safetensors not found: first train it: dalle2-fast train clip --out" in error
+        assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "huge"], "--preset: expected one of scenes-cpu, scenes-gpu, tiny, got 'huge'"),
+        (["--preset", "tiny", "--device", "cuda:99"], "--device: cuda:99 asked for"),
+        (["--preset", "tiny", "--device", "tpu"], "--device: expected auto, cpu, cuda or cuda:N, got 'tpu'"),
+        (["--preset", "tiny", "--steps", "0"], "steps: expected a number above 0, got 0"),
+        (["--preset", "tiny", "--threads", "0"], "--threads: expected at least 1, got 0"),
+    ],
+)
+def test_bad_options_are_one_line_and_exit_code_2(tmp_path, capsys, arguments, message):
+    """Catches: tracebacks on the command line."""
+    assert main(["train", "clip", "--out", str(tmp_path / "out"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_existing_state_needs_resume_and_unwritable_out(trained, tmp_path, capsys):
+    """Catches: silently overwriting a run; finding out late that nothing can be written."""
+    arguments = ["train", "clip", "--preset", "tiny", "--device", "cpu", "--quiet", "--out"]
+    assert main([*arguments, str(trained)]) == 2
+    assert "already holds a training state: add --resume" in capsys.readouterr().err
+    (tmp_path / "file").write_text("in the way")
+    assert main([*arguments, str(tmp_path / "file")]) == 2
+    assert "--out: cannot write to" in capsys.readouterr().err
+
+
+def test_a_batch_is_a_function_of_seed_and_step(tmp_path):
+    """Catches: streams with state; stages or held-out batches that share scenes."""
+    options = dict(preset=PRESETS["tiny"], out=tmp_path, device=torch.device("cpu"))
+    a, b = make_stage("clip", seed=3, **options), make_stage("clip", seed=3, **options)
+    a.batch(0)
+    assert torch.equal(a.batch(5)["images"][16], b.batch(5)["images"][16])
+    assert all(torch.equal(x, y) for x, y in zip(a.model.parameters(), b.model.parameters(), strict=True))
+    assert not torch.equal(a.batch(5)["images"][16], a.batch(6)["images"][16])
+    assert not torch.equal(a.batch(0)["images"][16], a.held_out["images"][16][:4])
+    other = make_stage("clip", seed=4, **options)
+    assert not torch.equal(a.batch(5)["images"][16], other.batch(5)["images"][16])
+
+
+def test_foreground_weight_covers_the_objects():
+    """Catches: weights on the background, or objects that get none."""
+    scenes = sample_scenes(16, torch.Generator().manual_seed(0), "train", World(**PRESETS["tiny"].world))
+    images = render(scenes, 32)
+    weight = foreground_weight({"scenes": scenes, "images": {32: images}}, 32, 4.0)
+    assert weight.shape == (16, 1, 32, 32)
+    assert set(weight.unique().tolist()) == {1.0, 4.0}
+    assert 0.02 < (weight > 1).float().mean() < 0.7
+    column, row = ((scenes[name][:, 0] * 32).long() for name in ("cx", "cy"))
+    assert (weight[torch.arange(16), 0, row, column] == 4.0).all()  # circles and squares are filled
+    assert ((weight == 1.0).float().mean((1, 2, 3)) > 0.3).all()
+    with pytest.raises(TrainingError, match="foreground_weight: expected 1"):
+        foreground_weight({"images": {32: images}}, 32, 4.0)
+
+
+def test_crops_show_the_same_place():
+    """Catches: low and high cropped apart, crops that leave the picture, one crop repeated."""
+    rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    low = torch.stack([rows, columns, torch.zeros(8, 8)]).expand(3, -1, -1, -1).clone()
+    low[:, 2] = torch.arange(3.0)[:, None, None]
+    high = low.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    small, large = random_crops(low, high, 16, 5, torch.Generator().manual_seed(0))
+    assert small.shape == (15, 3, 4, 4)
+    assert large.shape == (15, 3, 16, 16)
+    assert torch.equal(small.repeat_interleave(4, 2).repeat_interleave(4, 3), large)
+    assert torch.equal(small[:, 2, 0, 0], torch.arange(3.0).repeat_interleave(5))
+    assert len(small[:, :2, 0, 0].unique(dim=0)) > 5
+
+
+def test_psnr():
+    """Catches: a mean over the wrong axes."""
+    truth = torch.zeros(2, 3, 4, 4)
+    assert psnr(truth + 0.1, truth) == pytest.approx(20.0, abs=1e-3)
+    images = torch.stack([truth[0] + 0.1, truth[0] + 0.01])
+    assert psnr(images, truth) == pytest.approx(30.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["scenes-cpu", "scenes-gpu"])
+def test_preset_models_build_and_fit_the_size(name):
+    """Catches: a preset whose arguments no model takes, or a pipeline over 40 MB in bf16."""
+    from dalle2_fast.models import CLIP, Decoder, DiffusionPrior, Upsampler
+
+    preset = PRESETS[name]
+    with torch.device("meta"):
+        clip = CLIP(**preset.clip.model)
+        prior = dict(preset.prior.model)
+        net = prior.pop("net") | dict(embed_dim=clip.dim_latent, text_dim=preset.clip.model["dim_text"])
+        models = [clip, DiffusionPrior(net=net | dict(context_length=clip.context_length), **prior),
+                  Decoder(**preset.decoder.model, image_embed_dim=clip.dim_latent),
+                  Upsampler(**preset.upsampler.model)]
+    assert sum(p.numel() for model in models for p in model.parameters()) * 2 < 40e6
+    json.dumps([model.config for model in models])
