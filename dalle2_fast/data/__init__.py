@@ -6,6 +6,7 @@ from .render import render
 from .scenes import SPLITS, sample_scenes
 from .stream import SceneStream
 from .tokenizer import WordTokenizer
+from .webdata import WebDatasetStream
 from .words import scene_words
 from .world import World
 
@@ -13,6 +14,7 @@ __all__ = [
     "NEGATIVE_KINDS",
     "SPLITS",
     "SceneStream",
+    "WebDatasetStream",
     "WordTokenizer",
     "World",
     "compose",

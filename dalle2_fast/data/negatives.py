@@ -124,7 +124,7 @@ def contradicts(scenes: Scenes, claimed: Scenes, says: dict[str, Tensor]) -> Ten
         return torch.stack([match[:, i, j] for i, j in enumerate(order)]).all(0)
 
     kind, rel = scenes["kind"], scenes["rel"]
-    inverse = torch.tensor([*_INVERSE_RELATION.values(), -1], device=rel.device)[rel]  # the last one for rel -1
+    inverse = torch.tensor([*_INVERSE_RELATION.values(), -1], device=rel.device)[rel]  # the last for rel = -1
     same_order = matches(0, 1) & ((claimed["rel"] == rel) | ~says["rel"])
     other_order = matches(1, 0) & ((claimed["rel"] == inverse) | ~says["rel"])
     three = torch.stack([matches(*order) for order in permutations(range(3))]).any(0)

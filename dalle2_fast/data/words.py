@@ -31,7 +31,7 @@ def scene_words(world: World | None = None) -> tuple[str, ...]:
         chosen = [v.RELATION_PHRASES[v.RELATIONS.index(name)] for name in world.relations]
         phrases += [phrase for group in chosen for phrase in group]
     if "count" in world.kinds:
-        phrases += v.COUNTS[2:]
+        phrases += v.COUNTS[2:] if "small" in world.sizes else v.COUNTS[2:-1]  # five must be small
         plurals = tuple(v.PLURALS[v.SHAPES.index(name)] for name in world.shapes)
         add(plurals, v.PLURAL_SYNONYMS)
     reachable = {word for phrase in phrases for word in phrase.split()}

@@ -1,0 +1,219 @@
+"""WebDatasetStream: batches of one's own image-caption pairs, read from WebDataset shards.
+
+A shard is a tar file in which the files of one sample share their name: 0001.jpg, 0001.txt. The library
+`webdataset` (extra "train") reads them; it is imported when a stream is built, not before.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import itertools
+import json
+import random
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from .stream import mix_seed
+from .tokenizer import WordTokenizer, split_words
+
+IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
+CAPTION_KEYS = ("txt", "caption", "json")  # of a json: its "caption" or "text"
+
+
+class WebDatasetStream:
+    """Endless batches from shards, a function of (shards, seed, step): a resumed run sees the same ones.
+
+    shards: a path or URL, with braces (data-{000..099}.tar) or wildcards, a folder of .tar files, or a list.
+    resolutions: every picture is cut to its central square and reduced by area to each of them.
+    tokenizer: None builds one of at most `vocab_size` words from the first captions of the shards. Words that
+        it does not know become <unk>, over-long captions are cut.
+    shuffle: samples held back for shuffling; shards are shuffled for every pass, too. 0: neither.
+    workers: threads that decode pictures.
+    Samples without picture or caption are left out; the place of a picture that cannot be decoded is taken by
+    another one of the batch. `skipped` counts both by reason, and a warning tells.
+    """
+
+    def __init__(
+        self,
+        shards: str | Path | Sequence[str | Path],
+        batch_size: int = 64,
+        resolutions: Sequence[int] = (64,),
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        *,
+        tokenizer: WordTokenizer | None = None,
+        vocab_size: int = 8192,
+        shuffle: int = 1000,
+        workers: int = 4,
+    ) -> None:
+        self._library = _import_webdataset()
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size: expected an int >= 1, got {batch_size!r}")
+        self.shards, self.batch_size = expand_shards(shards), batch_size
+        self.resolutions, self.seed = tuple(resolutions), seed
+        self.device, self.shuffle = torch.device(device), shuffle
+        self.skipped: Counter[str] = Counter()
+        self._threads = ThreadPoolExecutor(max(1, workers), thread_name_prefix="decode")
+        self._samples, self._step = None, 0
+        self.tokenizer = tokenizer or self._build_tokenizer(vocab_size)
+
+    def batch(self, step: int) -> dict:
+        """images {resolution: float32 [B, 3, R, R] in [0, 1]}, tokens int64 [B, L], captions list of B str.
+
+        Steps are cheap in order; others read, but do not decode, what is between (backwards: from the start).
+        """
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"step: expected an int >= 0, got {step!r}")
+        if self._samples is None or step < self._step:
+            self._samples, self._step = self._endless(), 0
+            self.skipped.clear()
+        skip = (step - self._step) * self.batch_size
+        samples = list(itertools.islice(self._samples, skip, skip + self.batch_size))
+        self._step = step + 1
+
+        pictures = list(self._threads.map(self._decode, (image for image, _ in samples)))
+        good = [index for index, picture in enumerate(pictures) if not isinstance(picture, Exception)]
+        for picture in pictures:
+            if isinstance(picture, Exception):
+                self._skip("picture cannot be decoded", picture)
+        if not good:
+            raise ValueError(f"shards: none of the {self.batch_size} pictures of step {step} can be decoded")
+        # Not the next sample instead: then a resumed stream would have to decode all that it skips.
+        order = [index if index in set(good) else good[index % len(good)] for index in range(len(pictures))]
+        captions = [samples[index][1] for index in order]
+        images = {
+            resolution: torch.stack([pictures[index][place] for index in order]).to(self.device)
+            for place, resolution in enumerate(self.resolutions)
+        }
+        return dict(
+            images={resolution: values.float() / 255 for resolution, values in images.items()},
+            tokens=self.tokenizer.encode(captions, unknown="token", truncate=True).to(self.device),
+            captions=captions,
+        )
+
+    def _decode(self, data: bytes) -> list[Tensor] | Exception:
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                return [to_square(image, resolution) for resolution in self.resolutions]
+        except Exception as error:  # PIL raises almost anything on damaged files
+            return error
+
+    def _endless(self) -> Iterator[tuple[bytes, str]]:
+        """(picture, caption) of all passes; the order depends on (seed, pass) only."""
+        for epoch in itertools.count():
+            some = False
+            for sample in self._one_pass(epoch):
+                some = True
+                yield sample
+            if not some:
+                raise ValueError(
+                    f"shards: no sample with a picture ({', '.join(IMAGE_KEYS)}) and a caption "
+                    f"({', '.join(CAPTION_KEYS)}) in {len(self.shards)} shards; skipped: {dict(self.skipped)}"
+                )
+
+    def _one_pass(self, epoch: int, shuffle: bool = True) -> Iterator[tuple[bytes, str]]:
+        library, shards = self._library, list(self.shards)
+        generator = random.Random(mix_seed(self.seed, epoch))
+
+        def unreadable(error: Exception) -> bool:
+            return self._skip("shard cannot be read", error)
+
+        stages = [library.tarfile_to_samples(handler=unreadable)]
+        if shuffle and self.shuffle:
+            generator.shuffle(shards)
+            stages.append(library.shuffle(self.shuffle, initial=self.shuffle, rng=generator))
+        for sample in library.DataPipeline(library.SimpleShardList(shards), *stages):
+            image = next((sample[key] for key in IMAGE_KEYS if key in sample), None)
+            caption = _caption(sample)
+            if image is None:
+                self._skip("no picture", sample["__key__"])
+            elif not split_words(caption):
+                self._skip("no caption", sample["__key__"])
+            else:
+                yield image, caption
+
+    def _build_tokenizer(self, size: int, samples: int = 50_000) -> WordTokenizer:
+        captions = [caption for _, caption in itertools.islice(self._one_pass(0, shuffle=False), samples)]
+        self.skipped.clear()  # they will be met again
+        if not captions:
+            next(self._endless())  # raises, saying why
+        return WordTokenizer.from_captions(captions, size)
+
+    def _skip(self, reason: str, what: object) -> bool:
+        """Count a bad sample; warn of the 1st, 2nd, 4th, 8th ... for each reason. True: go on."""
+        self.skipped[reason] += 1
+        count = self.skipped[reason]
+        if count & (count - 1) == 0:
+            warnings.warn(f"shards: {reason} ({count} so far): {what}", stacklevel=2)
+        return True
+
+
+def _import_webdataset():
+    try:
+        import webdataset
+    except ImportError as error:
+        raise ImportError(
+            "WebDatasetStream needs the library webdataset, which is not installed: "
+            "pip install 'dalle2-fast[train]'"
+        ) from error
+    return webdataset
+
+
+def expand_shards(shards: str | Path | Sequence[str | Path]) -> list[str]:
+    """Paths and URLs of all shards, in order; FileNotFoundError for a local one that does not exist."""
+    from braceexpand import braceexpand  # comes with webdataset
+
+    found = []
+    for pattern in [shards] if isinstance(shards, str | Path) else shards:
+        for name in braceexpand(str(pattern)):
+            if "://" in name or name.startswith("pipe:"):
+                found.append(name)
+                continue
+            names = Path(name).glob("*.tar") if Path(name).is_dir() else glob.glob(name)
+            names = sorted(map(str, names))
+            if not names:
+                raise FileNotFoundError(f"shards: expected a .tar file or a folder of them, none at {name}")
+            found += names
+    if not found:
+        raise ValueError("shards: expected at least one, got none")
+    return found
+
+
+def to_square(image: Image.Image, resolution: int) -> Tensor:
+    """The central square as uint8 [3, R, R]: averaged over areas, or bicubic where it must grow."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    # The same box for all resolutions: pictures of different sizes stay aligned.
+    method = Image.Resampling.BOX if side >= resolution else Image.Resampling.BICUBIC
+    image = image.resize((resolution, resolution), method, box=(left, top, left + side, top + side))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _caption(sample: dict) -> str:
+    """The caption of a raw sample, "" if there is none."""
+    for key in CAPTION_KEYS:
+        if key not in sample:
+            continue
+        text = sample[key].decode("utf-8", errors="replace")
+        if key == "json":
+            try:
+                record = json.loads(text)
+            except json.JSONDecodeError:
+                return ""
+            text = (record.get("caption") or record.get("text") or "") if isinstance(record, dict) else ""
+        return str(text).strip()
+    return ""

@@ -1,0 +1,147 @@
+"""WebDatasetStream on tiny shards made here."""
+
+import io
+import json
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dalle2_fast.data.tokenizer import WordTokenizer
+from dalle2_fast.data.webdata import WebDatasetStream, expand_shards, to_square
+
+COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+
+def picture(color, size=(40, 30), kind="PNG"):
+    file = io.BytesIO()
+    Image.new("RGB", size, color).save(file, kind)
+    return file.getvalue()
+
+
+def write_shard(path, samples):
+    with tarfile.open(path, "w") as tar:
+        for index, sample in enumerate(samples):
+            for suffix, data in sample.items():
+                info = tarfile.TarInfo(f"{index:04d}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def samples(count, offset=0):
+    """The caption names the picture's colour and the sample's number."""
+    names = list(COLORS)
+    for index in range(offset, offset + count):
+        name = names[index % 3]
+        yield {"png": picture(COLORS[name]), "txt": f"A {name} picture, number{index}.".encode()}
+
+
+@pytest.fixture
+def shards(tmp_path):
+    pytest.importorskip("webdataset")
+    for index in range(3):
+        write_shard(tmp_path / f"data-{index}.tar", samples(10, offset=10 * index))
+    return tmp_path
+
+
+def same(a, b):
+    images = all(torch.equal(a["images"][size], b["images"][size]) for size in a["images"])
+    return images and torch.equal(a["tokens"], b["tokens"]) and a["captions"] == b["captions"]
+
+
+def test_pictures_belong_to_their_captions(shards):
+    stream = WebDatasetStream(str(shards / "data-{0..2}.tar"), 7, (8, 16), shuffle=20)
+    seen = []
+    for step in range(6):
+        batch = stream.batch(step)
+        assert batch["images"][8].shape == (7, 3, 8, 8) and batch["images"][16].shape == (7, 3, 16, 16)
+        assert batch["tokens"].dtype == torch.int64
+        rows = zip(batch["images"][16], batch["tokens"], batch["captions"], strict=True)
+        for image, tokens, caption in rows:
+            name = caption.split()[1]
+            torch.testing.assert_close(image[:, 5, 5], torch.tensor(COLORS[name]) / 255)
+            assert name in stream.tokenizer.decode(tokens).split()
+            seen.append(caption)
+    assert len(set(seen[:30])) == 30, "the first pass shows every sample once"
+    assert seen[:7] != sorted(seen[:7]), "shuffled"
+
+
+def test_resume_is_exact(shards):
+    options = dict(batch_size=4, resolutions=(8,), seed=3, shuffle=10)
+    straight = WebDatasetStream(shards, **options)
+    batches = [straight.batch(step) for step in range(12)]  # over the end of the first pass
+    assert same(WebDatasetStream(shards, **options).batch(9), batches[9])
+    assert same(straight.batch(2), batches[2]), "backwards"
+    other = WebDatasetStream(shards, **(options | {"seed": 4}))
+    assert not same(other.batch(0), batches[0])
+
+
+def test_bad_samples_are_counted_and_reported(tmp_path):
+    pytest.importorskip("webdataset")
+    bad = [
+        {"png": b"not a picture", "txt": b"damaged"},
+        {"png": picture("red"), "txt": b"  "},
+        {"txt": b"a caption alone"},
+        {"png": picture("red")},
+        {"jpg": picture("red", kind="JPEG"), "json": b"{broken"},
+    ]
+    good = [{"jpg": picture("blue", kind="JPEG"), "json": json.dumps({"caption": "a blue one"}).encode()}]
+    write_shard(tmp_path / "a.tar", bad + good * 3)
+    with pytest.warns(UserWarning, match="picture cannot be decoded"):
+        stream = WebDatasetStream(tmp_path / "a.tar", 4, (8,), shuffle=0)
+        batch = stream.batch(0)  # the damaged one and the three good ones
+    assert batch["captions"] == ["a blue one"] * 4
+    assert batch["images"][8][0, 2].min() > 0.95
+    assert stream.skipped == {"picture cannot be decoded": 1, "no caption": 3, "no picture": 1}
+
+
+def test_unreadable_shards(tmp_path):
+    pytest.importorskip("webdataset")
+    write_shard(tmp_path / "good.tar", samples(4))
+    (tmp_path / "bad.tar").write_bytes(b"this is no tar file" * 100)
+    with pytest.warns(UserWarning, match="shard cannot be read"):
+        stream = WebDatasetStream(tmp_path, 2, (8,), tokenizer=WordTokenizer(["red"]))
+        assert len(stream.batch(3)["captions"]) == 2
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no sample with a picture"):
+        WebDatasetStream(tmp_path / "bad.tar", 2).batch(0)
+    with pytest.raises(FileNotFoundError, match="missing.tar"):
+        WebDatasetStream(tmp_path / "missing.tar", 2)
+
+
+def test_absent_library_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    with pytest.raises(ImportError, match=r"webdataset.*dalle2-fast\[train\]"):
+        WebDatasetStream(write_shard(tmp_path / "a.tar", samples(1)))
+
+
+def test_given_tokenizer_cuts_and_marks_unknown_words(shards):
+    tokenizer = WordTokenizer(["a", "red", "green", "blue"], context_length=5)
+    row = WebDatasetStream(shards, 4, (8,), tokenizer=tokenizer).batch(0)["tokens"][0]
+    assert row[0] == 1 and row[1] == 4 and row[3] == 3 and row[4] == 2
+
+
+def test_square_is_central_and_averaged():
+    pixels = np.zeros((4, 8, 3), np.uint8)
+    pixels[:, 2:4], pixels[:, 4:6], pixels[:, 6:] = 100, 200, 255
+    pixels[::2, 4:6] = 0
+    square = to_square(Image.fromarray(pixels), 2)
+    assert square[0].tolist() == [[100, 100], [100, 100]], "the four central columns, each 2 x 2 averaged"
+    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    assert to_square(clear, 2).min() == 255, "transparent pixels lie on white"
+    assert to_square(Image.new("L", (3, 5), 7), 8).shape == (3, 8, 8)
+
+
+def test_expand_shards(tmp_path):
+    pytest.importorskip("webdataset")
+    for name in ("b.tar", "a.tar"):
+        write_shard(tmp_path / name, [])
+    expected = [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]
+    assert expand_shards(tmp_path) == expand_shards(f"{tmp_path}/*.tar") == expected
+    assert expand_shards([f"{tmp_path}/{{b,a}}.tar", "https://host/{1..2}.tar"]) == [
+        expected[1], expected[0], "https://host/1.tar", "https://host/2.tar"]  # fmt: skip
+    with pytest.raises(ValueError, match="at least one"):
+        expand_shards([])
