@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import tarfile
 
 import pytest
 import torch
+from PIL import Image
 
 from dalle2_fast.cli import main
 from dalle2_fast.data import World, render, sample_scenes
-from dalle2_fast.models import DALLE2
-from dalle2_fast.training.command import train_stage
+from dalle2_fast.models import CLIP, DALLE2, Decoder, DiffusionPrior, Upsampler
+from dalle2_fast.training.command import export_pipeline, train_stage
 from dalle2_fast.training.folder import TrainingError, load_weights
 from dalle2_fast.training.presets import PRESETS, STAGES
 from dalle2_fast.training.stages import foreground_weight, make_stage, psnr, random_crops
@@ -206,15 +209,42 @@ def test_psnr():
 @pytest.mark.parametrize("name", ["scenes-cpu", "scenes-gpu"])
 def test_preset_models_build_and_fit_the_size(name):
     """Catches: a preset whose arguments no model takes, or a pipeline over 40 MB in bf16."""
-    from dalle2_fast.models import CLIP, Decoder, DiffusionPrior, Upsampler
-
     preset = PRESETS[name]
     with torch.device("meta"):
-        clip = CLIP(**preset.clip.model)
+        clip = CLIP(**preset.clip.model, num_text_tokens=126, text_seq_len=36)
+        widths = dict(embed_dim=clip.dim_latent, text_dim=clip.config["dim_text"], context_length=36)
         prior = dict(preset.prior.model)
-        net = prior.pop("net") | dict(embed_dim=clip.dim_latent, text_dim=preset.clip.model["dim_text"])
-        models = [clip, DiffusionPrior(net=net | dict(context_length=clip.context_length), **prior),
-                  Decoder(**preset.decoder.model, image_embed_dim=clip.dim_latent),
-                  Upsampler(**preset.upsampler.model)]
-    assert sum(p.numel() for model in models for p in model.parameters()) * 2 < 40e6
-    json.dumps([model.config for model in models])
+        prior["net"] = prior["net"] | widths
+        decoder = dict(preset.decoder.model)
+        decoder["text_encoder"] = decoder["text_encoder"] | dict(num_tokens=126, context_length=36)
+        decoder = Decoder(**decoder, image_embed_dim=clip.dim_latent)
+        models = [clip, DiffusionPrior(**prior), decoder, Upsampler(**preset.upsampler.model)]
+    assert 2 * sum(p.numel() for model in models for p in model.parameters()) < 40e6
+
+
+def test_own_data(tmp_path, capsys):
+    """Catches: text towers of the wrong size, a tokenizer that is not kept, stages on different captions."""
+    pytest.importorskip("webdataset")
+    shard = tmp_path / "data.tar"
+    with tarfile.open(shard, "w") as tar:
+        for index, caption in enumerate(["a quiet harbour", "two dogs", "the sea at night", "a red bicycle"]):
+            picture = io.BytesIO()
+            Image.new("RGB", (40, 32), (60 * index, 90, 200)).save(picture, format="PNG")
+            for ending, data in (("png", picture.getvalue()), ("txt", caption.encode())):
+                entry = tarfile.TarInfo(f"{index}.{ending}")
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+    preset = PRESETS["tiny"]
+    decoder = dataclasses.replace(preset.decoder, data={})  # objects are known in rendered scenes only
+    preset = dataclasses.replace(preset, decoder=decoder)
+    out = tmp_path / "out"
+    for stage in STAGES:
+        options = dict(shards=str(shard), show_progress=False)
+        assert train_stage(stage, preset, out, **options) == "finished"
+    pipeline = DALLE2.from_pretrained(export_pipeline(preset, out))
+    assert pipeline("two dogs at the harbour", num_images=1, steps=2, prior_steps=2).shape == (1, 3, 32, 32)
+    with pytest.raises(ValueError, match="circle"):
+        pipeline("a circle", num_images=1)
+    (out / "tokenizer.json").unlink()
+    with pytest.raises(TrainingError, match="clip was trained on other captions"):
+        make_stage("prior", preset, out=out, seed=0, device=torch.device("cpu"))

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from dalle2_fast.training.folder import StageFolder, TrainingError, save_weights
+from dalle2_fast.training.folder import StageFolder, TrainingError, save_weights, write_beside
 from dalle2_fast.training.presets import PRESETS, STAGES, Preset, adjust, get_preset
+
+if TYPE_CHECKING:
+    from dalle2_fast.data import WordTokenizer
+
+TOKENIZER = "tokenizer.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,8 +110,13 @@ def train_stage(
     if resume and folder.weights_path.exists():
         print(f"{name}: already finished, skipped ({folder.weights_path})")
         return "finished"
-    stage = make_stage(name, preset, out=Path(out), seed=seed, device=device, shards=shards)
+    tokenizer = run_tokenizer(preset, Path(out), shards)
+    stage = make_stage(name, preset, out=Path(out), seed=seed, device=device, shards=shards,
+                       tokenizer=tokenizer)
     folder.prepare()
+    if shards is not None:
+        text = json.dumps(tokenizer.to_config())
+        write_beside(Path(out) / TOKENIZER, lambda file: file.write(text.encode()))
     trainer = Trainer(stage, preset.recipe(name).optimisation, folder, seed=seed, device=device,
                       show_progress=show_progress)
     if folder.has_state():
@@ -116,16 +128,30 @@ def train_stage(
     return outcome
 
 
+def run_tokenizer(preset: Preset, out: Path, shards: str | None) -> WordTokenizer:
+    """The one tokenizer of a run: the scenes', or that of the shards, kept in out/tokenizer.json."""
+    from dalle2_fast.data import WordTokenizer, World
+
+    if (Path(out) / TOKENIZER).exists():
+        return WordTokenizer.from_config(json.loads((Path(out) / TOKENIZER).read_text(encoding="utf-8")))
+    if shards is None:
+        return WordTokenizer.scenes(World(**preset.world))
+    from dalle2_fast.data.webdata import WebDatasetStream  # needs the extra "train"
+
+    return WebDatasetStream(shards, 1).tokenizer
+
+
 def export_pipeline(preset: Preset, out: Path, *, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Assemble the finished stages of `out` into a pipeline: out/config.json, out/model.safetensors."""
-    from dalle2_fast.data import WordTokenizer, World
+    from dalle2_fast.data import World
     from dalle2_fast.models.dalle2 import DALLE2
     from dalle2_fast.training.stages import load_stage
 
     models = {name: load_stage(Path(out), name) for name in STAGES}
-    world = World(**preset.world)
-    pipeline = DALLE2(**models, tokenizer=WordTokenizer.scenes(world), sampling=preset.sampling,
-                      metadata={"preset": preset.name, "world": world.to_config()})
+    own_data = (Path(out) / TOKENIZER).exists()
+    world = None if own_data else World(**preset.world).to_config()
+    pipeline = DALLE2(**models, tokenizer=run_tokenizer(preset, out, None), sampling=preset.sampling,
+                      metadata={"preset": preset.name, "world": world})
     try:
         return pipeline.save_pretrained(out, dtype=dtype)
     except OSError as error:

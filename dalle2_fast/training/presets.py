@@ -1,6 +1,7 @@
 """Presets: pure data. What is trained, how large and how long is decided in this file and nowhere else.
 
-A preset names a world and one recipe a stage: `model` (constructor arguments), `data` (what the stage asks of
+A preset names a world and one recipe a stage: `model` (constructor arguments; the tokenizer adds those of the
+vocabulary, CLIP those of the embeddings), `data` (what the stage asks of
 its stream) and `optimisation`. Minutes are wall clock; `--minutes` scales them, `--steps` replaces them.
 """
 from __future__ import annotations
@@ -10,9 +11,6 @@ from dataclasses import dataclass, field, replace
 from dalle2_fast.training.trainer import Optimisation
 
 STAGES = ("clip", "prior", "decoder", "upsampler")
-# Of the scenes' full table: a restricted world keeps the ids. Captions are at most 36 tokens long.
-WORDS = dict(num_text_tokens=126, text_seq_len=36)  # of CLIP
-TOWER = dict(num_tokens=126, context_length=36)  # of the decoder's own text tower
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ SCENES_CPU = Preset(
     clip=Recipe(
         model=dict(dim_text=128, text_enc_depth=2, text_heads=4, dim_image=128, visual_enc_depth=2,
                    visual_heads=4, visual_kind="conv_vit", visual_image_size=64, visual_patch_size=8,
-                   dim_latent=128, **WORDS),
+                   dim_latent=128),
         optimisation=Optimisation(batch_size=64, minutes=11, optimizer="muon", learning_rate=1.5e-3,
                                   betas=(0.9, 0.98), weight_decay=0.02, warmup_steps=50, hold=0.4,
                                   decay="linear", ema_decay=0.99, log_steps=20)),
@@ -70,7 +68,7 @@ SCENES_CPU = Preset(
         # not pass the noise through (Li and He 2025, arXiv 2511.13720). Layout is decided at low log-SNR: a
         # shape of 300 pixels shows from -6 up, hence the shift.
         model=dict(image_size=64, num_image_tokens=4, image_cond_drop_prob=0.3, text_cond_drop_prob=0.15,
-                   text_encoder=dict(dim=128, depth=2, heads=4, **TOWER),
+                   text_encoder=dict(dim=128, depth=2, heads=4),
                    unet=dict(in_channels=3, out_channels=3, patch_size=8, channels=(128,), layers_per_block=1,
                              attention_levels=(0,), head_dim=32, cross_dim=128, embed_dim=256, num_groups=8,
                              kernel_in=1),
@@ -98,8 +96,7 @@ SCENES_GPU = Preset(
     clip=Recipe(
         model=dict(dim_text=192, text_enc_depth=4, text_heads=4, dim_image=192, visual_enc_depth=6,
                    visual_heads=4,
-                   visual_kind="conv_vit", visual_image_size=64, visual_patch_size=4, dim_latent=192,
-                   **WORDS),
+                   visual_kind="conv_vit", visual_image_size=64, visual_patch_size=4, dim_latent=192),
         optimisation=Optimisation(batch_size=4096, minutes=3.5, learning_rate=2e-3, betas=(0.9, 0.98),
                                   weight_decay=0.05, warmup_steps=200, ema_decay=0.995, log_steps=20)),
     prior=Recipe(
@@ -109,7 +106,7 @@ SCENES_GPU = Preset(
                                   weight_decay=0.02, warmup_steps=200, ema_decay=0.998, log_steps=20)),
     decoder=Recipe(
         model=dict(image_size=64, num_image_tokens=4, image_cond_drop_prob=0.28, text_cond_drop_prob=0.1,
-                   text_encoder=dict(dim=192, depth=2, heads=4, **TOWER),
+                   text_encoder=dict(dim=192, depth=2, heads=4),
                    unet=dict(in_channels=3, out_channels=3, patch_size=2, channels=(112, 144),
                              layers_per_block=2, attention_levels=(1,), head_dim=48, cross_dim=192,
                              embed_dim=384, num_groups=16),
@@ -138,13 +135,13 @@ TINY = Preset(
     clip=Recipe(
         model=dict(dim_text=16, text_enc_depth=1, text_heads=2, dim_image=16, visual_enc_depth=1,
                    visual_heads=2,
-                   visual_kind="conv_vit", visual_image_size=16, visual_patch_size=4, dim_latent=16, **WORDS),
+                   visual_kind="conv_vit", visual_image_size=16, visual_patch_size=4, dim_latent=16),
         optimisation=_BRIEF),
     prior=Recipe(model=dict(net=dict(dim=16, depth=1, heads=2, dim_head=8)), data=dict(statistics_batches=2),
                  optimisation=_BRIEF),
     decoder=Recipe(
         model=dict(image_size=16, num_image_tokens=2, image_cond_drop_prob=0.2, text_cond_drop_prob=0.2,
-                   text_encoder=dict(dim=16, depth=1, heads=2, **TOWER),
+                   text_encoder=dict(dim=16, depth=1, heads=2),
                    unet=dict(in_channels=3, out_channels=3, patch_size=2, channels=(16, 16),
                              layers_per_block=1,
                              attention_levels=(1,), head_dim=8, cross_dim=16, num_groups=4),

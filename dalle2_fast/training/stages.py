@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle2_fast.data import SceneStream, World, render
+from dalle2_fast.data import SceneStream, WordTokenizer, World, render
 from dalle2_fast.models.clip import CLIP
 from dalle2_fast.models.decoder import Decoder
 from dalle2_fast.models.prior import DiffusionPrior
@@ -37,7 +37,7 @@ class SceneStage:
     """What the stages share: a stream of batches for training, and one small fixed batch kept out of it.
 
     seed: of the scenes. shards: WebDataset shards to train on instead of scenes (the held-out batch is then
-    from another shuffle of the same shards).
+    from another shuffle of the same shards); tokenizer: for them, it sizes the text towers.
     """
 
     name: str
@@ -46,8 +46,10 @@ class SceneStage:
     negatives = 0  # hard-negative captions a picture
     model: nn.Module
 
-    def __init__(self, preset: Preset, *, seed: int, device: torch.device, shards: str | None = None) -> None:
-        self.recipe, self.device = preset.recipe(self.name), device
+    def __init__(
+        self, preset: Preset, *, seed: int, device: torch.device, shards: str | None, tokenizer: WordTokenizer
+    ) -> None:
+        self.recipe, self.device, self.tokenizer = preset.recipe(self.name), device, tokenizer
         self.prepare()
         self.config = {"model": self.model.config}
         self.model.to(device)
@@ -57,7 +59,7 @@ class SceneStage:
             if shards is not None:
                 from dalle2_fast.data.webdata import WebDatasetStream  # needs the extra "train"
 
-                return WebDatasetStream(shards, batch_size, **common)
+                return WebDatasetStream(shards, batch_size, tokenizer=tokenizer, **common)
             world = World(**preset.world)
             return SceneStream(world, batch_size, split=split, negatives=self.negatives, **common)
 
@@ -93,7 +95,8 @@ class ClipStage(SceneStage):
     negatives = 2
 
     def prepare(self) -> None:
-        self.model = CLIP(**self.recipe.model)
+        words = dict(num_text_tokens=self.tokenizer.vocab_size, text_seq_len=self.tokenizer.context_length)
+        self.model = CLIP(**self.recipe.model, **words)
         self.resolutions = (self.model.image_size,)
 
     def loss(self, batch: dict, generator: torch.Generator) -> Tensor:
@@ -118,9 +121,15 @@ class ClipStage(SceneStage):
 class ClipGuidedStage(SceneStage):
     """A stage that learns from the embeddings of the finished, frozen CLIP."""
 
-    def __init__(self, preset: Preset, *, out: Path, device: torch.device, **options) -> None:
+    def __init__(
+        self, preset: Preset, *, out: Path, device: torch.device, tokenizer: WordTokenizer, **options
+    ) -> None:
         self.clip = load_stage(out, "clip", device)
-        super().__init__(preset, device=device, **options)
+        if self.clip.config["num_text_tokens"] != tokenizer.vocab_size:
+            raise TrainingError(
+                f"{out}/clip was trained on other captions: expected a vocabulary of {tokenizer.vocab_size}, "
+                f"got {self.clip.config['num_text_tokens']}; give every stage the same --data")
+        super().__init__(preset, device=device, tokenizer=tokenizer, **options)
 
     @torch.no_grad()
     def image_embed(self, batch: dict) -> Tensor:
@@ -171,7 +180,10 @@ class DecoderStage(ClipGuidedStage):
     held_out_size = 8
 
     def prepare(self) -> None:
-        self.model = Decoder(**self.recipe.model, image_embed_dim=self.clip.dim_latent)
+        options = dict(self.recipe.model)
+        words = dict(num_tokens=self.tokenizer.vocab_size, context_length=self.tokenizer.context_length)
+        tower = options.pop("text_encoder") | words
+        self.model = Decoder(**options, text_encoder=tower, image_embed_dim=self.clip.dim_latent)
         self.size = self.model.image_size
         self.resolutions = tuple(dict.fromkeys((self.size, self.clip.image_size)))
         self.weight = self.recipe.data.get("foreground_weight", 1.0)
@@ -272,10 +284,21 @@ def psnr(images: Tensor, truth: Tensor) -> float:
 
 
 def make_stage(
-    name: str, preset: Preset, *, out: Path, seed: int, device: torch.device, shards: str | None = None
+    name: str,
+    preset: Preset,
+    *,
+    out: Path,
+    seed: int,
+    device: torch.device,
+    shards: str | None = None,
+    tokenizer: WordTokenizer | None = None,
 ) -> SceneStage:
-    """The stage `name` of `preset`; its initial weights depend on (seed, name) only."""
-    options = dict(seed=seed, device=device, shards=shards)
+    """The stage `name` of `preset`; its initial weights depend on (seed, name) only.
+
+    out: where the finished CLIP lies. tokenizer: None is the scenes'.
+    """
+    tokenizer = tokenizer or WordTokenizer.scenes(World(**preset.world))
+    options = dict(seed=seed, device=device, shards=shards, tokenizer=tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed * 16 + STREAMS[name])
         if name in ("prior", "decoder"):
