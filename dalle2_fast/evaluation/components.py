@@ -9,15 +9,17 @@ from torch import Tensor
 def label_components(mask: Tensor) -> Tensor:  # bool [n, H, W] -> int64 [n, H, W]
     """-1 outside the mask; inside, one number per 4-connected component, unique over the whole batch.
 
-    The number is the flat index of the component's last pixel, so label // (H * W) is the image. Labels spread
-    to the neighbours and then jump to their own label's label, which halves the way that is left: few rounds.
+    The number is the flat index of the component's last pixel, so label // (H * W) is the image. Labels
+    spread to the neighbours and then jump to their own label's label, which halves the way that is left.
     """
     label = torch.arange(mask.numel(), device=mask.device).view(mask.shape).masked_fill(~mask, -1)
     while True:
         spread = label.clone()
-        for near, far in ((label[:, 1:], spread[:, :-1]), (label[:, :-1], spread[:, 1:]),
-                          (label[:, :, 1:], spread[:, :, :-1]), (label[:, :, :-1], spread[:, :, 1:])):  # fmt: skip
-            torch.maximum(far, near, out=far)
+        for axis in (1, 2):
+            size = mask.shape[axis] - 1
+            for here, there in ((0, 1), (1, 0)):
+                target = spread.narrow(axis, here, size)
+                torch.maximum(target, label.narrow(axis, there, size), out=target)
         spread.masked_fill_(~mask, -1)
         spread = torch.where(mask, spread.flatten()[spread.clamp_min(0)], -1)
         if torch.equal(spread, label):
@@ -49,3 +51,10 @@ def dilate(mask: Tensor, radius: int = 1) -> Tensor:
 def erode(mask: Tensor) -> Tensor:
     """bool [n, H, W]: without the pixels that touch the outside; the picture's edge is not outside."""
     return ~dilate(~mask)
+
+
+def holes(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """What each mask encloses: rows int64 [N] of `mask` and holes bool [N, H, W]."""
+    row, hole = find_components(~mask, 1)
+    frame = hole[:, 0].any(1) | hole[:, -1].any(1) | hole[:, :, 0].any(1) | hole[:, :, -1].any(1)
+    return row[~frame], hole[~frame]

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle2_fast.data.shapes import AREAS, JITTER_DEGREES, SIGNED_DISTANCES, geometry
-from dalle2_fast.data.vocabulary import SHAPES
 
 GRID = 32  # samples along each side; 24 costs 1 % of the shapes of small objects
 REACH = 1.75  # half side of the grid in radii of the disc of equal area; the crescent reaches 1.62
@@ -75,6 +74,5 @@ class Templates:
 
 
 def disc_to_shape_radius(radius: Tensor, shape: Tensor) -> Tensor:
-    """A scene's radius of objects whose area is that of a disc of `radius`; shape int64, indices of SHAPES."""
-    areas = torch.tensor(AREAS).to(radius)
-    return radius / areas[shape.clamp(0, len(SHAPES) - 1)].sqrt()
+    """A scene's radius of objects whose area is that of a disc of `radius`; shape: indices of SHAPES."""
+    return radius / torch.tensor(AREAS).to(radius)[shape].sqrt()
