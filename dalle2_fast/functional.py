@@ -1,7 +1,7 @@
 """The ops of dalle2_fast as functions: check the arguments, choose an implementation, call it.
 
 Every function takes `impl`: "auto" (the fused kernel where one can run, otherwise the reference), "reference"
-or "fused" (raises where it cannot run; there is no silent fall-back). This version has the references only.
+or "fused" (raises where it cannot run; there is no silent fall-back).
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ def contrastive_loss(
     Source: Radford et al., 2103.00020, figure 3.
     """
     _check.contrastive(image_features, text_features, logit_scale, logit_bias)
-    _backend.use_reference(impl, image_features)
+    _backend.only_reference(impl, "contrastive_loss")
     return reference.contrastive_loss(image_features, text_features, logit_scale, logit_bias)
 
 
@@ -287,7 +287,7 @@ def sigmoid_loss(
     _check.contrastive(image_features, text_features, logit_scale, logit_bias)
     if logit_bias is None:
         raise TypeError("logit_bias: expected a number or a scalar tensor, got None")
-    _backend.use_reference(impl, image_features)
+    _backend.only_reference(impl, "sigmoid_loss")
     return reference.sigmoid_loss(image_features, text_features, logit_scale, logit_bias)
 
 
@@ -304,5 +304,5 @@ def soft_contrastive_loss(
     `contrastive_loss`.
     """
     _check.contrastive(image_features, text_features, logit_scale)
-    _backend.use_reference(impl, image_features)
+    _backend.only_reference(impl, "soft_contrastive_loss")
     return reference.soft_contrastive_loss(image_features, text_features, logit_scale)

@@ -246,7 +246,6 @@ SHAPE_2 = r"\(2, 3, 4\)"
          {"dynamic_threshold": 99.5}),
         (ValueError, rf"previous_x0: expected \[B, C, ...\] = {SHAPE_2}, got \(2, 3\)",
          {"previous_x0": F32[..., 0]}),
-        (RuntimeError, "no fused kernels", {"impl": "fused"}),
     ],
 )  # fmt: skip
 def test_errors_name_argument_expected_and_got(kind, message, kwargs):

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +15,7 @@ from truth import assert_close_to_truth
 
 from dalle2_fast import _backend, functional
 
+ROOT = Path(__file__).resolve().parent.parent
 SEEDS = torch.arange(2)
 
 
@@ -56,19 +62,105 @@ def test_traces_without_a_graph_break(op):
     torch.testing.assert_close(traced(), function())
 
 
-def test_impl():
-    tensor = torch.zeros(1)
-    assert _backend.use_reference("auto", tensor) and _backend.use_reference("reference", tensor)
-    with pytest.raises(RuntimeError, match='impl="fused": .* no fused kernels'):
-        _backend.use_reference("fused", tensor)
+# op -> a call with impl="fused" on inputs that no kernel takes.
+def unservable(dtype=torch.float64, device="cpu"):
+    x = torch.ones(2, 4, 3, 3, dtype=dtype, device=device)
+    q, one, table = x[:, :2], x[:, 0, 0, 0], torch.ones(3, 8, device=device)
+    return {
+        "group_norm_silu": lambda impl: functional.group_norm_silu(x, 2, impl=impl),
+        "cross_attention": lambda impl: functional.cross_attention(q, q, q, impl=impl),
+        "add_noise": lambda impl: functional.add_noise(x, one, one, x, impl=impl),
+        "diffusion_step": lambda impl: functional.diffusion_step(x, x, table, 0, impl=impl),
+    }
+
+
+@pytest.mark.parametrize("op", list(unservable()))
+def test_fused_raises_where_no_kernel_can_run(op):
+    # Catches: a silent fall-back to the reference.
+    with pytest.raises(RuntimeError, match='impl="fused": no kernel takes torch.float64 .* use impl="auto"'):
+        unservable()[op]("fused")
+    with pytest.raises(RuntimeError, match='impl="fused": no kernel runs on device meta; use'):
+        unservable(torch.float32, "meta")[op]("fused")
     with pytest.raises(ValueError, match="impl: expected one of 'auto', 'reference', 'fused', got None"):
-        _backend.use_reference(None, tensor)
+        unservable()[op](None)
+    assert unservable(torch.float32, "meta")[op]("auto") is not None
+
+
+@pytest.mark.parametrize("op", ["contrastive_loss", "sigmoid_loss", "soft_contrastive_loss"])
+def test_fused_raises_for_an_op_without_a_kernel(op):
+    arguments = {"logit_bias": -1.0} if op == "sigmoid_loss" else {}
+    features = torch.ones(3, 4)
+    with pytest.raises(RuntimeError, match=f'impl="fused": {op} has no fused kernel'):
+        getattr(functional, op)(features, features, 2.0, impl="fused", **arguments)
+    with pytest.raises(ValueError, match="impl: expected one of .* got 'fast'"):
+        getattr(functional, op)(features, features, 2.0, impl="fast", **arguments)
+
+
+def on_cuda(monkeypatch, dtype=torch.float16, capability=(9, 0)):
+    """A tensor that says it is on a GPU of this capability, in a torch that says it has CUDA."""
+    properties = SimpleNamespace(name="Some GPU", major=capability[0], minor=capability[1])
+    monkeypatch.setattr(_backend, "_gpu_obstacles", {})
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return SimpleNamespace(dtype=dtype, device=torch.device("cuda", 0), is_cuda=True)
+
+
+def test_auto_is_fused_on_a_gpu_only(monkeypatch, kernel_device):
+    cpu = torch.zeros(1)
+    assert _backend.use_reference("auto", cpu) and _backend.use_reference("reference", cpu)
+    half = on_cuda(monkeypatch)
+    assert not _backend.use_reference("auto", half) and not _backend.use_reference("fused", half, None)
+    assert _backend.use_reference("reference", half)
+    assert _backend.use_reference("auto", half, on_cuda(monkeypatch, torch.float64))
+
+
+def test_what_stands_in_the_way_on_a_gpu(monkeypatch):
+    old = on_cuda(monkeypatch, capability=(7, 5))
+    assert _backend.use_reference("auto", old)
+    with pytest.raises(RuntimeError, match="need compute capability 8.0, Some GPU has 7.5"):
+        _backend.use_reference("fused", old)
+    monkeypatch.setattr(torch.version, "cuda", None)  # ROCm calls its devices cuda as well
+    monkeypatch.setattr(_backend, "_gpu_obstacles", {})
+    assert _backend.use_reference("auto", old)
+    with pytest.raises(RuntimeError, match="for NVIDIA GPUs"):
+        _backend.use_reference("fused", old)
+    monkeypatch.setattr(_backend, "_HAS_TRITON", False)
+    assert _backend.use_reference("auto", on_cuda(monkeypatch))
+    with pytest.raises(RuntimeError, match="triton, which is not installed"):
+        _backend.use_reference("fused", torch.zeros(1))
+
+
+def test_fused_on_the_cpu_is_the_interpreter(monkeypatch):
+    monkeypatch.setattr(_backend, "_HAS_TRITON", True)
+    monkeypatch.setattr(_backend, "_INTERPRETED", False)
+    with pytest.raises(RuntimeError, match="no kernel runs on device cpu; TRITON_INTERPRET=1"):
+        _backend.use_reference("fused", torch.zeros(1))
+    assert _backend.use_reference("auto", torch.zeros(1))
+
+
+LAZY = """
+import sys, torch
+from dalle2_fast import functional
+functional.group_norm_silu(torch.ones(1, 4, 2), 2)
+assert "triton" not in sys.modules, "triton was imported for a reference"
+functional._backend.use_reference("fused", torch.ones(1))
+assert "triton" in sys.modules or not functional._backend._PRESENT
+"""
+
+
+def test_triton_is_imported_when_a_kernel_is_first_used(kernel_device):
+    done = subprocess.run([sys.executable, "-c", LAZY], cwd=ROOT, text=True, capture_output=True,
+                          env=os.environ | {"TRITON_INTERPRET": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_build_info_is_json_and_complete():
     info = json.loads(json.dumps(_backend.build_info()))
     assert info["torch"] == torch.__version__
-    assert info["fused_ops"] == [] and isinstance(info["native_extension"], bool)
+    assert bool(info["fused_ops"]) == (info["why_not_fused"] is None)
+    assert set(info["fused_ops"]) <= set(info["kernels"]) <= set(functional.__all__)
+    assert isinstance(info["native_extension"], bool)
     assert {"dalle2_fast", "python", "platform", "triton", "cuda", "devices", "cpu_threads"} <= set(info)
 
 
