@@ -123,7 +123,7 @@ def test_words_of_a_world_are_exactly_those_of_its_captions():
 
 def test_unknown_words_are_named_with_the_known_ones():
     small = WordTokenizer.scenes(World(shapes=["star", "circle"], colors=["red", "blue"], kinds=["one"]))
-    assert torch.equal(small.encode("a red star"), TOKENIZER.encode("a red star")), "ids stay those of the table"
+    assert torch.equal(small.encode("a red star"), TOKENIZER.encode("a red star")), "ids are the table's"
     with pytest.raises(ValueError, match='unknown words "green", "dinosaurs" in the caption.* red .* star '):
         small.encode("a green dinosaurs star")
     ids = [v.BOS, v.WORD_TO_ID["a"], v.UNK, v.WORD_TO_ID["star"], v.EOS]
@@ -245,7 +245,8 @@ def test_negatives_share_their_phrasing():
     right, wrong = compose(scenes, phrasing), compose(edited, phrasing)
     assert ((right != wrong).sum(1)[hard] == 1).all()
     swapped, hard = hard_negatives(scenes, kind="swap_colors", phrasing=phrasing)
-    assert torch.equal(compose(swapped, phrasing)[hard].sort(1).values, right[hard].sort(1).values), "same words"
+    words_right, words_wrong = (rows[hard].sort(1).values for rows in (right, compose(swapped, phrasing)))
+    assert torch.equal(words_right, words_wrong)
     assert hard[scenes["kind"] == v.TWO].float().mean() > 0.5
 
 

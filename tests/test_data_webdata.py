@@ -80,6 +80,7 @@ def test_resume_is_exact(shards):
     assert not same(other.batch(0), batches[0])
 
 
+@pytest.mark.filterwarnings("ignore:shards. no")
 def test_bad_samples_are_counted_and_reported(tmp_path):
     pytest.importorskip("webdataset")
     bad = [

@@ -89,6 +89,7 @@ def sample_negatives(
     if unknown:
         raise ValueError(f"kinds: expected names of {', '.join(NEGATIVE_KINDS)}; got {', '.join(unknown)}")
     n, device = len(scenes["kind"]), scenes["kind"].device
+    scenes = {key: value for key, value in scenes.items() if value.dtype == torch.int64}  # no places
     # All kinds of all scenes at once, [kinds * n] rows: a few large operations instead of many small ones.
     parts = [_edit(scenes, kind, generator, world or World()) for kind in kinds]
     edited = {key: torch.cat([part[key] for part in parts]) for key in scenes}

@@ -13,13 +13,13 @@ from torch import Tensor
 from .palette import palette
 from .scenes import Scenes
 from .shapes import SIGNED_DISTANCES, geometry
-from .vocabulary import DOTTED, MAX_OBJECTS, STRIPED, TEXTURES
+from .vocabulary import DOTTED, MAX_OBJECTS, SOLID, STRIPED, TEXTURES
 
 TEXTURE_PERIOD = 0.125  # of the canvas
 
-# Scene pixels rendered at once. CPU: the planes of one shape's objects stay in the second-level cache (twice
-# as fast at 64 px as the whole batch at once). Elsewhere: few launches, some GB of temporaries.
-CPU_CHUNK_PIXELS, DEVICE_CHUNK_PIXELS = 2**18, 2**22
+# Scene pixels rendered at once. On a CPU, a quarter of it loses 20 % to the overhead of each operation, and
+# more wins nothing but takes memory. Elsewhere: few launches, some hundred MB.
+CPU_CHUNK_PIXELS, DEVICE_CHUNK_PIXELS = 2**20, 2**22
 
 
 class _Layers(NamedTuple):
@@ -28,7 +28,6 @@ class _Layers(NamedTuple):
     coverage: Tensor  # 1 inside, 0 outside
     fade: Tensor  # 1 - soft shadow to the lower right
     shade: Tensor  # light from the top left
-    tone: Tensor  # 0 the colour, 1 its second tone; not set (and not read) for solid objects
 
 
 def render(scenes: Scenes, resolution: int = 64) -> Tensor:
@@ -56,7 +55,8 @@ def _render(scenes: Scenes, resolution: int) -> Tensor:
         return torch.cat([scenes[key][:count, slot] for slot, count in enumerate(users)])
 
     objects = {key: flat(key) for key in ("shape", "color", "fill", "cx", "cy", "r", "rot", "cj")}
-    layers = _object_layers(objects, resolution)
+    layers, place = _object_layers(objects, resolution)
+    tone, tone_place = _tones(objects, resolution)
     colors = palette(images.device)
     first = colors.color[objects["color"]] + objects["cj"]
     change = colors.color_second[objects["color"]] + objects["cj"] - first
@@ -64,58 +64,79 @@ def _render(scenes: Scenes, resolution: int) -> Tensor:
     for count in users:
         here = slice(begin, begin + count)
         begin += count
-        coverage, fade, shade, tone = (layer[here, None] for layer in layers)
+        coverage, fade, shade = (layer.index_select(0, place[here])[:, None] for layer in layers)
         paint = first[here, :, None, None] * shade
-        textured = (objects["fill"][here] > 0).nonzero(as_tuple=True)[0]
+        textured = (objects["fill"][here] != SOLID).nonzero(as_tuple=True)[0]
         if len(textured):
             start, step = (x[here][textured, :, None, None] for x in (first, change))
-            paint[textured] = (start + tone[textured] * step) * shade[textured]
+            pattern = tone[tone_place[here][textured], None]
+            paint[textured] = (start + pattern * step) * shade[textured]
         below = images[:count].mul_(fade)
         below += paint.sub_(below).mul_(coverage)
     return images.clamp_(0, 1)
 
 
-def _object_layers(objects: Scenes, resolution: int) -> _Layers:
-    """All objects' layers [N, R, R], computed shape by shape."""
-    shape, radius, rot = objects["shape"], objects["r"], objects["rot"]
+def _object_layers(objects: Scenes, resolution: int) -> tuple[_Layers, Tensor]:
+    """All objects' layers [N, R, R], sorted by shape; int64 [N]: the place of each object in them."""
+    shape = objects["shape"]
     device, table = shape.device, geometry(shape.device)
-    pixel = _pixel_centres(resolution, device)
+    order = torch.argsort(shape, stable=True)
+    numbers = torch.bincount(shape, minlength=len(SIGNED_DISTANCES)).tolist()
     planes = len(shape), resolution, resolution
     layers = _Layers(*(torch.empty(planes, device=device) for _ in _Layers._fields))
-    cos, sin = torch.cos(rot), torch.sin(rot)
-    unit = radius * table.scale[shape]
-    numbers = torch.bincount(shape, minlength=len(SIGNED_DISTANCES)).tolist()
-    groups = torch.argsort(shape, stable=True).split(numbers)
-    for kind, (distance, group) in enumerate(zip(SIGNED_DISTANCES, groups, strict=True)):
-        if not len(group):
-            continue
-        dx = pixel[None, None, :] - objects["cx"][group, None, None]
-        dy = pixel[None, :, None] - objects["cy"][group, None, None]
-        c, s = cos[group, None, None], sin[group, None, None]
-        x, y = c * dx + s * dy, -s * dx + c * dy  # in the object's own frame, canvas units
-        scale = unit[group, None, None]
-        d = distance(x / scale + table.center_x[kind], y / scale + table.center_y[kind]).mul_(scale)
-        layers.coverage[group] = (0.5 - d * resolution).clamp_(0, 1)
+    pixel, one = _pixel_centres(resolution, device), torch.ones((), device=device)
 
-        r, diagonal = radius[group, None, None], x + y
-        layers.shade[group] = (diagonal / (1.4 * r)).clamp_(-1, 1).mul_(-0.09).add_(1)
+    def column(values: Tensor) -> Tensor:
+        return values[order, None, None]
+
+    cos, sin = column(torch.cos(objects["rot"])), column(torch.sin(objects["rot"]))
+    dx = pixel[None, None, :] - column(objects["cx"])
+    dy = pixel[None, :, None] - column(objects["cy"])
+    radius, unit = column(objects["r"]), column(objects["r"] * table.scale[shape])
+    end = 0
+    for kind, (distance, number) in enumerate(zip(SIGNED_DISTANCES, numbers, strict=True)):
+        if not number:
+            continue
+        here = slice(end, end + number)
+        end += number
+        x, y = _local(dx[here], dy[here], cos[here], sin[here])
+        d = distance((x / unit[here]).add_(table.center_x[kind]), (y / unit[here]).add_(table.center_y[kind]))
+        d.mul_(unit[here])
+        torch.mul(d, -resolution, out=layers.coverage[here]).add_(0.5).clamp_(0, 1)
+
+        diagonal = x + y
+        shade = torch.div(diagonal, 1.4 * radius[here], out=layers.shade[here])
+        shade.clamp_(-1, 1).mul_(-0.09).add_(1)
         rho = (x * x).add_(y * y).add_(1e-9).sqrt_().mul_(1.4142)
         side = diagonal.mul_(0.55).div_(rho).add_(0.45)
-        shadow = d.clamp_min_(0).neg_().div_(0.016).exp_().mul_(0.20).mul_(side)
-        layers.fade[group] = shadow.clamp_min_(0).neg_().add_(1)
+        shadow = d.clamp_min_(0).div_(-0.016).exp_().mul_(0.20).mul_(side).clamp_min_(0)
+        torch.sub(one, shadow, out=layers.fade[here])
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=device)
+    return layers, place
 
-        fill, period = objects["fill"][group], 0.075 + 0.15 * r
-        for pattern in (STRIPED, DOTTED):
-            chosen = (fill == pattern).nonzero(as_tuple=True)[0]
-            if not len(chosen):
-                continue
-            step = period[chosen]
-            if pattern == STRIPED:
-                tone = _wave(y[chosen] / step, 0.42, step * resolution)
-            else:
-                tone = _dots(x[chosen], y[chosen], step * 0.92, 0.30, resolution)
-            layers.tone[group[chosen]] = tone
-    return layers
+
+def _tones(objects: Scenes, resolution: int) -> tuple[Tensor, Tensor]:
+    """Stripes and dots [T, R, R] in [0, 1]: 0 the colour, 1 its second tone; int64 [N]: the place of each
+    object in them (0 for solid ones, which have none)."""
+    parts, place = [], torch.zeros_like(objects["fill"])
+    pixel = _pixel_centres(resolution, place.device)
+    for pattern in (STRIPED, DOTTED):
+        chosen = (objects["fill"] == pattern).nonzero(as_tuple=True)[0]
+        place[chosen] = sum(map(len, parts)) + torch.arange(len(chosen), device=place.device)
+        cx, cy, rot, radius = (objects[key][chosen, None, None] for key in ("cx", "cy", "rot", "r"))
+        x, y = _local(pixel - cx, pixel[:, None] - cy, torch.cos(rot), torch.sin(rot))
+        period = 0.075 + 0.15 * radius
+        if pattern == STRIPED:
+            parts.append(_wave(y / period, 0.42, period * resolution))
+        else:
+            parts.append(_dots(x, y, period * 0.92, 0.30, resolution))
+    return torch.cat(parts), place
+
+
+def _local(dx: Tensor, dy: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets from an object's centre in its own, turned frame."""
+    return cos * dx + sin * dy, -sin * dx + cos * dy
 
 
 def _background(scenes: Scenes, resolution: int) -> Tensor:
@@ -123,13 +144,12 @@ def _background(scenes: Scenes, resolution: int) -> Tensor:
     colors = palette(scenes["bg"].device)
     first = (colors.background[scenes["bg"]] + scenes["bj"])[:, :, None, None]
     change = (colors.background_second[scenes["bg"]] + scenes["bj"])[:, :, None, None] - first
-    images = first.expand(-1, -1, resolution, resolution).contiguous()
+    tone = torch.zeros(len(first), 1, resolution, resolution, device=first.device)
     for texture, name in enumerate(TEXTURES[1:], start=1):
         chosen = (scenes["btex"] == texture).nonzero(as_tuple=True)[0]
         if len(chosen):
-            tone = _texture(name, scenes["ph"][chosen], resolution)[:, None]
-            images[chosen] = first[chosen] + tone * change[chosen]
-    return images
+            tone[chosen, 0] = _texture(name, scenes["ph"][chosen], resolution)
+    return (tone * change).add_(first)
 
 
 def _texture(name: str, phase: Tensor, resolution: int) -> Tensor:
