@@ -1,0 +1,156 @@
+"""`dalle2-fast evaluate`: scores of a checkpoint, as a table and as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from dalle2_fast.checkpoints import CheckpointError
+from dalle2_fast.data.scenes import held_out_pairs
+from dalle2_fast.data.world import World
+from dalle2_fast.models.dalle2 import DALLE2
+
+from .measure import FULL, PARTS, QUICK, SETTINGS, SPLITS, Amounts, evaluate
+from .report import print_report
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `dalle2-fast evaluate`."""
+    add = parser.add_argument
+    add("--checkpoint", default="embedded", metavar="DIR", help="a checkpoint folder, or embedded (default)")
+    add("--captions", type=int, metavar="N", help=f"captions drawn per split (default {FULL.captions})")
+    add(
+        "--clip-captions",
+        type=int,
+        metavar="N",
+        help=f"N of CLIP's N-way retrieval (default {FULL.clip_captions})",
+    )
+    add(
+        "--training-captions",
+        type=int,
+        metavar="N",
+        help=f"size of the memory of the nearest-picture baseline (default {FULL.training_captions})",
+    )
+    add(
+        "--pictures",
+        type=int,
+        metavar="N",
+        help=f"pictures for the upsampler's PSNR (default {FULL.pictures})",
+    )
+    add(
+        "--splits",
+        nargs="+",
+        choices=SPLITS,
+        help="iid: as in training; comp: with held-out (shape, colour) pairs",
+    )
+    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to score (default: all)")
+    add("--seed", type=int, default=0, help="of the scenes, captions and noise (default 0)")
+    add("--steps", type=int, help="diffusion steps of the decoder (default, as below: the checkpoint's)")
+    add("--guidance", type=float, help="of the decoder")
+    add("--prior-steps", type=int)
+    add("--prior-guidance", type=float)
+    add("--upsampler-steps", type=int)
+    add("--sampler", choices=("ddpm", "ddim", "dpm++"))
+    add(
+        "--batch-size",
+        type=int,
+        default=16,
+        help="captions drawn at a time (default 16); they share their noise: larger is less certain",
+    )
+    add("--quick", action="store_true", help="a few captions only: does it work, and roughly how well?")
+    add("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1, ...")
+    add("--output", type=Path, metavar="FILE.json", help="write everything there, too")
+    add("--quiet", action="store_true", help="no progress bars")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score, print the table, write the JSON. ValueError, OSError for what the user can put right."""
+    given = {name: getattr(args, name) for name in Amounts._fields if getattr(args, name) is not None}
+    amounts = (QUICK if args.quick else FULL)._replace(**given)
+    for name, value in {**amounts._asdict(), "batch_size": args.batch_size}.items():
+        if value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed: expected 0 to 2^32 - 1, got {args.seed}")
+    if args.output is not None:
+        _check_output(args.output)
+    device = _choose_device(args.device)
+    path = None if args.checkpoint == "embedded" else Path(args.checkpoint)
+    pipe = DALLE2.from_pretrained(path, device=device)
+    world = _world(pipe)
+    report = evaluate(
+        pipe,
+        world,
+        splits=_splits(args.splits, world),
+        parts=tuple(args.parts),
+        amounts=amounts,
+        seed=args.seed,
+        settings={name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None},
+        batch_size=args.batch_size,
+        progress=not args.quiet,
+    )
+    report = {"checkpoint": args.checkpoint, **report}
+    print_report(report)
+    if args.output is not None:
+        _write_json(report, args.output)
+        print(f"written: {args.output}")
+    return 0
+
+
+def _world(pipe: DALLE2) -> World:
+    config = pipe.metadata.get("world")
+    if config is None:
+        raise CheckpointError(
+            "--checkpoint: expected one that was trained on scenes, with their world in its metadata; this "
+            "one has none, and nothing says what its pictures should show"
+        )
+    return World.from_config(config)
+
+
+def _splits(asked: list[str] | None, world: World) -> tuple[str, ...]:
+    """The splits that there are; ValueError for one asked for that is empty."""
+    held = held_out_pairs()[world.ids("shapes")][:, world.ids("colors")].any()
+    if held:
+        return tuple(dict.fromkeys(asked or SPLITS))
+    if asked and "comp" in asked:
+        raise ValueError("--splits: comp is empty: this checkpoint's world has none of the held-out pairs")
+    return ("iid",)
+
+
+def _choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"--device: {name} asked for, but torch sees {count} CUDA device(s)")
+    return device
+
+
+def _check_output(path: Path) -> None:
+    """Before minutes are spent: can the file be written?"""
+    if path.suffix.lower() != ".json":
+        raise ValueError(f"--output: expected a name that ends in .json, got {str(path)!r}")
+    if path.is_dir():
+        raise IsADirectoryError(f"--output: {path} is a folder, expected a file name")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--output: the folder {path.absolute().parent} does not exist")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise PermissionError(f"--output: cannot write to the folder {path.absolute().parent}")
+
+
+def _write_json(report: dict, path: Path) -> None:
+    """Complete or not at all: written beside its place and renamed."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        beside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,200 @@
+"""Everything that `dalle2-fast evaluate` measures, in one JSON-able report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dalle2_fast.data.captions import make_captions
+from dalle2_fast.data.render import render
+from dalle2_fast.data.scenes import sample_scenes
+from dalle2_fast.data.stream import mix_seed
+from dalle2_fast.data.tokenizer import WordTokenizer
+from dalle2_fast.data.world import World
+from dalle2_fast.models.dalle2 import DALLE2
+
+from .baselines import nearest_training_scenes, shuffle_pictures
+from .clip_scores import score_clip
+from .reader import Reader
+from .scores import ATTRIBUTES, score_captions
+from .upsampling import score_upsampler
+
+SPLITS = ("iid", "comp")
+PARTS = ("clip", "captions", "upsampler")
+SETTINGS = ("steps", "guidance", "prior_steps", "prior_guidance", "upsampler_steps", "sampler")
+
+
+class Amounts(NamedTuple):
+    captions: int  # drawn per split
+    clip_captions: int  # among which CLIP chooses
+    training_captions: int  # that the nearest-picture baseline remembers
+    pictures: int  # enlarged
+
+
+FULL, QUICK = Amounts(500, 1000, 20_000, 32), Amounts(32, 200, 2_000, 8)
+
+
+def evaluate(
+    pipe: DALLE2,
+    world: World,
+    *,
+    splits: tuple[str, ...] = SPLITS,
+    parts: tuple[str, ...] = PARTS,
+    amounts: Amounts = FULL,
+    seed: int = 0,
+    settings: dict | None = None,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> dict:
+    """Everything that `dalle2-fast evaluate` measures, JSON-able. `settings`: some of SETTINGS."""
+    sampling = pipe.sampling | (settings or {})
+    report = {
+        "world": world.to_config(),
+        "splits": list(splits),
+        **amounts._asdict(),
+        "seed": seed,
+        "sampling": sampling,
+        "size": pipe.decoder.image_size,
+        "batch_size": batch_size,
+        "device": str(pipe.device),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "versions": _versions(),
+        "clip": {},
+        "caption_accuracy": {},
+        "upsampler": None,
+        "seconds": {},
+    }
+    for split in splits:
+        if "clip" in parts:
+            with _clock(report, f"clip {split}"):
+                generator = _generator(seed, split, 0)
+                scores = _score_clip(pipe, world, split, amounts.clip_captions, generator)
+                report["clip"][split] = _to_json(scores)
+        if "captions" in parts:
+            with _clock(report, f"captions {split}"):
+                draw = partial(_draw, pipe, sampling=sampling, batch_size=batch_size, progress=progress)
+                scores = _score_pictures(draw, world, split, amounts, seed, pipe.decoder.image_size)
+                report["caption_accuracy"][split] = _to_json(scores)
+    if "upsampler" in parts and pipe.upsampler is not None:
+        with _clock(report, "upsampler"):
+            report["upsampler"] = _score_upsampler(pipe, world, amounts.pictures, seed, sampling)
+    return report
+
+
+def _score_pictures(
+    draw: Callable[[Tensor, int], Tensor], world: World, split: str, amounts: Amounts, seed: int, size: int
+) -> dict:
+    """{source: {kind: {attribute: Tally}}}: of the pipeline's pictures and of the baselines."""
+    generator = _generator(seed, split, 1)
+    scenes = sample_scenes(amounts.captions, generator, split, world)
+    tokens, says = make_captions(scenes, generator)
+    memory = nearest_training_scenes(tokens, world, generator, pool=amounts.training_captions)
+    reader = Reader(world)
+    generated = reader.read(draw(tokens, mix_seed(seed, SPLITS.index(split))))
+    readings = {
+        "generated": generated,
+        "renders": reader.read(render(scenes, size)),
+        "shuffled": shuffle_pictures(generated, scenes["kind"]),
+        "nearest": reader.read(render(memory, size)),
+    }
+    # An attribute that is the same everywhere is no achievement.
+    choices = dict(fill=world.fills, size=world.sizes, background=world.backgrounds, texture=world.textures)
+    attributes = tuple(name for name in ATTRIBUTES if len(choices.get(name, "many")) > 1)
+    return {name: score_captions(reading, scenes, says, attributes) for name, reading in readings.items()}
+
+
+def _draw(
+    pipe: DALLE2, tokens: Tensor, seed: int, *, sampling: dict, batch_size: int, progress: bool
+) -> Tensor:
+    """The decoder's picture of every caption: float [n, 3, R, R] in [0, 1] on the CPU."""
+    texts, images = _texts(tokens), []
+    starts = range(0, len(texts), batch_size)
+    for start in tqdm(starts, desc="drawing captions", unit="batch", disable=not progress, leave=False):
+        # Within a call, every caption gets the same noise; so every call gets a seed of its own.
+        made = pipe.generate(
+            texts[start : start + batch_size],
+            1,
+            seed=mix_seed(seed, start),
+            size=pipe.decoder.image_size,
+            **{name: sampling[name] for name in SETTINGS},
+        )
+        images.append(made.images.cpu())
+    return torch.cat(images)
+
+
+def _score_clip(pipe: DALLE2, world: World, split: str, count: int, generator: torch.Generator) -> dict:
+    def encode_text(tokens: Tensor, batch_size: int = 256) -> Tensor:
+        rows = pipe.tokenizer.encode(_texts(tokens)).to(pipe.device).split(batch_size)
+        return torch.cat([pipe.clip.encode_text(part)[0].float().cpu() for part in rows])
+
+    def encode_image(images: Tensor, batch_size: int = 128) -> Tensor:
+        rows = images.to(pipe.device, pipe.dtype).split(batch_size)
+        return torch.cat([pipe.clip.encode_image(part).float().cpu() for part in rows])
+
+    scenes = sample_scenes(count, generator, split, world)
+    return score_clip(
+        encode_image,
+        encode_text,
+        scenes,
+        world=world,
+        split=split,
+        resolution=pipe.clip.image_size,
+        generator=generator,
+    )
+
+
+def _score_upsampler(pipe: DALLE2, world: World, count: int, seed: int, sampling: dict) -> dict:
+    def upsample(images: Tensor, first: int) -> Tensor:
+        seeds = [mix_seed(seed, first + row) for row in range(len(images))]
+        return pipe.upsampler.sample(
+            images.to(pipe.device),
+            seeds=torch.tensor(seeds, device=pipe.device),
+            steps=sampling["upsampler_steps"],
+            sampler=sampling["sampler"],
+        )
+
+    low, high = pipe.sizes
+    scenes = sample_scenes(count, _generator(seed, "iid", 2), "iid", world)
+    return score_upsampler(upsample, scenes, low=low, high=high)
+
+
+def _texts(tokens: Tensor) -> list[str]:
+    """Scene captions as text: whatever tokenizer the checkpoint has can read them."""
+    scenes = WordTokenizer.scenes()
+    return [scenes.decode(row) for row in tokens]
+
+
+def _generator(seed: int, split: str, purpose: int) -> torch.Generator:
+    return torch.Generator().manual_seed(mix_seed(mix_seed(seed, SPLITS.index(split)), purpose))
+
+
+def _versions() -> dict[str, str | None]:
+    try:
+        own = importlib.metadata.version("dalle2-fast")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        own = None
+    return {"dalle2_fast": own, "python": platform.python_version(), "torch": torch.__version__}
+
+
+def _to_json(scores):
+    """Tallies deep in dicts -> plain dicts."""
+    if isinstance(scores, dict):
+        return {name: _to_json(value) for name, value in scores.items()}
+    return scores.to_json()
+
+
+@contextmanager
+def _clock(report: dict, name: str) -> Iterator[None]:
+    """Note the wall-clock seconds of a with-block in the report."""
+    begin = time.perf_counter()
+    yield
+    report["seconds"][name] = round(time.perf_counter() - begin, 1)
