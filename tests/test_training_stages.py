@@ -248,3 +248,29 @@ def test_own_data(tmp_path, capsys):
     (out / "tokenizer.json").unlink()
     with pytest.raises(TrainingError, match="clip was trained on other captions"):
         make_stage("prior", preset, out=out, seed=0, device=torch.device("cpu"))
+
+
+def test_init_and_freeze_tune_one_tower(trained, tmp_path):
+    """Catches: --init ignored, a frozen tower that moves (weight decay, Muon), one that should and does not."""
+    before = load_weights(trained / "clip" / "model.safetensors")[1]
+    args = ["train", "clip", "--preset", "tiny", "--out", str(tmp_path), "--quiet", "--device", "cpu"]
+    init = ["--init", str(trained / "clip" / "model.safetensors")]
+    assert main([*args, *init, "--freeze", "visual."]) == 0
+    config, after = load_weights(tmp_path / "clip" / "model.safetensors")
+    assert config["freeze"] == ["visual."]
+    for name, value in before.items():
+        assert torch.equal(value, after[name]) == name.startswith("visual."), name
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["clip", "--freeze", "vision"], "no weight begins with 'vision'"),
+        (["clip", "--init", "nowhere.safetensors"], "nowhere.safetensors not found"),
+        (["all", "--freeze", "visual."], "expected one stage, got all"),
+    ],
+)
+def test_init_and_freeze_errors(options, message, tmp_path, capsys):
+    """Catches: a prefix that matches nothing and trains everything, a missing file met with a traceback."""
+    assert main(["train", *options, "--preset", "tiny", "--out", str(tmp_path), "--device", "cpu"]) == 2
+    assert message in capsys.readouterr().err

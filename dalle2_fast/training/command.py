@@ -6,12 +6,13 @@ import argparse
 import json
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from dalle2_fast.training.folder import StageFolder, TrainingError, save_weights, write_beside
+from dalle2_fast.training.folder import StageFolder, TrainingError, load_weights, save_weights, write_beside
 from dalle2_fast.training.presets import PRESETS, STAGES, Preset, adjust, get_preset
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--preset", required=True, help=f"one of {', '.join(PRESETS)}")
     add("--out", required=True, type=Path, metavar="DIR", help="folder of the run: one sub-folder a stage")
     add("--resume", action="store_true", help="continue what DIR holds; finished stages are skipped")
+    add("--init", type=Path, metavar="FILE", help="start from these STAGE/model.safetensors weights")
+    add("--freeze", nargs="+", default=(), metavar="PREFIX",
+        help="hold the weights whose names begin so; e.g. visual: tune CLIP's text tower to its images")
     add("--minutes", type=float, help="wall-clock budget in all, shared between stages as in the preset")
     add("--steps", type=int, help="length of each stage in steps instead (repeatable bit for bit on the CPU)")
     add("--pause-after", type=float, metavar="MINUTES",
@@ -53,13 +57,16 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--threads: expected at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
     stages = STAGES if args.stage == "all" else (args.stage,)
+    if args.stage == "all" and (args.init or args.freeze):
+        raise ValueError("--init, --freeze: expected one stage, got all")
     preset = adjust(get_preset(args.preset), stages, minutes=args.minutes, steps=args.steps,
                     batch_size=args.batch_size, learning_rate=args.lr)
     begin = time.monotonic()
     for name in () if args.export else stages:
         left = None if args.pause_after is None else args.pause_after - (time.monotonic() - begin) / 60
         outcome = train_stage(name, preset, args.out, resume=args.resume, seed=args.seed, device=device,
-                              shards=args.data, pause_after=left, show_progress=not args.quiet)
+                              shards=args.data, pause_after=left, init=args.init, freeze=args.freeze,
+                              show_progress=not args.quiet)
         if outcome != "finished":
             print(f"{name}: {outcome}; the state is saved, continue with --resume")
             return 0 if outcome == "paused" else 128 + signal.Signals[outcome.split()[-1]]
@@ -95,11 +102,14 @@ def train_stage(
     device: torch.device | str = "cpu",
     shards: str | None = None,
     pause_after: float | None = None,
+    init: Path | None = None,
+    freeze: Sequence[str] = (),
     show_progress: bool = True,
 ) -> str:
     """Train stage `name` of `preset` in out/name and store its averaged weights there when it is finished.
 
-    Returns "finished", "paused" or "interrupted by SIGINT" (SIGTERM). pause_after: in minutes.
+    Returns "finished", "paused" or "interrupted by SIGINT" (SIGTERM). pause_after: in minutes. init:
+    an earlier weights file of this stage to start from. freeze: weights whose names begin so stay as they are.
     """
     from dalle2_fast.training.stages import make_stage  # models and data: not needed to print --help
     from dalle2_fast.training.trainer import Trainer
@@ -113,6 +123,9 @@ def train_stage(
     tokenizer = run_tokenizer(preset, Path(out), shards)
     stage = make_stage(name, preset, out=Path(out), seed=seed, device=device, shards=shards,
                        tokenizer=tokenizer)
+    if init is not None:
+        load_initial(stage.model, init)
+    freeze_weights(stage.model, freeze)
     folder.prepare()
     if shards is not None:
         text = json.dumps(tokenizer.to_config())
@@ -123,9 +136,31 @@ def train_stage(
         trainer.resume()
     outcome = trainer.train(pause_after)
     if outcome == "finished":
-        facts = {"preset": preset.name, "steps": trainer.step, "minutes": round(trainer.elapsed / 60, 2)}
+        facts = {"preset": preset.name, "freeze": list(freeze), "steps": trainer.step,
+                 "minutes": round(trainer.elapsed / 60, 2)}
         save_weights(folder.weights_path, stage.config | facts, trainer.ema.average)
     return outcome
+
+
+def load_initial(model: torch.nn.Module, path: Path) -> None:
+    """Copy the weights of an earlier run of the same stage into `model`."""
+    if not path.exists():
+        raise TrainingError(f"--init: {path} not found")
+    try:
+        model.load_state_dict(load_weights(path)[1])
+    except RuntimeError as error:  # torch names the keys that are missing, left over or of another shape
+        raise TrainingError(f"--init: {path} does not fit this stage and preset: {error}") from error
+
+
+def freeze_weights(model: torch.nn.Module, prefixes: Sequence[str]) -> None:
+    """Exclude from training every parameter whose name begins with one of `prefixes`."""
+    for prefix in prefixes:
+        chosen = [parameter for name, parameter in model.named_parameters() if name.startswith(prefix)]
+        if not chosen:
+            known = sorted({name.split(".")[0] for name, _ in model.named_parameters()})
+            raise ValueError(f"--freeze: no weight begins with {prefix!r}; they are {', '.join(known)}")
+        for parameter in chosen:
+            parameter.requires_grad_(False)
 
 
 def run_tokenizer(preset: Preset, out: Path, shards: str | None) -> WordTokenizer:
