@@ -39,6 +39,8 @@ def test_round_trip(tmp_path):
     assert same(loaded, tensors())
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
     assert load_config(str(folder)) == config
+    # safetensors alone writes a file that other users of the machine may not read
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
 
 
 def test_dtype_converts_floating_point_only_and_a_copy(tmp_path):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from tiny_pipeline import tiny_pipeline
 
-from dalle2_fast import DALLE2
+from dalle2_fast import DALLE2, DiffusionPrior, Upsampler
+from dalle2_fast.data.tokenizer import WordTokenizer
 from dalle2_fast.models.dalle2 import sample_seed, to_pil
 
 
@@ -192,6 +193,35 @@ def test_bad_construction(pipe):
         DALLE2(**parts)
     with pytest.raises(ValueError, match="sampling: .*got speed"):
         DALLE2(**parts, tokenizer=pipe.tokenizer, sampling={"speed": 1})
+
+
+def test_parts_that_do_not_fit(pipe):
+    parts = dict(
+        clip=pipe.clip,
+        prior=pipe.prior,
+        decoder=pipe.decoder,
+        upsampler=pipe.upsampler,
+        tokenizer=pipe.tokenizer,
+    )
+    net = pipe.prior.net.config
+    for change, says in [
+        (dict(tokenizer=WordTokenizer(["word"], 9)), "tokenizer: .*at most CLIP's 8, got 9"),
+        (
+            dict(tokenizer=WordTokenizer([f"w{i}" for i in range(20)], 8)),
+            "tokenizer: .*at most CLIP's 10 tokens",
+        ),
+        (dict(prior=DiffusionPrior(net | {"text_dim": 24})), "prior: text_dim: expected 16 .*, got 24"),
+        (
+            dict(prior=DiffusionPrior(net | {"embed_dim": 24})),
+            "prior: image_embed_dim: expected 16 .*, got 24",
+        ),
+        (
+            dict(upsampler=Upsampler(**pipe.upsampler.config | {"image_size": 64, "low_res_size": 32})),
+            "upsampler: low_res_size: expected 16 .*, got 32",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            DALLE2(**parts | change)
 
 
 def test_non_finite_images_are_an_error(monkeypatch):

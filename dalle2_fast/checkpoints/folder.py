@@ -140,6 +140,8 @@ def save_folder(
         config["weights_sha256"] = _sha256(beside[WEIGHTS_FILE])
         text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         beside[CONFIG_FILE].write_text(text, encoding="utf-8")
+        # safetensors makes files that only their owner may read; a checkpoint gets what the umask says
+        beside[WEIGHTS_FILE].chmod(beside[CONFIG_FILE].stat().st_mode & 0o777)
         for file in beside.values():
             _flush_to_disk(file)  # otherwise a power cut may keep the rename and lose the content
         for name, file in beside.items():

@@ -88,6 +88,7 @@ class DALLE2(nn.Module):
                 f"sampling: expected some of {', '.join(SAMPLING)}, got {', '.join(sorted(unknown))}"
             )
         _check_sampling(sampling or {})
+        _check_parts(clip, prior, decoder, upsampler, tokenizer)
         self.clip = clip
         self.prior = prior
         self.decoder = decoder
@@ -340,6 +341,36 @@ def _at_least_one(name: str, value: Any) -> int:
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
     return value
+
+
+def _check_parts(
+    clip: CLIP,
+    prior: DiffusionPrior,
+    decoder: Decoder,
+    upsampler: Upsampler | None,
+    tokenizer: WordTokenizer,
+) -> None:
+    """ValueError for parts that were not made for each other: they would fail, or draw nonsense, later."""
+    tokens, width = clip.config["num_text_tokens"], clip.config["dim_text"]
+    if tokenizer.vocab_size > tokens:
+        raise ValueError(f"tokenizer: expected at most CLIP's {tokens} tokens, got {tokenizer.vocab_size}")
+    if tokenizer.context_length > clip.context_length:
+        raise ValueError(
+            f"tokenizer: expected a context_length of at most CLIP's {clip.context_length}, got "
+            f"{tokenizer.context_length}"
+        )
+    equal = [
+        ("prior: image_embed_dim", clip.dim_latent, prior.image_embed_dim, "CLIP's dim_latent"),
+        ("prior: text_dim", width, prior.net.text_dim, "CLIP's dim_text"),
+        ("decoder: image_embed_dim", clip.dim_latent, decoder.image_embed_dim, "CLIP's dim_latent"),
+    ]
+    if upsampler is not None:
+        equal.append(
+            ("upsampler: low_res_size", decoder.image_size, upsampler.low_res_size, "the decoder's size")
+        )
+    for name, expected, came, why in equal:
+        if came != expected:
+            raise ValueError(f"{name}: expected {expected} ({why}), got {came}")
 
 
 def _check_sampling(chosen: dict[str, Any]) -> None:
