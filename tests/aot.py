@@ -1,0 +1,200 @@
+"""Compile Triton kernels for GPUs that are not there, and read from the outcome what they use.
+
+    case = Case("apply bf16", _apply_kernel, {"x": "*bf16", "y": "*bf16", "n": "i32"}, {"BLOCK": 1024}, 4, 1)
+    compile_cases([case], (80, 90))["apply bf16", 90].registers
+
+A test process that interprets kernels cannot compile them, so the work is done in processes of its own (as
+many as there are cores), where a kernel is found again by its module and name. Cubins stay in Triton's cache.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+CAPABILITIES = (80, 86, 89, 90, 100, 120)  # A100, 3090, 4090, H100 and H200, B200, 5090
+# KiB of shared memory that a block may use; compiling does not check it.
+SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+
+
+class Case(NamedTuple):
+    """A launch configuration of a kernel.
+
+    signature: the arguments in any order, except those in constexprs: "*fp32", "*bf16", "i32", "i64", "fp32",
+        ... A pointer counts as 16-byte aligned, as torch's allocations are; ":1" leaves that out
+        ("*bf16:1"). An integer counts as unknown; ":16" says that 16 divides it ("i32:16").
+    constexprs: values of the constexpr arguments, None for a pointer that is not given.
+    capabilities: where this configuration is chosen.
+    hot: time matters here: no spills.
+    hgmma: must use the tensor cores of sm_90 as wgmma, there.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    capabilities: tuple[int, ...] = CAPABILITIES
+    hot: bool = True
+    hgmma: bool = False
+
+
+class Resources(NamedTuple):
+    registers: int  # per thread; 255 is the most there are
+    stack: int  # bytes per thread in local memory
+    spills: int  # instructions that load or store local memory
+    shared: int  # bytes per block
+    fp64: int  # float64 instructions in the PTX
+    mma: int  # tensor-core instructions of any kind, in the PTX
+    hgmma: int  # those of them that are wgmma
+
+    @property
+    def has_fp64(self) -> bool:
+        return self.fp64 > 0
+
+    @property
+    def has_hgmma(self) -> bool:
+        return self.hgmma > 0
+
+
+class CompileError(Exception):
+    """A kernel did not compile."""
+
+
+def compile_kernel(
+    kernel: Any,
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    capability: int,
+    num_warps: int = 4,
+    num_stages: int = 3,
+) -> Resources:
+    case = Case("kernel", kernel, signature, constexprs, num_warps, num_stages)
+    return compile_cases([case], (capability,))["kernel", capability]
+
+
+def compile_cases(
+    cases: Iterable[Case | tuple], capabilities: Iterable[int] = CAPABILITIES
+) -> dict[tuple[str, int], Resources]:
+    """Compile each case for those of its capabilities that are wanted; keys are (case name, capability)."""
+    jobs = []
+    for case in (Case(*case) for case in cases):
+        function = case.kernel
+        while hasattr(function, "fn"):  # the interpreter's, or a decorator's, wrapping
+            function = function.fn
+        found = {"module": function.__module__, "kernel": function.__qualname__}
+        wanted = [one for one in capabilities if one in case.capabilities]
+        jobs += [(found, *case[2:6], case.name, capability) for capability in wanted]
+    names = [job[-2:] for job in jobs]
+    assert len(set(names)) == len(names), f"two cases have one name: {sorted(map(str, names))}"
+
+    workers = max(1, min(len(_cores()), len(jobs) // 4))
+    with ThreadPoolExecutor(workers) as pool:
+        parts = pool.map(_work_elsewhere, [jobs[start::workers] for start in range(workers)])
+    results = {}
+    for part in parts:
+        for name, capability, answer in part:
+            if isinstance(answer, str):
+                raise CompileError(f"{name}, sm_{capability}: {answer}")
+            results[name, capability] = Resources(**answer)
+    return results
+
+
+def _cores() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
+
+
+def _work_elsewhere(jobs: list[tuple]) -> list:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [environment.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    done = subprocess.run([sys.executable, __file__], input=pickle.dumps(jobs), env=environment, cwd=ROOT,
+                          capture_output=True)  # fmt: skip
+    if done.returncode != 0:
+        raise CompileError(done.stderr.decode()[-4000:])
+    return json.loads(done.stdout.decode().splitlines()[-1])
+
+
+# ------------------------------------------------------------------------------------ in a process of its own
+
+_TOOLS = Path("backends/nvidia/bin")
+
+
+def _compile(found, signature, constexprs, num_warps, num_stages, capability) -> dict[str, int]:
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    kernel = getattr(importlib.import_module(found["module"]), found["kernel"])
+    while not hasattr(kernel, "arg_names"):
+        kernel = kernel.fn
+    unknown = (set(signature) | set(constexprs)) ^ set(kernel.arg_names)
+    if unknown:
+        raise ValueError(f"not in both the kernel and its case: {sorted(unknown)}")
+    types, aligned = {}, {}
+    for index, name in enumerate(kernel.arg_names):  # the order is the ABI's
+        kind, _, hint = signature[name].partition(":") if name not in constexprs else ("constexpr", "", "")
+        types[name] = kind
+        if hint == "16" or (kind.startswith("*") and hint != "1"):
+            aligned[(index,)] = [["tt.divisibility", 16]]
+    source = triton.compiler.ASTSource(kernel, types, dict(constexprs), aligned)
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    return {
+        "shared": compiled.metadata.shared,
+        "fp64": len(re.findall(r"^(?!\s*\.reg).*\.f64\b", ptx, re.MULTILINE)),
+        "mma": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)),
+        "hgmma": len(re.findall(r"\bwgmma\.mma_async\b", ptx)),
+        **_read(compiled.asm["cubin"]),
+    }
+
+
+def _read(cubin: bytes) -> dict[str, int]:
+    """Registers, stack, and the instructions that touch it."""
+    import tempfile
+
+    import triton
+
+    tools = Path(triton.__file__).parent / _TOOLS
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+
+        def tool(*command: str) -> str:
+            return subprocess.run([str(tools / command[0]), *command[1:], str(path)], check=True, text=True,
+                                  capture_output=True).stdout  # fmt: skip
+
+        usage = tool("cuobjdump", "-res-usage")
+        numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
+        spills = 0
+        if numbers["STACK"] > 0:  # nvdisasm takes as long as compiling: only where there is something to see
+            spills = len(re.findall(r"\b(?:LDL|STL)\b", tool("nvdisasm", "-c")))
+    return {"registers": numbers["REG"], "stack": numbers["STACK"], "spills": spills}
+
+
+def _main() -> None:
+    answers = []
+    for *job, name, capability in pickle.load(sys.stdin.buffer):
+        try:
+            answer = _compile(*job, capability)
+        except Exception as error:
+            answer = f"{type(error).__name__}: {error}"
+        answers.append((name, capability, answer))
+    print()
+    print(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    _main()
