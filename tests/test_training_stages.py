@@ -251,7 +251,7 @@ def test_own_data(tmp_path, capsys):
 
 
 def test_init_and_freeze_tune_one_tower(trained, tmp_path):
-    """Catches: --init ignored, a frozen tower that moves (weight decay, Muon), one that should and does not."""
+    """Catches: --init ignored, a frozen tower that moves (weight decay, Muon), a tuned one that does not."""
     before = load_weights(trained / "clip" / "model.safetensors")[1]
     args = ["train", "clip", "--preset", "tiny", "--out", str(tmp_path), "--quiet", "--device", "cpu"]
     init = ["--init", str(trained / "clip" / "model.safetensors")]

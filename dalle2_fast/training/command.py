@@ -109,7 +109,7 @@ def train_stage(
     """Train stage `name` of `preset` in out/name and store its averaged weights there when it is finished.
 
     Returns "finished", "paused" or "interrupted by SIGINT" (SIGTERM). pause_after: in minutes. init:
-    an earlier weights file of this stage to start from. freeze: weights whose names begin so stay as they are.
+    an earlier weights file of this stage to start from. freeze: weights whose names begin so stay.
     """
     from dalle2_fast.training.stages import make_stage  # models and data: not needed to print --help
     from dalle2_fast.training.trainer import Trainer
