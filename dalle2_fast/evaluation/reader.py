@@ -29,20 +29,22 @@ from dalle2_fast.data.world import World
 from .components import dilate, erode, find_components, holes
 from .templates import Templates, disc_to_shape_radius
 
-SIDE = 64  # larger pictures are averaged down to it: more pixels would not decide anything
+SIDE = 64  # all pictures are brought to it: more pixels would not decide anything, and less are too few
 SLOTS = 8  # objects kept per picture, the largest ones
 CHUNK = 32  # pictures at a time: some 100 MB of temporaries
 # Lab distances. Objects are at least 30 from their background (palette.FIRST_TONE_DISTANCE), an inner object
 # 34 from the outer one; half of that is the border. Second tones may come as near as 24.
 FOREGROUND, OTHER_COLOR = 14.0, 18.0
 LEAST_AREA = 0.0065  # of the canvas: a third of the smallest object; less is a speck
+LEAST_FIT = 0.5  # IoU; true shapes reach 0.69 when blurred by a pixel and noisy, unformed patches about 0.4
 LARGE_AREA = 0.08  # more than any medium object
 GRADIENT_REACH = 1.6  # how far beyond the second tone a gradient runs, see data.render
 ROOM, CELL = 0.465, 0.27  # places of single objects: see data.scenes
 
 
 class Reading(NamedTuple):
-    """What n pictures show. Objects from the largest to the smallest; -1 (nan) where there is none."""
+    """What n pictures show, objects from the largest to the smallest. -1 (nan) where there is none; also -1
+    as the shape of an object that resembles no shape."""
 
     background: Tensor  # int64 [n], index into BACKGROUNDS
     texture: Tensor  # int64 [n], index into TEXTURES
@@ -88,12 +90,13 @@ class Reader:
 
     @torch.no_grad()
     def read(self, images: Tensor) -> Reading:  # float [n, 3, H, W] in [0, 1]
-        """What the pictures show; read on the CPU. Larger pictures than 64 px are averaged down."""
+        """What the pictures show; read on the CPU."""
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(f"images: expected float [n, 3, H, W], got {images.dtype} {tuple(images.shape)}")
         images = images.float().cpu().clamp(0, 1)
-        if min(images.shape[-2:]) > SIDE:
-            images = F.interpolate(images, (SIDE, SIDE), mode="area")
+        if images.shape[-2:] != (SIDE, SIDE):
+            smaller = min(images.shape[-2:]) > SIDE
+            images = F.interpolate(images, (SIDE, SIDE), mode="area" if smaller else "bilinear")
         parts = [self._read(part) for part in images.split(CHUNK)] if len(images) else [self._read(images)]
         return Reading(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
@@ -106,6 +109,8 @@ class Reader:
         nearby = F.max_pool2d(contrast[:, None], 5, 1, 2)[:, 0]
         foreground = contrast > (nearby * (0.45 if self.crisp else 0.2)).clamp_min(FOREGROUND)
         image, region = find_components(foreground, LEAST_AREA * height * width)
+        thick = erode(region).flatten(1).any(1)  # the rest are lines
+        image, region = image[thick], region[thick]
         objects = self._objects(images, lab, ground, image, region)
         texture = self._texture(images, ground, dilate(foreground, 3))
         return self._table(n, ground.index, texture, objects)
@@ -183,6 +188,9 @@ class Reader:
             part, piece = part[single], piece[single]
         owner = owner[part]
         piece_color, piece_fill, piece_tone = self._color(images, lab, image[owner], piece, True)
+        differs = piece_color != color[owner]  # a darker part of a red object is no object
+        owner, piece = owner[differs], piece[differs]
+        piece_color, piece_fill, piece_tone = piece_color[differs], piece_fill[differs], piece_tone[differs]
         around = tone[owner]
         piece_alpha = _coverage(images, image[owner], dilate(piece), around, around, piece_tone)
         filled, holder = self._fill_holes(image, region, owner, piece)
@@ -204,7 +212,7 @@ class Reader:
             image=torch.cat([image, image[owner]]),
             holder=holder,
             area=area,
-            shape=shape,
+            shape=torch.where(fit >= LEAST_FIT, shape, -1),
             color=torch.cat([color, piece_color]),
             fill=torch.cat([fill, piece_fill]),
             size=self.sizes[(radius[:, None].log() - middle).abs().argmin(1)],

@@ -86,7 +86,7 @@ def judge(
     right = {name: stacked[name].any(0) for name in ("shape", "color", "binding")}
     right |= {name: (stacked[name] | ~best).all(0) for name in ("size", "fill", "relation")}
 
-    present = reading.shape >= 0
+    present = reading.color >= 0
     for name in ("shape", "color", "size", "fill"):  # equal objects: every one that was read
         every = ((getattr(reading, name) == scenes[name][:, :1]) | ~present).all(1) & present.any(1)
         right[name] = torch.where(alike, every, right[name])
@@ -127,9 +127,8 @@ def _position(reading: Reading) -> Tensor:
 
     Cells lie CELL from the centre, or nearer where the object would leave the canvas: half-way is the border.
     """
-    shape, radius = reading.shape[:, 0], reading.radius[:, 0]
-    extent = geometry().extent[shape.clamp_min(0)] * radius
+    extent = geometry().extent[reading.shape[:, 0].clamp_min(0)] * reading.radius[:, 0]
     border = (ROOM - extent).clamp(0.1, CELL) / 2
     column, row = ((place[:, 0] - 0.5) / border for place in (reading.x, reading.y))
     cell = [(value > 1).long() - (value < -1).long() + 1 for value in (column, row)]
-    return torch.where(shape >= 0, cell[1] * 3 + cell[0], -1)
+    return torch.where(reading.color[:, 0] >= 0, cell[1] * 3 + cell[0], -1)
