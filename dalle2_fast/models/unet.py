@@ -173,6 +173,7 @@ class UNet(nn.Module):
         kernel_in: int = 3,
         kernel_out: int = 3,
         narrow_up: bool = False,
+        grid_size: int | None = None,
     ):
         super().__init__()
         channels = tuple(channels)
@@ -201,6 +202,7 @@ class UNet(nn.Module):
             "kernel_in": kernel_in,
             "kernel_out": kernel_out,
             "narrow_up": narrow_up,
+            "grid_size": grid_size,
         }
         self.in_channels, self.out_channels = in_channels, out_channels
         self.cross_dim, self.embed_dim, self.class_embed_dim = cross_dim, embed_dim, class_embed_dim
@@ -221,6 +223,9 @@ class UNet(nn.Module):
         self.class_embed = nn.Linear(class_embed_dim, embed_dim) if class_embed_dim is not None else None
         patches = patch_size**2
         self.conv_in = nn.Conv2d(in_channels * patches, channels[0], kernel_in, padding=kernel_in // 2)
+
+        position = None if grid_size is None else torch.zeros(channels[0], grid_size, grid_size)
+        self.position_embedding = None if position is None else nn.Parameter(position)
 
         width, skips = channels[0], [channels[0]]
         self.down = nn.ModuleList()
@@ -303,6 +308,8 @@ class UNet(nn.Module):
             hidden = F.pixel_unshuffle(hidden, self.patch_size)
         # Convolutions hand the layout on; in this one turning pixels into attention's tokens is free.
         hidden = self.conv_in(hidden.contiguous(memory_format=torch.channels_last))
+        if self.position_embedding is not None:
+            hidden = hidden + self.position_embedding
         skips = [hidden]
         for layer in self.down:
             hidden = layer(hidden, embed, context)
@@ -332,6 +339,9 @@ class UNet(nn.Module):
                 f"sample: height and width must be multiples of {self.size_multiple} (patch_size times 2 "
                 f"per level after the first), got {tuple(sample.shape)}"
             )
+        side = self.patch_size * self.config["grid_size"] if self.position_embedding is not None else None
+        if side is not None and sample.shape[2:] != (side, side):
+            raise ValueError(f"sample: expected {side} x {side} pixels (grid_size), got {tuple(sample.shape)}")
         if timestep.shape != sample.shape[:1]:
             raise ValueError(f"timestep: expected [B] = ({sample.shape[0]},), got {tuple(timestep.shape)}")
 

@@ -71,10 +71,10 @@ SCENES_CPU = Preset(
                    text_encoder=dict(dim=128, depth=2, heads=4),
                    unet=dict(in_channels=3, out_channels=3, patch_size=8, channels=(128,), layers_per_block=1,
                              attention_levels=(0,), head_dim=32, cross_dim=128, embed_dim=256, num_groups=8,
-                             kernel_in=1),
+                             kernel_in=1, grid_size=8),
                    schedule=dict(name="continuous_cosine", shift=-3.0), prediction="sample", weighting="v",
                    max_weight=5.0, stratified=True, variance="fixed_small"),
-        optimisation=Optimisation(batch_size=32, minutes=85, optimizer="muon", learning_rate=2e-3,
+        optimisation=Optimisation(batch_size=32, minutes=85, optimizer="muon", learning_rate=1e-3,
                                   betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=100, hold=0.5,
                                   decay="linear", ema_decay=0.998)),
     upsampler=Recipe(
