@@ -2,17 +2,21 @@
 
 renders: the true pictures; what the reader misses on them nobody can reach.
 shuffled: the generated pictures under one another's captions; what can be had without reading the caption.
-nearest: the training picture whose caption shares most words; what memory alone achieves.
+nearest: the training picture whose caption shares most words that mean something; what memory alone achieves.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from dalle2_fast.data import vocabulary
 from dalle2_fast.data.captions import make_captions
 from dalle2_fast.data.scenes import Scenes, sample_scenes
-from dalle2_fast.data.vocabulary import EOS, WORDS
+from dalle2_fast.data.vocabulary import WORD_TO_ID, WORDS
 from dalle2_fast.data.world import World
 
 from .reader import Reading
@@ -38,21 +42,39 @@ def nearest_training_scenes(
     *,
     pool: int = 20_000,
 ) -> Scenes:
-    """For each caption the scene, of `pool` training scenes, whose caption is the most similar bag of words.
+    """For each caption that scene, of `pool` training scenes, whose caption is the most similar bag of
+    concepts.
 
-    Similarity is the cosine of word-presence vectors, weighted by log(pool / captions with the word); the
-    first of equals wins.
+    Synonyms are one concept and filler words none; similarity is the cosine of presence vectors; the first of
+    equals wins.
     """
     scenes = sample_scenes(pool, generator, "train", world)
-    known, asked = _bag(make_captions(scenes, generator)[0]), _bag(tokens)
-    rarity = (pool / known.sum(0).clamp_min(1)).log()
-    known, asked = (torch.nn.functional.normalize(bag * rarity, dim=1) for bag in (known, asked))
+    known, asked = (F.normalize(_bag(rows), dim=1) for rows in (make_captions(scenes, generator)[0], tokens))
     nearest = torch.cat([(part @ known.T).argmax(1) for part in asked.split(256)])
     return {key: value[nearest] for key, value in scenes.items()}
 
 
 def _bag(tokens: Tensor) -> Tensor:
-    """float [n, words]: 1 for every word of a caption."""
-    bag = torch.zeros(len(tokens), len(WORDS)).scatter_(1, tokens, 1.0)
-    bag[:, : EOS + 1] = 0
+    """float [n, words]: 1 for every concept of a caption, at its canonical word."""
+    bag = torch.zeros(len(tokens), len(WORDS)).scatter_(1, _concepts()[tokens], 1.0)
+    bag[:, vocabulary.PAD] = 0
     return bag
+
+
+@functools.cache
+def _concepts() -> Tensor:
+    """int64 [words]: the canonical word of each; 0 for words that say nothing about the picture."""
+    groups = (vocabulary.SHAPES, vocabulary.COLORS, vocabulary.FILLS, vocabulary.SIZES)
+    groups += (vocabulary.BACKGROUNDS, vocabulary.TEXTURES, vocabulary.COUNTS, vocabulary.RELATIONS)
+    names = {name: name for group in groups for name in group}
+    names |= {word: word for word in ("top", "bottom", "center")}  # with left and right: of positions
+    for table in (vocabulary.SHAPE_SYNONYMS, vocabulary.COLOR_SYNONYMS, vocabulary.SIZE_SYNONYMS,
+                  vocabulary.FILL_SYNONYMS):  # fmt: skip
+        names |= {word: name for name, words in table.items() for word in words if word not in names}
+    names |= {noun: name for name, noun in vocabulary.FILL_NOUNS.items()}
+    singular = dict(zip(vocabulary.PLURALS, vocabulary.SHAPES, strict=True))
+    names |= singular
+    names |= {word: singular[name] for name, words in vocabulary.PLURAL_SYNONYMS.items() for word in words}
+    names |= dict(upper="top", lower="bottom", middle="center", over="above", under="below", beneath="below",
+                  within="inside")  # fmt: skip
+    return torch.tensor([WORD_TO_ID[names[word]] if word in names else vocabulary.PAD for word in WORDS])

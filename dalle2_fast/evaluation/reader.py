@@ -126,7 +126,7 @@ class Reader:
         if not self.plain:
             last = first + (GRADIENT_REACH if "gradient" in self.world.textures else 1.0) * (second - first)
         distance = _segment_distance(pixels[:, None], first[:, None], last[:, None])  # [n, backgrounds, F]
-        best = distance.clamp_max(0.1).mean(-1).argmin(1)  # clamped: an object at the edge has few votes
+        best = distance.clamp_max(0.4).mean(-1).argmin(1)  # clamped: an object at the edge has few votes
         first, second, last = first[best], second[best], last[best]
         along = (last - first)[:, None]
         place = ((pixels - first[:, None]) * along).sum(-1, keepdim=True)
