@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dalle2_fast.models.unet import ContextCache, UNet, sinusoidal_embedding
+from dalle2_fast.models.unet import ContextCache, UNet
+from dalle2_fast.models.unet_blocks import sinusoidal_embedding
 
 SMALL = dict(
     in_channels=3,
@@ -202,3 +203,19 @@ def test_wrong_inputs_are_named():
         net(sample, time, context, torch.randn(3, 5))
     with pytest.raises(ValueError, match="takes no context"):
         small_unet(cross_dim=None)(sample, time, context)
+
+
+def test_learned_positions_tell_places_apart():
+    """Catches: positions that are not added, that repeat, or that silently take another image size."""
+    torch.manual_seed(0)
+    net = UNet(**SMALL | dict(grid_size=8, kernel_in=1))
+    cells = net.position_embedding.detach().flatten(1).T
+    assert torch.cdist(cells, cells).add(torch.eye(64)).min() > 0.05
+    sample, time, context, mask = inputs()
+    net.conv_out.weight.data.normal_()
+    before = net(sample, time, context, attention_mask=mask)
+    with torch.no_grad():
+        net.position_embedding.zero_()
+    assert not torch.allclose(before, net(sample, time, context, attention_mask=mask), atol=1e-3)
+    with pytest.raises(ValueError, match="sample: grid_size asks for 8 x 8 pixels, got"):
+        net(torch.randn(1, 3, 16, 16), time[:1], context[:1])

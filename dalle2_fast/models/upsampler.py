@@ -20,7 +20,8 @@ from ..diffusion.schedules import make_schedule
 from ..functional import add_noise, sample_noise
 from .degradation import DEGRADATIONS
 from .inputs import check_images, check_probability, coin, resolve_seeds
-from .unet import UNet, sinusoidal_embedding
+from .unet import UNet
+from .unet_blocks import sinusoidal_embedding
 
 # The noise of the condition while sampling: a Philox step that no sampler reaches, nor the initial noise.
 _CONDITION_NOISE_STEP = 2**31 - 2

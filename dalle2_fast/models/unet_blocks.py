@@ -1,0 +1,123 @@
+"""What the U-Net is made of: residual and attention blocks, embeddings of time and place."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..functional import cross_attention
+from ..modules import GroupNormSiLU
+
+
+def sinusoidal_embedding(time: Tensor, width: int) -> Tensor:
+    """[cos(time f), sin(time f)], f falling geometrically from 1 to 1/10000; time [B] -> float32 [B, width].
+
+    Source: Vaswani et al. 2017, cosines first as in ADM. width is even.
+    """
+    half = width // 2
+    exponent = torch.arange(half, device=time.device, dtype=torch.float32) / half
+    angle = time.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def cosine_positions(channels: int, grid_size: int) -> Tensor:
+    """[channels, grid_size, grid_size]: in turn the cosine waves along the rows and along the columns.
+
+    They start at half the size of the features they are added to: from zero they grow too slowly to matter.
+    """
+    place = (torch.arange(grid_size) + 0.5) / grid_size
+    wave = torch.cos(math.pi * place * (torch.arange(channels)[:, None] // 2 % grid_size))
+    along_rows = (torch.arange(channels) % 2 == 0)[:, None, None]
+    return 0.5 * torch.where(along_rows, wave[:, :, None], wave[:, None, :]).contiguous()
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(norm(conv(resample(silu(norm(x))))))), with the embedding as FiLM or as an addition."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        embed_dim: int,
+        num_groups: int,
+        film: bool,
+        resample: str | None = None,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.film = film
+        self.resample = resample
+        self.dropout = dropout
+        self.norm1 = GroupNormSiLU(num_groups, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.embed = nn.Linear(embed_dim, 2 * out_channels if film else out_channels)
+        self.norm2 = GroupNormSiLU(num_groups, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)  # every block starts as the identity (ADM)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C, H, W]
+        embed: Tensor,  # [B, E], already through SiLU: one activation for all blocks
+    ) -> Tensor:
+        hidden = self.norm1(x)
+        if self.resample is not None:
+            hidden, x = _resample(hidden, self.resample), _resample(x, self.resample)
+        hidden = self.conv1(hidden)
+        if self.film:
+            scale, shift = self.embed(embed).chunk(2, dim=1)
+            hidden = self.norm2(hidden, scale=scale, shift=shift)
+        else:
+            hidden = self.norm2(hidden + self.embed(embed)[:, :, None, None])
+        if self.dropout > 0:
+            hidden = F.dropout(hidden, self.dropout, self.training)
+        return self.skip(x) + self.conv2(hidden)
+
+
+def _resample(x: Tensor, direction: str) -> Tensor:
+    return F.avg_pool2d(x, 2) if direction == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class AttentionBlock(nn.Module):
+    """x + project(attention of the image's tokens on [context, image] in one softmax) (GLIDE, section
+    2.4)."""
+
+    def __init__(self, channels: int, head_dim: int, cross_dim: int | None, num_groups: int):
+        super().__init__()
+        self.heads = channels // head_dim
+        self.norm = GroupNormSiLU(num_groups, channels, activation=None)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.context_kv = nn.Linear(cross_dim, 2 * channels) if cross_dim is not None else None
+        self.project = nn.Linear(channels, channels)
+        nn.init.zeros_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
+
+    def encode_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """context [B, S, cross_dim] -> keys, values [B, heads, S, head_dim]."""
+        return _split_heads(self.context_kv(context), 2, self.heads)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C, H, W]
+        context: tuple[Tensor, Tensor] | None = None,  # keys, values [B, heads, S, head_dim]
+        context_mask: Tensor | None = None,  # bool [B, S]
+    ) -> Tensor:
+        # Free of copies when x is channels_last; so is the way back.
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, H * W, C]
+        q, k, v = _split_heads(self.qkv(tokens), 3, self.heads)
+        if context is None:
+            out = cross_attention(q, k, v)
+        else:
+            out = cross_attention(q, *context, context_mask=context_mask, image_k=k, image_v=v)
+        out = self.project(out.transpose(1, 2).flatten(2))
+        return x + out.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def _split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """[B, T, parts * heads * D] -> parts tensors [B, heads, T, D] (views)."""
+    return x.unflatten(2, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
