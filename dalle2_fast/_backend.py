@@ -18,7 +18,7 @@ _CHOICES = ("auto", "reference", "fused")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton settles on its interpreter, which runs kernels on CPU tensors for tests, when a kernel is defined.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_MODULES = ("cross_attention", "diffusion_step", "group_norm_silu")
+_MODULES = ("add_noise", "cross_attention", "diffusion_step", "group_norm_silu")
 _PRESENT = [name for name in _MODULES if importlib.util.find_spec(f"dalle2_fast.kernels.{name}") is not None]
 
 
@@ -96,6 +96,8 @@ def _ask_gpu(device: torch.device) -> str | None:
 
 def _load_kernels() -> None:
     """Import the kernels, which registers their ops; an import statement repeated costs 0.1 us."""
+    if "add_noise" in _PRESENT:
+        import dalle2_fast.kernels.add_noise
     if "cross_attention" in _PRESENT:
         import dalle2_fast.kernels.cross_attention
     if "diffusion_step" in _PRESENT:

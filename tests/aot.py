@@ -9,12 +9,17 @@ many as there are cores), where a kernel is found again by its module and name. 
 
 from __future__ import annotations
 
+import ast
+import functools
+import hashlib
+import inspect
 import json
 import os
 import pickle
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -87,27 +92,62 @@ def compile_cases(
     cases: Iterable[Case | tuple], capabilities: Iterable[int] = CAPABILITIES
 ) -> dict[tuple[str, int], Resources]:
     """Compile each case for those of its capabilities that are wanted; keys are (case name, capability)."""
-    jobs = []
-    for case in (Case(*case) for case in cases):
-        function = case.kernel
-        while hasattr(function, "fn"):  # the interpreter's, or a decorator's, wrapping
-            function = function.fn
-        found = {"module": function.__module__, "kernel": function.__qualname__}
-        wanted = [one for one in capabilities if one in case.capabilities]
-        jobs += [(found, *case[2:6], case.name, capability) for capability in wanted]
-    names = [job[-2:] for job in jobs]
-    assert len(set(names)) == len(names), f"two cases have one name: {sorted(map(str, names))}"
-
+    wanted = {
+        (case.name, capability): _job(case, capability)
+        for case in (Case(*case) for case in cases)
+        for capability in capabilities
+        if capability in case.capabilities
+    }
+    jobs = list({repr(job): job for job in wanted.values()}.values())  # several cases may be one and the same
     workers = max(1, min(len(_cores()), len(jobs) // 4))
+    shares = [jobs[start::workers] for start in range(workers)]
     with ThreadPoolExecutor(workers) as pool:
-        parts = pool.map(_work_elsewhere, [jobs[start::workers] for start in range(workers)])
+        answers = [answer for part in pool.map(_work_elsewhere, shares) for answer in part]
+    compiled = {repr(job): answer for job, answer in zip(sum(shares, []), answers, strict=True)}
     results = {}
-    for part in parts:
-        for name, capability, answer in part:
-            if isinstance(answer, str):
-                raise CompileError(f"{name}, sm_{capability}: {answer}")
-            results[name, capability] = Resources(**answer)
+    for (name, capability), job in wanted.items():
+        answer = compiled[repr(job)]
+        if isinstance(answer, str):
+            raise CompileError(f"{name}, sm_{capability}: {answer}")
+        results[name, capability] = Resources(**answer)
     return results
+
+
+def function_of(kernel: Any) -> Any:
+    """The Python function under the interpreter's, or the compiler's, wrapping."""
+    while hasattr(kernel, "fn"):
+        kernel = kernel.fn
+    return kernel
+
+
+def fingerprint(case: Case) -> str:
+    """Changes when the code of the case's kernel, of what it calls, or its configuration does; not with
+    comments, docstrings or the place of the code."""
+    parts = [*map(str, _job(case, 0)), *_code(function_of(case.kernel))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _code(function: Any) -> tuple[str, ...]:
+    """What a kernel says, what the kernels' functions that it names say, and the constants it names."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    if ast.get_docstring(tree) is not None:
+        del tree.body[0]
+    parts = {ast.dump(tree)}
+    for name in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}:
+        value = function.__globals__.get(name)
+        if hasattr(value, "fn") and value.fn is not function and not isinstance(value, type):
+            parts |= set(_code(function_of(value)))
+        elif isinstance(getattr(value, "value", value), (int, float, str)):  # tl.constexpr has a value
+            parts.add(f"{name} = {value}")
+    return tuple(sorted(parts))
+
+
+def _job(case: Case, capability: int) -> tuple:
+    function = function_of(case.kernel)
+    signature, constexprs = dict(sorted(case.signature.items())), dict(sorted(case.constexprs.items()))
+    launch = (case.num_warps, case.num_stages)
+    return (function.__module__, function.__qualname__, signature, constexprs, *launch, capability)
 
 
 def _cores() -> set[int]:
@@ -130,22 +170,23 @@ def _work_elsewhere(jobs: list[tuple]) -> list:
 _TOOLS = Path("backends/nvidia/bin")
 
 
-def _compile(found, signature, constexprs, num_warps, num_stages, capability) -> dict[str, int]:
+def _compile(module, name, signature, constexprs, num_warps, num_stages, capability) -> dict[str, int]:
     import importlib
 
     import triton
     from triton.backends.compiler import GPUTarget
 
-    kernel = getattr(importlib.import_module(found["module"]), found["kernel"])
+    kernel = getattr(importlib.import_module(module), name)
     while not hasattr(kernel, "arg_names"):
         kernel = kernel.fn
     unknown = (set(signature) | set(constexprs)) ^ set(kernel.arg_names)
     if unknown:
         raise ValueError(f"not in both the kernel and its case: {sorted(unknown)}")
     types, aligned = {}, {}
-    for index, name in enumerate(kernel.arg_names):  # the order is the ABI's
-        kind, _, hint = signature[name].partition(":") if name not in constexprs else ("constexpr", "", "")
-        types[name] = kind
+    for index, argument in enumerate(kernel.arg_names):  # the order is the ABI's
+        given = "constexpr" if argument in constexprs else signature[argument]
+        kind, _, hint = given.partition(":")
+        types[argument] = kind
         if hint == "16" or (kind.startswith("*") and hint != "1"):
             aligned[(index,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(kernel, types, dict(constexprs), aligned)
@@ -186,12 +227,11 @@ def _read(cubin: bytes) -> dict[str, int]:
 
 def _main() -> None:
     answers = []
-    for *job, name, capability in pickle.load(sys.stdin.buffer):
+    for job in pickle.load(sys.stdin.buffer):
         try:
-            answer = _compile(*job, capability)
+            answers.append(_compile(*job))
         except Exception as error:
-            answer = f"{type(error).__name__}: {error}"
-        answers.append((name, capability, answer))
+            answers.append(f"{type(error).__name__}: {error}")
     print()
     print(json.dumps(answers))
 
