@@ -61,8 +61,11 @@ def group_norm_silu(
     Source: Wu and He, 1803.08494 (group norm); Dhariwal and Nichol, 2105.05233, equation 4 (scale and shift).
     """
     _check.group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, activation)
-    _backend.use_reference(impl, x)
-    return reference.group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, activation)
+    if _backend.use_reference(impl, x):
+        return reference.group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, activation)
+    return torch.ops.dalle2_fast.group_norm_silu(
+        x, num_groups, weight, bias, float(eps), scale, shift, activation == "silu"
+    )[0]
 
 
 def cross_attention(

@@ -1,0 +1,326 @@
+"""y = act((x - mean) rstd weight (1 + scale) + bias (1 + scale) + shift), mean and rstd over a sample's group
+
+Group norm, an optional scale and shift per sample (FiLM) and SiLU: one kernel where a group's slab fits into
+the registers of a program (1 read and 1 write of x), two where it does not (2 reads, the second from L2 where
+the tensor fits into it). A variance is a sum of squares about the mean, never E[x^2] - E[x]^2, and every sum
+is of x minus the slab's first element: a mean of 1e3 with sigma 1 costs no accuracy.
+
+The op runs in the dtype of x, also under autocast; the maths is float32, rounded once. Its gradient is in
+group_norm_silu_backward.py. What a program covers is decided in _norm_plan.py, where the nouns are explained.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _norm_plan as plan
+from ._op import define, differentiate
+from ._tile import gain_and_offset, inside_tile, merge_moments, over_group, silu, tile_offset
+from .group_norm_silu_backward import group_norm_silu_backward
+
+# ---------------------------------------------------------------------------------------------- the slab fits
+
+
+@triton.jit(do_not_specialize=plan.VARYING)
+def _resident_kernel(
+    x, y, mean_out, rstd_out,  # [N, C, P] twice, [N, G] twice
+    weight, bias, scale, shift,  # [C], [C], [N, C], [N, C] or None
+    eps, scale_stride, shift_stride,
+    groups, channels, positions,  # G, C, P
+    sample_stride, y_sample_stride, channel_stride, position_stride,
+    WIDTH: tl.constexpr,  # D = C / G
+    GROUPS: tl.constexpr,  # that a program covers
+    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,  # of a tile
+    CHANNEL_TILES: tl.constexpr, POSITION_TILES: tl.constexpr, EXACT: tl.constexpr,
+    SILU: tl.constexpr,
+):  # fmt: skip
+    """A program reads the slabs of its groups, keeps them in registers, and writes them normalised."""
+    blocks = tl.cdiv(groups, GROUPS)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    first_group = (tl.program_id(0) % blocks) * GROUPS
+    first_channel = first_group * WIDTH
+    x += sample * sample_stride + first_channel.to(tl.int64) * channel_stride
+    y += sample * y_sample_stride + first_channel.to(tl.int64) * channel_stride
+    row = tl.arange(0, CHANNELS)
+    column = tl.arange(0, POSITIONS)
+    count = (WIDTH * 1.0) * positions
+
+    origin = tl.minimum(row // WIDTH, GROUPS - 1) * WIDTH
+    exists = first_channel + origin < channels
+    pivot = tl.load(x + origin.to(tl.int64) * channel_stride, mask=exists, other=0.0)
+
+    tiles = ()
+    total = tl.zeros([CHANNELS, POSITIONS], tl.float32)
+    for tile in tl.static_range(CHANNEL_TILES * POSITION_TILES):
+        channel = tile // POSITION_TILES * CHANNELS + row
+        position = tile % POSITION_TILES * POSITIONS + column
+        inside = inside_tile(channel, GROUPS * WIDTH, first_channel, channels, position, positions, EXACT)
+        at = tile_offset(channel, position, channel_stride, position_stride)
+        value = tl.load(x + at, mask=inside, other=pivot[:, None])
+        total += value.to(tl.float32) - pivot.to(tl.float32)[:, None]
+        tiles += (value,)
+    mean = over_group(tl.sum(total, axis=1), row, WIDTH, GROUPS) / count  # less the pivot
+
+    total = tl.zeros([CHANNELS, POSITIONS], tl.float32)
+    for tile in tl.static_range(CHANNEL_TILES * POSITION_TILES):
+        channel = tile // POSITION_TILES * CHANNELS + row
+        position = tile % POSITION_TILES * POSITIONS + column
+        inside = inside_tile(channel, GROUPS * WIDTH, first_channel, channels, position, positions, EXACT)
+        centred = tiles[tile].to(tl.float32) - pivot.to(tl.float32)[:, None] - mean[:, None]
+        total += tl.where(inside, centred * centred, 0.0)
+    rstd = tl.rsqrt(over_group(tl.sum(total, axis=1), row, WIDTH, GROUPS) / count + eps)
+
+    # A group's numbers are written by the row of its first channel.
+    group = sample * groups + first_group + row // WIDTH
+    first_row = (row % WIDTH == 0) & (row < GROUPS * WIDTH) & (first_channel + row < channels)
+    tl.store(mean_out + group, pivot.to(tl.float32) + mean, mask=first_row)
+    tl.store(rstd_out + group, rstd, mask=first_row)
+
+    for tile in tl.static_range(CHANNEL_TILES * POSITION_TILES):
+        channel = tile // POSITION_TILES * CHANNELS + row
+        position = tile % POSITION_TILES * POSITIONS + column
+        inside = inside_tile(channel, GROUPS * WIDTH, first_channel, channels, position, positions, EXACT)
+        gain, offset = gain_and_offset(
+            weight, bias, scale, shift, scale_stride, shift_stride, sample, first_channel + channel,
+            (channel < GROUPS * WIDTH) & (first_channel + channel < channels),
+        )  # fmt: skip
+        centred = tiles[tile].to(tl.float32) - pivot.to(tl.float32)[:, None] - mean[:, None]
+        z = centred * (rstd * gain)[:, None] + offset[:, None]
+        if SILU:
+            z = silu(z)
+        at = tile_offset(channel, position, channel_stride, position_stride)
+        tl.store(y + at, z.to(y.dtype.element_ty), mask=inside)
+
+
+# ---------------------------------------------------------------------------------- the slab is cut in chunks
+
+
+@triton.jit(do_not_specialize=plan.VARYING)
+def _moments_kernel(
+    x, partial,  # [N, C, P], [3, N, G, chunks]: count, mean less the pivot, sum of squares about the mean
+    groups, channels, positions, sample_stride, channel_stride, position_stride,
+    slabs, chunks, tiles_each,  # N G, and how the tiles of a slab are shared out
+    WIDTH: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+    CHANNEL_TILES: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """A program takes the moments of one chunk of its groups' slabs."""
+    blocks = tl.cdiv(groups, GROUPS)
+    chunk = tl.program_id(0) % chunks
+    block = tl.program_id(0) // chunks
+    sample = (block // blocks).to(tl.int64)
+    first_group = (block % blocks) * GROUPS
+    first_channel = first_group * WIDTH
+    x += sample * sample_stride + first_channel.to(tl.int64) * channel_stride
+    row = tl.arange(0, CHANNELS)
+    column = tl.arange(0, POSITIONS)
+    origin = tl.minimum(row // WIDTH, GROUPS - 1) * WIDTH
+    exists = first_channel + origin < channels
+    pivot = tl.load(x + origin.to(tl.int64) * channel_stride, mask=exists, other=0.0)
+
+    position_tiles = tl.cdiv(positions, POSITIONS)
+    last_tile = tl.minimum((chunk + 1) * tiles_each, CHANNEL_TILES * position_tiles)
+    count = 0.0
+    mean = tl.zeros([CHANNELS], tl.float32)
+    squares = tl.zeros([CHANNELS], tl.float32)
+    for tile in range(chunk * tiles_each, last_tile):
+        first_row = tile // position_tiles * CHANNELS
+        first_position = tile % position_tiles * POSITIONS
+        channel = first_row + row
+        position = first_position + column
+        inside = inside_tile(channel, GROUPS * WIDTH, first_channel, channels, position, positions, EXACT)
+        at = tile_offset(channel, position, channel_stride, position_stride)
+        value = tl.load(x + at, mask=inside, other=pivot[:, None]).to(tl.float32)
+        value -= pivot.to(tl.float32)[:, None]
+        if GROUPS == 1:
+            rows = tl.minimum(WIDTH - first_row, CHANNELS)
+        else:
+            rows = WIDTH
+        new_count = rows * 1.0 * tl.minimum(positions - first_position, POSITIONS)
+        new_mean = over_group(tl.sum(value, axis=1), row, WIDTH, GROUPS) / new_count
+        centred = tl.where(inside, value - new_mean[:, None], 0.0)
+        new_squares = over_group(tl.sum(centred * centred, axis=1), row, WIDTH, GROUPS)
+        count, mean, squares = merge_moments(count, mean, squares, new_count, new_mean, new_squares)
+
+    slot = (sample * groups + first_group + row // WIDTH) * chunks + chunk
+    leads = (row % WIDTH == 0) & (row < GROUPS * WIDTH) & (first_channel + row < channels)
+    stride = slabs.to(tl.int64) * chunks
+    tl.store(partial + slot, tl.zeros_like(mean) + count, mask=leads)
+    tl.store(partial + stride + slot, mean, mask=leads)
+    tl.store(partial + 2 * stride + slot, squares, mask=leads)
+
+
+@triton.jit(do_not_specialize=plan.VARYING)
+def _apply_kernel(
+    x, y, mean_out, rstd_out, partial,
+    weight, bias, scale, shift, eps, scale_stride, shift_stride,
+    groups, channels, positions, sample_stride, y_sample_stride, channel_stride, position_stride,
+    slabs, chunks, tiles_each,
+    WIDTH: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+    CHANNEL_TILES: tl.constexpr, EXACT: tl.constexpr, SILU: tl.constexpr,
+    MOST_CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """A program merges the moments of its groups and normalises one chunk of their slabs."""
+    # Backwards: what the first kernel read last is still in L2.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    blocks = tl.cdiv(groups, GROUPS)
+    chunk = program % chunks
+    block = program // chunks
+    sample = (block // blocks).to(tl.int64)
+    first_group = (block % blocks) * GROUPS
+    first_channel = first_group * WIDTH
+    x += sample * sample_stride + first_channel.to(tl.int64) * channel_stride
+    y += sample * y_sample_stride + first_channel.to(tl.int64) * channel_stride
+    row = tl.arange(0, CHANNELS)
+    column = tl.arange(0, POSITIONS)
+    origin = tl.minimum(row // WIDTH, GROUPS - 1) * WIDTH
+    exists = first_channel + origin < channels
+    pivot = tl.load(x + origin.to(tl.int64) * channel_stride, mask=exists, other=0.0)
+
+    PADDED: tl.constexpr = triton.next_power_of_2(GROUPS)
+    member = tl.arange(0, PADDED)
+    part = tl.arange(0, MOST_CHUNKS)
+    group_exists = (member < GROUPS) & (first_group + member < groups)
+    slot = (sample * groups + first_group + member)[:, None] * chunks + part[None, :]
+    exists = group_exists[:, None] & (part < chunks)[None, :]
+    stride = slabs.to(tl.int64) * chunks
+    counts = tl.load(partial + slot, mask=exists, other=0.0)
+    means = tl.load(partial + stride + slot, mask=exists, other=0.0)
+    squares = tl.load(partial + 2 * stride + slot, mask=exists, other=0.0)
+    count = (WIDTH * 1.0) * positions
+    group_mean = tl.sum(counts * means, axis=1) / count
+    difference = means - group_mean[:, None]
+    variance = tl.sum(squares + counts * difference * difference, axis=1) / count
+    group_rstd = tl.rsqrt(variance + eps)
+    if GROUPS == 1:
+        mean = tl.zeros([CHANNELS], tl.float32) + tl.sum(group_mean, axis=0)
+        rstd = tl.zeros([CHANNELS], tl.float32) + tl.sum(group_rstd, axis=0)
+    else:
+        mine = (row // WIDTH)[:, None] == member[None, :]
+        mean = tl.sum(tl.where(mine, group_mean[None, :], 0.0), axis=1)
+        rstd = tl.sum(tl.where(mine & group_exists[None, :], group_rstd[None, :], 0.0), axis=1)
+    if chunk == 0:
+        group = sample * groups + first_group + row // WIDTH
+        leads = (row % WIDTH == 0) & (row < GROUPS * WIDTH) & (first_channel + row < channels)
+        tl.store(mean_out + group, pivot.to(tl.float32) + mean, mask=leads)
+        tl.store(rstd_out + group, rstd, mask=leads)
+
+    position_tiles = tl.cdiv(positions, POSITIONS)
+    last_tile = tl.minimum((chunk + 1) * tiles_each, CHANNEL_TILES * position_tiles)
+    for tile in range(chunk * tiles_each, last_tile):
+        channel = tile // position_tiles * CHANNELS + row
+        position = tile % position_tiles * POSITIONS + column
+        inside = inside_tile(channel, GROUPS * WIDTH, first_channel, channels, position, positions, EXACT)
+        at = tile_offset(channel, position, channel_stride, position_stride)
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        gain, offset = gain_and_offset(
+            weight, bias, scale, shift, scale_stride, shift_stride, sample, first_channel + channel,
+            (channel < GROUPS * WIDTH) & (first_channel + channel < channels),
+        )  # fmt: skip
+        centred = value - pivot.to(tl.float32)[:, None] - mean[:, None]
+        z = centred * (rstd * gain)[:, None] + offset[:, None]
+        if SILU:
+            z = silu(z)
+        tl.store(y + at, z.to(y.dtype.element_ty), mask=inside)
+
+
+# ----------------------------------------------------------------------------------------------------- launch
+
+
+def _forward(
+    x: Tensor,  # [N, C, *]
+    num_groups: int,
+    weight: Tensor | None,  # [C]
+    bias: Tensor | None,  # [C]
+    eps: float,
+    scale: Tensor | None,  # [N, C]
+    shift: Tensor | None,  # [N, C]
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y [N, C, *] in the layout of x, mean and rstd [N, G] in float32."""
+    y, mean, rstd = _forward_fake(x, num_groups, weight, bias, eps, scale, shift, silu)
+    if x.numel() == 0:
+        return y, mean.zero_(), rstd.zero_()
+    source = plan.view(x)
+    weight, bias, scale, shift = (plan.rows(value) for value in (weight, bias, scale, shift))
+    samples, channels = x.shape[:2]
+    width = channels // num_groups
+    shape = (width, num_groups, source.positions, source.channels_adjacent, x.element_size())
+    affine = (
+        weight, bias, scale, shift, eps,
+        0 if scale is None else scale.stride(0),
+        0 if shift is None else shift.stride(0),
+    )  # fmt: skip
+    sizes = (num_groups, channels, source.positions)
+    strides = (source.sample_stride, y.stride(0), source.channel_stride, source.position_stride)
+    with torch.cuda.device_of(x):
+        tiles = plan.resident_tiles(*shape, plan.RESIDENT_LANES)
+        if tiles is not None:
+            _resident_kernel[(samples * plan.divide_up(num_groups, tiles.groups),)](
+                source.tensor, y, mean, rstd, *affine, *sizes, *strides,
+                WIDTH=width, GROUPS=tiles.groups, CHANNELS=tiles.channels, POSITIONS=tiles.positions,
+                CHANNEL_TILES=tiles.channel_tiles, POSITION_TILES=tiles.position_tiles, EXACT=tiles.exact,
+                SILU=silu, num_warps=tiles.warps,
+            )  # fmt: skip
+            return y, mean, rstd
+
+        tiles = plan.chunk_tiles(*shape, plan.CHUNK_LANES, plan.CHUNK_WARPS)
+        blocks = samples * plan.divide_up(num_groups, tiles.groups)
+        chunks, each = plan.chunks(tiles.count, blocks, x.device, plan.MOST_CHUNKS)
+        slabs = samples * num_groups
+        partial = mean.new_empty((3, slabs, chunks))
+        constants = dict(
+            WIDTH=width, GROUPS=tiles.groups, CHANNELS=tiles.channels, POSITIONS=tiles.positions,
+            CHANNEL_TILES=tiles.channel_tiles, EXACT=tiles.exact, num_warps=tiles.warps,
+        )  # fmt: skip
+        _moments_kernel[(blocks * chunks,)](
+            source.tensor, partial, *sizes, strides[0], *strides[2:], slabs, chunks, each, **constants
+        )
+        _apply_kernel[(blocks * chunks,)](
+            source.tensor, y, mean, rstd, partial, *affine, *sizes, *strides, slabs, chunks, each,
+            **constants, SILU=silu, MOST_CHUNKS=plan.MOST_CHUNKS,
+        )  # fmt: skip
+    return y, mean, rstd
+
+
+# ----------------------------------------------------------------------------------------------- registration
+
+
+def _forward_fake(x, num_groups, weight, bias, eps, scale, shift, silu) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=plan.memory_format(x))
+    statistics = (x.shape[0], num_groups)
+    mean = torch.empty(statistics, dtype=torch.float32, device=x.device)
+    return y, mean, torch.empty_like(mean)
+
+
+group_norm_silu = define(
+    "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? scale, "
+    "Tensor? shift, bool silu) -> (Tensor y, Tensor mean, Tensor rstd)",
+    run=_forward,
+    fake=_forward_fake,
+)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, _, weight, bias, _, scale, shift, ctx.silu = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift)
+
+
+def _backward(ctx, dy, _dmean, _drstd):
+    _, _, weight, bias, _, scale, shift, _ = ctx.needs_input_grad
+    gradients = group_norm_silu_backward(
+        dy, *ctx.saved_tensors, ctx.silu, weight or bias or scale or shift
+    )  # of size 0 where not asked for
+    dx, dweight, dbias, dscale, dshift = gradients
+    return (
+        dx, None, dweight if weight else None, dbias if bias else None, None,
+        dscale if scale else None, dshift if shift else None, None,
+    )  # fmt: skip
+
+
+differentiate(group_norm_silu, save=_save, backward=_backward)
