@@ -1,0 +1,327 @@
+"""Of each sample, before its diffusion step: the factor of the guidance rescale and the limit of |x0|.
+
+factor = r std(conditional) / std(guided) + 1 - r           (Lin et al., 2305.08891, equations 15 and 16)
+limit  = max(quantile_p |x0|, bound)                        (Saharia et al., 2205.11487, section 2.3)
+
+One launch, one program per sample, in a fixed order: a sample does not depend on its batch mates. Deviations
+are two-pass within a tile and merged by count (Chan et al.); the quantile is exact, and interpolated as in
+torch.quantile. Bytes: for each of the two statistics, what the step reads; where a sample is too large for
+registers (more than 16384 elements) some per cent more for the subset that narrows the search.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._planes import Planes
+from ._tile import merge_moments
+
+
+@triton.jit
+def guide(conditional, unconditional_ptr, inside, guidance, GUIDED: tl.constexpr):
+    """unconditional + guidance (conditional - unconditional)"""
+    if GUIDED:
+        unconditional = tl.load(unconditional_ptr, mask=inside, other=0.0).to(tl.float32)
+        return unconditional + guidance * (conditional - unconditional)
+    return conditional
+
+
+@triton.jit
+def predict_x0(x, output, alpha, inverse_alpha, sigma, PREDICTION: tl.constexpr):
+    """x0 from what the network predicts, where x = alpha x0 + sigma epsilon"""
+    if PREDICTION == "epsilon":
+        return (x - sigma * output) * inverse_alpha
+    if PREDICTION == "v_prediction":
+        return alpha * x - sigma * output
+    return output
+
+
+# Magnitudes are compared as integers: the bits of non-negative floats are in the order of their values, with
+# infinity and then NaN at the end, which is where torch puts them.
+_LARGEST = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def _select(keys, rank):
+    """The key of this rank (0: the smallest): radix select, one binary digit of keys >= 0 at a time."""
+    value = rank * 0
+    for digit in range(31):
+        candidate = value | (1 << (30 - digit))
+        smaller = tl.sum((keys < candidate).to(tl.int32))
+        value = tl.where(smaller <= rank, candidate, value)
+    return value
+
+
+@triton.jit
+def _select_two(keys, rank_low, rank_high):
+    """The keys of two ranks, of at most 2^14 keys. Below the first rank comes 0, beyond the last _LARGEST."""
+    low = rank_low * 0
+    high = rank_low * 0
+    for digit in range(31):
+        candidate_low = low | (1 << (30 - digit))
+        candidate_high = high | (1 << (30 - digit))
+        # Both counts in one sum: it is the reduction over the program that takes the time.
+        smaller = tl.sum((keys < candidate_low).to(tl.int32) + ((keys < candidate_high).to(tl.int32) << 16))
+        low = tl.where((smaller & 0xFFFF) <= rank_low, candidate_low, low)
+        high = tl.where((smaller >> 16) <= rank_high, candidate_high, high)
+    return low, high
+
+
+@triton.jit
+def _select_listed(list_ptr, count, rank, low, high, TILE: tl.constexpr):
+    """As _select, and the rank after it: of `count` keys in memory, all of them in [low, high]."""
+    # All keys share the digits that low and high share.
+    digits = tl.sum((((low ^ high) >> tl.arange(0, 32)) > 0).to(tl.int32))
+    value = (low >> digits) << digits
+    for digit in range(digits):
+        candidate = value | (1 << (digits - 1 - digit))
+        smaller = rank * 0
+        for start in range(0, count, TILE):
+            index = start + tl.arange(0, TILE)
+            keys = tl.load(list_ptr + index, mask=index < count, other=_LARGEST)
+            smaller += tl.sum((keys < candidate).to(tl.int32))
+        value = tl.where(smaller <= rank, candidate, value)
+    not_above = rank * 0
+    above = rank * 0 + _LARGEST
+    for start in range(0, count, TILE):
+        index = start + tl.arange(0, TILE)
+        keys = tl.load(list_ptr + index, mask=index < count, other=_LARGEST)
+        not_above += tl.sum((keys <= value).to(tl.int32))
+        above = tl.minimum(above, tl.min(tl.where(keys > value, keys, _LARGEST)))
+    return value, tl.where(not_above > rank + 1, value, above)
+
+
+@triton.jit(do_not_specialize=["step", "batch", "rank", "rank_low", "rank_high"])
+def _statistics_kernel(
+    x_ptr,  # [B, C, *]
+    output_ptr,  # [B or 2B, C or more, *]
+    table_ptr,  # [steps, 8]
+    step_ptr,  # scalar, or None: then `step`
+    step,
+    guidance_ptr,  # [B] or scalar, or None: then `guidance`
+    guidance,
+    guidance_stride,
+    statistics_ptr,  # out: [B, 2], the factor of the guided output and the limit of |x0|
+    list_ptr,  # [B, elements], scratch
+    batch,
+    channels,
+    positions,
+    x_sample,
+    x_channel,
+    x_position,
+    output_sample,
+    output_channel,
+    output_position,
+    guidance_rescale,
+    bound,
+    rank,  # the quantile lies between this rank of |x0| and the next,
+    weight,  # so far from this to the next
+    rank_low,  # of the subset that bounds where to look
+    rank_high,
+    PREDICTION: tl.constexpr,
+    GUIDED: tl.constexpr,
+    RESCALE: tl.constexpr,
+    DYNAMIC: tl.constexpr,
+    RESIDENT: tl.constexpr,  # a sample fits one tile
+    TILE: tl.constexpr,
+    SUBSET: tl.constexpr,
+):
+    """One program per sample.
+
+    A sample that fits is held in registers and searched there. Of a larger one, a quasi-random subset first
+    bounds where the wanted rank can be; one pass over the sample counts what is below and lists what is
+    within (1 % of it for p = 0.995), and the list is searched. Should the bounds miss the rank, they are
+    dropped and all is listed: the quantile is exact in any case (Floyd and Rivest 1975, with radix select).
+    """
+    sample = tl.program_id(0).to(tl.int64)
+    if step_ptr is not None:
+        step = tl.load(step_ptr)
+    row = table_ptr + step.to(tl.int64) * 8
+    alpha = tl.load(row).to(tl.float32)
+    sigma = tl.load(row + 1).to(tl.float32)
+    inverse_alpha = 1.0 / alpha
+    if guidance_ptr is not None:
+        guidance = tl.load(guidance_ptr + sample * guidance_stride)
+    x_ptr += sample * x_sample
+    unconditional_ptr = output_ptr + (sample + batch) * output_sample
+    output_ptr += sample * output_sample
+    lane = tl.arange(0, TILE)
+    zero = sample * 0  # plus a loop's index: int64, in the interpreter too
+
+    factor = 1.0
+    if RESCALE:
+        count = 0.0
+        mean = 0.0
+        squares = 0.0
+        guided_mean = 0.0
+        guided_squares = 0.0
+        for channel in range(channels):
+            for start in range(0, positions, TILE):
+                inside = start + lane < positions
+                number = tl.minimum(positions - start, TILE).to(tl.float32)
+                at = (zero + channel) * output_channel + (start + lane).to(tl.int64) * output_position
+                conditional = tl.load(output_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                guided = guide(conditional, unconditional_ptr + at, inside, guidance, GUIDED)
+                new_mean = tl.sum(conditional) / number
+                new_guided_mean = tl.sum(guided) / number
+                conditional = tl.where(inside, conditional - new_mean, 0.0)
+                guided = tl.where(inside, guided - new_guided_mean, 0.0)
+                _, guided_mean, guided_squares = merge_moments(
+                    count, guided_mean, guided_squares, number, new_guided_mean, tl.sum(guided * guided)
+                )
+                count, mean, squares = merge_moments(
+                    count, mean, squares, number, new_mean, tl.sum(conditional * conditional)
+                )
+        deviation = tl.sqrt(guided_squares / (count - 1.0))
+        ratio = tl.sqrt(squares / (count - 1.0)) / tl.maximum(deviation, 1.1754943508222875e-38)
+        factor = guidance_rescale * ratio + (1.0 - guidance_rescale)
+        tl.store(statistics_ptr + 2 * sample, factor)
+
+    if DYNAMIC:
+        if RESIDENT:
+            element = lane
+            channel = element // positions
+            position = element - channel * positions
+            inside = channel < channels
+            keys = _keys(
+                x_ptr, output_ptr, unconditional_ptr, channel, position, x_channel, x_position,
+                output_channel, output_position, inside, guidance, factor, alpha, inverse_alpha, sigma,
+                PREDICTION, GUIDED,
+            )  # fmt: skip
+            value = _select(keys, rank)
+            not_above = tl.sum((keys <= value).to(tl.int32))
+            above = tl.min(tl.where(keys > value, keys, _LARGEST))
+            following = tl.where(not_above > rank + 1, value, above)
+        else:
+            # A Weyl sequence: evenly spread over rows, columns and channels, whatever the picture's size.
+            spread = (tl.arange(0, SUBSET).to(tl.uint64) * 0x9E3779B9) & 0xFFFFFFFF
+            element = ((spread * (channels * positions).to(tl.uint64)) >> 32).to(tl.int32)
+            subset_channel = element // positions
+            subset_position = element - subset_channel * positions
+            subset = _keys(
+                x_ptr, output_ptr, unconditional_ptr, subset_channel, subset_position, x_channel, x_position,
+                output_channel, output_position, element >= 0, guidance, factor, alpha, inverse_alpha, sigma,
+                PREDICTION, GUIDED,
+            )  # fmt: skip
+            low, high = _select_two(subset, rank_low, rank_high)
+            list_ptr += sample * (channels * positions)
+            below = rank * 0
+            listed = rank * 0
+            missed = rank * 0 + 1
+            while missed > 0:
+                below = rank * 0
+                listed = rank * 0
+                for channel in range(channels):
+                    for start in range(0, positions, TILE):
+                        position = start + lane
+                        inside = position < positions
+                        keys = _keys(
+                            x_ptr, output_ptr, unconditional_ptr, zero + channel, position, x_channel,
+                            x_position, output_channel, output_position, inside, guidance, factor, alpha,
+                            inverse_alpha, sigma, PREDICTION, GUIDED,
+                        )  # fmt: skip
+                        chosen = (inside & (keys >= low) & (keys <= high)).to(tl.int32)
+                        place = listed + tl.cumsum(chosen, axis=0) - 1
+                        tl.store(list_ptr + place, keys, mask=chosen > 0)
+                        counts = tl.sum(chosen + ((keys < low).to(tl.int32) << 16))
+                        listed += counts & 0xFFFF
+                        below += counts >> 16
+                # Both ranks are in the list; or the first is, and nothing comes after it.
+                end = below + listed
+                found = (below <= rank) & ((rank + 1 < end) | (end == channels * positions))
+                missed = tl.where(found, 0, 1)
+                if missed > 0:
+                    low = rank * 0
+                    high = rank * 0 + _LARGEST
+            tl.debug_barrier()  # the list is read by other threads than wrote it
+            value, following = _select_listed(list_ptr, listed, rank - below, low, high, TILE)
+        # As torch.lerp, which stays within the two ends.
+        lower = value.to(tl.float32, bitcast=True)
+        upper = following.to(tl.float32, bitcast=True)
+        difference = upper - lower
+        between = tl.where(weight < 0.5, lower + weight * difference, upper - (1.0 - weight) * difference)
+        quantile = tl.where(weight > 0.0, between, lower)
+        limit = tl.maximum(quantile, bound, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(statistics_ptr + 2 * sample + 1, limit)
+
+
+@triton.jit
+def _keys(
+    x_ptr, output_ptr, unconditional_ptr, channel, position, x_channel, x_position, output_channel,
+    output_position, inside, guidance, factor, alpha, inverse_alpha, sigma, PREDICTION: tl.constexpr,
+    GUIDED: tl.constexpr,
+):  # fmt: skip
+    """The bits of |x0| before it is bounded; _LARGEST outside."""
+    at = channel.to(tl.int64) * output_channel + position.to(tl.int64) * output_position
+    output = tl.load(output_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    output = guide(output, unconditional_ptr + at, inside, guidance, GUIDED) * factor
+    x = output
+    if PREDICTION != "sample":
+        at = channel.to(tl.int64) * x_channel + position.to(tl.int64) * x_position
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    x0 = predict_x0(x, output, alpha, inverse_alpha, sigma, PREDICTION)
+    return tl.where(inside, x0.to(tl.int32, bitcast=True) & _LARGEST, _LARGEST)
+
+
+# Keys per program that stay in registers: 32 per thread of 16 warps.
+_RESIDENT_KEYS = 16384
+_SUBSET_KEYS = 4096
+
+
+def _config(elements: int) -> tuple[bool, int, int]:
+    """(RESIDENT, TILE, warps) for samples of so many elements.
+
+    Resident: the sample in one tile, at most 32 keys a thread. Otherwise tiles of 16 a thread, which leaves
+    registers for the loads of three tensors and for the prefix sums. The batch decides nothing.
+    """
+    if elements <= _RESIDENT_KEYS:
+        tile = max(128, triton.next_power_of_2(elements))
+        return True, tile, min(16, max(1, tile // 512))
+    return False, 8192, 16
+
+
+def _ranks(quantile: float, elements: int) -> tuple[int, float, int, int]:
+    """(rank, weight) of the quantile among the elements, and (low, high) ranks of the subset around it.
+
+    The subset's rank of a quantile has a standard deviation of sqrt(m p (1 - p)); five of them and a few more
+    ranks to either side miss once in millions of samples, and then only time is lost.
+    """
+    position = quantile * (elements - 1)
+    rank = min(int(position), elements - 1)
+    middle = quantile * _SUBSET_KEYS
+    margin = 4 + 5 * math.sqrt(middle * (1 - quantile))
+    low, high = max(-1, math.floor(middle - margin)), min(_SUBSET_KEYS, math.ceil(middle + margin))
+    return rank, (position - rank if rank + 1 < elements else 0.0), low, high
+
+
+def sample_statistics(
+    x: Tensor,  # [B, C, *]
+    output: Tensor,  # [B or 2B, C or 2C, *]
+    planes: Planes,  # of these two, in this order
+    row: tuple,  # table, step, step_number
+    guidance: tuple,  # tensor, number, stride
+    guidance_rescale: float,
+    quantile: float | None,
+    bound: float,
+    prediction: str,
+    guided: bool,
+) -> Tensor:  # float32 [B, 2]; a number that is not asked for is not written
+    batch, elements = x.shape[0], planes.channels * planes.positions
+    statistics = torch.empty(batch, 2, dtype=torch.float32, device=x.device)
+    resident, tile, warps = _config(elements)
+    ranks = _ranks(1.0 if quantile is None else quantile, elements)
+    listed = None
+    if quantile is not None and not resident:
+        listed = torch.empty(batch, elements, dtype=torch.int32, device=x.device)
+    _statistics_kernel[(batch,)](
+        x, output, *row, *guidance, statistics, listed, batch, planes.channels, planes.positions,
+        *planes.strides[0], *planes.strides[1], guidance_rescale, bound, *ranks, PREDICTION=prediction,
+        GUIDED=guided, RESCALE=guidance_rescale > 0, DYNAMIC=quantile is not None, RESIDENT=resident,
+        TILE=tile, SUBSET=_SUBSET_KEYS, num_warps=warps,
+    )  # fmt: skip
+    return statistics

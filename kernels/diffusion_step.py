@@ -1,0 +1,211 @@
+"""x_next = a x + b x0 + c previous_x0 + std noise(seed, step),  x0 = bound(predict(x, guide(model_output)))
+
+One launch. With dynamic thresholding, guidance rescale or both, two: first the statistics of each sample (the
+factor of the rescale, the limit of the threshold), then the step. Coefficients, step, guidance and seeds stay
+on the device: nothing waits for it, and a CUDA graph of the call serves every step.
+
+Bytes per element in bfloat16: 2 each for x, the output, its unconditional rows, the learned range (of the
+conditional rows alone) and previous_x0 in, x_next and x0 out; B64 3x256x256 with guidance: 10, 126 MB.
+
+A sample depends on its own elements only: one program takes its statistics, in a fixed order, and noise is
+keyed by (seed, step, element), the element counted as in a contiguous tensor.
+
+float32, bfloat16 and float16, also mixed; the maths is float32, autocast does not change it, and the results
+have the dtype and memory format of x. No gradient is registered: where one is wanted (sampling wants none),
+the public function takes the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import add_noise  # noqa: F401  registers the other ops of a diffusion process with this one
+from ._op import define
+from ._planes import arrange, check_size, count_tiles, memory_format, tile_config
+from ._tile import philox_normal
+from .diffusion_statistics import guide, predict_x0, sample_statistics
+
+
+@triton.jit
+def _bound(x0, limit):
+    """x0 clamped to [-limit, limit]; NaN stays NaN, as in torch"""
+    x0 = tl.maximum(x0, -limit, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x0, limit, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit(do_not_specialize=["step", "batch", "tiles"])
+def _step_kernel(
+    x_ptr,  # [B, C, *]
+    output_ptr,  # [B or 2B, C or 2C, *]
+    previous_ptr,  # [B, C, *] or None
+    next_ptr,  # out: [B, C, *]
+    x0_ptr,  # out: as next_ptr
+    table_ptr,  # [steps, 8]
+    step_ptr,  # scalar, or None: then `step`
+    step,
+    seeds_ptr,  # [B] or None
+    guidance_ptr,  # [B] or scalar, or None: then `guidance`
+    guidance,
+    guidance_stride,
+    statistics_ptr,  # [B, 2] or None
+    bound,  # of |x0|, or None
+    batch,
+    channels,
+    positions,
+    tiles,  # of a channel
+    x_sample,
+    x_channel,
+    x_position,
+    output_sample,
+    output_channel,
+    output_position,
+    previous_sample,
+    previous_channel,
+    previous_position,
+    next_sample,
+    next_channel,
+    next_position,
+    range_offset,  # from a conditional output to its place in the learned range, or None
+    PREDICTION: tl.constexpr,
+    GUIDED: tl.constexpr,
+    RESCALE: tl.constexpr,
+    DYNAMIC: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """A program has SIZE positions in every channel, so that channels_last lines are fetched once."""
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    if step_ptr is not None:
+        step = tl.load(step_ptr)
+    step = step.to(tl.int64)
+    row = table_ptr + step * 8
+    alpha = tl.load(row).to(tl.float32)
+    sigma = tl.load(row + 1).to(tl.float32)
+    a = tl.load(row + 2).to(tl.float32)
+    b = tl.load(row + 3).to(tl.float32)
+    c = tl.load(row + 4).to(tl.float32)
+    std = tl.load(row + 5).to(tl.float32)
+    inverse_alpha = 1.0 / alpha
+    if guidance_ptr is not None:
+        guidance = tl.load(guidance_ptr + sample * guidance_stride)
+    if RESCALE:
+        factor = tl.load(statistics_ptr + 2 * sample)
+    if DYNAMIC:
+        limit = tl.load(statistics_ptr + 2 * sample + 1)
+        shrink = bound / limit
+
+    for index in range(channels):
+        channel = sample * 0 + index  # int64, in the interpreter too
+        # Tiles begin at a multiple of four elements of the sample, where a Philox block begins.
+        first = index * positions
+        element = first // 4 * 4 + tile * SIZE
+        position = element - first + tl.arange(0, SIZE)
+        inside = (position >= 0) & (position < positions)
+        at = sample * x_sample + channel * x_channel + position.to(tl.int64) * x_position
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        at = channel * output_channel + position.to(tl.int64) * output_position
+        unconditional_ptr = output_ptr + (sample + batch) * output_sample + at
+        at += sample * output_sample
+        output = tl.load(output_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        output = guide(output, unconditional_ptr, inside, guidance, GUIDED)
+        if RESCALE:
+            output *= factor
+
+        x0 = predict_x0(x, output, alpha, inverse_alpha, sigma, PREDICTION)
+        if DYNAMIC:
+            x0 = _bound(x0, limit) * shrink
+        elif bound is not None:
+            x0 = _bound(x0, bound)
+
+        previous = x0
+        if previous_ptr is not None:
+            before = sample * previous_sample + channel * previous_channel
+            before += position.to(tl.int64) * previous_position
+            previous = tl.load(previous_ptr + before, mask=inside, other=0.0).to(tl.float32)
+        x_next = a * x + (b * x0 + c * previous)
+        if seeds_ptr is not None:
+            noise = philox_normal(tl.load(seeds_ptr + sample), step, element, SIZE)
+            if range_offset is not None:
+                fraction = tl.load(output_ptr + range_offset + at, mask=inside, other=0.0).to(tl.float32)
+                fraction = (fraction + 1.0) * 0.5
+                log_var_min = tl.load(row + 6).to(tl.float32)
+                log_var_max = tl.load(row + 7).to(tl.float32)
+                log_var = fraction * log_var_max + (1.0 - fraction) * log_var_min
+                noise *= tl.where(std > 0.0, tl.exp(0.5 * log_var), 0.0)
+            else:
+                noise *= std
+            x_next += noise
+
+        at = sample * next_sample + channel * next_channel
+        at += position.to(tl.int64) * next_position
+        tl.store(next_ptr + at, x_next.to(next_ptr.dtype.element_ty), mask=inside)
+        tl.store(x0_ptr + at, x0.to(x0_ptr.dtype.element_ty), mask=inside)
+
+
+def _diffusion_step(
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    step: Tensor | None,
+    step_number: int,
+    seeds: Tensor | None,
+    guidance: Tensor | None,
+    guidance_number: float | None,
+    guidance_rescale: float,
+    prediction: str,
+    clip: float | None,
+    dynamic_threshold: float | None,
+    learned_range: bool,
+    previous_x0: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    x_next, x0 = _fake_diffusion_step(x)
+    if x.numel() == 0:
+        return x_next, x0
+    check_size("x", x)
+    batch = x.shape[0]
+    (x, model_output, previous_x0, _), planes = arrange([x, model_output, previous_x0, x_next])
+    channels, positions, strides = planes
+    range_offset = channels * strides[1][1] if learned_range and seeds is not None else None
+    seeds = None if seeds is None else seeds.contiguous()
+    row = (table.to(torch.float32).contiguous(), step, step_number)
+    guided = guidance is not None or guidance_number is not None
+    if guidance is not None:
+        guidance = (guidance.to(torch.float32).contiguous(), 0.0, 1 if guidance.dim() > 0 else 0)
+    else:
+        guidance = (None, guidance_number if guided else 0.0, 0)
+    rescale, dynamic = guidance_rescale > 0, dynamic_threshold is not None
+    bound = 1.0 if dynamic and clip is None else clip
+    size, warps = tile_config(positions)
+    tiles = count_tiles(channels, positions, size)
+
+    with torch.cuda.device_of(x):
+        statistics = None
+        if rescale or dynamic:
+            statistics = sample_statistics(
+                x, model_output, planes, row, guidance, guidance_rescale, dynamic_threshold, bound or 0.0,
+                prediction, guided,
+            )  # fmt: skip
+        _step_kernel[(batch * tiles,)](
+            x, model_output, previous_x0, x_next, x0, *row, seeds, *guidance, statistics, bound, batch,
+            channels, positions, tiles, *strides[0], *strides[1], *strides[2], *strides[3], range_offset,
+            PREDICTION=prediction, GUIDED=guided, RESCALE=rescale, DYNAMIC=dynamic, SIZE=size,
+            num_warps=warps,
+        )  # fmt: skip
+    return x_next, x0
+
+
+def _fake_diffusion_step(x: Tensor, *_) -> tuple[Tensor, Tensor]:
+    layout = memory_format(x)
+    return torch.empty_like(x, memory_format=layout), torch.empty_like(x, memory_format=layout)
+
+
+diffusion_step = define(
+    "diffusion_step(Tensor x, Tensor model_output, Tensor table, Tensor? step, int step_number,"
+    " Tensor? seeds, Tensor? guidance, float? guidance_number, float guidance_rescale, str prediction,"
+    " float? clip, float? dynamic_threshold, bool learned_range, Tensor? previous_x0) -> (Tensor, Tensor)",
+    run=_diffusion_step,
+    fake=_fake_diffusion_step,
+)
