@@ -84,7 +84,8 @@ def cross_attention(
     plain (cross-)attention; `cross_attention(q, k, v)` is bidirectional self-attention.
 
     Args:
-        q, context_k, context_v, image_k, image_v: one floating dtype (any mix under autocast), any strides.
+        q, context_k, context_v, image_k, image_v: one floating dtype (any mix under autocast, which casts all
+            to its dtype), any strides.
         context_mask: True = attend. Image keys are always attended to.
         softmax_scale: D ** -0.5 when None.
         impl: "auto", "reference" or "fused".
@@ -95,7 +96,7 @@ def cross_attention(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or device, or only one of image_k and
-            image_v is given.
+            image_v is given, or impl="fused" and D > 128.
         RuntimeError: impl="fused" and no kernel can run here.
 
     Source: Vaswani et al., 1706.03762; the joint softmax over text and image keys: GLIDE, 2112.10741.
@@ -103,8 +104,37 @@ def cross_attention(
     _check.cross_attention(q, context_k, context_v, context_mask, image_k, image_v, softmax_scale)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
-    _backend.use_reference(impl, q)
-    return reference.cross_attention(q, context_k, context_v, context_mask, image_k, image_v, softmax_scale)
+    tensors = (q, context_k, context_v, image_k, image_v)
+    if _backend.use_reference(impl, *tensors) or _attention_needs_reference(impl, *tensors, context_mask):
+        return reference.cross_attention(
+            q, context_k, context_v, context_mask, image_k, image_v, softmax_scale
+        )
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, context_k, context_v, image_k, image_v = (x if x is None else x.to(dtype) for x in tensors)
+    return torch.ops.dalle2_fast.cross_attention(
+        q, context_k, context_v, context_mask, image_k, image_v, softmax_scale
+    )[0]
+
+
+# (compute capability, D) -> the least T and S from which scaled_dot_product_attention, which the reference
+# calls, is faster than the kernel where there is neither a mask nor image keys: ((9, 0), 64): 2048 would be
+# for H100 and D = 64. An entry needs its measurement. Empty: none has been made, so all shapes run fused.
+_LIBRARY_ATTENTION_FROM: dict[tuple[tuple[int, int], int], int] = {}
+_MAX_HEAD_WIDTH = 128
+
+
+def _attention_needs_reference(impl, q, context_k, context_v, image_k, image_v, context_mask) -> bool:
+    width = q.shape[3]
+    if width > _MAX_HEAD_WIDTH:
+        if impl == "fused":
+            expected = f'a head width D <= {_MAX_HEAD_WIDTH} with impl="fused"'
+            raise ValueError(f"q: expected {expected}, got {width}")
+        return True
+    if impl == "fused" or not _LIBRARY_ATTENTION_FROM or context_mask is not None or image_k is not None:
+        return False
+    least = _LIBRARY_ATTENTION_FROM.get((torch.cuda.get_device_capability(q.device), width))
+    return least is not None and min(q.shape[2], context_k.shape[2]) >= least
 
 
 def sample_noise(

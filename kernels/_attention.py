@@ -1,0 +1,191 @@
+"""What attention's forward and backward share: tiles through strides, the one-pass softmax, splitting work.
+
+A tile holds rows of one (batch, head): queries or keys. Rows past the end and columns past the head width are
+read as zeros, so they add nothing to any product; keys that must not be attended to are taken out of the
+scores.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+# Streaming multiprocessors of the largest common GPU of each capability (A100, A10, RTX 4090, H100 and H200,
+# B200, RTX 5090). A wrong number costs a part of a wave, never a result.
+_MULTIPROCESSORS = {(8, 0): 108, (8, 6): 84, (8, 9): 128, (9, 0): 132, (10, 0): 148, (12, 0): 170}
+
+# Arguments that may vary without another compilation: Triton would have one kernel for sizes that 16
+# divides and another for 1.
+VARYING = ["heads", "queries", "keys", "image_keys", "parts", "size"]
+
+
+@triton.jit
+def place(program, parts, heads):
+    """program -> (part, batch, head, batch * heads + head); the parts of one (batch, head) are neighbours."""
+    pair = program // parts
+    return program % parts, (pair // heads).to(tl.int64), (pair % heads).to(tl.int64), pair.to(tl.int64)
+
+
+@triton.jit
+def load_tile(
+    base, row, rows, stride_row, stride_column,
+    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, CHECKED: tl.constexpr,
+):  # fmt: skip
+    """[row, BLOCK_D] of the rows of one (batch, head); CHECKED: some of `row` may lie past the end."""
+    column = tl.arange(0, BLOCK_D)
+    address = base + row.to(tl.int64)[:, None] * stride_row + column.to(tl.int64)[None, :] * stride_column
+    if CHECKED:
+        inside = row[:, None] < rows
+        if WIDTH < BLOCK_D:
+            inside = inside & (column[None, :] < WIDTH)
+        return tl.load(address, mask=inside, other=0.0)
+    elif WIDTH < BLOCK_D:
+        return tl.load(address, mask=column[None, :] < WIDTH, other=0.0)
+    else:
+        return tl.load(address)
+
+
+@triton.jit
+def store_tile(base, value, row, rows, stride_row, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of a tensor whose columns are adjacent, rounded once."""
+    column = tl.arange(0, BLOCK_D)
+    address = base + row.to(tl.int64)[:, None] * stride_row + column[None, :]
+    inside = (row[:, None] < rows) & (column[None, :] < WIDTH)
+    tl.store(address, value.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def attended(mask, stride_mask, key, keys):
+    """Which of `key` exist and, with a mask, may be attended to."""
+    inside = key < keys
+    if mask is not None:
+        inside = inside & (tl.load(mask + key.to(tl.int64) * stride_mask, mask=inside, other=0) != 0)
+    return inside
+
+
+@triton.jit
+def softmax(q, k_0, k_1, attend_0, attend_1, scale, PRECISION: tl.constexpr):
+    """p_0, p_1 = exp2(scale (s - max s)) of both parts of the keys, their sum, and scale max s."""
+    s_0 = tl.dot(q, tl.trans(k_0), input_precision=PRECISION)
+    s_1 = tl.dot(q, tl.trans(k_1), input_precision=PRECISION)
+    s_0 = tl.where(attend_0[None, :], s_0, float("-inf"))
+    s_1 = tl.where(attend_1[None, :], s_1, float("-inf"))
+    top = tl.maximum(tl.max(s_0, 1), tl.max(s_1, 1))
+    shift = tl.where(top == float("-inf"), 0.0, top) * scale
+    p_0 = tl.exp2(s_0 * scale - shift[:, None])
+    p_1 = tl.exp2(s_1 * scale - shift[:, None])
+    return p_0, p_1, tl.sum(p_0, 1) + tl.sum(p_1, 1), shift
+
+
+@triton.jit
+def inverse(total):
+    """1 / total, and 0 for a row without keys."""
+    return tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))
+
+
+@triton.jit
+def log_sum(shift, total):
+    """log2(sum exp2(scale s)); +inf for a row without keys: zeros when the backward pass recomputes it."""
+    return tl.where(total == 0, float("inf"), shift + tl.log2(tl.where(total == 0, 1.0, total)))
+
+
+# ---------------------------------------------------------------------------------------------- host
+
+LOG2_E = 1.4426950408889634  # exp(x) = exp2(LOG2_E x): the GPU has exp2
+# Triton 3.10 changes the default, but scale * s - shift is meant to be one operation.
+COMPILE = {"enable_fp_fusion": True}
+
+
+KEY_PARTS = ((16, 16), (32, 16), (32, 32), (64, 16), (64, 32), (64, 64))
+
+
+def padded(width: int) -> int:
+    """The columns of a tile: a power of two, and 16 is the least that a matrix product takes."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def key_parts(keys: int) -> tuple[int, int]:
+    """Sizes of the two parts in which a short context is held.
+
+    Tiles are powers of two: in one part 77 keys (CLIP) and 81 (unCLIP) would cost the work of 128. In two
+    they cost that of 64 + 16 and 64 + 32.
+    """
+    return next(parts for parts in KEY_PARTS if keys <= sum(parts))
+
+
+def is_resident(keys: int, image_keys: int | None, width: int, itemsize: int) -> bool:
+    """Whether the forward kernel holds all keys on chip at once (the short form).
+
+    Keys and values take at most 2 x 32 KiB, what the least shared memory (99 KiB: sm_86, sm_89, sm_120) holds
+    beside the tiles of the queries; with more than 128 keys the scores of 64 queries fill the registers.
+    """
+    return not image_keys and keys <= 128 and sum(key_parts(keys)) * padded(width) * itemsize <= 32768
+
+
+def is_recomputed(keys: int, image_keys: int | None, width: int, itemsize: int) -> bool:
+    """Whether one backward kernel does all and needs no statistics.
+
+    dK and dV stay in registers: 2 x 128 x 64 float32 numbers are a quarter of a multiprocessor's.
+    """
+    return is_resident(keys, image_keys, width, itemsize) and padded(width) <= 64
+
+
+def capability(x: torch.Tensor) -> tuple[int, int]:
+    """Of the device of x; the interpreter's CPU passes for an H100."""
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
+
+
+def strides(x: torch.Tensor) -> tuple[int, ...]:
+    """Strides of x, 0 where the size is 1.
+
+    There a stride means nothing, and 0 compiles to the same kernel as the aligned stride of a larger size:
+    one kernel for all batches.
+    """
+    *outer, last = (stride if size > 1 else 0 for size, stride in zip(x.shape, x.stride(), strict=True))
+    return *outer, last if x.shape[-1] > 1 else 1
+
+
+def mask_strides(mask: torch.Tensor | None) -> tuple[int, int]:
+    return (0, 0) if mask is None else strides(mask)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Of matrix products: float32 follows torch.set_float32_matmul_precision, like torch's own.
+
+    "highest" is three tf32 products on the tensor cores, which keep 22 bits of a factor. Triton's plain
+    float32 product (ieee) spills: 7 KB of stack a thread for 64 queries and 80 keys.
+    """
+    if dtype != torch.float32:
+        return "ieee"  # means nothing there
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def empty_heads(b: int, h: int, t: int, d: int, like: torch.Tensor) -> torch.Tensor:
+    """[B, H, T, D] laid out as [B, T, H, D]: what follows attention is a linear layer over H * D."""
+    return like.new_empty((b, t, h, d)).transpose(1, 2)
+
+
+def positive_scale(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float, float]:
+    """q, scale, sign with scale > 0 and the same products: the kernels take the maximum before they scale."""
+    if scale > 0:
+        return q, scale, 1.0
+    sign = -1.0 if scale < 0 else 0.0
+    return q * sign, abs(scale) or 1.0, sign
+
+
+@functools.lru_cache(maxsize=1024)
+def split(pairs: int, tiles: int, capability: tuple[int, int], resident: int, overhead: float) -> int:
+    """How many programs share the tiles of one (batch, head).
+
+    Programs run in waves of multiprocessors * resident. The choice minimises waves * (tiles of a program +
+    overhead); overhead, in tiles, is what a program does besides them (fetch the keys, write its sums).
+    """
+    slots = _MULTIPROCESSORS.get(capability, 108) * resident
+    cost = {}
+    for parts in range(1, min(tiles, 64) + 1):
+        waves = triton.cdiv(pairs * parts, slots)
+        cost[parts] = waves * (triton.cdiv(tiles, parts) + overhead)
+    return min(cost, key=cost.__getitem__, default=1)

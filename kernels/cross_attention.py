@@ -1,0 +1,266 @@
+"""out = softmax(softmax_scale q [context_k; image_k]^T) [context_v; image_v], forward and registration.
+
+q [B, H, T, D]; keys and values [B, H, S, D] of a context, optionally with a mask [B, S], and optionally
+[B, H, T2, D] of the image itself: two pairs of pointers in place of a concatenation. Any strides. Two forms:
+
+- short: a context alone of at most 128 keys (cross-attention). All keys and values stay on chip, the softmax
+  is one pass, and up to D = 64 nothing is saved for the backward pass. A program walks over query tiles, so
+  the context is fetched once per program. Bytes: q and out once. B16 H10 T4096 S77 D64, bfloat16: 168 + 3 MB.
+- long: everything else. An online softmax over the context's keys, then over the image's. It saves
+  lse = log2(sum exp2) of each row. Bound by matrix products: 4 T (S + T2) D operations per head.
+
+Scores, softmax and sums are float32; probabilities are rounded to the dtype of v for the second product. A
+query that may attend to no key gives zeros, and zero gradients. float16, bfloat16 or float32, D <= 128: the
+op runs in the dtype of its inputs, which must agree; under autocast the public function casts q, k and v to
+the autocast dtype. Float32 products follow torch.set_float32_matmul_precision. The result is laid out as
+[B, T, H, D], so that merging the heads is a view. The gradient is in cross_attention_backward.py.
+
+Source: Vaswani et al., 1706.03762; the online softmax: Milakov and Gimelshein, 1805.02867.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _attention
+from ._attention import VARYING, attended, inverse, load_tile, log_sum, place, softmax, store_tile
+from ._op import define, differentiate
+from .cross_attention_backward import cross_attention_backward, fake_backward
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _short_forward_kernel(
+    out, lse, q, k, v, mask, scale, heads, queries, keys, parts,
+    q_batch, q_head, q_row, q_column, k_batch, k_head, k_row, k_column, v_batch, v_head, v_row, v_column,
+    mask_batch, mask_key,
+    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+    KEYS_0: tl.constexpr, KEYS_1: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Tiles part, part + parts, ... of the queries of one (batch, head) against a context held on chip."""
+    part, batch, head, pair = place(tl.program_id(0), parts, heads)
+    q += batch * q_batch + head * q_head
+    k += batch * k_batch + head * k_head
+    v += batch * v_batch + head * v_head
+    out_row = heads.to(tl.int64) * WIDTH
+    out += batch * queries * out_row + head * WIDTH
+    if mask is not None:
+        mask += batch * mask_batch
+
+    key_0 = tl.arange(0, KEYS_0)
+    key_1 = KEYS_0 + tl.arange(0, KEYS_1)
+    k_0 = load_tile(k, key_0, keys, k_row, k_column, WIDTH, BLOCK_D, True)
+    k_1 = load_tile(k, key_1, keys, k_row, k_column, WIDTH, BLOCK_D, True)
+    v_0 = load_tile(v, key_0, keys, v_row, v_column, WIDTH, BLOCK_D, True)
+    v_1 = load_tile(v, key_1, keys, v_row, v_column, WIDTH, BLOCK_D, True)
+    attend_0 = attended(mask, mask_key, key_0, keys)
+    attend_1 = attended(mask, mask_key, key_1, keys)
+
+    for tile in range(part, tl.cdiv(queries, BLOCK_T), parts):
+        row = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+        q_tile = load_tile(q, row, queries, q_row, q_column, WIDTH, BLOCK_D, True)
+        p_0, p_1, total, shift = softmax(q_tile, k_0, k_1, attend_0, attend_1, scale, PRECISION)
+        result = tl.dot(p_0.to(v_0.dtype), v_0, input_precision=PRECISION)
+        result = tl.dot(p_1.to(v_1.dtype), v_1, result, input_precision=PRECISION)
+        store_tile(out, result * inverse(total)[:, None], row, queries, out_row, WIDTH, BLOCK_D)
+        if lse is not None:
+            tl.store(lse + pair * queries + row, log_sum(shift, total), mask=row < queries)
+
+
+@triton.jit
+def _attend_some(
+    result, top, total, q_tile, k, v, mask, scale, first, last, keys,
+    k_row, k_column, v_row, v_column, mask_key,
+    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, CHECKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over keys first ... last."""
+    for start in range(first, last, BLOCK_S):
+        key = start + tl.arange(0, BLOCK_S)
+        k_tile = load_tile(k, key, keys, k_row, k_column, WIDTH, BLOCK_D, CHECKED)
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        if CHECKED:
+            s = tl.where(attended(mask, mask_key, key, keys)[None, :], s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top) * scale
+        p = tl.exp2(s * scale - shift[:, None])
+        shrink = tl.exp2(top * scale - shift)
+        total = total * shrink + tl.sum(p, 1)
+        v_tile = load_tile(v, key, keys, v_row, v_column, WIDTH, BLOCK_D, CHECKED)
+        result = tl.dot(p.to(v_tile.dtype), v_tile, result * shrink[:, None], input_precision=PRECISION)
+        top = new_top
+    return result, top, total
+
+
+@triton.jit
+def _attend(
+    result, top, total, q_tile, k, v, mask, scale, keys, k_row, k_column, v_row, v_column, mask_key,
+    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All keys of one pair; without a mask only the last, partial tile pays for checks."""
+    checked_from = 0
+    if mask is None:
+        checked_from = keys // BLOCK_S * BLOCK_S
+        result, top, total = _attend_some(
+            result, top, total, q_tile, k, v, mask, scale, 0, checked_from, keys,
+            k_row, k_column, v_row, v_column, mask_key, WIDTH, BLOCK_D, BLOCK_S, False, PRECISION,
+        )  # fmt: skip
+    return _attend_some(
+        result, top, total, q_tile, k, v, mask, scale, checked_from, keys, keys,
+        k_row, k_column, v_row, v_column, mask_key, WIDTH, BLOCK_D, BLOCK_S, True, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _long_forward_kernel(
+    out, lse, q, k, v, mask, image_k, image_v, scale, heads, queries, keys, image_keys,
+    q_batch, q_head, q_row, q_column, k_batch, k_head, k_row, k_column, v_batch, v_head, v_row, v_column,
+    mask_batch, mask_key,
+    ik_batch, ik_head, ik_row, ik_column, iv_batch, iv_head, iv_row, iv_column,
+    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries against any number of keys."""
+    tile, batch, head, pair = place(tl.program_id(0), tl.cdiv(queries, BLOCK_T), heads)
+    row = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    q += batch * q_batch + head * q_head
+    q_tile = load_tile(q, row, queries, q_row, q_column, WIDTH, BLOCK_D, True)
+
+    result = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    top = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_T,), tl.float32)
+    k += batch * k_batch + head * k_head
+    v += batch * v_batch + head * v_head
+    if mask is not None:
+        mask += batch * mask_batch
+    result, top, total = _attend(
+        result, top, total, q_tile, k, v, mask, scale, keys, k_row, k_column, v_row, v_column, mask_key,
+        WIDTH, BLOCK_D, BLOCK_S, PRECISION,
+    )  # fmt: skip
+    if image_k is not None:
+        image_k += batch * ik_batch + head * ik_head
+        image_v += batch * iv_batch + head * iv_head
+        result, top, total = _attend(
+            result, top, total, q_tile, image_k, image_v, None, scale, image_keys,
+            ik_row, ik_column, iv_row, iv_column, 0, WIDTH, BLOCK_D, BLOCK_S, PRECISION,
+        )  # fmt: skip
+
+    out_row = heads.to(tl.int64) * WIDTH
+    out += batch * queries * out_row + head * WIDTH
+    store_tile(out, result * inverse(total)[:, None], row, queries, out_row, WIDTH, BLOCK_D)
+    tl.store(lse + pair * queries + row, log_sum(top * scale, total), mask=row < queries)
+
+
+def _launch_config(
+    short: bool, queries: int, keys: int, width: int, itemsize: int, capability: tuple[int, int]
+) -> dict[str, int]:
+    """Tile sizes, warps and stages, by the registers and the shared memory that tests/aot.py reads."""
+    block_d = _attention.padded(width)
+    wide = block_d > 64
+    config = {"WIDTH": width, "BLOCK_D": block_d, "num_stages": 2}
+    if short:
+        keys_0, keys_1 = _attention.key_parts(keys)
+        config |= {"KEYS_0": keys_0, "KEYS_1": keys_1}
+        # Bound by memory: small programs, three to a multiprocessor (137 registers for 64 + 16 keys, sm_90).
+        rows, warps = (32, 4) if itemsize == 4 else (64, 8 if wide else 4)
+    elif itemsize == 4:
+        config["BLOCK_S"] = 32  # float32 products keep their operands in registers
+        rows, warps = 32, 4
+    else:
+        # Each program reads all keys: large tiles halve that traffic, small ones fill the GPU where the image
+        # is small (16x16 tokens and less).
+        config["BLOCK_S"] = 64
+        rows, warps = (128, 8) if queries > 256 else (64, 4)
+    return config | {"BLOCK_T": rows, "num_warps": warps}
+
+
+def _forward(
+    q: Tensor,
+    context_k: Tensor,
+    context_v: Tensor,
+    context_mask: Tensor | None,
+    image_k: Tensor | None,
+    image_v: Tensor | None,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    b, h, t, d = q.shape
+    s, t2 = context_k.shape[2], 0 if image_k is None else image_k.shape[2]
+    out, lse = _fake_forward(q, context_k, context_v, context_mask, image_k, image_v, softmax_scale)
+    if out.numel() == 0:
+        return out, lse
+    q, scale, _ = _attention.positive_scale(q, softmax_scale)
+    scale *= _attention.LOG2_E
+    short = _attention.is_resident(s, t2, d, q.itemsize)
+    capability = _attention.capability(q)
+    config = _launch_config(short, t, s, d, q.itemsize, capability)
+    config["PRECISION"] = _attention.precision(q.dtype)
+    common = (
+        *_attention.strides(q), *_attention.strides(context_k), *_attention.strides(context_v),
+        *_attention.mask_strides(context_mask),
+    )  # fmt: skip
+    tiles = triton.cdiv(t, config["BLOCK_T"])
+    with torch.cuda.device_of(q):
+        if short:
+            parts = _attention.split(b * h, tiles, capability, resident=3, overhead=1.0)
+            _short_forward_kernel[(b * h * parts,)](
+                out, lse if lse.numel() > 0 else None, q, context_k, context_v, context_mask, scale,
+                h, t, s, parts, *common, **config, **_attention.COMPILE,
+            )  # fmt: skip
+        else:
+            image_strides = (0,) * 8
+            if t2:
+                image_strides = (*_attention.strides(image_k), *_attention.strides(image_v))
+            else:
+                image_k = image_v = None
+            _long_forward_kernel[(b * h * tiles,)](
+                out, lse, q, context_k, context_v, context_mask, image_k, image_v, scale, h, t, s, t2,
+                *common, *image_strides, **config, **_attention.COMPILE,
+            )  # fmt: skip
+    return out, lse
+
+
+def _is_recomputed(q: Tensor, context_k: Tensor, image_k: Tensor | None) -> bool:
+    image_keys = None if image_k is None else image_k.shape[2]
+    return _attention.is_recomputed(context_k.shape[2], image_keys, q.shape[3], q.itemsize)
+
+
+def _fake_forward(q, context_k, context_v, context_mask, image_k, image_v, softmax_scale):
+    b, h, t, d = q.shape
+    rows = 0 if _is_recomputed(q, context_k, image_k) else t
+    return _attention.empty_heads(b, h, t, d, q), q.new_empty((b, h, rows), dtype=torch.float32)
+
+
+_KEYS = "Tensor context_k, Tensor context_v, Tensor? context_mask, Tensor? image_k, Tensor? image_v"
+cross_attention = define(
+    f"cross_attention(Tensor q, {_KEYS}, float softmax_scale) -> (Tensor, Tensor)",
+    run=_forward,
+    fake=_fake_forward,
+)
+_backward = define(
+    f"cross_attention_backward(Tensor grad, Tensor q, {_KEYS}, Tensor? out, Tensor lse, float softmax_scale)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    run=cross_attention_backward,
+    fake=fake_backward,
+)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, context_k, context_v, context_mask, image_k, image_v, ctx.softmax_scale = inputs
+    out, lse = output
+    ctx.set_materialize_grads(False)  # lse has no gradient
+    out = None if _is_recomputed(q, context_k, image_k) else out
+    ctx.save_for_backward(q, context_k, context_v, context_mask, image_k, image_v, out, lse)
+
+
+def _differentiate(ctx, grad, grad_lse):
+    if grad is None:
+        return (None,) * 7
+    dq, dk, dv, d_image_k, d_image_v = _backward(grad, *ctx.saved_tensors, ctx.softmax_scale)
+    if ctx.saved_tensors[4] is None:
+        d_image_k = d_image_v = None
+    return dq, dk, dv, None, d_image_k, d_image_v, None
+
+
+differentiate(cross_attention, save=_save, backward=_differentiate)

@@ -1,0 +1,383 @@
+"""With P = softmax(scale q k^T) and g = d out:  dV = P^T g,  dP = g v^T,  dS = P (dP - delta),
+delta = sum_keys(P dP) = sum_columns(out g),  dQ = scale dS k,  dK = scale dS^T q.
+
+Short contexts (at most 128 keys of D 64): one kernel. P is recomputed whole, so delta is a sum over registers
+(no saved statistics, no pass over out), dQ is stored once, and dK and dV stay in registers while a program
+walks over query tiles. Bytes: q, g and dQ once, 6 T D per head in 16 bits.
+
+All else: one kernel for dQ (and delta), one per key pair for dK and dV, from the saved log-sum-exp.
+
+A context has few keys, so one program per key block would leave the GPU empty: `parts` programs share the
+queries of a (batch, head), each writes its float32 sums, and a last kernel adds them in a fixed order. No
+atomics: the gradients are the same bits every time.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _attention
+from ._attention import VARYING, attended, inverse, load_tile, place, softmax, store_tile
+
+
+@triton.jit
+def _store_sums(out, partial, value, part, parts, size, base, key, keys, row_stride, WIDTH: tl.constexpr,
+                BLOCK_D: tl.constexpr):  # fmt: skip
+    """A gradient of keys: final if this program saw all queries, else its own slot of `partial`."""
+    if parts == 1:
+        store_tile(out + base, value, key, keys, row_stride, WIDTH, BLOCK_D)
+    else:
+        store_tile(partial + part * size + base, value, key, keys, row_stride, WIDTH, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _short_backward_kernel(
+    dq, dk, dv, partial_k, partial_v, grad, q, k, v, mask, scale, softmax_scale,
+    heads, queries, keys, parts, size,
+    g_batch, g_head, g_row, g_column, q_batch, q_head, q_row, q_column,
+    k_batch, k_head, k_row, k_column, v_batch, v_head, v_row, v_column, mask_batch, mask_key,
+    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+    KEYS_0: tl.constexpr, KEYS_1: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Query tiles part, part + parts, ... of one (batch, head). scale = softmax_scale * log2(e)."""
+    part, batch, head, pair = place(tl.program_id(0), parts, heads)
+    grad += batch * g_batch + head * g_head
+    q += batch * q_batch + head * q_head
+    k += batch * k_batch + head * k_head
+    v += batch * v_batch + head * v_head
+    out_row = heads.to(tl.int64) * WIDTH
+    dq += batch * queries * out_row + head * WIDTH
+    if mask is not None:
+        mask += batch * mask_batch
+
+    key_0 = tl.arange(0, KEYS_0)
+    key_1 = KEYS_0 + tl.arange(0, KEYS_1)
+    k_0 = load_tile(k, key_0, keys, k_row, k_column, WIDTH, BLOCK_D, True)
+    k_1 = load_tile(k, key_1, keys, k_row, k_column, WIDTH, BLOCK_D, True)
+    v_0 = load_tile(v, key_0, keys, v_row, v_column, WIDTH, BLOCK_D, True)
+    v_1 = load_tile(v, key_1, keys, v_row, v_column, WIDTH, BLOCK_D, True)
+    attend_0 = attended(mask, mask_key, key_0, keys)
+    attend_1 = attended(mask, mask_key, key_1, keys)
+    # Transposed: their rows are then the columns of a head, and 16 keys still fill a matrix instruction.
+    dk_0 = tl.zeros((BLOCK_D, KEYS_0), tl.float32)
+    dk_1 = tl.zeros((BLOCK_D, KEYS_1), tl.float32)
+    dv_0 = tl.zeros((BLOCK_D, KEYS_0), tl.float32)
+    dv_1 = tl.zeros((BLOCK_D, KEYS_1), tl.float32)
+
+    for tile in range(part, tl.cdiv(queries, BLOCK_T), parts):
+        row = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+        q_tile = load_tile(q, row, queries, q_row, q_column, WIDTH, BLOCK_D, True)
+        g_tile = load_tile(grad, row, queries, g_row, g_column, WIDTH, BLOCK_D, True)
+        p_0, p_1, total, shift = softmax(q_tile, k_0, k_1, attend_0, attend_1, scale, PRECISION)
+        factor = inverse(total)
+        p_0 *= factor[:, None]
+        p_1 *= factor[:, None]
+        dv_0 = tl.dot(tl.trans(g_tile), p_0.to(g_tile.dtype), dv_0, input_precision=PRECISION)
+        dv_1 = tl.dot(tl.trans(g_tile), p_1.to(g_tile.dtype), dv_1, input_precision=PRECISION)
+        dp_0 = tl.dot(g_tile, tl.trans(v_0), input_precision=PRECISION)
+        dp_1 = tl.dot(g_tile, tl.trans(v_1), input_precision=PRECISION)
+        delta = tl.sum(p_0 * dp_0, 1) + tl.sum(p_1 * dp_1, 1)
+        ds_0 = (p_0 * (dp_0 - delta[:, None])).to(q_tile.dtype)
+        ds_1 = (p_1 * (dp_1 - delta[:, None])).to(q_tile.dtype)
+        dk_0 = tl.dot(tl.trans(q_tile), ds_0, dk_0, input_precision=PRECISION)
+        dk_1 = tl.dot(tl.trans(q_tile), ds_1, dk_1, input_precision=PRECISION)
+        dq_tile = tl.dot(ds_0, k_0, input_precision=PRECISION)
+        dq_tile = tl.dot(ds_1, k_1, dq_tile, input_precision=PRECISION)
+        store_tile(dq, dq_tile * softmax_scale, row, queries, out_row, WIDTH, BLOCK_D)
+
+    base = batch * keys * out_row + head * WIDTH
+    _store_sums(dk, partial_k, tl.trans(dk_0) * softmax_scale, part, parts, size, base, key_0, keys, out_row,
+                WIDTH, BLOCK_D)  # fmt: skip
+    _store_sums(dk, partial_k, tl.trans(dk_1) * softmax_scale, part, parts, size, base, key_1, keys, out_row,
+                WIDTH, BLOCK_D)  # fmt: skip
+    _store_sums(dv, partial_v, tl.trans(dv_0), part, parts, size, base, key_0, keys, out_row, WIDTH, BLOCK_D)
+    _store_sums(dv, partial_v, tl.trans(dv_1), part, parts, size, base, key_1, keys, out_row, WIDTH, BLOCK_D)
+
+
+@triton.jit
+def _queries_some(
+    dq, q_tile, g_tile, lse, delta, k, v, mask, scale, first, last, keys, k_row, k_column, v_row, v_column,
+    mask_key, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, CHECKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dS k over keys first ... last."""
+    for start in range(first, last, BLOCK_S):
+        key = start + tl.arange(0, BLOCK_S)
+        k_tile = load_tile(k, key, keys, k_row, k_column, WIDTH, BLOCK_D, CHECKED)
+        v_tile = load_tile(v, key, keys, v_row, v_column, WIDTH, BLOCK_D, CHECKED)
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        s = s * scale - lse[:, None]
+        if CHECKED:
+            s = tl.where(attended(mask, mask_key, key, keys)[None, :], s, float("-inf"))
+        p = tl.exp2(s)
+        dp = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit
+def _queries_all(
+    dq, q_tile, g_tile, lse, delta, k, v, mask, scale, keys, k_row, k_column, v_row, v_column, mask_key,
+    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    checked_from = 0
+    if mask is None:
+        checked_from = keys // BLOCK_S * BLOCK_S
+        dq = _queries_some(
+            dq, q_tile, g_tile, lse, delta, k, v, mask, scale, 0, checked_from, keys,
+            k_row, k_column, v_row, v_column, mask_key, WIDTH, BLOCK_D, BLOCK_S, False, PRECISION,
+        )  # fmt: skip
+    return _queries_some(
+        dq, q_tile, g_tile, lse, delta, k, v, mask, scale, checked_from, keys, keys,
+        k_row, k_column, v_row, v_column, mask_key, WIDTH, BLOCK_D, BLOCK_S, True, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _queries_kernel(
+    dq, delta, grad, out, lse, q, k, v, mask, image_k, image_v, scale, softmax_scale,
+    heads, queries, keys, image_keys,
+    g_batch, g_head, g_row, g_column, o_batch, o_head, o_row, o_column, q_batch, q_head, q_row, q_column,
+    k_batch, k_head, k_row, k_column, v_batch, v_head, v_row, v_column, mask_batch, mask_key,
+    ik_batch, ik_head, ik_row, ik_column, iv_batch, iv_head, iv_row, iv_column,
+    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ and delta of one tile of queries."""
+    tile, batch, head, pair = place(tl.program_id(0), tl.cdiv(queries, BLOCK_T), heads)
+    row = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    q_tile = load_tile(
+        q + batch * q_batch + head * q_head, row, queries, q_row, q_column, WIDTH, BLOCK_D, True
+    )
+    g_tile = load_tile(
+        grad + batch * g_batch + head * g_head, row, queries, g_row, g_column, WIDTH, BLOCK_D, True
+    )
+    out_tile = load_tile(
+        out + batch * o_batch + head * o_head, row, queries, o_row, o_column, WIDTH, BLOCK_D, True
+    )
+    row_delta = tl.sum(out_tile.to(tl.float32) * g_tile.to(tl.float32), 1)
+    tl.store(delta + pair * queries + row, row_delta, mask=row < queries)
+    row_lse = tl.load(lse + pair * queries + row, mask=row < queries, other=float("inf"))
+
+    result = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    if mask is not None:
+        mask += batch * mask_batch
+    result = _queries_all(
+        result, q_tile, g_tile, row_lse, row_delta, k + batch * k_batch + head * k_head,
+        v + batch * v_batch + head * v_head, mask, scale, keys, k_row, k_column, v_row, v_column, mask_key,
+        WIDTH, BLOCK_D, BLOCK_S, PRECISION,
+    )  # fmt: skip
+    if image_k is not None:
+        result = _queries_all(
+            result, q_tile, g_tile, row_lse, row_delta, image_k + batch * ik_batch + head * ik_head,
+            image_v + batch * iv_batch + head * iv_head, None, scale, image_keys,
+            ik_row, ik_column, iv_row, iv_column, 0, WIDTH, BLOCK_D, BLOCK_S, PRECISION,
+        )  # fmt: skip
+    out_row = heads.to(tl.int64) * WIDTH
+    dq += batch * queries * out_row + head * WIDTH
+    store_tile(dq, result * softmax_scale, row, queries, out_row, WIDTH, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _keys_kernel(
+    dk, dv, partial_k, partial_v, grad, lse, delta, q, k, v, mask, scale, softmax_scale,
+    heads, queries, keys, parts, size,
+    g_batch, g_head, g_row, g_column, q_batch, q_head, q_row, q_column,
+    k_batch, k_head, k_row, k_column, v_batch, v_head, v_row, v_column, mask_batch, mask_key,
+    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one block of keys from query tiles part, part + parts, ... (scores transposed)."""
+    blocks = tl.cdiv(keys, BLOCK_S)
+    place_of, batch, head, pair = place(tl.program_id(0), blocks * parts, heads)
+    part = place_of // blocks
+    key = place_of % blocks * BLOCK_S + tl.arange(0, BLOCK_S)
+    grad += batch * g_batch + head * g_head
+    q += batch * q_batch + head * q_head
+    lse += pair * queries
+    delta += pair * queries
+    if mask is not None:
+        mask += batch * mask_batch
+    k_tile = load_tile(k + batch * k_batch + head * k_head, key, keys, k_row, k_column, WIDTH, BLOCK_D, True)
+    v_tile = load_tile(v + batch * v_batch + head * v_head, key, keys, v_row, v_column, WIDTH, BLOCK_D, True)
+    attend = attended(mask, mask_key, key, keys)
+    dk_tile = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    dv_tile = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+
+    for tile in range(part, tl.cdiv(queries, BLOCK_T), parts):
+        row = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+        q_tile = load_tile(q, row, queries, q_row, q_column, WIDTH, BLOCK_D, True)
+        row_lse = tl.load(lse + row, mask=row < queries, other=float("inf"))
+        s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+        # Keys past the end have s = 0, which is above lse when all true scores are low: hence the selection.
+        p = tl.exp2(tl.where(attend[:, None], s * scale - row_lse[None, :], float("-inf")))
+        g_tile = load_tile(grad, row, queries, g_row, g_column, WIDTH, BLOCK_D, True)
+        dv_tile = tl.dot(p.to(g_tile.dtype), g_tile, dv_tile, input_precision=PRECISION)
+        row_delta = tl.load(delta + row, mask=row < queries, other=0.0)
+        dp = tl.dot(v_tile, tl.trans(g_tile), input_precision=PRECISION)
+        ds = p * (dp - row_delta[None, :])
+        dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
+
+    out_row = heads.to(tl.int64) * WIDTH
+    base = batch * keys * out_row + head * WIDTH
+    _store_sums(dk, partial_k, dk_tile * softmax_scale, part, parts, size, base, key, keys, out_row,
+                WIDTH, BLOCK_D)  # fmt: skip
+    _store_sums(dv, partial_v, dv_tile, part, parts, size, base, key, keys, out_row, WIDTH, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _sum_parts_kernel(dk, dv, partial_k, partial_v, parts, size, BLOCK: tl.constexpr):
+    """dk = sum over parts of partial_k, in order; dv likewise."""
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < size
+    sum_k = tl.zeros((BLOCK,), tl.float32)
+    sum_v = tl.zeros((BLOCK,), tl.float32)
+    offset = element
+    for _ in range(parts):
+        sum_k += tl.load(partial_k + offset, mask=inside, other=0.0)
+        sum_v += tl.load(partial_v + offset, mask=inside, other=0.0)
+        offset += size
+    tl.store(dk + element, sum_k.to(dk.dtype.element_ty), mask=inside)
+    tl.store(dv + element, sum_v.to(dv.dtype.element_ty), mask=inside)
+
+
+def _launch_config(
+    kernel: str, keys: int, width: int, itemsize: int, capability: tuple[int, int]
+) -> dict[str, int]:
+    """Of the kernels "short", "queries" and "keys", by the registers that tests/aot.py reads."""
+    block_d = _attention.padded(width)
+    config = {"WIDTH": width, "BLOCK_D": block_d, "num_stages": 2}
+    if kernel == "short":
+        keys_0, keys_1 = _attention.key_parts(keys)
+        # One program of 8 warps has a multiprocessor's registers to itself. 64 queries fit into them on sm_90
+        # up to 64 + 16 keys (247 of 255 registers; 64 + 32 keys spill), on sm_100, whose sums are not in
+        # registers, always, and with mma.sync never.
+        major = capability[0]
+        large = block_d == 64 and itemsize == 2 and (major == 10 or major == 9 and keys_0 + keys_1 <= 80)
+        return config | {"KEYS_0": keys_0, "KEYS_1": keys_1, "BLOCK_T": 64 if large else 32, "num_warps": 8}
+    block = 32 if itemsize == 4 else 64  # float32 products keep their operands in registers
+    warps = 8 if kernel == "keys" and block_d > 64 else 4
+    return config | {"BLOCK_T": block, "BLOCK_S": block, "num_warps": warps}
+
+
+def _key_gradients(k: Tensor, parts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dk, dv (empty, laid out as dq) and the float32 sums of `parts` programs; one part needs no sums."""
+    b, h, s, d = k.shape
+    shape = (parts, b, s, h, d) if parts > 1 else (0,)
+    return (
+        _attention.empty_heads(b, h, s, d, k),
+        _attention.empty_heads(b, h, s, d, k),
+        k.new_empty(shape, dtype=torch.float32),
+        k.new_empty(shape, dtype=torch.float32),
+    )
+
+
+def _sum_parts(dk: Tensor, dv: Tensor, partial_k: Tensor, partial_v: Tensor, parts: int) -> None:
+    if parts > 1 and dk.numel() > 0:
+        block = 512  # 4 float32 numbers, 16 bytes, per thread of 4 warps; 1024 spill
+        _sum_parts_kernel[(triton.cdiv(dk.numel(), block),)](
+            dk, dv, partial_k, partial_v, parts, dk.numel(), BLOCK=block, **_attention.COMPILE
+        )
+
+
+def cross_attention_backward(
+    grad: Tensor,  # [B, H, T, D]
+    q: Tensor,  # [B, H, T, D]
+    context_k: Tensor,  # [B, H, S, D]
+    context_v: Tensor,  # [B, H, S, D]
+    context_mask: Tensor | None,  # bool [B, S]
+    image_k: Tensor | None,  # [B, H, T2, D]
+    image_v: Tensor | None,  # [B, H, T2, D]
+    out: Tensor | None,  # [B, H, T, D]; None in the short form
+    lse: Tensor,  # float32 [B, H, T]; empty in the short form
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, context_k, context_v, image_k, image_v; those of absent image keys are empty."""
+    if q.numel() == 0 or context_k.shape[2] == 0 and (image_k is None or image_k.numel() == 0):
+        gradients = fake_backward(
+            grad, q, context_k, context_v, context_mask, image_k, image_v, out, lse, softmax_scale
+        )
+        return tuple(gradient.zero_() for gradient in gradients)
+    q, scale, sign = _attention.positive_scale(q, softmax_scale)
+    run = _short if out is None else _long
+    with torch.cuda.device_of(q):
+        gradients = run(grad, q, context_k, context_v, context_mask, image_k, image_v, out, lse, scale)
+    if sign != 1.0:
+        gradients[0].mul_(sign)
+    return gradients
+
+
+def _short(grad, q, k, v, mask, image_k, image_v, out, lse, softmax_scale):
+    b, h, t, d = q.shape
+    s = k.shape[2]
+    capability = _attention.capability(q)
+    config = _launch_config("short", s, d, q.itemsize, capability)
+    parts = _attention.split(b * h, triton.cdiv(t, config["BLOCK_T"]), capability, resident=1, overhead=1.5)
+    dq = _attention.empty_heads(b, h, t, d, q)
+    dk, dv, partial_k, partial_v = _key_gradients(k, parts)
+    _short_backward_kernel[(b * h * parts,)](
+        dq, dk, dv, partial_k, partial_v, grad, q, k, v, mask,
+        softmax_scale * _attention.LOG2_E, softmax_scale, h, t, s, parts, dk.numel(),
+        *_attention.strides(grad), *_attention.strides(q), *_attention.strides(k), *_attention.strides(v),
+        *_attention.mask_strides(mask), **config, PRECISION=_attention.precision(q.dtype),
+        **_attention.COMPILE,
+    )  # fmt: skip
+    _sum_parts(dk, dv, partial_k, partial_v, parts)
+    return dq, dk, dv, q.new_empty(0), q.new_empty(0)
+
+
+def _long(grad, q, context_k, context_v, context_mask, image_k, image_v, out, lse, softmax_scale):
+    b, h, t, d = q.shape
+    s, t2 = context_k.shape[2], 0 if image_k is None else image_k.shape[2]
+    scale = softmax_scale * _attention.LOG2_E
+    precision = _attention.precision(q.dtype)
+    capability = _attention.capability(q)
+    q_strides, g_strides = _attention.strides(q), _attention.strides(grad)
+    dq = _attention.empty_heads(b, h, t, d, q)
+    delta = torch.empty_like(lse)
+
+    config = _launch_config("queries", s, d, q.itemsize, capability)
+    image = (None, None, (0,) * 8)
+    if t2:
+        image = (image_k, image_v, (*_attention.strides(image_k), *_attention.strides(image_v)))
+    _queries_kernel[(b * h * triton.cdiv(t, config["BLOCK_T"]),)](
+        dq, delta, grad, out, lse, q, context_k, context_v, context_mask, image[0], image[1],
+        scale, softmax_scale, h, t, s, t2, *g_strides, *_attention.strides(out), *q_strides,
+        *_attention.strides(context_k), *_attention.strides(context_v),
+        *_attention.mask_strides(context_mask), *image[2],
+        **config, PRECISION=precision, **_attention.COMPILE,
+    )  # fmt: skip
+
+    gradients = []
+    config = _launch_config("keys", s, d, q.itemsize, capability)
+    for k, v, mask in ((context_k, context_v, context_mask), (image_k, image_v, None)):
+        if k is None:
+            gradients += [q.new_empty(0), q.new_empty(0)]
+            continue
+        keys = k.shape[2]
+        blocks = triton.cdiv(keys, config["BLOCK_S"])
+        tiles = triton.cdiv(t, config["BLOCK_T"])
+        parts = _attention.split(b * h * blocks, tiles, capability, resident=2, overhead=1.5)
+        dk, dv, partial_k, partial_v = _key_gradients(k, parts)
+        gradients += [dk, dv]
+        if keys == 0:
+            continue
+        _keys_kernel[(b * h * blocks * parts,)](
+            dk, dv, partial_k, partial_v, grad, lse, delta, q, k, v, mask, scale, softmax_scale,
+            h, t, keys, parts, dk.numel(), *g_strides, *q_strides, *_attention.strides(k),
+            *_attention.strides(v), *_attention.mask_strides(mask), **config, PRECISION=precision,
+            **_attention.COMPILE,
+        )  # fmt: skip
+        _sum_parts(dk, dv, partial_k, partial_v, parts)
+    return dq, *gradients
+
+
+def fake_backward(grad, q, context_k, context_v, context_mask, image_k, image_v, out, lse, softmax_scale):
+    return tuple(
+        q.new_empty(0) if x is None else _attention.empty_heads(*x.shape, x)
+        for x in (q, context_k, context_v, image_k, image_v)
+    )
