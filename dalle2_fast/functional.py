@@ -165,7 +165,14 @@ def sample_noise(
         _check.tensor("seeds", seeds)
         seeds = seeds.to(device)
     _check.sample_noise(seeds, step, shape, dtype)
-    return reference.sample_noise(seeds, step, tuple(shape), dtype)
+    if _backend.use_reference("auto", torch.empty(0, dtype=dtype, device=seeds.device)):
+        return reference.sample_noise(seeds, step, tuple(shape), dtype)
+    return torch.ops.dalle2_fast.sample_noise(seeds, *_tensor_or_number(step), tuple(shape), dtype)
+
+
+def _tensor_or_number(step: int | Tensor) -> tuple[Tensor | None, int]:
+    """A step as the ops take it: what is on the device stays there, and a number is not sent there."""
+    return (step, 0) if isinstance(step, Tensor) else (None, step)
 
 
 def add_noise(
@@ -198,10 +205,13 @@ def add_noise(
     Source: Kingma et al., 2107.00630, equation 1.
     """
     _check.add_noise(x0, alpha, sigma, noise, seeds, step)
-    _backend.use_reference(impl, x0)
+    if _backend.use_reference(impl, x0, noise):
+        if noise is None:
+            noise = reference.sample_noise(seeds, step, tuple(x0.shape), x0.dtype)
+        return reference.add_noise(x0, alpha, sigma, noise), noise
     if noise is None:
-        noise = reference.sample_noise(seeds, step, tuple(x0.shape), x0.dtype)
-    return reference.add_noise(x0, alpha, sigma, noise), noise
+        return torch.ops.dalle2_fast.add_drawn_noise(x0, alpha, sigma, seeds, *_tensor_or_number(step))
+    return torch.ops.dalle2_fast.add_noise(x0, alpha, sigma, noise), noise
 
 
 def diffusion_step(
@@ -256,7 +266,8 @@ def diffusion_step(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or range.
-        RuntimeError: impl="fused" and no kernel can run here.
+        RuntimeError: impl="fused" and no kernel can run here, or an input requires a gradient, which only the
+            reference has (impl="auto" then takes it).
 
     Sources: Ho et al., 2006.11239; Nichol and Dhariwal, 2102.09672, equation 15; Song et al., 2010.02502,
     equation 12; Lu et al., 2211.01095, algorithm 2; Ho and Salimans, 2207.12598; Lin et al., 2305.08891,
@@ -266,10 +277,21 @@ def diffusion_step(
         x, model_output, table, step, seeds, guidance, guidance_rescale, prediction, clip, dynamic_threshold,
         learned_range, previous_x0,
     )  # fmt: skip
-    _backend.use_reference(impl, x)
-    return reference.diffusion_step(
-        x, model_output, table, step, seeds, guidance, guidance_rescale, prediction, clip, dynamic_threshold,
-        learned_range, previous_x0,
+    inputs = (x, model_output, table, guidance, previous_x0)
+    tracked = torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in inputs)
+    if _backend.use_reference(impl, x, model_output, previous_x0) or (tracked and impl == "auto"):
+        return reference.diffusion_step(
+            x, model_output, table, step, seeds, guidance, guidance_rescale, prediction, clip,
+            dynamic_threshold, learned_range, previous_x0,
+        )  # fmt: skip
+    if tracked:
+        raise RuntimeError(
+            'impl="fused": diffusion_step has no fused gradient; use impl="auto" or torch.no_grad()'
+        )
+    guidance_tensor, guidance = (guidance, None) if isinstance(guidance, Tensor) else (None, guidance)
+    return torch.ops.dalle2_fast.diffusion_step(
+        x, model_output, table, *_tensor_or_number(step), seeds, guidance_tensor, guidance, guidance_rescale,
+        prediction, clip, dynamic_threshold, learned_range, previous_x0,
     )  # fmt: skip
 
 
