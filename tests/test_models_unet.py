@@ -205,17 +205,17 @@ def test_wrong_inputs_are_named():
         small_unet(cross_dim=None)(sample, time, context)
 
 
-def test_learned_positions_tell_places_apart():
-    """Catches: positions that are not added, that repeat, or that silently take another image size."""
+def test_layout_speaks_to_each_cell():
+    """Catches: a layout that is not added, that says the same everywhere, or that takes any size."""
     torch.manual_seed(0)
     net = UNet(**SMALL | dict(grid_size=8, kernel_in=1))
-    cells = net.position_embedding.detach().flatten(1).T
+    cells = net.layout(torch.zeros(1, net.embed_dim)).detach().flatten(2)[0].T
     assert torch.cdist(cells, cells).add(torch.eye(64)).min() > 0.05
     sample, time, context, mask = inputs()
     net.conv_out.weight.data.normal_()
     before = net(sample, time, context, attention_mask=mask)
     with torch.no_grad():
-        net.position_embedding.zero_()
+        net.layout.cells.bias.zero_()
     assert not torch.allclose(before, net(sample, time, context, attention_mask=mask), atol=1e-3)
     with pytest.raises(ValueError, match="sample: grid_size asks for 8 x 8 pixels, got"):
         net(torch.randn(1, 3, 16, 16), time[:1], context[:1])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import GroupNormSiLU
-from .unet_blocks import AttentionBlock, ResBlock, cosine_positions, sinusoidal_embedding
+from .unet_blocks import AttentionBlock, Layout, ResBlock, sinusoidal_embedding
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,9 @@ class UNet(nn.Module):
         narrow_up: the blocks that double the resolution already narrow to the next level's width. ADM keeps
             the width there, which in a net of few levels is its costliest spot: with channels (64, 192) a
             quarter of all multiplications.
+        grid_size: adds to every cell of the first grid a linear map of the embedding, the cell's own, which
+            fixes the image size at grid_size * patch_size. ADM learns where things go from the zero padding
+            at the border and what FiLM makes of it; with little training that comes late (see `Layout`).
     """
 
     def __init__(
@@ -123,9 +126,7 @@ class UNet(nn.Module):
         patches = patch_size**2
         self.conv_in = nn.Conv2d(in_channels * patches, channels[0], kernel_in, padding=kernel_in // 2)
 
-        self.position_embedding = (
-            nn.Parameter(cosine_positions(channels[0], grid_size)) if grid_size is not None else None
-        )
+        self.layout = None if grid_size is None else Layout(embed_dim, channels[0], grid_size)
 
         width, skips = channels[0], [channels[0]]
         self.down = nn.ModuleList()
@@ -208,8 +209,8 @@ class UNet(nn.Module):
             hidden = F.pixel_unshuffle(hidden, self.patch_size)
         # Convolutions hand the layout on; in this one turning pixels into attention's tokens is free.
         hidden = self.conv_in(hidden.contiguous(memory_format=torch.channels_last))
-        if self.position_embedding is not None:
-            hidden = hidden + self.position_embedding
+        if self.layout is not None:
+            hidden = hidden + self.layout(embed)
         skips = [hidden]
         for layer in self.down:
             hidden = layer(hidden, embed, context)
@@ -239,7 +240,7 @@ class UNet(nn.Module):
                 f"sample: height and width must be multiples of {self.size_multiple} (patch_size times 2 "
                 f"per level after the first), got {tuple(sample.shape)}"
             )
-        side = self.patch_size * self.config["grid_size"] if self.position_embedding is not None else None
+        side = self.patch_size * self.config["grid_size"] if self.layout is not None else None
         if side is not None and sample.shape[2:] != (side, side):
             raise ValueError(f"sample: grid_size asks for {side} x {side} pixels, got {tuple(sample.shape)}")
         if timestep.shape != sample.shape[:1]:

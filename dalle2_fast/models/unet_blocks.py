@@ -23,15 +23,28 @@ def sinusoidal_embedding(time: Tensor, width: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
-def cosine_positions(channels: int, grid_size: int) -> Tensor:
-    """[channels, grid_size, grid_size]: in turn the cosine waves along the rows and along the columns.
+class Layout(nn.Module):
+    """Where things go: embedding [B, E] -> [B, C, grid_size, grid_size], linear, apart for each cell.
 
-    They start at half the size of the features they are added to: from zero they grow too slowly to matter.
+    Scale and shift (FiLM) say the same to every cell, so a net that is told "top left" by them has to find
+    out first where the top left is, through noise. This tells each cell itself. It starts as a position: the
+    cosine waves along the rows and along the columns.
     """
-    place = (torch.arange(grid_size) + 0.5) / grid_size
-    wave = torch.cos(math.pi * place * (torch.arange(channels)[:, None] // 2 % grid_size))
-    along_rows = (torch.arange(channels) % 2 == 0)[:, None, None]
-    return 0.5 * torch.where(along_rows, wave[:, :, None], wave[:, None, :]).contiguous()
+
+    def __init__(self, embed_dim: int, channels: int, grid_size: int):
+        super().__init__()
+        self.shape = (channels, grid_size, grid_size)
+        self.cells = nn.Linear(embed_dim, channels * grid_size**2)
+        place = (torch.arange(grid_size) + 0.5) / grid_size
+        wave = torch.cos(math.pi * place * (torch.arange(channels)[:, None] // 2 % grid_size))
+        along_rows = (torch.arange(channels) % 2 == 0)[:, None, None]
+        positions = 0.5 * torch.where(along_rows, wave[:, :, None], wave[:, None, :])
+        nn.init.zeros_(self.cells.weight)
+        with torch.no_grad():
+            self.cells.bias.copy_(positions.flatten())
+
+    def forward(self, embed: Tensor) -> Tensor:
+        return self.cells(embed).unflatten(1, self.shape)
 
 
 class ResBlock(nn.Module):

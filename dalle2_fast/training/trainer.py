@@ -121,7 +121,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 # Weights at the ends of a network: rows or columns of their matrices are data of unlike scale. Not for Muon.
-ENDS = {"conv_in", "conv_out", "proj_in", "proj_out", "proj", "text_projection"}
+ENDS = {"conv_in", "conv_out", "layout", "proj_in", "proj_out", "proj", "text_projection"}
 
 
 def make_optimizers(model: nn.Module, options: Optimisation) -> list[torch.optim.Optimizer]:
