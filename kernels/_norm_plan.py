@@ -23,7 +23,7 @@ RESIDENT_TILES = 20  # they are unrolled; more would only lengthen the code
 # A tile of the kernels that walk through a slab: 32 values a thread, so that programs share a processor and
 # one loads while another computes. Backward has two inputs and two running sums: fewer values a thread.
 CHUNK_LANES, CHUNK_WARPS = 8192, 8
-LOOPED_LANES, LOOPED_WARPS = 4096, 16
+LOOPED_LANES, LOOPED_WARPS = 8192, 16
 SUM_LANES, SUM_WARPS = 4096, 8
 # x and dy of one program that reads them twice: with a program or two on each of 132 processors (or 108 of an
 # A100, 128 of a 4090) they stay within 40 to 72 MB of L2.

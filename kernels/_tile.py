@@ -9,15 +9,25 @@ import triton.language as tl
 
 
 @triton.jit
+def sigmoid(z):
+    """1 / (1 + exp(-z)) of float32 in 5 instructions instead of the 11 of tl.sigmoid, to 3e-7.
+
+    A division and exp guard against denormals, which cannot matter to 1 + exp(-z); exp2 and rsqrt do not.
+    """
+    root = tl.rsqrt(1.0 + tl.exp2(z * -1.4426950408889634))
+    return root * root
+
+
+@triton.jit
 def silu(z):
     """z sigmoid(z)"""
-    return z * tl.sigmoid(z)
+    return z * sigmoid(z)
 
 
 @triton.jit
 def silu_derivative(z):
     """d silu / dz = s + z s (1 - s), s = sigmoid(z)"""
-    s = tl.sigmoid(z)
+    s = sigmoid(z)
     return s * (1.0 + z * (1.0 - s))
 
 
@@ -83,6 +93,36 @@ def gain_and_offset(
     if shift is not None:
         offset += tl.load(shift + sample * shift_stride + channel, mask=inside, other=0.0).to(tl.float32)
     return gain, offset
+
+
+@triton.jit
+def strided_offset(position, size0, size1, stride0, stride1, stride2, DIMENSIONS: tl.constexpr):
+    """Where a position lies in a tensor whose positions take up to three strides, innermost first."""
+    if DIMENSIONS == 1:
+        return position.to(tl.int64) * stride0
+    inner, outer = position % size0, position // size0
+    if DIMENSIONS == 2:
+        return inner.to(tl.int64) * stride0 + outer.to(tl.int64) * stride1
+    middle, outer = outer % size1, outer // size1
+    return inner.to(tl.int64) * stride0 + middle.to(tl.int64) * stride1 + outer.to(tl.int64) * stride2
+
+
+@triton.jit
+def load_centred_and_dz(
+    x, dy, channel, position, inside, mean, slope, offset,  # mean, rstd gain, offset: [channels]
+    channel_stride, position_stride,
+    dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2,
+    DIMENSIONS: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """x - mean and dz of a tile, [channels, positions]; dz is 0 outside."""
+    at = tile_offset(channel, position, channel_stride, position_stride)
+    dy_position = strided_offset(position, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2, DIMENSIONS)
+    dy_at = channel.to(tl.int64)[:, None] * dy_channel_stride + dy_position[None, :]
+    centred = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - mean[:, None]
+    dz = tl.load(dy + dy_at, mask=inside, other=0.0).to(tl.float32)
+    if SILU:
+        dz *= silu_derivative(centred * slope[:, None] + offset[:, None])
+    return centred, dz
 
 
 # ---------------------------------------------------------------------------------------------- normal noise

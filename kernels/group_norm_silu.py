@@ -87,8 +87,9 @@ def _resident_kernel(
             weight, bias, scale, shift, scale_stride, shift_stride, sample, first_channel + channel,
             (channel < GROUPS * WIDTH) & (first_channel + channel < channels),
         )  # fmt: skip
-        centred = tiles[tile].to(tl.float32) - pivot.to(tl.float32)[:, None] - mean[:, None]
-        z = centred * (rstd * gain)[:, None] + offset[:, None]
+        slope = rstd * gain
+        z = (tiles[tile].to(tl.float32) - pivot.to(tl.float32)[:, None]) * slope[:, None]
+        z += (offset - mean * slope)[:, None]
         if SILU:
             z = silu(z)
         at = tile_offset(channel, position, channel_stride, position_stride)
@@ -219,8 +220,8 @@ def _apply_kernel(
             weight, bias, scale, shift, scale_stride, shift_stride, sample, first_channel + channel,
             (channel < GROUPS * WIDTH) & (first_channel + channel < channels),
         )  # fmt: skip
-        centred = value - pivot.to(tl.float32)[:, None] - mean[:, None]
-        z = centred * (rstd * gain)[:, None] + offset[:, None]
+        slope = rstd * gain
+        z = (value - pivot.to(tl.float32)[:, None]) * slope[:, None] + (offset - mean * slope)[:, None]
         if SILU:
             z = silu(z)
         tl.store(y + at, z.to(y.dtype.element_ty), mask=inside)

@@ -17,319 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _norm_plan as plan
+from ._norm_backward_chunks import input_gradient_kernel, sums_kernel
+from ._norm_backward_whole import looped_backward_kernel, resident_backward_kernel
 from ._op import define
-from ._tile import gain_and_offset, inside_tile, over_group, silu_derivative, tile_offset
-
-# ----------------------------------------------------------------------------------------------- shared maths
-
-
-@triton.jit
-def _grad_offset(position, size0, size1, stride0, stride1, stride2, DIMENSIONS: tl.constexpr):
-    """Where a position lies in dy, whose positions may take up to three strides (innermost first)."""
-    if DIMENSIONS == 1:
-        return position.to(tl.int64) * stride0
-    inner, outer = position % size0, position // size0
-    if DIMENSIONS == 2:
-        return inner.to(tl.int64) * stride0 + outer.to(tl.int64) * stride1
-    middle, outer = outer % size1, outer // size1
-    return inner.to(tl.int64) * stride0 + middle.to(tl.int64) * stride1 + outer.to(tl.int64) * stride2
-
-
-@triton.jit
-def _load_normalised_and_dz(
-    x, dy, channel, position, inside, mean, rstd, gain, offset,  # mean to offset: [channels]
-    channel_stride, position_stride,
-    dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2,
-    DIMENSIONS: tl.constexpr, SILU: tl.constexpr,
-):  # fmt: skip
-    """xhat and dz of a tile, [channels, positions]; both are 0 outside."""
-    at = tile_offset(channel, position, channel_stride, position_stride)
-    dy_at = (
-        channel.to(tl.int64)[:, None] * dy_channel_stride
-        + _grad_offset(position, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2, DIMENSIONS)[None, :]
-    )
-    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    dz = tl.load(dy + dy_at, mask=inside, other=0.0).to(tl.float32)
-    normalised = tl.where(inside, (value - mean[:, None]) * rstd[:, None], 0.0)
-    if SILU:
-        dz *= silu_derivative(normalised * gain[:, None] + offset[:, None])
-    return normalised, dz
-
-
-# ---------------------------------------------------------------------------------------------- the slab fits
-
-
-@triton.jit(do_not_specialize=plan.VARYING)
-def _resident_backward_kernel(
-    dy, x, mean_in, rstd_in, dx, sums,  # [N, C, P] twice, [N, G] twice, [N, C, P], [2, N, C]
-    weight, bias, scale, shift, scale_stride, shift_stride,
-    samples, groups, channels, positions,
-    sample_stride, dx_sample_stride, channel_stride, position_stride,
-    dy_sample_stride, dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2,
-    DIMENSIONS: tl.constexpr,
-    WIDTH: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
-    CHANNEL_TILES: tl.constexpr, POSITION_TILES: tl.constexpr, EXACT: tl.constexpr, SILU: tl.constexpr,
-):  # fmt: skip
-    """A program reads x and dy of its groups once and keeps xhat and dz in registers."""
-    blocks = tl.cdiv(groups, GROUPS)
-    sample = (tl.program_id(0) // blocks).to(tl.int64)
-    first_group = (tl.program_id(0) % blocks) * GROUPS
-    first_channel = first_group * WIDTH
-    x += sample * sample_stride + first_channel.to(tl.int64) * channel_stride
-    dx += sample * dx_sample_stride + first_channel.to(tl.int64) * channel_stride
-    dy += sample * dy_sample_stride + first_channel.to(tl.int64) * dy_channel_stride
-    row = tl.arange(0, CHANNELS)
-    column = tl.arange(0, POSITIONS)
-    group = first_group + tl.minimum(row // WIDTH, GROUPS - 1)
-    mean = tl.load(mean_in + sample * groups + group, mask=group < groups, other=0.0)
-    rstd = tl.load(rstd_in + sample * groups + group, mask=group < groups, other=0.0)
-    channel_sum = sums + sample * channels + first_channel
-    sum_stride = samples.to(tl.int64) * channels
-
-    normalised = ()
-    weighted = ()  # gain dz
-    mean1 = tl.zeros([CHANNELS], tl.float32)
-    mean2 = tl.zeros([CHANNELS], tl.float32)
-    for channel_tile in tl.static_range(CHANNEL_TILES):
-        channel = channel_tile * CHANNELS + row
-        exists = (channel < GROUPS * WIDTH) & (first_channel + channel < channels)
-        gain, offset = gain_and_offset(
-            weight, bias, scale, shift, scale_stride, shift_stride, sample, first_channel + channel, exists
-        )
-        total1 = tl.zeros([CHANNELS, POSITIONS], tl.float32)
-        total2 = tl.zeros([CHANNELS, POSITIONS], tl.float32)
-        for position_tile in tl.static_range(POSITION_TILES):
-            position = position_tile * POSITIONS + column
-            inside = inside_tile(channel, GROUPS * WIDTH, first_channel, channels, position, positions, EXACT)
-            value, dz = _load_normalised_and_dz(
-                x, dy, channel, position, inside, mean, rstd, gain, offset, channel_stride, position_stride,
-                dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2, DIMENSIONS, SILU,
-            )  # fmt: skip
-            total1 += dz
-            total2 += dz * value
-            normalised += (value,)
-            weighted += (dz * gain[:, None],)
-        sum1 = tl.sum(total1, axis=1)
-        sum2 = tl.sum(total2, axis=1)
-        tl.store(channel_sum + channel, sum1, mask=exists)
-        tl.store(channel_sum + sum_stride + channel, sum2, mask=exists)
-        mean1 += gain * sum1
-        mean2 += gain * sum2
-    count = (WIDTH * 1.0) * positions
-    mean1 = over_group(mean1, row, WIDTH, GROUPS) / count
-    mean2 = over_group(mean2, row, WIDTH, GROUPS) / count
-
-    for tile in tl.static_range(CHANNEL_TILES * POSITION_TILES):
-        channel = tile // POSITION_TILES * CHANNELS + row
-        position = tile % POSITION_TILES * POSITIONS + column
-        inside = inside_tile(channel, GROUPS * WIDTH, first_channel, channels, position, positions, EXACT)
-        value = rstd[:, None] * (weighted[tile] - mean1[:, None] - normalised[tile] * mean2[:, None])
-        at = tile_offset(channel, position, channel_stride, position_stride)
-        tl.store(dx + at, value.to(dx.dtype.element_ty), mask=inside)
-
-
-# ----------------------------------------------------------------------- the slab fits into the nearer caches
-
-
-@triton.jit(do_not_specialize=plan.VARYING)
-def _looped_backward_kernel(
-    dy, x, mean_in, rstd_in, dx, sums,
-    weight, bias, scale, shift, scale_stride, shift_stride,
-    samples, groups, channels, positions,
-    sample_stride, dx_sample_stride, channel_stride, position_stride,
-    dy_sample_stride, dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2,
-    DIMENSIONS: tl.constexpr,
-    WIDTH: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
-    CHANNEL_TILES: tl.constexpr, POSITION_TILES: tl.constexpr, EXACT: tl.constexpr, SILU: tl.constexpr,
-):  # fmt: skip
-    """A program reads x and dy of its groups twice, the second time from L1 or L2."""
-    blocks = tl.cdiv(groups, GROUPS)
-    sample = (tl.program_id(0) // blocks).to(tl.int64)
-    first_group = (tl.program_id(0) % blocks) * GROUPS
-    first_channel = first_group * WIDTH
-    x += sample * sample_stride + first_channel.to(tl.int64) * channel_stride
-    dx += sample * dx_sample_stride + first_channel.to(tl.int64) * channel_stride
-    dy += sample * dy_sample_stride + first_channel.to(tl.int64) * dy_channel_stride
-    row = tl.arange(0, CHANNELS)
-    column = tl.arange(0, POSITIONS)
-    group = first_group + tl.minimum(row // WIDTH, GROUPS - 1)
-    mean = tl.load(mean_in + sample * groups + group, mask=group < groups, other=0.0)
-    rstd = tl.load(rstd_in + sample * groups + group, mask=group < groups, other=0.0)
-    channel_sum = sums + sample * channels + first_channel
-    sum_stride = samples.to(tl.int64) * channels
-
-    mean1 = tl.zeros([CHANNELS], tl.float32)
-    mean2 = tl.zeros([CHANNELS], tl.float32)
-    for channel_tile in range(CHANNEL_TILES):
-        channel = channel_tile * CHANNELS + row
-        exists = (channel < GROUPS * WIDTH) & (first_channel + channel < channels)
-        gain, offset = gain_and_offset(
-            weight, bias, scale, shift, scale_stride, shift_stride, sample, first_channel + channel, exists
-        )
-        total1 = tl.zeros([CHANNELS, POSITIONS], tl.float32)
-        total2 = tl.zeros([CHANNELS, POSITIONS], tl.float32)
-        for position_tile in range(POSITION_TILES):
-            position = position_tile * POSITIONS + column
-            inside = inside_tile(channel, GROUPS * WIDTH, first_channel, channels, position, positions, EXACT)
-            value, dz = _load_normalised_and_dz(
-                x, dy, channel, position, inside, mean, rstd, gain, offset, channel_stride, position_stride,
-                dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2, DIMENSIONS, SILU,
-            )  # fmt: skip
-            total1 += dz
-            total2 += dz * value
-        sum1 = tl.sum(total1, axis=1)
-        sum2 = tl.sum(total2, axis=1)
-        tl.store(channel_sum + channel, sum1, mask=exists)
-        tl.store(channel_sum + sum_stride + channel, sum2, mask=exists)
-        mean1 += gain * sum1
-        mean2 += gain * sum2
-    count = (WIDTH * 1.0) * positions
-    mean1 = over_group(mean1, row, WIDTH, GROUPS) / count
-    mean2 = over_group(mean2, row, WIDTH, GROUPS) / count
-
-    # Backwards: what was read last is still near.
-    for done in range(CHANNEL_TILES * POSITION_TILES):
-        tile = CHANNEL_TILES * POSITION_TILES - 1 - done
-        channel = tile // POSITION_TILES * CHANNELS + row
-        position = tile % POSITION_TILES * POSITIONS + column
-        exists = (channel < GROUPS * WIDTH) & (first_channel + channel < channels)
-        gain, offset = gain_and_offset(
-            weight, bias, scale, shift, scale_stride, shift_stride, sample, first_channel + channel, exists
-        )
-        inside = inside_tile(channel, GROUPS * WIDTH, first_channel, channels, position, positions, EXACT)
-        value, dz = _load_normalised_and_dz(
-            x, dy, channel, position, inside, mean, rstd, gain, offset, channel_stride, position_stride,
-            dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2, DIMENSIONS, SILU,
-        )  # fmt: skip
-        value = rstd[:, None] * (gain[:, None] * dz - mean1[:, None] - value * mean2[:, None])
-        at = tile_offset(channel, position, channel_stride, position_stride)
-        tl.store(dx + at, value.to(dx.dtype.element_ty), mask=inside)
-
-
-# ---------------------------------------------------------------------------------- the slab is cut in chunks
-
-
-@triton.jit(do_not_specialize=plan.VARYING)
-def _sums_kernel(
-    dy, x, mean_in, rstd_in, partial,  # [N, C, P] twice, [N, G] twice, [2, N, C, chunks]
-    weight, bias, scale, shift, scale_stride, shift_stride,
-    samples, groups, channels, positions, sample_stride, channel_stride, position_stride,
-    dy_sample_stride, dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2,
-    chunks, tiles_each,  # how the tiles of a row of positions are shared out
-    DIMENSIONS: tl.constexpr,
-    WIDTH: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, EXACT: tl.constexpr,
-    SILU: tl.constexpr,
-):  # fmt: skip
-    """A program sums dz and dz xhat over one chunk of the positions of some channels, of any groups."""
-    blocks = tl.cdiv(channels, CHANNELS)
-    chunk = tl.program_id(0) % chunks
-    block = tl.program_id(0) // chunks
-    sample = (block // blocks).to(tl.int64)
-    x += sample * sample_stride
-    dy += sample * dy_sample_stride
-    channel = (block % blocks) * CHANNELS + tl.arange(0, CHANNELS)
-    exists = channel < channels
-    group = sample * groups + channel // WIDTH
-    mean = tl.load(mean_in + group, mask=exists, other=0.0)
-    rstd = tl.load(rstd_in + group, mask=exists, other=0.0)
-    gain, offset = gain_and_offset(
-        weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, exists
-    )
-
-    total1 = tl.zeros([CHANNELS, POSITIONS], tl.float32)
-    total2 = tl.zeros([CHANNELS, POSITIONS], tl.float32)
-    last_tile = tl.minimum((chunk + 1) * tiles_each, tl.cdiv(positions, POSITIONS))
-    for tile in range(chunk * tiles_each, last_tile):
-        position = tile * POSITIONS + tl.arange(0, POSITIONS)
-        inside = inside_tile(channel, channels, 0, channels, position, positions, EXACT)
-        value, dz = _load_normalised_and_dz(
-            x, dy, channel, position, inside, mean, rstd, gain, offset, channel_stride, position_stride,
-            dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2, DIMENSIONS, SILU,
-        )  # fmt: skip
-        total1 += dz
-        total2 += dz * value
-    slot = (sample * channels + channel) * chunks + chunk
-    tl.store(partial + slot, tl.sum(total1, axis=1), mask=exists)
-    tl.store(partial + samples.to(tl.int64) * channels * chunks + slot, tl.sum(total2, axis=1), mask=exists)
-
-
-@triton.jit(do_not_specialize=plan.VARYING)
-def _input_gradient_kernel(
-    dy, x, mean_in, rstd_in, dx, partial, sums,  # as above, and [2, N, C]
-    weight, bias, scale, shift, scale_stride, shift_stride,
-    samples, groups, channels, positions,
-    sample_stride, dx_sample_stride, channel_stride, position_stride,
-    dy_sample_stride, dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2,
-    sum_chunks, chunks, tiles_each,
-    DIMENSIONS: tl.constexpr,
-    WIDTH: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
-    CHANNEL_TILES: tl.constexpr, EXACT: tl.constexpr, SILU: tl.constexpr,
-    MERGE_CHANNELS: tl.constexpr, MERGE_CHUNKS: tl.constexpr,
-):  # fmt: skip
-    """A program merges the sums of its groups and computes dx on one chunk of their slabs."""
-    # Backwards: what the first kernel read last is still in L2.
-    program = tl.num_programs(0) - 1 - tl.program_id(0)
-    blocks = tl.cdiv(groups, GROUPS)
-    chunk = program % chunks
-    block = program // chunks
-    sample = (block // blocks).to(tl.int64)
-    first_group = (block % blocks) * GROUPS
-    first_channel = first_group * WIDTH
-    x += sample * sample_stride + first_channel.to(tl.int64) * channel_stride
-    dx += sample * dx_sample_stride + first_channel.to(tl.int64) * channel_stride
-    dy += sample * dy_sample_stride + first_channel.to(tl.int64) * dy_channel_stride
-    row = tl.arange(0, CHANNELS)
-    column = tl.arange(0, POSITIONS)
-    group = first_group + tl.minimum(row // WIDTH, GROUPS - 1)
-    mean = tl.load(mean_in + sample * groups + group, mask=group < groups, other=0.0)
-    rstd = tl.load(rstd_in + sample * groups + group, mask=group < groups, other=0.0)
-
-    merged = tl.arange(0, MERGE_CHANNELS)
-    part = tl.arange(0, MERGE_CHUNKS)
-    sum_stride = samples.to(tl.int64) * channels
-    mean1 = tl.zeros([MERGE_CHANNELS], tl.float32)
-    mean2 = tl.zeros([MERGE_CHANNELS], tl.float32)
-    for first in range(0, GROUPS * WIDTH, MERGE_CHANNELS):  # once, except for a group of very many channels
-        exists = (first + merged < GROUPS * WIDTH) & (first_channel + first + merged < channels)
-        channel = first_channel + first + merged
-        slot = (sample * channels + channel)[:, None] * sum_chunks + part[None, :]
-        inside = exists[:, None] & (part < sum_chunks)[None, :]
-        sum1 = tl.sum(tl.load(partial + slot, mask=inside, other=0.0), axis=1)
-        sum2 = tl.sum(tl.load(partial + sum_stride * sum_chunks + slot, mask=inside, other=0.0), axis=1)
-        gain, offset = gain_and_offset(
-            weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, exists
-        )
-        mean1 += gain * sum1
-        mean2 += gain * sum2
-        if chunk == 0:
-            tl.store(sums + sample * channels + channel, sum1, mask=exists)
-            tl.store(sums + sum_stride + sample * channels + channel, sum2, mask=exists)
-    count = (WIDTH * 1.0) * positions
-    if GROUPS == 1:
-        mean1 = tl.zeros([CHANNELS], tl.float32) + tl.sum(mean1, axis=0) / count
-        mean2 = tl.zeros([CHANNELS], tl.float32) + tl.sum(mean2, axis=0) / count
-    else:  # MERGE_CHANNELS is CHANNELS
-        mean1 = over_group(mean1, row, WIDTH, GROUPS) / count
-        mean2 = over_group(mean2, row, WIDTH, GROUPS) / count
-
-    position_tiles = tl.cdiv(positions, POSITIONS)
-    last_tile = tl.minimum((chunk + 1) * tiles_each, CHANNEL_TILES * position_tiles)
-    for tile in range(chunk * tiles_each, last_tile):
-        channel = tile // position_tiles * CHANNELS + row
-        position = tile % position_tiles * POSITIONS + column
-        exists = (channel < GROUPS * WIDTH) & (first_channel + channel < channels)
-        gain, offset = gain_and_offset(
-            weight, bias, scale, shift, scale_stride, shift_stride, sample, first_channel + channel, exists
-        )
-        inside = inside_tile(channel, GROUPS * WIDTH, first_channel, channels, position, positions, EXACT)
-        value, dz = _load_normalised_and_dz(
-            x, dy, channel, position, inside, mean, rstd, gain, offset, channel_stride, position_stride,
-            dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2, DIMENSIONS, SILU,
-        )  # fmt: skip
-        value = rstd[:, None] * (gain[:, None] * dz - mean1[:, None] - value * mean2[:, None])
-        at = tile_offset(channel, position, channel_stride, position_stride)
-        tl.store(dx + at, value.to(dx.dtype.element_ty), mask=inside)
-
 
 # ---------------------------------------------------------------------------------------- parameter gradients
 
@@ -437,11 +127,11 @@ def _input_gradient(dy, x, mean, rstd, dx, sums, weight, bias, scale, shift, sil
     dy_strides = (dy.stride(0), dy.stride(1), size0, size1, stride0, stride1, stride2)
     constants = dict(DIMENSIONS=len(dimensions), WIDTH=width, SILU=silu)
 
-    kernel, tiles = _resident_backward_kernel, None
+    kernel, tiles = resident_backward_kernel, None
     if not transposed:
         tiles = plan.resident_tiles(*shape, plan.RESIDENT_LANES_BACKWARD)
     if tiles is None:
-        kernel = _looped_backward_kernel
+        kernel = looped_backward_kernel
         tiles = plan.chunk_tiles(*shape, plan.LOOPED_LANES, plan.LOOPED_WARPS, transposed)
         if 2 * tiles.groups * width * source.positions * x.element_size() > plan.LOOPED_BYTES:
             tiles = None
@@ -463,7 +153,7 @@ def _input_gradient(dy, x, mean, rstd, dx, sums, weight, bias, scale, shift, sil
     sum_blocks = samples * sum_tiles.channel_tiles
     sum_chunks, each = plan.chunks(sum_tiles.position_tiles, sum_blocks, x.device, merge_chunks)
     partial = sums.new_empty((2, samples, channels, sum_chunks))
-    _sums_kernel[(sum_blocks * sum_chunks,)](
+    sums_kernel[(sum_blocks * sum_chunks,)](
         dy, source.tensor, mean, rstd, partial, *affine, *sizes, strides[0], *strides[2:], *dy_strides,
         sum_chunks, each,
         CHANNELS=sum_tiles.channels, POSITIONS=sum_tiles.positions, EXACT=sum_tiles.exact,
@@ -471,7 +161,7 @@ def _input_gradient(dy, x, mean, rstd, dx, sums, weight, bias, scale, shift, sil
     )  # fmt: skip
     blocks = samples * plan.divide_up(groups, tiles.groups)
     chunks, each = plan.chunks(tiles.count, blocks, x.device, tiles.count)
-    _input_gradient_kernel[(blocks * chunks,)](
+    input_gradient_kernel[(blocks * chunks,)](
         dy, source.tensor, mean, rstd, dx, partial, sums, *affine, *sizes, *strides, *dy_strides,
         sum_chunks, chunks, each,
         GROUPS=tiles.groups, CHANNELS=tiles.channels, POSITIONS=tiles.positions,

@@ -10,29 +10,35 @@ import inspect
 from unittest import mock
 
 import torch
-from aot import Case
+from aot import CAPABILITIES, Case
 
 _TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 _LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
-# name: (C, H, W), groups, layouts, dtypes, hot. Karlo's levels (320 to 1280 channels at 64x64, its upsampler
-# at 256x256), widths of GLIDE and Kandinsky 2.2 (384 to 1536), then shapes that are merely legal.
-_SHAPES = {
-    "320x64x64": ((320, 64, 64), 32, ("nchw", "nhwc"), ("bf16", "fp32"), True),
-    "640x32x32": ((640, 32, 32), 32, ("nchw", "nhwc"), ("bf16", "fp32"), True),
-    "960x16x16": ((960, 16, 16), 32, ("nchw", "nhwc"), ("bf16",), True),
-    "1280x8x8": ((1280, 8, 8), 32, ("nchw", "nhwc"), ("bf16",), True),
-    "2560x8x8": ((2560, 8, 8), 32, ("nchw",), ("bf16",), True),
-    "384x64x64": ((384, 64, 64), 32, ("nchw", "nhwc"), ("bf16",), True),
-    "1152x32x32": ((1152, 32, 32), 32, ("nchw", "nhwc"), ("fp16",), True),
-    "320x256x256": ((320, 256, 256), 32, ("nchw", "nhwc"), ("bf16", "fp32"), True),
-    "1280x32x32": ((1280, 32, 32), 32, ("nchw", "nhwc"), ("bf16",), True),
-    "96x31x17": ((96, 31, 17), 32, ("nchw", "nhwc"), ("bf16",), False),
-    "1600x12x12": ((1600, 12, 12), 32, ("nchw", "nhwc"), ("fp16",), False),
-    "21x65x65": ((21, 65, 65), 7, ("nchw", "nhwc"), ("fp32",), False),
-    "512x1x1": ((512, 1, 1), 32, ("nchw",), ("bf16",), False),
-    "512x64x64 in one group": ((512, 64, 64), 1, ("nchw", "nhwc"), ("bf16",), False),
-}
+_EVERY, _TWO = CAPABILITIES, (80, 90)
+
+# (C, H, W), groups, layout, dtype, hot, compiled for. Karlo's levels (320 to 1280 channels at 64x64, 320 at
+# 256x256 in its upsampler), Kandinsky's and GLIDE's widths, then shapes that are merely legal.
+_SHAPES = [
+    ((320, 64, 64), 32, "nchw", "bf16", True, _EVERY),
+    ((640, 32, 32), 32, "nchw", "bf16", True, _EVERY),
+    ((960, 16, 16), 32, "nchw", "bf16", True, _EVERY),
+    ((1280, 8, 8), 32, "nchw", "bf16", True, _EVERY),
+    ((320, 256, 256), 32, "nchw", "bf16", True, _EVERY),
+    ((320, 64, 64), 32, "nhwc", "bf16", True, _EVERY),
+    ((640, 32, 32), 32, "nhwc", "bf16", True, _EVERY),
+    ((1280, 8, 8), 32, "nhwc", "bf16", True, _EVERY),
+    ((320, 64, 64), 32, "nchw", "fp32", True, _TWO),
+    ((1280, 32, 32), 32, "nhwc", "fp32", True, _TWO),
+    ((1152, 32, 32), 32, "nchw", "fp16", True, _TWO),
+    ((576, 64, 64), 32, "nhwc", "fp16", True, _TWO),
+    ((96, 31, 17), 32, "nchw", "bf16", False, _TWO),
+    ((1600, 12, 12), 32, "nhwc", "fp16", False, _TWO),
+    ((21, 65, 65), 7, "nhwc", "fp32", False, _TWO),
+    ((512, 1, 1), 32, "nchw", "bf16", False, _TWO),
+    ((512, 64, 64), 1, "nchw", "bf16", False, _TWO),
+    ((512, 64, 64), 1, "nhwc", "bf16", False, _TWO),
+]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -60,17 +66,24 @@ def launches(function, *args) -> list[tuple]:
 
 
 def _recorders(module, found: list) -> dict:
-    names = [name for name in vars(module) if name.startswith("_") and name.endswith("_kernel")]
+    names = [name for name in vars(module) if name.endswith("_kernel")]
     return {name: _Recorder(getattr(module, name), found) for name in names}
 
 
-def _case(name: str, launch: tuple, hot: bool) -> Case:
+def _cases(
+    name: str, found: list[tuple], hot: bool = True, capabilities: tuple[int, ...] = _EVERY
+) -> list[Case]:
+    return [_case(name, launch)._replace(hot=hot, capabilities=capabilities) for launch in found]
+
+
+def _case(name: str, launch: tuple) -> Case:
     from dalle2_fast.kernels import _norm_plan as plan
 
     kernel, args, kwargs = launch
     function = kernel
     while hasattr(function, "fn"):
         function = function.fn
+    kwargs = dict(kwargs)
     warps = kwargs.pop("num_warps")
     values = dict(zip(inspect.signature(function).parameters, args, strict=False)) | kwargs
     signature, constants = {}, {}
@@ -88,40 +101,37 @@ def _case(name: str, launch: tuple, hot: bool) -> Case:
         else:
             kind = "i32" if value < 2**31 else "i64"
             signature[argument] = f"{kind}:16" if value % 16 == 0 else kind
-    return Case(f"{name} {function.__name__}", kernel, signature, constants, warps, 3, hot=hot)
+    return Case(f"{name} {function.__name__}", kernel, signature, constants, warps, 3)
 
 
 def aot_cases() -> list[Case]:
     from dalle2_fast.kernels import group_norm_silu, group_norm_silu_backward
 
+    forward, backward = group_norm_silu._forward, group_norm_silu_backward._backward
     cases = []
-    for shape_name, (shape, groups, layouts, dtypes, hot) in _SHAPES.items():
-        for layout in layouts:
-            for dtype in dtypes:
-                name = f"{shape_name} {layout} {dtype}"
-                x = torch.empty(2, *shape, dtype=_DTYPES[dtype], device="meta").to(
-                    memory_format=_LAYOUTS[layout]
-                )
-                weight = torch.empty(shape[0], device="meta")
-                film = torch.empty(2, 2 * shape[0], dtype=x.dtype, device="meta").chunk(2, 1)
-                statistics = torch.empty(2, groups, device="meta")
-                # The most that can be asked for: weight, bias, scale, shift and SiLU.
-                found = launches(group_norm_silu._forward, x, groups, weight, weight, 1e-5, *film, True)
-                found += launches(
-                    group_norm_silu_backward._backward,
-                    torch.empty_like(x), x, statistics, statistics, weight, weight, *film, True, True,
-                )  # fmt: skip
-                cases += [_case(name, launch, hot) for launch in found]
-    # A gradient that lies in the other layout, and a plain norm.
+    for shape, groups, layout, dtype, hot, capabilities in _SHAPES:
+        x = torch.empty(2, *shape, dtype=_DTYPES[dtype], device="meta").to(memory_format=_LAYOUTS[layout])
+        weight, statistics = torch.empty(shape[0], device="meta"), torch.empty(2, groups, device="meta")
+        film = torch.empty(2, 2 * shape[0], dtype=x.dtype, device="meta").chunk(2, 1)
+        # The most that can be asked for: weight, bias, scale, shift and SiLU.
+        found = launches(forward, x, groups, weight, weight, 1e-5, *film, True)
+        found += launches(backward, x, x, statistics, statistics, weight, weight, *film, True, True)
+        name = f"{'x'.join(map(str, shape))} {layout} {dtype}"
+        cases += _cases(name if groups == 32 else f"{name} in {groups}", found, hot, capabilities)
+
+    # A plain norm; a gradient that lies in the other layout, or with its rows and columns exchanged.
     x = torch.empty(2, 320, 64, 64, dtype=torch.bfloat16, device="meta")
     statistics, nothing = torch.empty(2, 32, device="meta"), (None,) * 4
-    for name, dy in {
-        "dy nhwc": torch.empty_like(x, memory_format=torch.channels_last),
-        "dy transposed": torch.empty_like(x).transpose(2, 3),
-    }.items():
-        found = launches(
-            group_norm_silu_backward._backward, dy, x, statistics, statistics, *nothing, False, False
+    cases += _cases("320x64x64 plain", launches(forward, x, 32, None, None, 1e-5, None, None, False))
+    dy = {"nhwc": x.to(memory_format=torch.channels_last), "transposed": x.transpose(2, 3)}
+    for name, value in dy.items():
+        found = launches(backward, value, x, statistics, statistics, *nothing, False, False)
+        cases += _cases(f"320x64x64 dy {name}", found, hot=False, capabilities=_TWO)
+
+    unlike = {}  # the same kernel of another shape may be the same code
+    for case in cases:
+        content = repr(
+            (case.kernel.__name__, case.signature, case.constexprs, case.num_warps, case.capabilities)
         )
-        cases += [_case(f"320x64x64 {name}", launch, False) for launch in found]
-    found = launches(group_norm_silu._forward, x, 32, None, None, 1e-5, None, None, False)
-    return cases + [_case("320x64x64 plain", launch, True) for launch in found]
+        unlike.setdefault(content, case)
+    return list(unlike.values())

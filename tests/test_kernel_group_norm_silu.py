@@ -278,7 +278,10 @@ def test_launches(kernel_device):
             group_norm_silu_backward._backward,
             x, x, statistics, statistics, weight, weight, film, film, True, True,
         )  # fmt: skip
-        return [[launch[0].fn.__name__[1:-7] for launch in found] for found in (forward, backward)]
+        return [
+            [launch[0].fn.__name__.removesuffix("_kernel").strip("_") for launch in found]
+            for found in (forward, backward)
+        ]
 
     for channels, side in [(320, 64), (640, 32), (960, 16), (1280, 8), (2560, 8), (1920, 16)]:
         assert names(channels, side, dtype=FP32)[0] == ["resident"], (channels, side)

@@ -1,0 +1,164 @@
+"""The gradient of group_norm_silu where one program takes a whole slab, from registers or the nearer caches.
+
+The formulas are in group_norm_silu_backward.py, which launches these kernels.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import _norm_plan as plan
+from ._tile import gain_and_offset, inside_tile, load_centred_and_dz, over_group, tile_offset
+
+# ---------------------------------------------------------------------------------------------- the slab fits
+
+
+@triton.jit(do_not_specialize=plan.VARYING)
+def resident_backward_kernel(
+    dy, x, mean_in, rstd_in, dx, sums,  # [N, C, P] twice, [N, G] twice, [N, C, P], [2, N, C]
+    weight, bias, scale, shift, scale_stride, shift_stride,
+    samples, groups, channels, positions,
+    sample_stride, dx_sample_stride, channel_stride, position_stride,
+    dy_sample_stride, dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2,
+    DIMENSIONS: tl.constexpr,
+    WIDTH: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+    CHANNEL_TILES: tl.constexpr, POSITION_TILES: tl.constexpr, EXACT: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """A program reads x and dy of its groups once and keeps x - mean and dz in registers."""
+    blocks = tl.cdiv(groups, GROUPS)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    first_group = (tl.program_id(0) % blocks) * GROUPS
+    first_channel = first_group * WIDTH
+    x += sample * sample_stride + first_channel.to(tl.int64) * channel_stride
+    dx += sample * dx_sample_stride + first_channel.to(tl.int64) * channel_stride
+    dy += sample * dy_sample_stride + first_channel.to(tl.int64) * dy_channel_stride
+    row = tl.arange(0, CHANNELS)
+    column = tl.arange(0, POSITIONS)
+    group = first_group + tl.minimum(row // WIDTH, GROUPS - 1)
+    mean = tl.load(mean_in + sample * groups + group, mask=group < groups, other=0.0)
+    rstd = tl.load(rstd_in + sample * groups + group, mask=group < groups, other=0.0)
+    channel_sum = sums + sample * channels + first_channel
+    sum_stride = samples.to(tl.int64) * channels
+
+    kept_centred, kept_dz, gains = (), (), ()
+    mean1 = tl.zeros([CHANNELS], tl.float32)
+    mean2 = tl.zeros([CHANNELS], tl.float32)
+    for channel_tile in tl.static_range(CHANNEL_TILES):
+        channel = channel_tile * CHANNELS + row
+        exists = (channel < GROUPS * WIDTH) & (first_channel + channel < channels)
+        gain, offset = gain_and_offset(
+            weight, bias, scale, shift, scale_stride, shift_stride, sample, first_channel + channel, exists
+        )
+        total1 = tl.zeros([CHANNELS, POSITIONS], tl.float32)
+        total2 = tl.zeros([CHANNELS, POSITIONS], tl.float32)
+        for position_tile in tl.static_range(POSITION_TILES):
+            position = position_tile * POSITIONS + column
+            inside = inside_tile(channel, GROUPS * WIDTH, first_channel, channels, position, positions, EXACT)
+            centred, dz = load_centred_and_dz(
+                x, dy, channel, position, inside, mean, rstd * gain, offset, channel_stride, position_stride,
+                dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2, DIMENSIONS, SILU,
+            )  # fmt: skip
+            total1 += dz
+            total2 += dz * centred
+            kept_centred += (centred,)
+            kept_dz += (dz,)
+        sum1 = tl.sum(total1, axis=1)
+        sum2 = tl.sum(total2, axis=1) * rstd
+        tl.store(channel_sum + channel, sum1, mask=exists)
+        tl.store(channel_sum + sum_stride + channel, sum2, mask=exists)
+        mean1 += gain * sum1
+        mean2 += gain * sum2
+        gains += (gain,)
+    count = (WIDTH * 1.0) * positions
+    mean1 = over_group(mean1, row, WIDTH, GROUPS) / count
+    mean2 = over_group(mean2, row, WIDTH, GROUPS) / count
+
+    for tile in tl.static_range(CHANNEL_TILES * POSITION_TILES):
+        channel = tile // POSITION_TILES * CHANNELS + row
+        position = tile % POSITION_TILES * POSITIONS + column
+        inside = inside_tile(channel, GROUPS * WIDTH, first_channel, channels, position, positions, EXACT)
+        slope = rstd * gains[tile // POSITION_TILES]
+        value = kept_dz[tile] * slope[:, None] - kept_centred[tile] * (rstd * rstd * mean2)[:, None]
+        value -= (rstd * mean1)[:, None]
+        at = tile_offset(channel, position, channel_stride, position_stride)
+        tl.store(dx + at, value.to(dx.dtype.element_ty), mask=inside)
+
+
+# ----------------------------------------------------------------------- the slab fits into the nearer caches
+
+
+@triton.jit(do_not_specialize=plan.VARYING)
+def looped_backward_kernel(
+    dy, x, mean_in, rstd_in, dx, sums,
+    weight, bias, scale, shift, scale_stride, shift_stride,
+    samples, groups, channels, positions,
+    sample_stride, dx_sample_stride, channel_stride, position_stride,
+    dy_sample_stride, dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2,
+    DIMENSIONS: tl.constexpr,
+    WIDTH: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+    CHANNEL_TILES: tl.constexpr, POSITION_TILES: tl.constexpr, EXACT: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """A program reads x and dy of its groups twice, the second time from L1 or L2."""
+    blocks = tl.cdiv(groups, GROUPS)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    first_group = (tl.program_id(0) % blocks) * GROUPS
+    first_channel = first_group * WIDTH
+    x += sample * sample_stride + first_channel.to(tl.int64) * channel_stride
+    dx += sample * dx_sample_stride + first_channel.to(tl.int64) * channel_stride
+    dy += sample * dy_sample_stride + first_channel.to(tl.int64) * dy_channel_stride
+    row = tl.arange(0, CHANNELS)
+    column = tl.arange(0, POSITIONS)
+    group = first_group + tl.minimum(row // WIDTH, GROUPS - 1)
+    mean = tl.load(mean_in + sample * groups + group, mask=group < groups, other=0.0)
+    rstd = tl.load(rstd_in + sample * groups + group, mask=group < groups, other=0.0)
+    channel_sum = sums + sample * channels + first_channel
+    sum_stride = samples.to(tl.int64) * channels
+
+    mean1 = tl.zeros([CHANNELS], tl.float32)
+    mean2 = tl.zeros([CHANNELS], tl.float32)
+    for channel_tile in range(CHANNEL_TILES):
+        channel = channel_tile * CHANNELS + row
+        exists = (channel < GROUPS * WIDTH) & (first_channel + channel < channels)
+        gain, offset = gain_and_offset(
+            weight, bias, scale, shift, scale_stride, shift_stride, sample, first_channel + channel, exists
+        )
+        total1 = tl.zeros([CHANNELS, POSITIONS], tl.float32)
+        total2 = tl.zeros([CHANNELS, POSITIONS], tl.float32)
+        for position_tile in range(POSITION_TILES):
+            position = position_tile * POSITIONS + column
+            inside = inside_tile(channel, GROUPS * WIDTH, first_channel, channels, position, positions, EXACT)
+            centred, dz = load_centred_and_dz(
+                x, dy, channel, position, inside, mean, rstd * gain, offset, channel_stride, position_stride,
+                dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2, DIMENSIONS, SILU,
+            )  # fmt: skip
+            total1 += dz
+            total2 += dz * centred
+        sum1 = tl.sum(total1, axis=1)
+        sum2 = tl.sum(total2, axis=1) * rstd
+        tl.store(channel_sum + channel, sum1, mask=exists)
+        tl.store(channel_sum + sum_stride + channel, sum2, mask=exists)
+        mean1 += gain * sum1
+        mean2 += gain * sum2
+    count = (WIDTH * 1.0) * positions
+    mean1 = over_group(mean1, row, WIDTH, GROUPS) / count
+    mean2 = over_group(mean2, row, WIDTH, GROUPS) / count
+
+    # Backwards: what was read last is still near.
+    for done in range(CHANNEL_TILES * POSITION_TILES):
+        tile = CHANNEL_TILES * POSITION_TILES - 1 - done
+        channel = tile // POSITION_TILES * CHANNELS + row
+        position = tile % POSITION_TILES * POSITIONS + column
+        exists = (channel < GROUPS * WIDTH) & (first_channel + channel < channels)
+        gain, offset = gain_and_offset(
+            weight, bias, scale, shift, scale_stride, shift_stride, sample, first_channel + channel, exists
+        )
+        inside = inside_tile(channel, GROUPS * WIDTH, first_channel, channels, position, positions, EXACT)
+        centred, dz = load_centred_and_dz(
+            x, dy, channel, position, inside, mean, rstd * gain, offset, channel_stride, position_stride,
+            dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2, DIMENSIONS, SILU,
+        )  # fmt: skip
+        value = dz * (rstd * gain)[:, None] - centred * (rstd * rstd * mean2)[:, None]
+        value -= (rstd * mean1)[:, None]
+        at = tile_offset(channel, position, channel_stride, position_stride)
+        tl.store(dx + at, value.to(dx.dtype.element_ty), mask=inside)
