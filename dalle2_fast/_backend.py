@@ -10,7 +10,7 @@ import platform
 import torch
 from torch import Tensor
 
-KERNELS = ("group_norm_silu", "cross_attention", "diffusion_step", "add_noise")  # the ops that have one
+KERNELS = ("group_norm_silu", "cross_attention", "diffusion_step", "add_noise", "sample_noise")
 OLDEST_GPU = 8  # compute capability; below it no configuration of a kernel has been compiled
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -18,8 +18,6 @@ _CHOICES = ("auto", "reference", "fused")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton settles on its interpreter, which runs kernels on CPU tensors for tests, when a kernel is defined.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_MODULES = ("add_noise", "cross_attention", "diffusion_step", "group_norm_silu")
-_PRESENT = [name for name in _MODULES if importlib.util.find_spec(f"dalle2_fast.kernels.{name}") is not None]
 
 
 def use_reference(impl: str, *tensors: Tensor | None) -> bool:
@@ -95,15 +93,12 @@ def _ask_gpu(device: torch.device) -> str | None:
 
 
 def _load_kernels() -> None:
-    """Import the kernels, which registers their ops; an import statement repeated costs 0.1 us."""
-    if "add_noise" in _PRESENT:
-        import dalle2_fast.kernels.add_noise
-    if "cross_attention" in _PRESENT:
-        import dalle2_fast.kernels.cross_attention
-    if "diffusion_step" in _PRESENT:
-        import dalle2_fast.kernels.diffusion_step
-    if "group_norm_silu" in _PRESENT:
-        import dalle2_fast.kernels.group_norm_silu  # noqa: F401
+    """Import the kernels, which registers their ops. Statements, because torch.compile can trace them; an
+    import repeated costs 0.1 us."""
+    import dalle2_fast.kernels.add_noise
+    import dalle2_fast.kernels.cross_attention
+    import dalle2_fast.kernels.diffusion_step
+    import dalle2_fast.kernels.group_norm_silu  # noqa: F401
 
 
 def _version(package: str) -> str | None:

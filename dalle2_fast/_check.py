@@ -45,7 +45,7 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
 def finite_number(name: str, value: object) -> None:
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {_name(value)}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # torch.compile cannot trace isfinite of a symbolic float
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
