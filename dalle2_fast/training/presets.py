@@ -54,7 +54,7 @@ SCENES_CPU = Preset(
         model=dict(dim_text=128, text_enc_depth=2, text_heads=4, dim_image=128, visual_enc_depth=2,
                    visual_heads=4, visual_kind="conv_vit", visual_image_size=64, visual_patch_size=8,
                    dim_latent=128),
-        optimisation=Optimisation(batch_size=64, minutes=11, optimizer="muon", learning_rate=1.5e-3,
+        optimisation=Optimisation(batch_size=64, minutes=20, optimizer="muon", learning_rate=1.5e-3,
                                   betas=(0.9, 0.98), weight_decay=0.02, warmup_steps=50, hold=0.4,
                                   decay="linear", ema_decay=0.99, log_steps=20)),
     prior=Recipe(
@@ -87,6 +87,7 @@ SCENES_CPU = Preset(
         optimisation=Optimisation(batch_size=32, minutes=14, optimizer="muon", learning_rate=1.5e-3,
                                   betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=50, hold=0.4,
                                   decay="linear", ema_decay=0.995, log_steps=20)),
+    sampling=dict(guidance=2.0, sampler="ddim"),
 )
 
 # ------------------------- scenes-gpu: the full world, about twenty minutes on one H200; 40 MB in bf16 in all
