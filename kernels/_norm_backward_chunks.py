@@ -19,7 +19,7 @@ def sums_kernel(
     samples, groups, channels, positions, sample_stride, channel_stride, position_stride,
     dy_sample_stride, dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2,
     chunks, tiles_each,  # how the tiles of a row of positions are shared out
-    DIMENSIONS: tl.constexpr,
+    DIMENSIONS: tl.constexpr, WIDE: tl.constexpr,
     WIDTH: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, EXACT: tl.constexpr,
     SILU: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +47,7 @@ def sums_kernel(
         inside = inside_tile(channel, channels, 0, channels, position, positions, EXACT)
         centred, dz = load_centred_and_dz(
             x, dy, channel, position, inside, mean, rstd * gain, offset, channel_stride, position_stride,
-            dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2, DIMENSIONS, SILU,
+            dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2, DIMENSIONS, WIDE, SILU,
         )  # fmt: skip
         total1 += dz
         total2 += dz * centred
@@ -66,7 +66,7 @@ def input_gradient_kernel(
     sample_stride, dx_sample_stride, channel_stride, position_stride,
     dy_sample_stride, dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2,
     sum_chunks, chunks, tiles_each,
-    DIMENSIONS: tl.constexpr,
+    DIMENSIONS: tl.constexpr, WIDE: tl.constexpr,
     WIDTH: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
     CHANNEL_TILES: tl.constexpr, EXACT: tl.constexpr, SILU: tl.constexpr,
     MERGE_CHANNELS: tl.constexpr, MERGE_CHUNKS: tl.constexpr,
@@ -129,9 +129,9 @@ def input_gradient_kernel(
         inside = inside_tile(channel, GROUPS * WIDTH, first_channel, channels, position, positions, EXACT)
         centred, dz = load_centred_and_dz(
             x, dy, channel, position, inside, mean, rstd * gain, offset, channel_stride, position_stride,
-            dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2, DIMENSIONS, SILU,
+            dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2, DIMENSIONS, WIDE, SILU,
         )  # fmt: skip
         value = dz * (rstd * gain)[:, None] - centred * (rstd * rstd * mean2)[:, None]
         value -= (rstd * mean1)[:, None]
-        at = tile_offset(channel, position, channel_stride, position_stride)
+        at = tile_offset(channel, position, channel_stride, position_stride, WIDE)
         tl.store(dx + at, value.to(dx.dtype.element_ty), mask=inside)

@@ -21,7 +21,7 @@ def resident_backward_kernel(
     samples, groups, channels, positions,
     sample_stride, dx_sample_stride, channel_stride, position_stride,
     dy_sample_stride, dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2,
-    DIMENSIONS: tl.constexpr,
+    DIMENSIONS: tl.constexpr, WIDE: tl.constexpr,
     WIDTH: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
     CHANNEL_TILES: tl.constexpr, POSITION_TILES: tl.constexpr, EXACT: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
@@ -57,7 +57,8 @@ def resident_backward_kernel(
             inside = inside_tile(channel, GROUPS * WIDTH, first_channel, channels, position, positions, EXACT)
             centred, dz = load_centred_and_dz(
                 x, dy, channel, position, inside, mean, rstd * gain, offset, channel_stride, position_stride,
-                dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2, DIMENSIONS, SILU,
+                dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2,
+                DIMENSIONS, WIDE, SILU,
             )  # fmt: skip
             total1 += dz
             total2 += dz * centred
@@ -81,7 +82,7 @@ def resident_backward_kernel(
         slope = rstd * gains[tile // POSITION_TILES]
         value = kept_dz[tile] * slope[:, None] - kept_centred[tile] * (rstd * rstd * mean2)[:, None]
         value -= (rstd * mean1)[:, None]
-        at = tile_offset(channel, position, channel_stride, position_stride)
+        at = tile_offset(channel, position, channel_stride, position_stride, WIDE)
         tl.store(dx + at, value.to(dx.dtype.element_ty), mask=inside)
 
 
@@ -95,7 +96,7 @@ def looped_backward_kernel(
     samples, groups, channels, positions,
     sample_stride, dx_sample_stride, channel_stride, position_stride,
     dy_sample_stride, dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2,
-    DIMENSIONS: tl.constexpr,
+    DIMENSIONS: tl.constexpr, WIDE: tl.constexpr,
     WIDTH: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
     CHANNEL_TILES: tl.constexpr, POSITION_TILES: tl.constexpr, EXACT: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
@@ -130,7 +131,8 @@ def looped_backward_kernel(
             inside = inside_tile(channel, GROUPS * WIDTH, first_channel, channels, position, positions, EXACT)
             centred, dz = load_centred_and_dz(
                 x, dy, channel, position, inside, mean, rstd * gain, offset, channel_stride, position_stride,
-                dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2, DIMENSIONS, SILU,
+                dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2,
+                DIMENSIONS, WIDE, SILU,
             )  # fmt: skip
             total1 += dz
             total2 += dz * centred
@@ -156,9 +158,9 @@ def looped_backward_kernel(
         inside = inside_tile(channel, GROUPS * WIDTH, first_channel, channels, position, positions, EXACT)
         centred, dz = load_centred_and_dz(
             x, dy, channel, position, inside, mean, rstd * gain, offset, channel_stride, position_stride,
-            dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2, DIMENSIONS, SILU,
+            dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2, DIMENSIONS, WIDE, SILU,
         )  # fmt: skip
         value = dz * (rstd * gain)[:, None] - centred * (rstd * rstd * mean2)[:, None]
         value -= (rstd * mean1)[:, None]
-        at = tile_offset(channel, position, channel_stride, position_stride)
+        at = tile_offset(channel, position, channel_stride, position_stride, WIDE)
         tl.store(dx + at, value.to(dx.dtype.element_ty), mask=inside)

@@ -155,15 +155,14 @@ def resident_tiles(
     """Tiles that hold a slab in registers from the first read to the write; None where it does not fit."""
     if width * length > most_lanes:
         return None
+    # 8 values a thread and tile: one load of 16 bytes of bfloat16, and few registers for the running sum.
     if not channels_adjacent:
         warps = _warps(width * length)
-        tiles = _row_tiles(
-            width, count, length, 256 * warps, warps
-        )  # 8 values a thread, 16 bytes of bfloat16
+        tiles = _row_tiles(width, count, length, 256 * warps, warps)
     else:
         groups = _column_groups(width, count, itemsize, most_channels=most_lanes // power_of_two(length))
         warps = _warps(power_of_two(groups * width) * power_of_two(length))
-        tiles = _column_tiles(width, count, length, groups, 512 * warps, warps)
+        tiles = _column_tiles(width, count, length, groups, 256 * warps, warps)
     if tiles.lanes > most_lanes or tiles.count > RESIDENT_TILES:
         return None
     return tiles
@@ -228,6 +227,11 @@ class View(NamedTuple):
     @property
     def channels_adjacent(self) -> bool:
         return self.channel_stride == 1
+
+    @property
+    def wide(self) -> bool:
+        """Whether an offset within a sample takes 64 bits."""
+        return self.tensor.shape[1:].numel() >= 2**31
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

@@ -48,9 +48,16 @@ def over_group(value, row, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def tile_offset(channel, position, channel_stride, position_stride):
-    """Where the elements of a tile lie, [channels, positions]."""
-    return channel.to(tl.int64)[:, None] * channel_stride + position.to(tl.int64)[None, :] * position_stride
+def tile_offset(channel, position, channel_stride, position_stride, WIDE: tl.constexpr):
+    """Where the elements of a tile lie in their sample, [channels, positions].
+
+    WIDE: a sample reaches 2**31 elements. Otherwise int32 does: 64-bit addresses take twice the registers, of
+    which a tile in channels_last needs one for each thread's position.
+    """
+    if WIDE:
+        channel = channel.to(tl.int64)
+        position = position.to(tl.int64)
+    return channel[:, None] * channel_stride + position[None, :] * position_stride
 
 
 @triton.jit
@@ -96,15 +103,22 @@ def gain_and_offset(
 
 
 @triton.jit
-def strided_offset(position, size0, size1, stride0, stride1, stride2, DIMENSIONS: tl.constexpr):
-    """Where a position lies in a tensor whose positions take up to three strides, innermost first."""
+def strided_offset(
+    position, size0, size1, stride0, stride1, stride2, DIMENSIONS: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """Where a position lies in a sample whose positions take up to three strides, innermost first."""
+    inner, middle, outer = position, position, position
+    if DIMENSIONS > 1:
+        inner, outer = position % size0, position // size0
+    if DIMENSIONS > 2:
+        middle, outer = outer % size1, outer // size1
+    if WIDE:
+        inner, middle, outer = inner.to(tl.int64), middle.to(tl.int64), outer.to(tl.int64)
     if DIMENSIONS == 1:
-        return position.to(tl.int64) * stride0
-    inner, outer = position % size0, position // size0
+        return inner * stride0
     if DIMENSIONS == 2:
-        return inner.to(tl.int64) * stride0 + outer.to(tl.int64) * stride1
-    middle, outer = outer % size1, outer // size1
-    return inner.to(tl.int64) * stride0 + middle.to(tl.int64) * stride1 + outer.to(tl.int64) * stride2
+        return inner * stride0 + outer * stride1
+    return inner * stride0 + middle * stride1 + outer * stride2
 
 
 @triton.jit
@@ -112,12 +126,14 @@ def load_centred_and_dz(
     x, dy, channel, position, inside, mean, slope, offset,  # mean, rstd gain, offset: [channels]
     channel_stride, position_stride,
     dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2,
-    DIMENSIONS: tl.constexpr, SILU: tl.constexpr,
+    DIMENSIONS: tl.constexpr, WIDE: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """x - mean and dz of a tile, [channels, positions]; dz is 0 outside."""
-    at = tile_offset(channel, position, channel_stride, position_stride)
-    dy_position = strided_offset(position, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2, DIMENSIONS)
-    dy_at = channel.to(tl.int64)[:, None] * dy_channel_stride + dy_position[None, :]
+    at = tile_offset(channel, position, channel_stride, position_stride, WIDE)
+    dy_position = strided_offset(
+        position, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2, DIMENSIONS, WIDE
+    )
+    dy_at = tile_offset(channel, dy_position, dy_channel_stride, 1, WIDE)
     centred = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - mean[:, None]
     dz = tl.load(dy + dy_at, mask=inside, other=0.0).to(tl.float32)
     if SILU:

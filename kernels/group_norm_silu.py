@@ -1,9 +1,10 @@
 """y = act((x - mean) rstd weight (1 + scale) + bias (1 + scale) + shift), mean and rstd over a sample's group
 
 Group norm, an optional scale and shift per sample (FiLM) and SiLU: one kernel where a group's slab fits into
-the registers of a program (1 read and 1 write of x), two where it does not (2 reads, the second from L2 where
-the tensor fits into it). A variance is a sum of squares about the mean, never E[x^2] - E[x]^2, and every sum
-is of x minus the slab's first element: a mean of 1e3 with sigma 1 costs no accuracy.
+the registers of a program (1 read and 1 write, 4 bytes an element in bfloat16), two where it does not (2
+reads, the second from L2 where the tensor fits into it). A variance is a sum of squares about the mean, never
+E[x^2] - E[x]^2, and every sum is of x minus the slab's first element: a mean of 1e3 with sigma 1 costs no
+accuracy.
 
 The op runs in the dtype of x, also under autocast; the maths is float32, rounded once. Its gradient is in
 group_norm_silu_backward.py. What a program covers is decided in _norm_plan.py, where the nouns are explained.
@@ -31,6 +32,7 @@ def _resident_kernel(
     eps, scale_stride, shift_stride,
     groups, channels, positions,  # G, C, P
     sample_stride, y_sample_stride, channel_stride, position_stride,
+    WIDE: tl.constexpr,
     WIDTH: tl.constexpr,  # D = C / G
     GROUPS: tl.constexpr,  # that a program covers
     CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,  # of a tile
@@ -58,7 +60,7 @@ def _resident_kernel(
         channel = tile // POSITION_TILES * CHANNELS + row
         position = tile % POSITION_TILES * POSITIONS + column
         inside = inside_tile(channel, GROUPS * WIDTH, first_channel, channels, position, positions, EXACT)
-        at = tile_offset(channel, position, channel_stride, position_stride)
+        at = tile_offset(channel, position, channel_stride, position_stride, WIDE)
         value = tl.load(x + at, mask=inside, other=pivot[:, None])
         total += value.to(tl.float32) - pivot.to(tl.float32)[:, None]
         tiles += (value,)
@@ -92,7 +94,7 @@ def _resident_kernel(
         z += (offset - mean * slope)[:, None]
         if SILU:
             z = silu(z)
-        at = tile_offset(channel, position, channel_stride, position_stride)
+        at = tile_offset(channel, position, channel_stride, position_stride, WIDE)
         tl.store(y + at, z.to(y.dtype.element_ty), mask=inside)
 
 
@@ -104,8 +106,8 @@ def _moments_kernel(
     x, partial,  # [N, C, P], [3, N, G, chunks]: count, mean less the pivot, sum of squares about the mean
     groups, channels, positions, sample_stride, channel_stride, position_stride,
     slabs, chunks, tiles_each,  # N G, and how the tiles of a slab are shared out
-    WIDTH: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
-    CHANNEL_TILES: tl.constexpr, EXACT: tl.constexpr,
+    WIDE: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
+    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, CHANNEL_TILES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """A program takes the moments of one chunk of its groups' slabs."""
     blocks = tl.cdiv(groups, GROUPS)
@@ -132,7 +134,7 @@ def _moments_kernel(
         channel = first_row + row
         position = first_position + column
         inside = inside_tile(channel, GROUPS * WIDTH, first_channel, channels, position, positions, EXACT)
-        at = tile_offset(channel, position, channel_stride, position_stride)
+        at = tile_offset(channel, position, channel_stride, position_stride, WIDE)
         value = tl.load(x + at, mask=inside, other=pivot[:, None]).to(tl.float32)
         value -= pivot.to(tl.float32)[:, None]
         if GROUPS == 1:
@@ -159,9 +161,9 @@ def _apply_kernel(
     weight, bias, scale, shift, eps, scale_stride, shift_stride,
     groups, channels, positions, sample_stride, y_sample_stride, channel_stride, position_stride,
     slabs, chunks, tiles_each,
-    WIDTH: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
-    CHANNEL_TILES: tl.constexpr, EXACT: tl.constexpr, SILU: tl.constexpr,
-    MOST_CHUNKS: tl.constexpr,
+    WIDE: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
+    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, CHANNEL_TILES: tl.constexpr, EXACT: tl.constexpr,
+    SILU: tl.constexpr, MOST_CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """A program merges the moments of its groups and normalises one chunk of their slabs."""
     # Backwards: what the first kernel read last is still in L2.
@@ -214,7 +216,7 @@ def _apply_kernel(
         channel = tile // position_tiles * CHANNELS + row
         position = tile % position_tiles * POSITIONS + column
         inside = inside_tile(channel, GROUPS * WIDTH, first_channel, channels, position, positions, EXACT)
-        at = tile_offset(channel, position, channel_stride, position_stride)
+        at = tile_offset(channel, position, channel_stride, position_stride, WIDE)
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         gain, offset = gain_and_offset(
             weight, bias, scale, shift, scale_stride, shift_stride, sample, first_channel + channel,
@@ -261,7 +263,8 @@ def _forward(
         if tiles is not None:
             _resident_kernel[(samples * plan.divide_up(num_groups, tiles.groups),)](
                 source.tensor, y, mean, rstd, *affine, *sizes, *strides,
-                WIDTH=width, GROUPS=tiles.groups, CHANNELS=tiles.channels, POSITIONS=tiles.positions,
+                WIDE=source.wide, WIDTH=width, GROUPS=tiles.groups,
+                CHANNELS=tiles.channels, POSITIONS=tiles.positions,
                 CHANNEL_TILES=tiles.channel_tiles, POSITION_TILES=tiles.position_tiles, EXACT=tiles.exact,
                 SILU=silu, num_warps=tiles.warps,
             )  # fmt: skip
@@ -273,7 +276,8 @@ def _forward(
         slabs = samples * num_groups
         partial = mean.new_empty((3, slabs, chunks))
         constants = dict(
-            WIDTH=width, GROUPS=tiles.groups, CHANNELS=tiles.channels, POSITIONS=tiles.positions,
+            WIDE=source.wide, WIDTH=width, GROUPS=tiles.groups,
+            CHANNELS=tiles.channels, POSITIONS=tiles.positions,
             CHANNEL_TILES=tiles.channel_tiles, EXACT=tiles.exact, num_warps=tiles.warps,
         )  # fmt: skip
         _moments_kernel[(blocks * chunks,)](

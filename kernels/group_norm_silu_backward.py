@@ -7,6 +7,10 @@ two sums per sample and channel over the positions, S1 = sum dz and S2 = sum dz 
 
 Only x, mean and rstd are kept from the forward pass; the activation is computed again. Every sum has one
 writer and one order: no atomics, the same bits every time. dy is read where it lies, whatever its strides.
+
+Bytes per element in bfloat16: 6. A program that does not hold its slab in registers reads 4 of them a second
+time, from L1 or L2; a slab that is cut in chunks from L2 or memory. Launches: 1, or 2 with chunks, and 1 for
+the gradients of parameters.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from torch import Tensor
 from . import _norm_plan as plan
 from ._norm_backward_chunks import input_gradient_kernel, sums_kernel
 from ._norm_backward_whole import looped_backward_kernel, resident_backward_kernel
-from ._op import define
+from ._op import define, differentiate
 
 # ---------------------------------------------------------------------------------------- parameter gradients
 
@@ -125,7 +129,9 @@ def _input_gradient(dy, x, mean, rstd, dx, sums, weight, bias, scale, shift, sil
     sizes = (samples, groups, channels, source.positions)
     strides = (source.sample_stride, dx.stride(0), source.channel_stride, source.position_stride)
     dy_strides = (dy.stride(0), dy.stride(1), size0, size1, stride0, stride1, stride2)
-    constants = dict(DIMENSIONS=len(dimensions), WIDTH=width, SILU=silu)
+    dy_reach = sum((size - 1) * stride for size, stride in zip(dy.shape[1:], dy.stride()[1:], strict=True))
+    wide = source.wide or dy_reach >= 2**31
+    constants = dict(DIMENSIONS=len(dimensions), WIDE=wide, WIDTH=width, SILU=silu)
 
     kernel, tiles = resident_backward_kernel, None
     if not transposed:
@@ -186,3 +192,10 @@ group_norm_silu_backward = define(
     run=_backward,
     fake=_backward_fake,
 )
+
+
+def _no_second_derivative(ctx, *grads):
+    raise NotImplementedError('group_norm_silu: the kernel has no second derivative; use impl="reference"')
+
+
+differentiate(group_norm_silu_backward, save=lambda ctx, inputs, output: None, backward=_no_second_derivative)

@@ -48,6 +48,7 @@ def path(plan, monkeypatch):
         monkeypatch.setattr(plan, "PROGRAMS_PER_PROCESSOR", 8)
         monkeypatch.setattr(plan, "processors", lambda device: 1)
         monkeypatch.setattr(plan, "LOOPED_BYTES", 1 << 30 if name == "looped" else 0)
+        monkeypatch.setattr(plan.View, "wide", name == "chunks")
 
     yield choose
     for cache in caches:
@@ -208,6 +209,50 @@ def test_film_and_x_are_read_in_place(kernel_device):
     expected = functional.group_norm_silu(x, 2, scale=scale, shift=shift, impl="reference")
     assert actual.is_contiguous() and not scale.is_contiguous()
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_any_shape_and_strides(path, kernel_device):
+    # Catches: what the cases above did not think of.
+    hypothesis = pytest.importorskip("hypothesis")
+    numbers = hypothesis.strategies
+
+    @hypothesis.settings(
+        max_examples=3 if kernel_device == "cpu" else 200, deadline=None, database=None,
+        phases=[hypothesis.Phase.generate],
+    )  # fmt: skip
+    @hypothesis.given(
+        samples=numbers.integers(1, 2), groups=numbers.integers(1, 2), width=numbers.integers(1, 7),
+        sides=numbers.lists(numbers.integers(1, 4), max_size=3), data=numbers.data(),
+    )  # fmt: skip
+    def check(samples, groups, width, sides, data):
+        hypothesis.assume(width * math.prod(sides) >= 4)
+        path(data.draw(numbers.sampled_from(["resident", "looped", "chunks"])))
+        shape = (samples, groups * width, *sides)
+        inputs = make(shape, kernel_device)
+        x = inputs["x"]
+        dy = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(kernel_device)
+        order = [0, *data.draw(numbers.permutations(range(1, len(shape))))]
+        inverse = sorted(range(len(shape)), key=order.__getitem__)
+        x = x.permute(order).contiguous().permute(inverse)
+        order = data.draw(numbers.permutations(range(len(shape))))
+        inverse = sorted(range(len(shape)), key=order.__getitem__)
+        dy = dy.permute(order).contiguous().permute(inverse)
+        results = (step(x, groups, inputs, dy, impl) for impl in ("fused", "reference"))
+        for actual, expected in zip(*results, strict=True):
+            assert actual.stride() == expected.stride() or actual.numel() < 2 or 1 in shape
+            # Few elements that happen to be nearly equal leave few digits of their differences.
+            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+    check()
+
+
+def test_no_second_derivative(kernel_device):
+    # Catches: a second derivative that is silently zero.
+    x = make((1, 2, 2, 2), kernel_device)["x"].requires_grad_()
+    y = functional.group_norm_silu(x, 2, impl="fused").sum()
+    (dx,) = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(dx.sum(), x)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 4, 0)])
