@@ -17,6 +17,8 @@ import triton.language as tl
 # B200, RTX 5090). A wrong number costs a part of a wave, never a result.
 _MULTIPROCESSORS = {(8, 0): 108, (8, 6): 84, (8, 9): 128, (9, 0): 132, (10, 0): 148, (12, 0): 170}
 
+SMALL = ((8, 6), (8, 9), (12, 0))  # 99 KiB of shared memory for a program; the others have 163 and more
+
 # Arguments that may vary without another compilation: Triton would have one kernel for sizes that 16
 # divides and another for 1.
 VARYING = ["heads", "queries", "keys", "image_keys", "parts", "size"]
@@ -119,10 +121,10 @@ def key_parts(keys: int) -> tuple[int, int]:
 def is_resident(keys: int, image_keys: int | None, width: int, itemsize: int) -> bool:
     """Whether the forward kernel holds all keys on chip at once (the short form).
 
-    Keys and values take at most 2 x 32 KiB, what the least shared memory (99 KiB: sm_86, sm_89, sm_120) holds
-    beside the tiles of the queries; with more than 128 keys the scores of 64 queries fill the registers.
+    128 keys and values of D = 128 take 64 of the 99 KiB of shared memory that the smaller GPUs have; with
+    more keys the scores of 64 queries fill the registers. Float32, multiplied in three parts, does not fit.
     """
-    return not image_keys and keys <= 128 and sum(key_parts(keys)) * padded(width) * itemsize <= 32768
+    return not image_keys and keys <= 128 and itemsize == 2
 
 
 def is_recomputed(keys: int, image_keys: int | None, width: int, itemsize: int) -> bool:

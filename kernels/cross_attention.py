@@ -3,7 +3,7 @@
 q [B, H, T, D]; keys and values [B, H, S, D] of a context, optionally with a mask [B, S], and optionally
 [B, H, T2, D] of the image itself: two pairs of pointers in place of a concatenation. Any strides. Two forms:
 
-- short: a context alone of at most 128 keys (cross-attention). All keys and values stay on chip, the softmax
+- short: a context alone of at most 128 keys (cross-attention), 16 bits. All of it stays on chip, the softmax
   is one pass, and up to D = 64 nothing is saved for the backward pass. A program walks over query tiles, so
   the context is fetched once per program. Bytes: q and out once. B16 H10 T4096 S77 D64, bfloat16: 168 + 3 MB.
 - long: everything else. An online softmax over the context's keys, then over the image's. It saves
@@ -156,23 +156,27 @@ def _long_forward_kernel(
 def _launch_config(
     short: bool, queries: int, keys: int, width: int, itemsize: int, capability: tuple[int, int]
 ) -> dict[str, int]:
-    """Tile sizes, warps and stages, by the registers and the shared memory that tests/aot.py reads."""
+    """Tile sizes, warps and stages, by the registers and the shared memory that tests/aot.py reads.
+
+    Warps take 16 queries each: more of them than BLOCK_T / 16 would repeat each other's work.
+    """
     block_d = _attention.padded(width)
     wide = block_d > 64
     config = {"WIDTH": width, "BLOCK_D": block_d, "num_stages": 2}
     if short:
         keys_0, keys_1 = _attention.key_parts(keys)
         config |= {"KEYS_0": keys_0, "KEYS_1": keys_1}
-        # Bound by memory: small programs, three to a multiprocessor (137 registers for 64 + 16 keys, sm_90).
-        rows, warps = (32, 4) if itemsize == 4 else (64, 8 if wide else 4)
-    elif itemsize == 4:
-        config["BLOCK_S"] = 32  # float32 products keep their operands in registers
-        rows, warps = 32, 4
+        # Bound by memory: small programs, three to a multiprocessor (138 registers for 64 + 16 keys, sm_90).
+        # D > 64 needs the registers of 8 warps, and 99 KiB of shared memory do not hold 128 of its queries.
+        rows, warps = (64, 4) if not wide else (64 if capability in _attention.SMALL else 128, 8)
+    elif itemsize == 4:  # three products in the place of one: three times the operands
+        config["BLOCK_S"] = 16 if wide else 32
+        rows, warps = 32 if wide else 64, 2 if wide else 4
     else:
         # Each program reads all keys: large tiles halve that traffic, small ones fill the GPU where the image
         # is small (16x16 tokens and less).
         config["BLOCK_S"] = 64
-        rows, warps = (128, 8) if queries > 256 else (64, 4)
+        rows, warps = (128, 8) if queries > 256 or wide else (64, 4)
     return config | {"BLOCK_T": rows, "num_warps": warps}
 
 

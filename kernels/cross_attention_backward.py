@@ -1,9 +1,9 @@
 """With P = softmax(scale q k^T) and g = d out:  dV = P^T g,  dP = g v^T,  dS = P (dP - delta),
 delta = sum_keys(P dP) = sum_columns(out g),  dQ = scale dS k,  dK = scale dS^T q.
 
-Short contexts (at most 128 keys of D 64): one kernel. P is recomputed whole, so delta is a sum over registers
-(no saved statistics, no pass over out), dQ is stored once, and dK and dV stay in registers while a program
-walks over query tiles. Bytes: q, g and dQ once, 6 T D per head in 16 bits.
+Short contexts (at most 128 keys, D <= 64, 16 bits): one kernel. P is recomputed whole, so delta is a sum over
+registers (no saved statistics, no pass over out), dQ is stored once, and dK and dV stay in registers while a
+program walks over query tiles. Bytes: q, g and dQ once, 6 T D per head.
 
 All else: one kernel for dQ (and delta), one per key pair for dK and dV, from the saved log-sum-exp.
 
@@ -250,18 +250,26 @@ def _launch_config(
 ) -> dict[str, int]:
     """Of the kernels "short", "queries" and "keys", by the registers that tests/aot.py reads."""
     block_d = _attention.padded(width)
+    wide = block_d > 64
     config = {"WIDTH": width, "BLOCK_D": block_d, "num_stages": 2}
     if kernel == "short":
         keys_0, keys_1 = _attention.key_parts(keys)
-        # One program of 8 warps has a multiprocessor's registers to itself. 64 queries fit into them on sm_90
-        # up to 64 + 16 keys (247 of 255 registers; 64 + 32 keys spill), on sm_100, whose sums are not in
-        # registers, always, and with mma.sync never.
-        major = capability[0]
-        large = block_d == 64 and itemsize == 2 and (major == 10 or major == 9 and keys_0 + keys_1 <= 80)
-        return config | {"KEYS_0": keys_0, "KEYS_1": keys_1, "BLOCK_T": 64 if large else 32, "num_warps": 8}
-    block = 32 if itemsize == 4 else 64  # float32 products keep their operands in registers
-    warps = 8 if kernel == "keys" and block_d > 64 else 4
-    return config | {"BLOCK_T": block, "BLOCK_S": block, "num_warps": warps}
+        # One program of 8 warps has a multiprocessor's registers to itself. wgmma wants 16 queries a warp,
+        # which 231 registers (64 + 16 keys) and 245 (64 + 32) hold. With 128 keys, and with mma.sync, more
+        # than 32 queries spill; with D = 32, whose products divide badly among warps, more than 16. On
+        # sm_100, where the sums are not in registers, 128 queries spill and 64 do not.
+        rows = 16
+        if block_d == 64:
+            rows = {9: 128 if keys_0 + keys_1 <= 96 else 32, 10: 64}.get(capability[0], 32)
+        return config | {"KEYS_0": keys_0, "KEYS_1": keys_1, "BLOCK_T": rows, "num_warps": 8}
+    if itemsize == 4:  # three products in the place of one: three times the operands
+        rows, keys_of_tile = (64, 32) if kernel == "queries" else (32, 64)
+        if wide:
+            rows, keys_of_tile = rows // 2, keys_of_tile // 2
+            config["num_stages"] = 1
+        return config | {"BLOCK_T": rows, "BLOCK_S": keys_of_tile, "num_warps": 2 if wide else 4}
+    # 64 x 64 of D = 128: dK and dV fill the registers of 8 warps.
+    return config | {"BLOCK_T": 64, "BLOCK_S": 64, "num_warps": 8 if wide and kernel == "keys" else 4}
 
 
 def _key_gradients(k: Tensor, parts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -16,18 +16,34 @@ from dalle2_fast import functional
 
 pytest.importorskip("triton")
 
-DTYPES = [torch.float32, torch.float16]
-# B, H, T, S, T2 (0: no image keys), D: each head width once, both forms, partial tiles, one key, 300 keys.
+DTYPES = [(torch.float32, False), (torch.float32, True), (torch.float16, True), (torch.bfloat16, True)]
+# B, H, T, S, T2 (0: no image keys), D: each head width, both forms, partial tiles. A mask takes all keys from
+# the last of the batch.
 SHAPES = [
-    (2, 1, 70, 13, 0, 32),
-    (1, 1, 66, 77, 0, 64),
+    (2, 1, 40, 13, 0, 32),
+    (2, 1, 130, 77, 0, 64),
     (2, 1, 17, 81, 0, 80),
-    (1, 1, 5, 1, 0, 104),
-    (1, 1, 9, 128, 0, 128),
+    (2, 1, 5, 6, 0, 104),
+    (2, 1, 9, 128, 0, 128),
     (1, 2, 33, 40, 33, 96),
     (1, 1, 65, 81, 70, 32),
-    (1, 1, 7, 300, 0, 64),
+    (2, 1, 7, 300, 0, 64),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_form_in_float32(kernel_device):
+    """Low precision hides small errors of a formula. The short form has no float32 for want of registers, of
+    which the interpreter has enough; image keys and long contexts still take the long form."""
+    from dalle2_fast.kernels import _attention
+
+    def is_resident(keys, image_keys, width, itemsize):
+        return not image_keys and keys <= 128
+
+    with pytest.MonkeyPatch.context() as patch:
+        if kernel_device == "cpu":
+            patch.setattr(_attention, "is_resident", is_resident)
+        yield
 
 
 def fused(**inputs):
@@ -44,8 +60,7 @@ def compare(inputs, dtype, device, function=fused, plain=formula):
     return actual
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype, masked", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_is_close_to_truth(shape, masked, dtype, kernel_device):
     # Catches: a wrong formula, a partial tile that counts, a mask laid on the image keys, columns past D.
@@ -135,6 +150,18 @@ def test_scores_far_from_zero(keys, kernel_device):
         assert bool(q.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("width", [32, 104])
+def test_one_key(width, kernel_device):
+    inputs = {name: x.to(kernel_device).requires_grad_() for name, x in make(1, 2, 5, 1, 0, width).items()}
+    out = fused(**inputs)
+    torch.testing.assert_close(out, inputs["context_v"].expand_as(out))
+    grad = torch.randn_like(out)
+    dq, dk, dv = torch.autograd.grad(out, list(inputs.values()), grad)
+    torch.testing.assert_close(dv, grad.sum(2, keepdim=True))
+    for zero in (dq, dk):
+        torch.testing.assert_close(zero, torch.zeros_like(zero), rtol=0, atol=2e-5)
+
+
 def test_nothing_to_attend_to(kernel_device):
     q = torch.randn(2, 2, 3, 32, device=kernel_device, requires_grad=True)
     none = torch.zeros(2, 2, 0, 32, device=kernel_device, requires_grad=True)
@@ -201,8 +228,9 @@ def test_registration(image_keys, kernel_device):
 
 def test_compiles_whole_and_takes_another_batch(kernel_device):
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
-    for batch in (1, 2, 3):
-        inputs = {name: x.to(kernel_device) for name, x in make(batch, 1, 5, 4, 5, 32, masked=True).items()}
+    for batch in (1, 2):
+        inputs = make(batch, 1, 5, 4, 5, 32, masked=True)
+        inputs = {name: x.to(kernel_device) for name, x in inputs.items()}
         expected, actual = (outputs_and_gradients(f, inputs, torch.float32) for f in (fused, compiled))
         for name in expected:
             torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=0)
@@ -215,9 +243,9 @@ def test_head_width_too_large_for_the_kernel(kernel_device):
     assert functional.cross_attention(q, q, q).shape == q.shape
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
-    sizes=st.tuples(*(st.integers(1, n) for n in (2, 2, 70, 90))),
+    sizes=st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 40), st.integers(2, 90)),
     image_keys=st.sampled_from([0, 0, 1, 21]),
     width=st.sampled_from([8, 16, 20]),
     layout=st.permutations([0, 1, 2, 3]),
@@ -225,6 +253,8 @@ def test_head_width_too_large_for_the_kernel(kernel_device):
 )
 def test_any_shape_and_layout(kernel_device, sizes, image_keys, width, layout, masked):
     inputs = make(*sizes, image_keys, width, masked=masked)
+    if masked:  # with one key, dq is 0 and what is computed is rounding: see test_one_key
+        inputs["context_mask"][:-1, :2] = True
     back = [layout.index(axis) for axis in range(4)]
     for name, x in inputs.items():
         if x.dim() == 4:
