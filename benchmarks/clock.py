@@ -1,0 +1,140 @@
+"""First right, then fast: the check of an implementation of a case, and its time on a GPU.
+
+A time is the median of replays of a CUDA graph that runs the implementation on several sets of inputs in
+turn, together larger than the L2 cache, so that no call finds its inputs there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from cases import Case, Inputs
+from torch import Tensor
+from truth import assert_close_to_truth
+
+CACHES = 4  # the sets of inputs together exceed the L2 cache by this factor
+GRAPH_SECONDS = 4e-3  # a replay lasts at least this long: launching it (tens of us) is then under 1 %
+RIVAL_ERROR = 0.05  # a rival has to compute the same formula, not to be as accurate
+
+
+class NotTimed(Exception):
+    """Why there is no time."""
+
+
+def results_of(case: Case, function: Callable, inputs: Inputs) -> dict[str, Tensor]:
+    """{"output 0": ..., "d x": ...}: what the case computes."""
+    inputs, grad = prepare(case, inputs)
+    outputs = function(**inputs)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    results = {f"output {index}": output.detach() for index, output in enumerate(outputs)}
+    if case.backward:
+        gradients = torch.autograd.grad(outputs[0], [inputs[name] for name in case.backward], grad)
+        results |= {f"d {name}": one for name, one in zip(case.backward, gradients, strict=True)}
+    return results
+
+
+def prepare(case: Case, inputs: Inputs) -> tuple[dict, Tensor | None]:
+    inputs = dict(inputs)
+    grad = inputs.pop("grad", None)
+    for name in case.backward:
+        inputs[name] = inputs[name].detach().requires_grad_()
+    return inputs, grad
+
+
+def ours(case: Case, impl: str) -> Callable:
+    return lambda **inputs: case.ours(impl, **inputs)
+
+
+def check(case: Case, name: str, function: Callable, inputs: Inputs) -> None:
+    """Raises AssertionError where an implementation disagrees with the reference in float64."""
+    wide = {key: value.double() if _is_floating(value) else value for key, value in inputs.items()}
+    truth = results_of(case, ours(case, "reference"), wide)
+    actual = results_of(case, function, inputs)
+    if name == "ours":
+        assert_close_to_truth(actual, results_of(case, ours(case, "reference"), inputs), truth)
+        return
+    skipped = [] if case.checked is None else [
+        key for key in truth if key.startswith("output") and int(key.split()[1]) not in case.checked
+    ]  # fmt: skip
+    for key in truth.keys() - skipped:
+        error = (actual[key].double() - truth[key]).norm() / truth[key].norm()
+        assert error < RIVAL_ERROR, f"{name}: {key} is off by {error:.1%}: not the same formula"
+
+
+def _is_floating(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def input_sets(case: Case, first: Inputs) -> list[Inputs]:
+    size = sum(value.numel() * value.element_size() for value in first.values() if value is not None)
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    copies = 1 if case.wall else max(2, -(-CACHES * cache // size))
+    clones = ({key: None if value is None else value.clone() for key, value in first.items()}
+              for _ in range(copies - 1))  # fmt: skip
+    return [first, *clones]
+
+
+def replayable(case: Case, function: Callable, inputs: Inputs) -> tuple[Callable[[], None], int]:
+    """(what one round of the clock runs, up to the end of its work on the GPU; how many calls that is)."""
+    sets = [prepare(case, one) for one in input_sets(case, inputs)]
+    stream = torch.cuda.Stream()  # the backward pass runs on the stream of its forward pass: all on this one
+    with torch.cuda.stream(stream):
+        jobs = [_job(case, function, *one) for one in sets]
+        for job in jobs[:1] * 3 + jobs:
+            job()
+        stream.synchronize()
+    if case.wall:
+        return lambda: ([jobs[0]() for _ in range(50)], torch.cuda.synchronize()), 50
+    repeats = 1
+    while True:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                for _ in range(repeats):
+                    for job in jobs:
+                        job()
+        except RuntimeError as error:
+            raise NotTimed(f"cannot be captured in a CUDA graph: {error}") from error
+        graph.replay()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        seconds = start.elapsed_time(end) * 1e-3
+        if seconds >= GRAPH_SECONDS:
+            return functools.partial(_replay, graph), repeats * len(jobs)
+        repeats *= max(2, int(1.2 * GRAPH_SECONDS / max(seconds, 1e-6)))
+
+
+def _replay(graph: torch.cuda.CUDAGraph) -> None:
+    graph.replay()
+    torch.cuda.synchronize()
+
+
+def _job(case: Case, function: Callable, inputs: dict, grad: Tensor | None) -> Callable[[], object]:
+    """What is timed: the call, its gradient, or both."""
+    leaves = [inputs[name] for name in case.backward]
+    if not case.backward:
+        return torch.no_grad()(lambda: function(**inputs))
+    if case.with_forward:
+        return lambda: torch.autograd.grad(function(**inputs), leaves, grad)
+    output = function(**inputs)
+    return lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True)
+
+
+def copy_ceiling() -> float:
+    """Bytes per second, read and written, of the device's own copy of 1 GB."""
+    source = torch.empty(2**29, dtype=torch.uint8, device="cuda")
+    target, times = torch.empty_like(source), []
+    for _ in range(20):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3)
+    return 2 * source.numel() / sorted(times)[len(times) // 2]
