@@ -268,3 +268,10 @@ def _differentiate(ctx, grad, grad_lse):
 
 
 differentiate(cross_attention, save=_save, backward=_differentiate)
+
+
+def _no_second_derivative(ctx, *grads):
+    raise NotImplementedError('cross_attention: the kernel has no second derivative; use impl="reference"')
+
+
+differentiate(_backward, save=lambda ctx, inputs, output: None, backward=_no_second_derivative)

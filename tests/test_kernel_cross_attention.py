@@ -236,6 +236,14 @@ def test_compiles_whole_and_takes_another_batch(kernel_device):
             torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=0)
 
 
+def test_there_is_no_second_derivative(kernel_device):
+    # Catches: a gradient of a gradient that is silently zero.
+    q = torch.randn(1, 1, 2, 16, device=kernel_device, requires_grad=True)
+    (gradient,) = torch.autograd.grad(fused(q=q, context_k=q, context_v=q).sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        gradient.sum().backward()
+
+
 def test_head_width_too_large_for_the_kernel(kernel_device):
     q = torch.zeros(1, 1, 2, 160, device=kernel_device)
     with pytest.raises(ValueError, match=r'q: expected a head width D <= 128 with impl="fused", got 160'):
