@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from . import _norm_plan as plan
-from ._tile import gain_and_offset, inside_tile, load_centred_and_dz, over_group, tile_offset
+from ._tile import gain_and_offset, inside_block, inside_tile, load_centred_and_dz, over_group, tile_offset
 
 
 @triton.jit(do_not_specialize=plan.VARYING)
@@ -122,7 +122,7 @@ def input_gradient_kernel(
     for tile in range(chunk * tiles_each, last_tile):
         channel = tile // position_tiles * CHANNELS + row
         position = tile % position_tiles * POSITIONS + column
-        exists = (channel < GROUPS * WIDTH) & (first_channel + channel < channels)
+        exists = inside_block(channel, GROUPS * WIDTH, first_channel, channels, EXACT)
         gain, offset = gain_and_offset(
             weight, bias, scale, shift, scale_stride, shift_stride, sample, first_channel + channel, exists
         )

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from . import _norm_plan as plan
-from ._tile import gain_and_offset, inside_tile, load_centred_and_dz, over_group, tile_offset
+from ._tile import gain_and_offset, inside_block, inside_tile, load_centred_and_dz, over_group, tile_offset
 
 # ---------------------------------------------------------------------------------------------- the slab fits
 
@@ -46,7 +46,7 @@ def resident_backward_kernel(
     mean2 = tl.zeros([CHANNELS], tl.float32)
     for channel_tile in tl.static_range(CHANNEL_TILES):
         channel = channel_tile * CHANNELS + row
-        exists = (channel < GROUPS * WIDTH) & (first_channel + channel < channels)
+        exists = inside_block(channel, GROUPS * WIDTH, first_channel, channels, EXACT)
         gain, offset = gain_and_offset(
             weight, bias, scale, shift, scale_stride, shift_stride, sample, first_channel + channel, exists
         )
@@ -120,7 +120,7 @@ def looped_backward_kernel(
     mean2 = tl.zeros([CHANNELS], tl.float32)
     for channel_tile in range(CHANNEL_TILES):
         channel = channel_tile * CHANNELS + row
-        exists = (channel < GROUPS * WIDTH) & (first_channel + channel < channels)
+        exists = inside_block(channel, GROUPS * WIDTH, first_channel, channels, EXACT)
         gain, offset = gain_and_offset(
             weight, bias, scale, shift, scale_stride, shift_stride, sample, first_channel + channel, exists
         )
@@ -151,7 +151,7 @@ def looped_backward_kernel(
         tile = CHANNEL_TILES * POSITION_TILES - 1 - done
         channel = tile // POSITION_TILES * CHANNELS + row
         position = tile % POSITION_TILES * POSITIONS + column
-        exists = (channel < GROUPS * WIDTH) & (first_channel + channel < channels)
+        exists = inside_block(channel, GROUPS * WIDTH, first_channel, channels, EXACT)
         gain, offset = gain_and_offset(
             weight, bias, scale, shift, scale_stride, shift_stride, sample, first_channel + channel, exists
         )

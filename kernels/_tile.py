@@ -61,11 +61,19 @@ def tile_offset(channel, position, channel_stride, position_stride, WIDE: tl.con
 
 
 @triton.jit
-def inside_tile(channel, block_channels, first_channel, channels, position, positions, EXACT: tl.constexpr):
-    """[channels, positions] of a tile: which elements exist. `channel` counts from the block's first."""
+def inside_block(channel, block_channels, first_channel, channels, EXACT: tl.constexpr):
+    """Which channels of a tile exist. `channel` counts from the first of the block."""
     if EXACT:  # a constant, which the compiler folds away
+        return tl.full(channel.shape, 1, tl.int1)
+    return (channel < block_channels) & (first_channel + channel < channels)
+
+
+@triton.jit
+def inside_tile(channel, block_channels, first_channel, channels, position, positions, EXACT: tl.constexpr):
+    """[channels, positions] of a tile: which elements exist."""
+    if EXACT:
         return tl.full([channel.shape[0], position.shape[0]], 1, tl.int1)
-    exists = (channel < block_channels) & (first_channel + channel < channels)
+    exists = inside_block(channel, block_channels, first_channel, channels, EXACT)
     return exists[:, None] & (position < positions)[None, :]
 
 

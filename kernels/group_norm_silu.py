@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import _norm_plan as plan
 from ._op import define, differentiate
-from ._tile import gain_and_offset, inside_tile, merge_moments, over_group, silu, tile_offset
+from ._tile import gain_and_offset, inside_block, inside_tile, merge_moments, over_group, silu, tile_offset
 from .group_norm_silu_backward import group_norm_silu_backward
 
 # ---------------------------------------------------------------------------------------------- the slab fits
@@ -87,7 +87,7 @@ def _resident_kernel(
         inside = inside_tile(channel, GROUPS * WIDTH, first_channel, channels, position, positions, EXACT)
         gain, offset = gain_and_offset(
             weight, bias, scale, shift, scale_stride, shift_stride, sample, first_channel + channel,
-            (channel < GROUPS * WIDTH) & (first_channel + channel < channels),
+            inside_block(channel, GROUPS * WIDTH, first_channel, channels, EXACT),
         )  # fmt: skip
         slope = rstd * gain
         z = (tiles[tile].to(tl.float32) - pivot.to(tl.float32)[:, None]) * slope[:, None]
@@ -220,7 +220,7 @@ def _apply_kernel(
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         gain, offset = gain_and_offset(
             weight, bias, scale, shift, scale_stride, shift_stride, sample, first_channel + channel,
-            (channel < GROUPS * WIDTH) & (first_channel + channel < channels),
+            inside_block(channel, GROUPS * WIDTH, first_channel, channels, EXACT),
         )  # fmt: skip
         slope = rstd * gain
         z = (value - pivot.to(tl.float32)[:, None]) * slope[:, None] + (offset - mean * slope)[:, None]
