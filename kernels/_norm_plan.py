@@ -115,8 +115,11 @@ def _row_tiles(width: int, count: int, length: int, lanes: int, warps: int) -> T
 # -------------------------------------------------------------------------- channels adjacent (channels_last)
 
 
-def _column_groups(width: int, count: int, itemsize: int, most_channels: int) -> int:
-    """How many groups a program takes, so that it reads whole sectors in wide vectors with few idle lanes."""
+def _column_groups(width: int, count: int, itemsize: int, most_channels: int, several: float = 0.0) -> int:
+    """How many groups a program takes, so that it reads whole sectors in wide vectors with few idle lanes.
+
+    several: what it costs, in reads of the tensor, that sums over several groups take more barriers than one.
+    """
     best, least = 1, None
     for groups in range(1, count + 1):
         covered = groups * width
@@ -128,7 +131,7 @@ def _column_groups(width: int, count: int, itemsize: int, most_channels: int) ->
         sectors = (run + SECTOR - aligned) / run
         idle = channels * divide_up(count, groups) / (width * count)
         vector = min(math.gcd(aligned, 16), 16)
-        cost = sectors + idle + 0.25 * (16 // vector).bit_length()
+        cost = sectors + idle + 0.25 * (16 // vector).bit_length() + (several if groups > 1 else 0.0)
         if least is None or cost < least - 1e-9:
             best, least = groups, cost
     return best
@@ -160,7 +163,8 @@ def resident_tiles(
         warps = _warps(width * length)
         tiles = _row_tiles(width, count, length, 256 * warps, warps)
     else:
-        groups = _column_groups(width, count, itemsize, most_channels=most_lanes // power_of_two(length))
+        most_channels = most_lanes // power_of_two(length)
+        groups = _column_groups(width, count, itemsize, most_channels, several=0.75)
         warps = _warps(power_of_two(groups * width) * power_of_two(length))
         tiles = _column_tiles(width, count, length, groups, 256 * warps, warps)
     if tiles.lanes > most_lanes or tiles.count > RESIDENT_TILES:

@@ -79,10 +79,11 @@ def inside_tile(channel, block_channels, first_channel, channels, position, posi
 
 @triton.jit
 def merge_moments(count, mean, squares, new_count, new_mean, new_squares):
-    """Count, mean and sum of squares about the mean of two sets together (Chan, Golub, LeVeque 1979)."""
+    """Count, mean and sum of squares about the mean of two sets together (Chan, Golub, LeVeque 1979). Either
+    may be empty."""
     together = count + new_count
     difference = new_mean - mean
-    share = new_count / together
+    share = new_count / tl.maximum(together, 1.0)
     squares += new_squares + difference * difference * count * share
     return together, mean + difference * share, squares
 

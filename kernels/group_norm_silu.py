@@ -125,34 +125,35 @@ def _moments_kernel(
 
     position_tiles = tl.cdiv(positions, POSITIONS)
     last_tile = tl.minimum((chunk + 1) * tiles_each, CHANNEL_TILES * position_tiles)
-    count = 0.0
+    # Each row of the tiles has its own moments; it takes barriers to bring the rows of a group together.
+    count = tl.zeros([CHANNELS], tl.float32)
     mean = tl.zeros([CHANNELS], tl.float32)
     squares = tl.zeros([CHANNELS], tl.float32)
     for tile in range(chunk * tiles_each, last_tile):
-        first_row = tile // position_tiles * CHANNELS
+        channel = tile // position_tiles * CHANNELS + row
         first_position = tile % position_tiles * POSITIONS
-        channel = first_row + row
         position = first_position + column
         inside = inside_tile(channel, GROUPS * WIDTH, first_channel, channels, position, positions, EXACT)
         at = tile_offset(channel, position, channel_stride, position_stride, WIDE)
         value = tl.load(x + at, mask=inside, other=pivot[:, None]).to(tl.float32)
         value -= pivot.to(tl.float32)[:, None]
-        if GROUPS == 1:
-            rows = tl.minimum(WIDTH - first_row, CHANNELS)
-        else:
-            rows = WIDTH
-        new_count = rows * 1.0 * tl.minimum(positions - first_position, POSITIONS)
-        new_mean = over_group(tl.sum(value, axis=1), row, WIDTH, GROUPS) / new_count
+        exists = inside_block(channel, GROUPS * WIDTH, first_channel, channels, EXACT)
+        new_count = tl.where(exists, 1.0 * tl.minimum(positions - first_position, POSITIONS), 0.0)
+        new_mean = tl.sum(value, axis=1) / tl.maximum(new_count, 1.0)
         centred = tl.where(inside, value - new_mean[:, None], 0.0)
-        new_squares = over_group(tl.sum(centred * centred, axis=1), row, WIDTH, GROUPS)
+        new_squares = tl.sum(centred * centred, axis=1)
         count, mean, squares = merge_moments(count, mean, squares, new_count, new_mean, new_squares)
 
+    group_count = over_group(count, row, WIDTH, GROUPS)
+    group_mean = over_group(count * mean, row, WIDTH, GROUPS) / tl.maximum(group_count, 1.0)
+    difference = tl.where(count > 0, mean - group_mean, 0.0)
+    group_squares = over_group(squares + count * difference * difference, row, WIDTH, GROUPS)
     slot = (sample * groups + first_group + row // WIDTH) * chunks + chunk
     leads = (row % WIDTH == 0) & (row < GROUPS * WIDTH) & (first_channel + row < channels)
     stride = slabs.to(tl.int64) * chunks
-    tl.store(partial + slot, tl.zeros_like(mean) + count, mask=leads)
-    tl.store(partial + stride + slot, mean, mask=leads)
-    tl.store(partial + 2 * stride + slot, squares, mask=leads)
+    tl.store(partial + slot, group_count, mask=leads)
+    tl.store(partial + stride + slot, group_mean, mask=leads)
+    tl.store(partial + 2 * stride + slot, group_squares, mask=leads)
 
 
 @triton.jit(do_not_specialize=plan.VARYING)
@@ -285,7 +286,7 @@ def _forward(
         )
         _apply_kernel[(blocks * chunks,)](
             source.tensor, y, mean, rstd, partial, *affine, *sizes, *strides, slabs, chunks, each,
-            **constants, SILU=silu, MOST_CHUNKS=plan.MOST_CHUNKS,
+            **constants, SILU=silu, MOST_CHUNKS=min(plan.power_of_two(tiles.count), plan.MOST_CHUNKS),
         )  # fmt: skip
     return y, mean, rstd
 

@@ -151,10 +151,12 @@ def _input_gradient(dy, x, mean, rstd, dx, sums, weight, bias, scale, shift, sil
         return
 
     tiles = plan.chunk_tiles(*shape, plan.SUM_LANES, plan.SUM_WARPS, transposed)
-    merge_channels = tiles.channels if tiles.groups > 1 else min(plan.power_of_two(width), 128)
-    merge_chunks = max(plan.MERGED_VALUES // merge_channels, 1)
     sum_tiles = plan.sum_tiles(
         channels, source.positions, source.channels_adjacent, plan.SUM_LANES, plan.SUM_WARPS, transposed
+    )
+    merge_channels = tiles.channels if tiles.groups > 1 else min(plan.power_of_two(width), 128)
+    merge_chunks = min(
+        plan.power_of_two(sum_tiles.position_tiles), max(plan.MERGED_VALUES // merge_channels, 1)
     )
     sum_blocks = samples * sum_tiles.channel_tiles
     sum_chunks, each = plan.chunks(sum_tiles.position_tiles, sum_blocks, x.device, merge_chunks)
