@@ -20,26 +20,23 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def use_reference(impl: str, *tensors: Tensor | None) -> bool:
-    """Whether an op on `tensors` (the floating ones) runs as its reference; if not, its kernel is loaded.
+def use_reference(impl: str, tensor: Tensor, *others: Tensor | None) -> bool:
+    """Whether an op on these floating tensors, all on one device, runs as its reference; if not, its kernel
+    is loaded. It runs before every op: about 1.5 us.
 
     "auto" asks for CUDA tensors of a supported dtype and GPU, and for Triton. "fused" raises RuntimeError
     where a kernel cannot run; in Triton's interpreter (TRITON_INTERPRET=1) it also takes tensors on the CPU.
     """
     if impl == "auto":
-        for tensor in tensors:
-            if tensor is not None and not (tensor.is_cuda and _obstacle(tensor) is None):
-                return True
-    elif impl == "fused":
-        for tensor in tensors:
-            obstacle = None if tensor is None else _obstacle(tensor)
-            if obstacle is not None:
-                raise RuntimeError(f'impl="fused": {obstacle}; use impl="auto" or "reference"')
-    else:
+        if not tensor.is_cuda:
+            return True
+    elif impl != "fused":
         _check_choice(impl)
         return True
-    _load_kernels()
-    return False
+    obstacle = _dtype_obstacle(tensor, *others) or _device_obstacle(tensor.device)
+    if obstacle is not None and impl == "fused":
+        raise RuntimeError(f'impl="fused": {obstacle}; use impl="auto" or "reference"')
+    return obstacle is not None
 
 
 def only_reference(impl: str, op: str) -> None:
@@ -54,30 +51,44 @@ def _check_choice(impl: str) -> None:
         raise ValueError(f"impl: expected one of {', '.join(map(repr, _CHOICES))}, got {impl!r}")
 
 
-def _obstacle(tensor: Tensor) -> str | None:
-    """Why no kernel can run on this tensor."""
+def _dtype_obstacle(*tensors: Tensor | None) -> str | None:
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in DTYPES:
+            return f"no kernel takes {tensor.dtype} (only float32, float16, bfloat16)"
+    return None
+
+
+_obstacles: dict[torch.device, str | None] = {}  # what _ask answered
+
+
+def _device_obstacle(device: torch.device) -> str | None:
+    """Why no kernel can run on this device. Where one can, the kernels are loaded."""
+    if torch.compiler.is_compiling():  # no look-up that torch.compile would guard and recompile on
+        return _ask(device)
+    if device not in _obstacles:
+        _obstacles[device] = _ask(device)
+    return _obstacles[device]
+
+
+def _ask(device: torch.device) -> str | None:
     if not _HAS_TRITON:
         return "the kernels need the package triton, which is not installed"
-    if tensor.dtype not in DTYPES:
-        return f"no kernel takes {tensor.dtype} (only float32, float16, bfloat16)"
-    device = tensor.device
     if device.type == "cuda":
-        return _gpu_obstacle(device)
-    if device.type == "cpu" and _INTERPRETED:
-        return None
-    hint = "; TRITON_INTERPRET=1, set before dalle2_fast is imported, interprets them on the CPU"
-    return f"no kernel runs on device {device.type}{hint if device.type == 'cpu' else ''}"
+        obstacle = _ask_gpu(device)
+        if obstacle is not None:
+            return obstacle
+    elif device.type != "cpu":
+        return f"no kernel runs on device {device.type}"
+    elif not _INTERPRETED:
+        hint = "TRITON_INTERPRET=1, set before dalle2_fast is imported, interprets them on the CPU"
+        return f"no kernel runs on device cpu; {hint}"
+    # Statements, not importlib: torch.compile can trace them.
+    import dalle2_fast.kernels.add_noise
+    import dalle2_fast.kernels.cross_attention
+    import dalle2_fast.kernels.diffusion_step
+    import dalle2_fast.kernels.group_norm_silu  # noqa: F401
 
-
-_gpu_obstacles: dict[int, str | None] = {}  # by device index: asking torch costs microseconds a call
-
-
-def _gpu_obstacle(device: torch.device) -> str | None:
-    if torch.compiler.is_compiling():  # no look-up that torch.compile would guard and recompile on
-        return _ask_gpu(device)
-    if device.index not in _gpu_obstacles:
-        _gpu_obstacles[device.index] = _ask_gpu(device)
-    return _gpu_obstacles[device.index]
+    return None
 
 
 def _ask_gpu(device: torch.device) -> str | None:
@@ -92,15 +103,6 @@ def _ask_gpu(device: torch.device) -> str | None:
     return None
 
 
-def _load_kernels() -> None:
-    """Import the kernels, which registers their ops. Statements, because torch.compile can trace them; an
-    import repeated costs 0.1 us."""
-    import dalle2_fast.kernels.add_noise
-    import dalle2_fast.kernels.cross_attention
-    import dalle2_fast.kernels.diffusion_step
-    import dalle2_fast.kernels.group_norm_silu  # noqa: F401
-
-
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -110,9 +112,7 @@ def _version(package: str) -> str | None:
 
 def _reason_for_references() -> str | None:
     """Why impl="auto" runs no kernel on this machine's first GPU."""
-    if not _HAS_TRITON:
-        return "triton is not installed"
-    return _ask_gpu(torch.device("cuda", 0))
+    return _ask_gpu(torch.device("cuda", 0)) if _HAS_TRITON else "triton is not installed"
 
 
 def build_info() -> dict[str, object]:
