@@ -81,7 +81,7 @@ def replayable(case: Case, function: Callable, inputs: Inputs) -> tuple[Callable
     sets = [prepare(case, one) for one in input_sets(case, inputs)]
     stream = torch.cuda.Stream()  # the backward pass runs on the stream of its forward pass: all on this one
     with torch.cuda.stream(stream):
-        jobs = [_job(case, function, *one) for one in sets]
+        jobs = [timed_job(case, function, *one) for one in sets]
         for job in jobs[:1] * 3 + jobs:
             job()
         stream.synchronize()
@@ -115,7 +115,7 @@ def _replay(graph: torch.cuda.CUDAGraph) -> None:
     torch.cuda.synchronize()
 
 
-def _job(case: Case, function: Callable, inputs: dict, grad: Tensor | None) -> Callable[[], object]:
+def timed_job(case: Case, function: Callable, inputs: dict, grad: Tensor | None) -> Callable[[], object]:
     """What is timed: the call, its gradient, or both."""
     leaves = [inputs[name] for name in case.backward]
     if not case.backward:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import importlib
 import inspect
 import json
 import os
@@ -72,6 +73,18 @@ class Resources(NamedTuple):
         return self.hgmma > 0
 
 
+def all_cases() -> dict[str, Case]:
+    """The cases of every op, those of aot_cases() in the files aot_cases_<op>.py: {"op: case": case}."""
+    cases = {}
+    for path in sorted(Path(__file__).parent.glob("aot_cases_*.py")):
+        for case in importlib.import_module(path.stem).aot_cases():
+            case = Case(*case)
+            name = f"{path.stem.removeprefix('aot_cases_')}: {case.name}"
+            assert name not in cases, f"two cases are called {name}"
+            cases[name] = case._replace(name=name)
+    return cases
+
+
 class CompileError(Exception):
     """A kernel did not compile."""
 
@@ -123,7 +136,8 @@ def function_of(kernel: Any) -> Any:
 def fingerprint(case: Case) -> str:
     """Changes when the code of the case's kernel, of what it calls, or its configuration does; not with
     comments, docstrings or the place of the code."""
-    parts = [*map(str, _job(case, 0)), *_code(function_of(case.kernel))]
+    _, *configuration = _job(case, 0)  # without the module
+    parts = [*map(str, configuration), *_code(function_of(case.kernel))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -171,8 +185,6 @@ _TOOLS = Path("backends/nvidia/bin")
 
 
 def _compile(module, name, signature, constexprs, num_warps, num_stages, capability) -> dict[str, int]:
-    import importlib
-
     import triton
     from triton.backends.compiler import GPUTarget
 
