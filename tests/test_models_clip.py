@@ -247,3 +247,14 @@ def test_wrong_inputs():
         clip(tokens, images, negative_text=tokens)
     with pytest.raises(ValueError, match=r"negative_mask: expected bool .*\(4, 1\), got torch.int64"):
         clip(tokens, images, negative_text=tokens[:, None], negative_mask=torch.ones(4, 1, dtype=torch.int64))
+
+
+def test_text_tower_is_a_trainable_copy():
+    """Catches: another activation or depth than CLIP's, weights shared with it, a frozen copy."""
+    clip = small_clip(quick_gelu=True, mlp_ratio=2.0).double().requires_grad_(False)
+    tower, text = clip.text_tower(), captions()
+    assert torch.equal(tower(text), clip.encode_text(text)[1])
+    for parameter in tower.parameters():
+        assert parameter.requires_grad
+        parameter.data.zero_()
+    assert clip.encode_text(text)[1].abs().sum() > 0

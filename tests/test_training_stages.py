@@ -216,10 +216,24 @@ def test_preset_models_build_and_fit_the_size(name):
         prior = dict(preset.prior.model)
         prior["net"] = prior["net"] | widths
         decoder = dict(preset.decoder.model)
-        decoder["text_encoder"] = decoder["text_encoder"] | dict(num_tokens=126, context_length=36)
+        decoder["text_encoder"] = clip.text_tower()
         decoder = Decoder(**decoder, image_embed_dim=clip.dim_latent)
         models = [clip, DiffusionPrior(**prior), decoder, Upsampler(**preset.upsampler.model)]
     assert 2 * sum(p.numel() for model in models for p in model.parameters()) < 40e6
+
+
+def test_a_decoder_can_start_from_clips_text_tower(trained):
+    """Catches: a tower that is shared with the frozen CLIP, frozen like it, or not CLIP's at all."""
+    preset = PRESETS["tiny"]
+    recipe = dataclasses.replace(preset.decoder, model=preset.decoder.model | dict(text_encoder="clip"))
+    preset = dataclasses.replace(preset, decoder=recipe)
+    stage = make_stage("decoder", preset, out=trained, seed=0, device=torch.device("cpu"))
+    tower, clip = stage.model.text_encoder, stage.clip
+    text = stage.held_out["tokens"]
+    assert torch.equal(tower(text), clip.encode_text(text)[1])
+    stage.loss(stage.batch(0), torch.Generator().manual_seed(0)).backward()
+    for name, parameter in tower.named_parameters():
+        assert parameter.grad is not None and parameter.data_ptr() != clip.state_dict()[name].data_ptr()
 
 
 def test_own_data(tmp_path, capsys):

@@ -199,6 +199,15 @@ class CLIP(TextTransformer):
         weights = self.text_projection.dtype
         return (_unit(x).to(weights) if normalize else x.to(weights)), encodings, mask
 
+    def text_tower(self) -> TextTransformer:
+        """A copy of the text tower alone, trainable: where a decoder's own tower can start from."""
+        names = dict(num_tokens="num_text_tokens", context_length="text_seq_len", dim="dim_text",
+                     depth="text_enc_depth", heads="text_heads", mlp_ratio="mlp_ratio", quick_gelu="quick_gelu")
+        tower = TextTransformer(**{name: self.config[mine] for name, mine in names.items()})
+        weights = self.state_dict()
+        tower.load_state_dict({name: weights[name] for name in tower.state_dict()})
+        return tower.to(self.text_projection)
+
     def forward(
         self,
         text: Tensor,  # int64 [B, L]

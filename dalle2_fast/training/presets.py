@@ -64,18 +64,20 @@ SCENES_CPU = Preset(
                                   betas=(0.9, 0.98), weight_decay=0.02, warmup_steps=50, hold=0.4,
                                   decay="linear", ema_decay=0.99, log_steps=20)),
     decoder=Recipe(
+        # A text tower from scratch learns through the U-Net at a crawl: after 4.5k images the error of x0 at
+        # log-SNR -9 from text alone was 0.188, from CLIP's tower 0.084 (nothing: 0.35).
         # 8 x 8 patches keep the whole net on an 8 x 8 grid. A net that predicts x0 can afford that: it need
         # not pass the noise through (Li and He 2025, arXiv 2511.13720). Layout is decided at low log-SNR: a
         # shape of 300 pixels shows from -6 up, hence the shift.
-        model=dict(image_size=64, num_image_tokens=4, image_cond_drop_prob=0.3, text_cond_drop_prob=0.15,
-                   text_encoder=dict(dim=128, depth=2, heads=4),
+        model=dict(image_size=64, num_image_tokens=4, image_cond_drop_prob=0.5, text_cond_drop_prob=0.15,
+                   text_encoder="clip",
                    unet=dict(in_channels=3, out_channels=3, patch_size=8, channels=(128,), layers_per_block=1,
                              attention_levels=(0,), head_dim=32, cross_dim=128, embed_dim=256, num_groups=8,
                              kernel_in=1, grid_size=8),
                    schedule=dict(name="continuous_cosine", shift=-3.0), prediction="sample", weighting="v",
                    max_weight=5.0, stratified=True, variance="fixed_small"),
-        optimisation=Optimisation(batch_size=32, minutes=85, optimizer="muon", learning_rate=1e-3,
-                                  betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=100, hold=0.5,
+        optimisation=Optimisation(batch_size=32, minutes=85, optimizer="muon", learning_rate=1.5e-3,
+                                  betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=100, hold=0.2,
                                   decay="linear", ema_decay=0.998)),
     upsampler=Recipe(
         model=dict(image_size=256, low_res_size=64, resize="bicubic",
@@ -95,7 +97,7 @@ SCENES_GPU = Preset(
     name="scenes-gpu",
     world={},
     clip=Recipe(
-        model=dict(dim_text=192, text_enc_depth=4, text_heads=4, dim_image=192, visual_enc_depth=6,
+        model=dict(dim_text=192, text_enc_depth=3, text_heads=4, dim_image=192, visual_enc_depth=6,
                    visual_heads=4,
                    visual_kind="conv_vit", visual_image_size=64, visual_patch_size=4, dim_latent=192),
         optimisation=Optimisation(batch_size=4096, minutes=3.5, learning_rate=2e-3, betas=(0.9, 0.98),
@@ -107,7 +109,7 @@ SCENES_GPU = Preset(
                                   weight_decay=0.02, warmup_steps=200, ema_decay=0.998, log_steps=20)),
     decoder=Recipe(
         model=dict(image_size=64, num_image_tokens=4, image_cond_drop_prob=0.28, text_cond_drop_prob=0.1,
-                   text_encoder=dict(dim=192, depth=2, heads=4),
+                   text_encoder="clip",
                    unet=dict(in_channels=3, out_channels=3, patch_size=2, channels=(112, 144),
                              layers_per_block=2, attention_levels=(1,), head_dim=48, cross_dim=192,
                              embed_dim=384, num_groups=16),

@@ -173,6 +173,7 @@ class PriorStage(ClipGuidedStage):
 class DecoderStage(ClipGuidedStage):
     """The decoder on (image, caption, image embedding).
 
+    text_encoder: the configuration of a text tower trained from scratch, or "clip": one that starts as CLIP's.
     data["foreground_weight"] weights the error on objects: few of the pixels, but all of the shapes.
     """
 
@@ -181,8 +182,12 @@ class DecoderStage(ClipGuidedStage):
 
     def prepare(self) -> None:
         options = dict(self.recipe.model)
-        words = dict(num_tokens=self.tokenizer.vocab_size, context_length=self.tokenizer.context_length)
-        tower = options.pop("text_encoder") | words
+        tower = options.pop("text_encoder")
+        if tower == "clip":
+            tower = self.clip.text_tower()
+        else:
+            words = dict(num_tokens=self.tokenizer.vocab_size, context_length=self.tokenizer.context_length)
+            tower = tower | words
         self.model = Decoder(**options, text_encoder=tower, image_embed_dim=self.clip.dim_latent)
         self.size = self.model.image_size
         self.resolutions = tuple(dict.fromkeys((self.size, self.clip.image_size)))
