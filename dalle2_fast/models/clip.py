@@ -202,7 +202,8 @@ class CLIP(TextTransformer):
     def text_tower(self) -> TextTransformer:
         """A copy of the text tower alone, trainable: where a decoder's own tower can start from."""
         names = dict(num_tokens="num_text_tokens", context_length="text_seq_len", dim="dim_text",
-                     depth="text_enc_depth", heads="text_heads", mlp_ratio="mlp_ratio", quick_gelu="quick_gelu")
+                     depth="text_enc_depth", heads="text_heads", mlp_ratio="mlp_ratio",
+                     quick_gelu="quick_gelu")
         tower = TextTransformer(**{name: self.config[mine] for name, mine in names.items()})
         weights = self.state_dict()
         tower.load_state_dict({name: weights[name] for name in tower.state_dict()})

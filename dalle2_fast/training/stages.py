@@ -173,7 +173,7 @@ class PriorStage(ClipGuidedStage):
 class DecoderStage(ClipGuidedStage):
     """The decoder on (image, caption, image embedding).
 
-    text_encoder: the configuration of a text tower trained from scratch, or "clip": one that starts as CLIP's.
+    text_encoder: the configuration of a text tower trained from scratch, or "clip": it starts as CLIP's.
     data["foreground_weight"] weights the error on objects: few of the pixels, but all of the shapes.
     """
 
