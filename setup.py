@@ -1,16 +1,233 @@
-"""Which packages there are; everything else about the project is declared in pyproject.toml.
+"""The packages and the native module; everything else about the project is declared in pyproject.toml.
 
 `dalle2_fast/kernels` is a relative symlink to `kernels/`, and `kernels/` has no `__init__.py`, so the
 namespace search below finds it as `dalle2_fast.kernels` in a wheel, an sdist and an editable install alike.
 A `package_dir` mapping breaks one of those cases, and an `__init__.py` in the top-level `kernels/` would hide
 the package of that name from every program that runs in this folder. tests/test_packaging.py holds each case.
+
+`dalle2_fast._C` is built from csrc/ with ninja: every .cpp, and every .cu where there is nvcc. It takes raw
+pointers, so it needs no torch at build time. After an edit: `python setup.py build_ext --inplace`. These
+environment variables are read while it is built, and only then:
+
+    DALLE2_FAST_NATIVE   auto: what the tools here can build; cuda: fail without nvcc; cpu: no CUDA, but fail
+                         without a C++ compiler; none: Python and Triton only
+    DALLE2_FAST_TARGETS  GPUs, by default 80+PTX;86;89;90a;100;120 (+PTX: newer ones can run it, too)
+    CUDA_HOME, CXX, CXXFLAGS, LDFLAGS as everywhere
 """
 
-from setuptools import find_namespace_packages, setup
+import fcntl
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_namespace_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, PlatformError
+
+ROOT = Path(__file__).resolve().parent
+OBJECTS = Path("build", f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}")  # below ROOT
+NATIVE = os.environ.get("DALLE2_FAST_NATIVE", "auto")
+TARGETS = os.environ.get("DALLE2_FAST_TARGETS", "80+PTX;86;89;90a;100;120")
+MACOS = sys.platform == "darwin"
+FLAGS = ["-std=c++17", "-O3", "-Icsrc", f"-I{OBJECTS}"]
+
+
+def output_of(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True).stdout
+
+
+def find_compiler() -> tuple[str, str]:
+    """The C++ compiler's command and what it calls itself."""
+    for command in [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]:
+        if shutil.which(shlex.split(command)[0]):
+            return command, output_of(*shlex.split(command), "--version").partition("\n")[0].strip()
+    raise PlatformError("no C++ compiler: install g++ or clang++, or name one in CXX")
+
+
+def find_ninja() -> str:
+    # Not ninja.BIN_DIR: in an isolated build it names the folder of another environment.
+    found = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
+    if found is None:
+        raise PlatformError("ninja is not there: pip install ninja")
+    return found
+
+
+def find_pybind11() -> Path:
+    try:
+        import pybind11
+    except ImportError:
+        raise PlatformError("pybind11 is not there: pip install pybind11") from None
+    # An isolated build has it in a new folder each time. A link, named after its version, keeps the compile
+    # command, and so ninja's verdict, the same.
+    link = OBJECTS / f"pybind11-{pybind11.__version__}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(pybind11.get_include())
+    return link
+
+
+def find_nvcc() -> tuple[str | None, str]:
+    """nvcc and its version, or None and why there is none."""
+    if NATIVE == "cpu":
+        return None, "left out by DALLE2_FAST_NATIVE=cpu"
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    places = [f"{home}/bin" for home in homes if home] + [None, "/usr/local/cuda/bin"]  # None: on PATH
+    for place in places:
+        nvcc = shutil.which("nvcc", path=place)
+        version = re.search(r"release ((\d+)\.\d+)", output_of(nvcc, "--version")) if nvcc else None
+        if version and int(version[2]) >= 12:  # the first that knows sm_90a
+            return nvcc, version[1]
+    if NATIVE == "cuda":
+        raise PlatformError(
+            "DALLE2_FAST_NATIVE=cuda, but no nvcc 12 or newer in CUDA_HOME, on PATH or in "
+            "/usr/local/cuda: install the CUDA toolkit or unset the variable"
+        )
+    return None, "no nvcc 12 or newer in CUDA_HOME, on PATH or in /usr/local/cuda"
+
+
+def choose_targets(nvcc: str) -> dict[str, list[str]]:
+    """The targets of each .cu file: all that nvcc knows, or for NAME_sm90.cu those of that GPU alone.
+
+    Plain sm_90 lacks the instructions that such a file is written for, hence 90a; a file without a target is
+    left out, and what it defines, too (see build_facts.h).
+    """
+    known = output_of(nvcc, "--list-gpu-code").split()
+    targets = [target for target in re.split(r"[;, ]+", TARGETS) if target]
+    malformed = [target for target in targets if not re.fullmatch(r"\d+[af]?(\+PTX)?", target)]
+    if malformed or not targets:
+        raise PlatformError(f"DALLE2_FAST_TARGETS: expected a form like 80+PTX;90a, got {TARGETS!r}")
+    # nvcc lists sm_90, not sm_90a.
+    usable = [target for target in targets if f"sm_{re.match('[0-9]+', target)[0]}" in known]
+    chosen = {}
+    for path in sorted(ROOT.glob("csrc/*.cu")):
+        only = re.search(r"_sm(\d+)$", path.stem)
+        mine = [target for target in usable if only is None or re.match(r"\d+", target)[0] == only[1]]
+        if mine:
+            chosen[path.name] = mine
+        elif only is None:
+            raise PlatformError(f"nvcc here compiles for none of DALLE2_FAST_TARGETS={TARGETS!r}")
+    return chosen
+
+
+def generate_code(targets: list[str]) -> list[str]:
+    flags = []
+    for target in targets:
+        number = target.removesuffix("+PTX")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if number != target:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    if not path.exists() or path.read_text() != text:  # ninja goes by the time of the last change
+        path.write_text(text)
+
+
+def build_facts(compiler: str, cuda: str | None, why_no_cuda: str, targets: dict[str, list[str]]) -> str:
+    """build_facts.h: what module.cpp reports, and DALLE2_FAST_HAS_<FILE> for each .cu that is compiled."""
+    facts = {"compiler": compiler, "cuda": cuda, "why_no_cuda": why_no_cuda or None, "targets": targets}
+    lines = ["#pragma once", f"#define DALLE2_FAST_FACTS R\"json({json.dumps(facts)})json\""]
+    lines += [f"#define DALLE2_FAST_HAS_{Path(name).stem.upper()} 1" for name in targets]
+    return "\n".join(lines) + "\n"
+
+
+def ninja_file(
+    compiler: str, nvcc: str | None, cuda: str, targets: dict[str, list[str]], module: Path
+) -> str:
+    """Paths are relative to ROOT, where ninja runs: they hold no blank, and a checkout can be moved."""
+
+    def words(parts: list[str]) -> str:
+        return shlex.join(map(str, parts)).replace("$", "$$")
+
+    python = sysconfig.get_paths()
+    includes = [f"-isystem{path}" for path in (find_pybind11(), python["include"], python["platinclude"])]
+    own = shlex.split(os.environ.get("CXXFLAGS", ""))
+    cxx = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread", *FLAGS, *includes, *own]
+    # The version is there to compile again after an update of CUDA.
+    hidden = "-Xcompiler=-fPIC,-fvisibility=hidden"
+    cu = [f"-DDALLE2_FAST_NVCC={cuda}", hidden, "--expt-relaxed-constexpr", "-lineinfo", *FLAGS]
+    shared = "-bundle -undefined dynamic_lookup" if MACOS else "-shared -pthread -Wl,--exclude-libs,ALL"
+    link = f"{compiler} {shared}"
+    if nvcc:
+        link = f"{shlex.quote(nvcc)} -shared -cudart=static -Xcompiler=-pthread -Xlinker=--exclude-libs,ALL"
+    lines = [
+        f"builddir = {OBJECTS}",
+        "rule cxx",
+        f"  command = {compiler} -MMD -MF $out.d {words(cxx)} -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc\n  description = C++ $in",
+        "rule cu",
+        f"  command = {shlex.quote(nvcc or 'nvcc')} -MMD -MF $out.d {words(cu)} $targets -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc\n  description = CUDA $in",
+        "rule link",
+        f"  command = {link} $in -o $out {os.environ.get('LDFLAGS', '')}",
+        "  description = link $out",
+    ]
+    objects = []
+    for source in sorted(path.relative_to(ROOT) for path in ROOT.glob("csrc/*.cpp")):
+        objects.append(f"{OBJECTS / source.name}.o")
+        lines.append(f"build {objects[-1]}: cxx {source}")
+    for name, mine in targets.items():
+        objects.append(f"{OBJECTS / name}.o")
+        lines += [f"build {objects[-1]}: cu csrc/{name}", f"  targets = {words(generate_code(mine))}"]
+    lines.append(f"build {module}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+class NinjaBuild(build_ext):
+    """Objects stay in build/ for every kind of install, so that each compiles only what has changed."""
+
+    def build_extension(self, extension: Extension) -> None:
+        OBJECTS.mkdir(parents=True, exist_ok=True)
+        with open(OBJECTS / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of two builds at once, one waits
+            built = self.run_ninja()
+            # A new file, moved into place: a process may have the old one loaded.
+            target = Path(self.get_ext_fullpath(extension.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(built, target.with_suffix(".new"))
+            target.with_suffix(".new").replace(target)
+
+    def run_ninja(self) -> Path:
+        compiler, name = find_compiler()
+        ninja = find_ninja()
+        nvcc, cuda = find_nvcc()
+        targets = choose_targets(nvcc) if nvcc else {}
+        module = OBJECTS / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        rules = ninja_file(compiler, nvcc, cuda, targets, module)
+        facts = build_facts(name, cuda if nvcc else None, "" if nvcc else cuda, targets)
+        write_if_changed(OBJECTS / "build.ninja", rules)
+        write_if_changed(OBJECTS / "build_facts.h", facts)
+        what = f"CUDA {cuda} for {TARGETS}" if nvcc else f"no CUDA ({cuda})"
+        print(f"dalle2_fast._C: {name}; {what}", file=sys.stderr, flush=True)
+        if subprocess.run([ninja, "-f", OBJECTS / "build.ninja"]).returncode != 0:
+            hint = "; DALLE2_FAST_NATIVE=cpu builds without CUDA" if nvcc else ""
+            self.extensions[0].optional = False  # tools that are missing are one thing, errors another
+            raise CompileError(f"dalle2_fast._C does not compile: see above{hint}")
+        return module
+
+
+if NATIVE not in ("auto", "cuda", "cpu", "none"):
+    raise SystemExit(f"DALLE2_FAST_NATIVE: expected auto, cuda, cpu or none, got {NATIVE!r}")
+
+sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.c*"))
+native = Extension(
+    "dalle2_fast._C",
+    sources=[path for path in sources if path.endswith((".cpp", ".cu"))],
+    depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.*h")),  # for the sdist
+    optional=NATIVE == "auto",  # then a missing tool is a warning
+)
 
 setup(
     # pretrained/ is data, not code: without the exclusion its folders would be listed as packages.
     packages=find_namespace_packages(include=["dalle2_fast*"], exclude=["dalle2_fast.pretrained*"]),
     package_data={"dalle2_fast": ["pretrained/**"]},
     include_package_data=False,
+    ext_modules=[] if NATIVE == "none" else [native],
+    cmdclass={"build_ext": NinjaBuild},
 )

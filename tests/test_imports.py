@@ -22,8 +22,9 @@ PACKAGE = ROOT / "dalle2_fast"
 ARROWS = {
     "reference": set(),
     "_check": set(),
-    "kernels": set(),
-    "_backend": {"kernels"},
+    "_C": set(),
+    "kernels": {"_C"},
+    "_backend": {"kernels", "_C"},
     "functional": {"reference", "_check", "_backend"},
     "modules": {"functional", "_check"},
     "diffusion": {"functional", "_check"},
