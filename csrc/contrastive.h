@@ -128,6 +128,10 @@ void gradient(const Features& features, const float* scale, const double* row_ls
               float row_weight, float column_weight, void* gradient, int64_t gradient_stride,
               double* sums /* [1] */, void* workspace, void* stream);
 
+// As cuda::sigmoid_epilogue; gradient [rows, columns] in features.dtype, or nullptr.
+void sigmoid(const Features& features, const float* scale, const float* bias, void* gradient,
+             int64_t gradient_stride, double* sums /* [3] */, void* workspace, void* stream);
+
 }  // namespace sm90
 
 }  // namespace dalle2_fast
