@@ -10,10 +10,10 @@
 //
 // A row's own text is column `own + i` of the tile; outside [0, columns) the row has none in this tile.
 //
-// One exponential per element where that is safe: sums of exp(L - shift) with shift = round(|scale|) - 70 (an
-// integer, so that L - shift is exact where it matters) serve rows and columns alike. A row or column whose sum is
-// not well inside float32's range (un-normalised features, cosines below about -0.57 at scale 100) is summed again
-// about its own maximum. Non-finite logits give a non-finite lse.
+// One exponential per element where that is safe: sums of exp(L - shift) with shift about |scale| - 70 serve rows
+// and columns alike. A row or column whose sum is not well inside float32's range (un-normalised features, low
+// cosines at a high scale) is summed again about its own maximum. Rounding L - shift costs 4e-6, so the shift belongs
+// into the exponent, as a power of two, or must be exact otherwise. Non-finite logits give a non-finite lse.
 //
 // Every sum has a fixed order, whatever the number of threads or the schedule of the blocks: equal calls give equal
 // bits. Columns of a tile past `columns`, up to `stride`, are neither read into a result nor written.

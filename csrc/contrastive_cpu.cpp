@@ -92,6 +92,15 @@ double merged(double a, double b) {
     return std::isinf(larger) ? larger : larger + std::log1p(std::exp(std::min(a, b) - larger));
 }
 
+// The power of two by which the exponentials of a loss are divided, so that those of unit features lie below e^70:
+// log 2 times it is contrastive.h's shift. Scales past 5000 are out of its range.
+constexpr double LOG_2 = 0.693147180559945309417;
+
+int halvings_of(double scale) {
+    const double size = std::abs(scale) < 5000 ? std::abs(scale) : 5000;  // 5000 for NaN
+    return int(std::lround((size - 70) / LOG_2));
+}
+
 // Sums of exp(L - shift) outside these bounds may have lost terms: they are done again about the maximum. The least
 // is far enough above the smallest normal number that 1e6 terms flushed to 0 do not count.
 template <class T>
@@ -101,14 +110,15 @@ bool in_range(double sum) {
 
 template <class T>
 void lse_epilogue(const Tile& tile, T scale, double* row_lse, double* column_lse, int threads) {
-    const T shift = std::nearbyint(std::abs(scale)) - 70;
+    const int halvings = halvings_of(scale);
+    const double shift = halvings * LOG_2;
     const int64_t slabs = slabs_of(tile), elements = tile.rows * tile.columns;
     std::vector<double> row_sums(slabs * tile.rows);
     parallel(slabs, elements, threads, [&](int64_t index) {
         const Slab<T> slab = slab_of(tile, index, scale);
         double* lse = column_lse + index * SLAB;
         double sums[SLAB];
-        BEST(sum_slab, slab, shift, row_sums.data() + index * tile.rows, sums);
+        BEST(sum_slab, slab, halvings, row_sums.data() + index * tile.rows, sums);
         constexpr int64_t LANES = 32 / sizeof(T);
         for (int64_t j = 0; j < slab.columns; j += LANES) {
             const int64_t lanes = std::min(LANES, slab.columns - j);

@@ -1,6 +1,6 @@
 // The inner loops of contrastive_cpu.cpp, which includes this file once for each instruction set: the compiler's
-// target, the namespace around the include and VECTOR_BYTES, the size of a GNU C vector here, differ. No templates of the standard library here: what they instantiate would be
-// shared with code for older processors.
+// target, the namespace around the include and VECTOR_BYTES, the size of a GNU C vector here, differ. No templates of
+// the standard library here: what they instantiate would be shared with code for older processors.
 //
 // A slab is SLAB columns of a tile. One thread does a slab, row by row, so sums down its columns need nobody else;
 // sums along the rows are left per slab, and the caller adds them up in the order of the slabs.
@@ -89,13 +89,15 @@ struct Exponential<double> {
     static constexpr double LEAST = -708.9, MOST = 710.0;
 };
 
-// exp, within 2 units in the last place; 0 below LEAST, infinity from log(2) / 2 under the largest logarithm on, NaN
-// for NaN.
+// exp(x) / 2^halvings, within 2 units in the last place, for |x| + |halvings| up to some 5000: the halvings cost no
+// accuracy, as subtracting a logarithm would. 0 and infinity out of range, NaN for NaN.
 template <class T>
-INLINE Vector<T> exponential(Vector<T> x) {
+INLINE Vector<T> exponential(Vector<T> x, int halvings = 0) {
     using E = Exponential<T>;
-    x = x < E::LEAST ? fill(E::LEAST) : x;
-    x = x > E::MOST ? fill(E::MOST) : x;
+    const T origin_of_range = halvings * T(0.693147180559945309417232121458176568L);
+    const Vector<T> least = fill(E::LEAST + origin_of_range), most = fill(E::MOST + origin_of_range);
+    x = x < least ? least : x;
+    x = x > most ? most : x;
     const Vector<T> shifted = x * T(1.44269504088896340735992468100189214L) + E::ROUND;
     const Vector<T> n = shifted - E::ROUND;
     const Vector<T> f = (x - n * E::HIGH) - n * E::LOW;
@@ -107,12 +109,11 @@ INLINE Vector<T> exponential(Vector<T> x) {
         factorial /= k;
         y = y * f + 1 / factorial;
     }
-    Integer<T> power;
+    Integer<T> power, zero;
     const Vector<T> origin = fill(E::ROUND);
-    Integer<T> zero;
     __builtin_memcpy(&power, &shifted, sizeof power);
     __builtin_memcpy(&zero, &origin, sizeof zero);
-    power = (power - zero + E::BIAS) << E::MANTISSA;
+    power = (power - zero + (E::BIAS - halvings)) << E::MANTISSA;
     Vector<T> scale;
     __builtin_memcpy(&scale, &power, sizeof scale);
     return y * scale;
@@ -142,9 +143,9 @@ INLINE void across(int64_t columns, Visit visit) {
 
 constexpr int64_t FLUSH = 32;  // rows whose terms a column adds up in T before it goes on in double
 
-// row_sums[rows] and column_sums[columns] of exp(L - shift).
+// row_sums[rows] and column_sums[columns] of exp(L) / 2^halvings.
 template <class T>
-void sum_slab(const Slab<T>& slab, T shift, double* row_sums, double* column_sums) {
+void sum_slab(const Slab<T>& slab, int halvings, double* row_sums, double* column_sums) {
     alignas(32) T terms[SLAB];
     for (int64_t j = 0; j < slab.columns; ++j) column_sums[j] = 0;
     for (int64_t begin = 0; begin < slab.rows; begin += FLUSH) {
@@ -155,7 +156,7 @@ void sum_slab(const Slab<T>& slab, T shift, double* row_sums, double* column_sum
             Vector<T> total = fill(T(0));
             across<T>(slab.columns, [&](int64_t j, int64_t lanes) INLINE_LAMBDA {
                 const Vector<T> logits = load(row + j) * slab.scale;
-                Vector<T> term = exponential<T>(logits - shift);
+                Vector<T> term = exponential<T>(logits, halvings);
                 if (lanes < WIDTH<T>) term = first_lanes<T>(lanes) ? term : fill(T(0));
                 total += term;
                 store(terms + j, load(terms + j) + term);
@@ -199,7 +200,8 @@ double row_lse_about_maximum(const T* row, int64_t columns, T scale) {
 
 // The same down `columns` columns of a tile: lse[columns].
 template <class T>
-void column_lse_about_maximum(const T* products, int64_t stride, int64_t rows, int64_t columns, T scale, double* lse) {
+void column_lse_about_maximum(const T* products, int64_t stride, int64_t rows, int64_t columns, T scale,
+                              double* lse) {
     across<T>(columns, [&](int64_t j, int64_t lanes) INLINE_LAMBDA {
         const T* first = products + j;
         Vector<T> maximum = fill(-T(INFINITY));
@@ -216,7 +218,13 @@ void column_lse_about_maximum(const T* products, int64_t stride, int64_t rows, i
 
 // ------------------------------------------------------------------------------------------------------ gradients
 
-// A float64 lse as a pair whose sum it is: L - high is exact near the maximum.
+// A float64 lse as a pair whose sum it is: L - high is exact near the maximum. An infinite one has no rest.
+template <class T>
+INLINE T rest(double lse) {
+    const T high = T(lse);
+    return high - high == 0 ? T(lse - high) : T(0);
+}
+
 template <class T>
 struct Split {
     alignas(32) T high[SLAB], low[SLAB];
@@ -225,7 +233,7 @@ struct Split {
         for (int64_t j = 0; j < SLAB; ++j) {
             const double value = j < count ? lse[j] : 0;
             high[j] = T(value);
-            low[j] = T(value - high[j]);
+            low[j] = rest<T>(value);
         }
     }
 };
@@ -255,7 +263,7 @@ double gradient_slab(const Slab<T>& slab, const double* row_lse, const double* c
     double total = 0;
     for (int64_t i = 0; i < slab.rows; ++i) {
         T* row = slab.products + i * slab.stride;
-        const T high = T(row_lse[i]), low = T(row_lse[i] - high);
+        const T high = T(row_lse[i]), low = rest<T>(row_lse[i]);
         const int64_t own = slab.own + i;
         Vector<T> along = fill(T(0));
         across<T>(slab.columns, [&](int64_t j, int64_t lanes) INLINE_LAMBDA {
@@ -327,8 +335,8 @@ void soft_slab(const Slab<T>& slab, const T* alike, const double* row_lse, const
     for (int64_t i = 0; i < slab.rows; ++i) {
         T* row = slab.products + i * slab.stride;
         const T* alike_row = alike + i * slab.stride;
-        const T high = T(row_lse[i]), low = T(row_lse[i] - high);
-        const T alike_high = T(alike_row_lse[i]), alike_low = T(alike_row_lse[i] - alike_high);
+        const T high = T(row_lse[i]), low = rest<T>(row_lse[i]);
+        const T alike_high = T(alike_row_lse[i]), alike_low = rest<T>(alike_row_lse[i]);
         Vector<T> losses = fill(T(0)), shares = fill(T(0));
         across<T>(slab.columns, [&](int64_t j, int64_t lanes) INLINE_LAMBDA {
             const Vector<T> product = load(row + j);
