@@ -20,8 +20,8 @@ _MULTIPROCESSORS = {(8, 0): 108, (8, 6): 84, (8, 9): 128, (9, 0): 132, (10, 0): 
 SMALL = ((8, 6), (8, 9), (12, 0))  # 99 KiB of shared memory for a program; the others have 163 and more
 
 # Arguments that may vary without another compilation: Triton would have one kernel for sizes that 16
-# divides and another for 1.
-VARYING = ["heads", "queries", "keys", "image_keys", "parts", "size"]
+# divides and another for 1. A mask's batch stride is its number of keys, or 0 for a batch of 1.
+VARYING = ["heads", "queries", "keys", "image_keys", "parts", "size", "mask_batch"]
 
 
 @triton.jit
