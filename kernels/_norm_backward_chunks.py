@@ -9,7 +9,17 @@ import triton
 import triton.language as tl
 
 from . import _norm_plan as plan
-from ._tile import gain_and_offset, inside_block, inside_tile, load_centred_and_dz, over_group, tile_offset
+from ._tile import (
+    gain_and_offset,
+    inside_block,
+    inside_tile,
+    load_centred_and_dz,
+    load_statistics,
+    over_group,
+    place_groups,
+    store_input_gradient,
+    tile_offset,
+)
 
 
 @triton.jit(do_not_specialize=plan.VARYING)
@@ -74,20 +84,14 @@ def input_gradient_kernel(
     """A program merges the sums of its groups and computes dx on one chunk of their slabs."""
     # Backwards: what the first kernel read last is still in L2.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    blocks = tl.cdiv(groups, GROUPS)
     chunk = program % chunks
-    block = program // chunks
-    sample = (block // blocks).to(tl.int64)
-    first_group = (block % blocks) * GROUPS
-    first_channel = first_group * WIDTH
+    sample, first_group, first_channel = place_groups(program // chunks, groups, WIDTH, GROUPS)
     x += sample * sample_stride + first_channel.to(tl.int64) * channel_stride
     dx += sample * dx_sample_stride + first_channel.to(tl.int64) * channel_stride
     dy += sample * dy_sample_stride + first_channel.to(tl.int64) * dy_channel_stride
     row = tl.arange(0, CHANNELS)
     column = tl.arange(0, POSITIONS)
-    group = first_group + tl.minimum(row // WIDTH, GROUPS - 1)
-    mean = tl.load(mean_in + sample * groups + group, mask=group < groups, other=0.0)
-    rstd = tl.load(rstd_in + sample * groups + group, mask=group < groups, other=0.0)
+    mean, rstd = load_statistics(mean_in, rstd_in, sample, groups, first_group, row, WIDTH, GROUPS)
 
     merged = tl.arange(0, MERGE_CHANNELS)
     part = tl.arange(0, MERGE_CHUNKS)
@@ -131,7 +135,5 @@ def input_gradient_kernel(
             x, dy, channel, position, inside, mean, rstd * gain, offset, channel_stride, position_stride,
             dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2, DIMENSIONS, WIDE, SILU,
         )  # fmt: skip
-        value = dz * (rstd * gain)[:, None] - centred * (rstd * rstd * mean2)[:, None]
-        value -= (rstd * mean1)[:, None]
         at = tile_offset(channel, position, channel_stride, position_stride, WIDE)
-        tl.store(dx + at, value.to(dx.dtype.element_ty), mask=inside)
+        store_input_gradient(dx, at, dz, centred, rstd, gain, mean1, mean2, inside)

@@ -9,7 +9,17 @@ import triton
 import triton.language as tl
 
 from . import _norm_plan as plan
-from ._tile import gain_and_offset, inside_block, inside_tile, load_centred_and_dz, over_group, tile_offset
+from ._tile import (
+    gain_and_offset,
+    inside_block,
+    inside_tile,
+    load_centred_and_dz,
+    load_statistics,
+    over_group,
+    place_groups,
+    store_input_gradient,
+    tile_offset,
+)
 
 # ---------------------------------------------------------------------------------------------- the slab fits
 
@@ -26,18 +36,13 @@ def resident_backward_kernel(
     CHANNEL_TILES: tl.constexpr, POSITION_TILES: tl.constexpr, EXACT: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """A program reads x and dy of its groups once and keeps x - mean and dz in registers."""
-    blocks = tl.cdiv(groups, GROUPS)
-    sample = (tl.program_id(0) // blocks).to(tl.int64)
-    first_group = (tl.program_id(0) % blocks) * GROUPS
-    first_channel = first_group * WIDTH
+    sample, first_group, first_channel = place_groups(tl.program_id(0), groups, WIDTH, GROUPS)
     x += sample * sample_stride + first_channel.to(tl.int64) * channel_stride
     dx += sample * dx_sample_stride + first_channel.to(tl.int64) * channel_stride
     dy += sample * dy_sample_stride + first_channel.to(tl.int64) * dy_channel_stride
     row = tl.arange(0, CHANNELS)
     column = tl.arange(0, POSITIONS)
-    group = first_group + tl.minimum(row // WIDTH, GROUPS - 1)
-    mean = tl.load(mean_in + sample * groups + group, mask=group < groups, other=0.0)
-    rstd = tl.load(rstd_in + sample * groups + group, mask=group < groups, other=0.0)
+    mean, rstd = load_statistics(mean_in, rstd_in, sample, groups, first_group, row, WIDTH, GROUPS)
     channel_sum = sums + sample * channels + first_channel
     sum_stride = samples.to(tl.int64) * channels
 
@@ -79,11 +84,9 @@ def resident_backward_kernel(
         channel = tile // POSITION_TILES * CHANNELS + row
         position = tile % POSITION_TILES * POSITIONS + column
         inside = inside_tile(channel, GROUPS * WIDTH, first_channel, channels, position, positions, EXACT)
-        slope = rstd * gains[tile // POSITION_TILES]
-        value = kept_dz[tile] * slope[:, None] - kept_centred[tile] * (rstd * rstd * mean2)[:, None]
-        value -= (rstd * mean1)[:, None]
         at = tile_offset(channel, position, channel_stride, position_stride, WIDE)
-        tl.store(dx + at, value.to(dx.dtype.element_ty), mask=inside)
+        gain = gains[tile // POSITION_TILES]
+        store_input_gradient(dx, at, kept_dz[tile], kept_centred[tile], rstd, gain, mean1, mean2, inside)
 
 
 # ----------------------------------------------------------------------- the slab fits into the nearer caches
@@ -101,18 +104,13 @@ def looped_backward_kernel(
     CHANNEL_TILES: tl.constexpr, POSITION_TILES: tl.constexpr, EXACT: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """A program reads x and dy of its groups twice, the second time from L1 or L2."""
-    blocks = tl.cdiv(groups, GROUPS)
-    sample = (tl.program_id(0) // blocks).to(tl.int64)
-    first_group = (tl.program_id(0) % blocks) * GROUPS
-    first_channel = first_group * WIDTH
+    sample, first_group, first_channel = place_groups(tl.program_id(0), groups, WIDTH, GROUPS)
     x += sample * sample_stride + first_channel.to(tl.int64) * channel_stride
     dx += sample * dx_sample_stride + first_channel.to(tl.int64) * channel_stride
     dy += sample * dy_sample_stride + first_channel.to(tl.int64) * dy_channel_stride
     row = tl.arange(0, CHANNELS)
     column = tl.arange(0, POSITIONS)
-    group = first_group + tl.minimum(row // WIDTH, GROUPS - 1)
-    mean = tl.load(mean_in + sample * groups + group, mask=group < groups, other=0.0)
-    rstd = tl.load(rstd_in + sample * groups + group, mask=group < groups, other=0.0)
+    mean, rstd = load_statistics(mean_in, rstd_in, sample, groups, first_group, row, WIDTH, GROUPS)
     channel_sum = sums + sample * channels + first_channel
     sum_stride = samples.to(tl.int64) * channels
 
@@ -160,7 +158,5 @@ def looped_backward_kernel(
             x, dy, channel, position, inside, mean, rstd * gain, offset, channel_stride, position_stride,
             dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2, DIMENSIONS, WIDE, SILU,
         )  # fmt: skip
-        value = dz * (rstd * gain)[:, None] - centred * (rstd * rstd * mean2)[:, None]
-        value -= (rstd * mean1)[:, None]
         at = tile_offset(channel, position, channel_stride, position_stride, WIDE)
-        tl.store(dx + at, value.to(dx.dtype.element_ty), mask=inside)
+        store_input_gradient(dx, at, dz, centred, rstd, gain, mean1, mean2, inside)

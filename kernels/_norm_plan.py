@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._planes import memory_format
+
 # Values that a program keeps in registers from its first read to its last write: 80 float32 a thread with 16
 # warps, which compiles to at most 128 registers without a spill (tests/aot_cases_group_norm_silu.py).
 RESIDENT_LANES = 40960
@@ -238,16 +240,6 @@ class View(NamedTuple):
         return self.tensor.shape[1:].numel() >= 2**31
 
 
-def memory_format(x: Tensor) -> torch.memory_format:
-    """The layout of x, which its norm and its gradient share."""
-    if not x.is_contiguous():
-        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-            return torch.channels_last
-        if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
-            return torch.channels_last_3d
-    return torch.contiguous_format
-
-
 def view(x: Tensor) -> View:
     """x as [N, C, P] in its memory format. Copied only where a sample of it is neither contiguous nor
     channels_last; a part of the batch or of the channels of a contiguous tensor is read in place."""
@@ -277,3 +269,8 @@ def position_dimensions(x: Tensor) -> list[tuple[int, int]] | None:
 def rows(value: Tensor | None) -> Tensor | None:
     """[N, C] or [C] with adjacent channels; a half of a wider embedding is read in place."""
     return value if value is None or value.stride(-1) == 1 or value.shape[-1] == 1 else value.contiguous()
+
+
+def row_stride(value: Tensor | None) -> int:
+    """From one sample's row to the next, of [N, C]."""
+    return 0 if value is None else value.stride(0)

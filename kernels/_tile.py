@@ -32,6 +32,41 @@ def silu_derivative(z):
 
 
 @triton.jit
+def place_groups(program, groups, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
+    """program -> (sample, the first of its GROUPS groups, that one's first channel)."""
+    blocks = tl.cdiv(groups, GROUPS)
+    first_group = (program % blocks) * GROUPS
+    return (program // blocks).to(tl.int64), first_group, first_group * WIDTH
+
+
+@triton.jit
+def leads_group(row, first_channel, channels, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
+    """Which rows are the first channel of a group: they write the group's numbers."""
+    return (row % WIDTH == 0) & (row < GROUPS * WIDTH) & (first_channel + row < channels)
+
+
+@triton.jit
+def load_pivot(
+    x, row, first_channel, channels, channel_stride, WIDTH: tl.constexpr, GROUPS: tl.constexpr
+):  # fmt: skip
+    """For each row, the first element of its group, in the dtype of x."""
+    origin = tl.minimum(row // WIDTH, GROUPS - 1) * WIDTH
+    exists = first_channel + origin < channels
+    return tl.load(x + origin.to(tl.int64) * channel_stride, mask=exists, other=0.0)
+
+
+@triton.jit
+def load_statistics(
+    mean, rstd, sample, groups, first_group, row, WIDTH: tl.constexpr, GROUPS: tl.constexpr
+):  # fmt: skip
+    """For each row, mean and rstd [N, G] of its group."""
+    group = first_group + tl.minimum(row // WIDTH, GROUPS - 1)
+    exists = group < groups
+    at = sample * groups + group
+    return tl.load(mean + at, mask=exists, other=0.0), tl.load(rstd + at, mask=exists, other=0.0)
+
+
+@triton.jit
 def over_group(value, row, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
     """For each channel, the sum of `value` over its group: [channels] -> [channels], float32.
 
@@ -112,6 +147,17 @@ def gain_and_offset(
 
 
 @triton.jit
+def store_normalised(y, at, value, pivot, mean, rstd, gain, offset, inside, SILU: tl.constexpr):
+    """act((value - pivot - mean) rstd gain + offset), mean less the pivot; all but value by channel."""
+    slope = rstd * gain
+    z = (value.to(tl.float32) - pivot.to(tl.float32)[:, None]) * slope[:, None]
+    z += (offset - mean * slope)[:, None]
+    if SILU:
+        z = silu(z)
+    tl.store(y + at, z.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def strided_offset(
     position, size0, size1, stride0, stride1, stride2, DIMENSIONS: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
@@ -148,6 +194,14 @@ def load_centred_and_dz(
     if SILU:
         dz *= silu_derivative(centred * slope[:, None] + offset[:, None])
     return centred, dz
+
+
+@triton.jit
+def store_input_gradient(dx, at, dz, centred, rstd, gain, mean1, mean2, inside):
+    """dx = rstd (gain dz - mean1 - xhat mean2), xhat = centred rstd; means over the group, by channel."""
+    value = dz * (rstd * gain)[:, None] - centred * (rstd * rstd * mean2)[:, None]
+    value -= (rstd * mean1)[:, None]
+    tl.store(dx + at, value.to(dx.dtype.element_ty), mask=inside)
 
 
 # ---------------------------------------------------------------------------------------------- normal noise

@@ -19,7 +19,18 @@ from torch import Tensor
 
 from . import _norm_plan as plan
 from ._op import define, differentiate
-from ._tile import gain_and_offset, inside_block, inside_tile, merge_moments, over_group, silu, tile_offset
+from ._tile import (
+    gain_and_offset,
+    inside_block,
+    inside_tile,
+    leads_group,
+    load_pivot,
+    merge_moments,
+    over_group,
+    place_groups,
+    store_normalised,
+    tile_offset,
+)
 from .group_norm_silu_backward import group_norm_silu_backward
 
 # ---------------------------------------------------------------------------------------------- the slab fits
@@ -40,19 +51,14 @@ def _resident_kernel(
     SILU: tl.constexpr,
 ):  # fmt: skip
     """A program reads the slabs of its groups, keeps them in registers, and writes them normalised."""
-    blocks = tl.cdiv(groups, GROUPS)
-    sample = (tl.program_id(0) // blocks).to(tl.int64)
-    first_group = (tl.program_id(0) % blocks) * GROUPS
-    first_channel = first_group * WIDTH
+    sample, first_group, first_channel = place_groups(tl.program_id(0), groups, WIDTH, GROUPS)
     x += sample * sample_stride + first_channel.to(tl.int64) * channel_stride
     y += sample * y_sample_stride + first_channel.to(tl.int64) * channel_stride
     row = tl.arange(0, CHANNELS)
     column = tl.arange(0, POSITIONS)
     count = (WIDTH * 1.0) * positions
 
-    origin = tl.minimum(row // WIDTH, GROUPS - 1) * WIDTH
-    exists = first_channel + origin < channels
-    pivot = tl.load(x + origin.to(tl.int64) * channel_stride, mask=exists, other=0.0)
+    pivot = load_pivot(x, row, first_channel, channels, channel_stride, WIDTH, GROUPS)
 
     tiles = ()
     total = tl.zeros([CHANNELS, POSITIONS], tl.float32)
@@ -77,9 +83,9 @@ def _resident_kernel(
 
     # A group's numbers are written by the row of its first channel.
     group = sample * groups + first_group + row // WIDTH
-    first_row = (row % WIDTH == 0) & (row < GROUPS * WIDTH) & (first_channel + row < channels)
-    tl.store(mean_out + group, pivot.to(tl.float32) + mean, mask=first_row)
-    tl.store(rstd_out + group, rstd, mask=first_row)
+    leads = leads_group(row, first_channel, channels, WIDTH, GROUPS)
+    tl.store(mean_out + group, pivot.to(tl.float32) + mean, mask=leads)
+    tl.store(rstd_out + group, rstd, mask=leads)
 
     for tile in tl.static_range(CHANNEL_TILES * POSITION_TILES):
         channel = tile // POSITION_TILES * CHANNELS + row
@@ -89,13 +95,8 @@ def _resident_kernel(
             weight, bias, scale, shift, scale_stride, shift_stride, sample, first_channel + channel,
             inside_block(channel, GROUPS * WIDTH, first_channel, channels, EXACT),
         )  # fmt: skip
-        slope = rstd * gain
-        z = (tiles[tile].to(tl.float32) - pivot.to(tl.float32)[:, None]) * slope[:, None]
-        z += (offset - mean * slope)[:, None]
-        if SILU:
-            z = silu(z)
         at = tile_offset(channel, position, channel_stride, position_stride, WIDE)
-        tl.store(y + at, z.to(y.dtype.element_ty), mask=inside)
+        store_normalised(y, at, tiles[tile], pivot, mean, rstd, gain, offset, inside, SILU)
 
 
 # ---------------------------------------------------------------------------------- the slab is cut in chunks
@@ -110,18 +111,12 @@ def _moments_kernel(
     CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, CHANNEL_TILES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """A program takes the moments of one chunk of its groups' slabs."""
-    blocks = tl.cdiv(groups, GROUPS)
     chunk = tl.program_id(0) % chunks
-    block = tl.program_id(0) // chunks
-    sample = (block // blocks).to(tl.int64)
-    first_group = (block % blocks) * GROUPS
-    first_channel = first_group * WIDTH
+    sample, first_group, first_channel = place_groups(tl.program_id(0) // chunks, groups, WIDTH, GROUPS)
     x += sample * sample_stride + first_channel.to(tl.int64) * channel_stride
     row = tl.arange(0, CHANNELS)
     column = tl.arange(0, POSITIONS)
-    origin = tl.minimum(row // WIDTH, GROUPS - 1) * WIDTH
-    exists = first_channel + origin < channels
-    pivot = tl.load(x + origin.to(tl.int64) * channel_stride, mask=exists, other=0.0)
+    pivot = load_pivot(x, row, first_channel, channels, channel_stride, WIDTH, GROUPS)
 
     position_tiles = tl.cdiv(positions, POSITIONS)
     last_tile = tl.minimum((chunk + 1) * tiles_each, CHANNEL_TILES * position_tiles)
@@ -149,7 +144,7 @@ def _moments_kernel(
     difference = tl.where(count > 0, mean - group_mean, 0.0)
     group_squares = over_group(squares + count * difference * difference, row, WIDTH, GROUPS)
     slot = (sample * groups + first_group + row // WIDTH) * chunks + chunk
-    leads = (row % WIDTH == 0) & (row < GROUPS * WIDTH) & (first_channel + row < channels)
+    leads = leads_group(row, first_channel, channels, WIDTH, GROUPS)
     stride = slabs.to(tl.int64) * chunks
     tl.store(partial + slot, group_count, mask=leads)
     tl.store(partial + stride + slot, group_mean, mask=leads)
@@ -169,19 +164,13 @@ def _apply_kernel(
     """A program merges the moments of its groups and normalises one chunk of their slabs."""
     # Backwards: what the first kernel read last is still in L2.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    blocks = tl.cdiv(groups, GROUPS)
     chunk = program % chunks
-    block = program // chunks
-    sample = (block // blocks).to(tl.int64)
-    first_group = (block % blocks) * GROUPS
-    first_channel = first_group * WIDTH
+    sample, first_group, first_channel = place_groups(program // chunks, groups, WIDTH, GROUPS)
     x += sample * sample_stride + first_channel.to(tl.int64) * channel_stride
     y += sample * y_sample_stride + first_channel.to(tl.int64) * channel_stride
     row = tl.arange(0, CHANNELS)
     column = tl.arange(0, POSITIONS)
-    origin = tl.minimum(row // WIDTH, GROUPS - 1) * WIDTH
-    exists = first_channel + origin < channels
-    pivot = tl.load(x + origin.to(tl.int64) * channel_stride, mask=exists, other=0.0)
+    pivot = load_pivot(x, row, first_channel, channels, channel_stride, WIDTH, GROUPS)
 
     PADDED: tl.constexpr = triton.next_power_of_2(GROUPS)
     member = tl.arange(0, PADDED)
@@ -207,7 +196,7 @@ def _apply_kernel(
         rstd = tl.sum(tl.where(mine & group_exists[None, :], group_rstd[None, :], 0.0), axis=1)
     if chunk == 0:
         group = sample * groups + first_group + row // WIDTH
-        leads = (row % WIDTH == 0) & (row < GROUPS * WIDTH) & (first_channel + row < channels)
+        leads = leads_group(row, first_channel, channels, WIDTH, GROUPS)
         tl.store(mean_out + group, pivot.to(tl.float32) + mean, mask=leads)
         tl.store(rstd_out + group, rstd, mask=leads)
 
@@ -218,16 +207,12 @@ def _apply_kernel(
         position = tile % position_tiles * POSITIONS + column
         inside = inside_tile(channel, GROUPS * WIDTH, first_channel, channels, position, positions, EXACT)
         at = tile_offset(channel, position, channel_stride, position_stride, WIDE)
-        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(x + at, mask=inside, other=0.0)
         gain, offset = gain_and_offset(
             weight, bias, scale, shift, scale_stride, shift_stride, sample, first_channel + channel,
             inside_block(channel, GROUPS * WIDTH, first_channel, channels, EXACT),
         )  # fmt: skip
-        slope = rstd * gain
-        z = (value - pivot.to(tl.float32)[:, None]) * slope[:, None] + (offset - mean * slope)[:, None]
-        if SILU:
-            z = silu(z)
-        tl.store(y + at, z.to(y.dtype.element_ty), mask=inside)
+        store_normalised(y, at, value, pivot, mean, rstd, gain, offset, inside, SILU)
 
 
 # ----------------------------------------------------------------------------------------------------- launch
@@ -252,11 +237,7 @@ def _forward(
     samples, channels = x.shape[:2]
     width = channels // num_groups
     shape = (width, num_groups, source.positions, source.channels_adjacent, x.element_size())
-    affine = (
-        weight, bias, scale, shift, eps,
-        0 if scale is None else scale.stride(0),
-        0 if shift is None else shift.stride(0),
-    )  # fmt: skip
+    affine = (weight, bias, scale, shift, eps, plan.row_stride(scale), plan.row_stride(shift))
     sizes = (num_groups, channels, source.positions)
     strides = (source.sample_stride, y.stride(0), source.channel_stride, source.position_stride)
     with torch.cuda.device_of(x):

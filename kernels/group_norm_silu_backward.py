@@ -101,7 +101,7 @@ def _backward(
             outputs = (gradient if gradient.numel() else None for gradient in gradients[1:])
             _parameters_kernel[(plan.divide_up(channels, 16),)](
                 sums, weight, bias, scale, *outputs,
-                0 if scale is None else scale.stride(0), samples, channels,
+                plan.row_stride(scale), samples, channels,
                 SAMPLES=32, CHANNELS=16, num_warps=4,  # 64 bytes in a row, 4 values a thread
             )  # fmt: skip
     return gradients
@@ -121,11 +121,7 @@ def _input_gradient(dy, x, mean, rstd, dx, sums, weight, bias, scale, shift, sil
     width = channels // groups
     shape = (width, groups, source.positions, source.channels_adjacent, x.element_size())
     transposed = not source.channels_adjacent and dy.stride(1) == 1 and channels > 1 and stride0 != 1
-    affine = (
-        weight, bias, scale, shift,
-        0 if scale is None else scale.stride(0),
-        0 if shift is None else shift.stride(0),
-    )  # fmt: skip
+    affine = (weight, bias, scale, shift, plan.row_stride(scale), plan.row_stride(shift))
     sizes = (samples, groups, channels, source.positions)
     strides = (source.sample_stride, dx.stride(0), source.channel_stride, source.position_stride)
     dy_strides = (dy.stride(0), dy.stride(1), size0, size1, stride0, stride1, stride2)
