@@ -28,6 +28,7 @@ SHAPES = [
     (1, 2, 33, 40, 33, 96),
     (1, 1, 65, 81, 70, 32),
     (2, 1, 7, 300, 0, 64),
+    (1, 1, 3, 512, 0, 16),
 ]
 
 
@@ -223,7 +224,13 @@ def test_registration(image_keys, kernel_device):
     inputs = {name: x.to(kernel_device).requires_grad_(x.dtype != torch.bool) for name, x in inputs.items()}
     names = ("q", "context_k", "context_v", "context_mask", "image_k", "image_v")
     args = [inputs.get(name) for name in names]
-    torch.library.opcheck(torch.ops.dalle2_fast.cross_attention.default, (*args, 0.3))
+    op = torch.ops.dalle2_fast.cross_attention.default
+    torch.library.opcheck(op, (*args, 0.3))
+    args = [x if x is None else x.detach() for x in args]
+    out, lse = op(*args, 0.3)
+    args = (torch.ones_like(out), *args, out if lse.numel() else None, lse, 0.3)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.dalle2_fast.cross_attention_backward.default, args, test_utils=tests)
 
 
 def test_compiles_whole_and_takes_another_batch(kernel_device):

@@ -351,6 +351,21 @@ def test_step_and_guidance_as_numbers_or_tensors(kernel_device):
             assert torch.equal(value, right)
 
 
+def test_autocast_changes_nothing(kernel_device):
+    arguments = step_inputs((1, 3, 3, 3), kernel_device, guidance=2.5, clip=1.0)
+    given = {"x0": arguments["x"], "alpha": torch.ones(1), "sigma": torch.ones(1), "seeds": arguments["seeds"]}
+    given = on(kernel_device, given)
+
+    def both():
+        step = functional.diffusion_step(**arguments, impl="fused")
+        return *step, *functional.add_noise(**given, impl="fused")
+
+    expected = both()
+    with torch.autocast(kernel_device, torch.bfloat16):
+        for value, right in zip(both(), expected, strict=True):
+            assert value.dtype == torch.float32 and torch.equal(value, right)
+
+
 def test_empty_tensors_launch_nothing(kernel_device):
     arguments = step_inputs((0, 3, 4, 4), kernel_device, dynamic_threshold=0.9)
     x_next, x0 = functional.diffusion_step(**arguments, impl="fused")

@@ -144,6 +144,14 @@ def test_close_to_truth(path, kernel_device, path_name, shape, groups, layout, d
     )
 
 
+@pytest.mark.parametrize("layout", [NCHW, NHWC])
+@pytest.mark.parametrize("width", [3, 18, 36, 50, 72])  # of 96, 576, 1152, 1600, 2304 channels in 32 groups
+def test_widths_of_real_models(kernel_device, width, layout):
+    # Catches: a group's width that is no power of two taken for one, with the real configuration.
+    groups = 32 if layout == NHWC else 2  # in NCHW each has a program
+    compare((1, groups * width, 3, 2), groups, dtype=FP32, device=kernel_device, layout=layout)
+
+
 def step(x, groups, inputs, dy, impl="fused"):
     """y and the gradients for a given dy, as a list."""
     leaves = [x.detach().clone(memory_format=torch.preserve_format), *(inputs[name] for name in PARAMETERS)]
@@ -263,6 +271,9 @@ def test_empty(kernel_device, shape):
     assert all(bool((gradient == 0).all()) for gradient in gradients)
 
 
+FAKE = ("test_schema", "test_faketensor")
+
+
 @pytest.mark.parametrize("layout", [NCHW, NHWC])
 def test_opcheck(kernel_device, layout):
     # Catches: a wrong schema, fakes that lie about shape, dtype or strides, an untraceable gradient.
@@ -271,9 +282,14 @@ def test_opcheck(kernel_device, layout):
     inputs = {name: value.requires_grad_() for name, value in make((1, 4, 2, 2), kernel_device).items()}
     x = inputs["x"].detach().to(memory_format=layout).requires_grad_()
     arguments = (x, 2, inputs["weight"], inputs["bias"], 1e-5, inputs["scale"], inputs["shift"], True)
-    tests = ("test_schema", "test_faketensor") if layout == NHWC else None  # the others take long
+    tests = FAKE if layout == NHWC else None  # the others take long
     op = torch.ops.dalle2_fast.group_norm_silu.default
     torch.library.opcheck(op, arguments, **({"test_utils": tests} if tests else {}))
+    given = [value if value is None else value.detach() for value in (x, *arguments[2:4], *arguments[5:7])]
+    mean = torch.zeros(1, 2, device=kernel_device)
+    dy, silu, wanted = given[0].clone(memory_format=NCHW), True, layout == NCHW  # dx lies as x does
+    backward = torch.ops.dalle2_fast.group_norm_silu_backward.default
+    torch.library.opcheck(backward, (dy, given[0], mean, mean + 1, *given[1:], silu, wanted), test_utils=FAKE)
 
 
 def test_one_graph_for_every_batch(kernel_device):
