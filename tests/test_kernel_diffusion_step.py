@@ -353,8 +353,8 @@ def test_step_and_guidance_as_numbers_or_tensors(kernel_device):
 
 def test_autocast_changes_nothing(kernel_device):
     arguments = step_inputs((1, 3, 3, 3), kernel_device, guidance=2.5, clip=1.0)
-    given = {"x0": arguments["x"], "alpha": torch.ones(1), "sigma": torch.ones(1), "seeds": arguments["seeds"]}
-    given = on(kernel_device, given)
+    one = torch.ones(1, device=kernel_device)
+    given = {"x0": arguments["x"], "alpha": one, "sigma": one, "seeds": arguments["seeds"]}
 
     def both():
         step = functional.diffusion_step(**arguments, impl="fused")
