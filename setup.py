@@ -51,8 +51,9 @@ def find_compiler() -> tuple[str, str]:
 
 
 def find_ninja() -> str:
-    # Not ninja.BIN_DIR: in an isolated build it names the folder of another environment.
-    found = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
+    # Not ninja.BIN_DIR: in an isolated build it names the folder of another environment. The system's is second:
+    # before 1.12 ninja takes a file that was edited while it was compiled for done.
+    found = shutil.which("ninja", path=str(Path(sys.executable).parent)) or shutil.which("ninja")
     if found is None:
         raise PlatformError("ninja is not there: pip install ninja")
     return found
@@ -149,21 +150,25 @@ def ninja_file(
     includes = [f"-isystem{path}" for path in (find_pybind11(), python["include"], python["platinclude"])]
     own = shlex.split(os.environ.get("CXXFLAGS", ""))
     cxx = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread", *FLAGS, *includes, *own]
-    # The version is there to compile again after an update of CUDA.
-    hidden = "-Xcompiler=-fPIC,-fvisibility=hidden"
-    cu = [f"-DDALLE2_FAST_NVCC={cuda}", hidden, "--expt-relaxed-constexpr", "-lineinfo", *FLAGS]
     shared = "-bundle -undefined dynamic_lookup" if MACOS else "-shared -pthread -Wl,--exclude-libs,ALL"
     link = f"{compiler} {shared}"
-    if nvcc:
-        link = f"{shlex.quote(nvcc)} -shared -cudart=static -Xcompiler=-pthread -Xlinker=--exclude-libs,ALL"
     lines = [
         f"builddir = {OBJECTS}",
         "rule cxx",
         f"  command = {compiler} -MMD -MF $out.d {words(cxx)} -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = C++ $in",
-        "rule cu",
-        f"  command = {shlex.quote(nvcc or 'nvcc')} -MMD -MF $out.d {words(cu)} $targets -c $in -o $out",
-        "  depfile = $out.d\n  deps = gcc\n  description = CUDA $in",
+    ]
+    if nvcc:
+        link = f"{shlex.quote(nvcc)} -shared -cudart=static -Xcompiler=-pthread -Xlinker=--exclude-libs,ALL"
+        hidden = "-Xcompiler=-fPIC,-fvisibility=hidden"
+        # The version is there to compile again after an update of CUDA.
+        cu = [f"-DDALLE2_FAST_NVCC={cuda}", hidden, "--expt-relaxed-constexpr", "-lineinfo", *FLAGS]
+        lines += [
+            "rule cu",
+            f"  command = {shlex.quote(nvcc)} -MMD -MF $out.d {words(cu)} $targets -c $in -o $out",
+            "  depfile = $out.d\n  deps = gcc\n  description = CUDA $in",
+        ]
+    lines += [
         "rule link",
         f"  command = {link} $in -o $out {os.environ.get('LDFLAGS', '')}",
         "  description = link $out",
