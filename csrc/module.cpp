@@ -1,5 +1,5 @@
-// dalle2_fast._C: raw addresses, sizes and a stream's handle in, no torch. Python allocates and checks; here is
-// no check. An address is an int (Tensor.data_ptr(), 0 for none); see contrastive.h for what is where.
+// dalle2_fast._C: raw addresses, sizes and a stream handle in, no torch. Python allocates and checks, not this
+// file. An address is an int (Tensor.data_ptr(), 0 for none); see contrastive.h for what is where.
 
 #include <pybind11/pybind11.h>
 

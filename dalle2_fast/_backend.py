@@ -10,6 +10,8 @@ import platform
 import torch
 from torch import Tensor
 
+from dalle2_fast import _native
+
 KERNELS = ("group_norm_silu", "cross_attention", "diffusion_step", "add_noise", "sample_noise")
 OLDEST_GPU = 8  # compute capability; below it no configuration of a kernel has been compiled
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -120,14 +122,16 @@ def build_info() -> dict[str, object]:
 
     Keys: `dalle2_fast`, `python`, `platform`, `torch`, `triton` (None when not installed), `cuda` (the
     version that torch was built with, or None), `devices` (names of the GPUs that torch can use),
-    `cpu_threads`, `native_extension` (whether `dalle2_fast._C` is installed), `kernels` (names of the ops
-    that have a fused kernel), `fused_ops` (those that impl="auto" runs fused on this machine) and
+    `cpu_threads`, `native_extension` (whether `dalle2_fast._C` is there and loads), `native` (how it was
+    built: `compiler`, `cuda`, `why_no_cuda`, `targets`; or None), `why_no_native` (or None), `kernels` (names
+    of the ops that have a Triton kernel), `fused_ops` (those that impl="auto" runs fused on this machine) and
     `why_not_fused` (why there are none, or None).
     """
     devices = []
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     reason = _reason_for_references()
+    native, why_no_native = _native.describe()
     return {
         "dalle2_fast": _version("dalle2_fast"),
         "python": platform.python_version(),
@@ -137,7 +141,9 @@ def build_info() -> dict[str, object]:
         "cuda": torch.version.cuda,
         "devices": devices,
         "cpu_threads": torch.get_num_threads(),
-        "native_extension": importlib.util.find_spec("dalle2_fast._C") is not None,
+        "native_extension": native is not None,
+        "native": native,
+        "why_no_native": why_no_native,
         "kernels": list(KERNELS),
         "fused_ops": list(KERNELS) if reason is None else [],
         "why_not_fused": reason,

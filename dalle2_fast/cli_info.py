@@ -50,6 +50,9 @@ def _words(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value)) or "none"
+    if isinstance(value, dict):
+        known = {key.replace("_", " "): part for key, part in value.items() if part is not None}
+        return "; ".join(f"{key} {_words(part)}" for key, part in known.items()) or "none"
     return "none" if value is None else str(value)
 
 
