@@ -13,11 +13,15 @@ from torch import Tensor
 from dalle2_fast import _native
 
 KERNELS = ("group_norm_silu", "cross_attention", "diffusion_step", "add_noise", "sample_noise")
+# On the CPU, from this many logits on dalle2_fast._C is no slower than the reference (and takes less memory):
+# results/contrastive_memory.json.
+LEAST_LOGITS = 1 << 20
 OLDEST_GPU = 8  # compute capability; below it no configuration of a kernel has been compiled
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _CHOICES = ("auto", "reference", "fused")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+_HAS_NATIVE = importlib.util.find_spec("dalle2_fast._C") is not None
 # Triton settles on its interpreter, which runs kernels on CPU tensors for tests, when a kernel is defined.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -41,11 +45,24 @@ def use_reference(impl: str, tensor: Tensor, *others: Tensor | None) -> bool:
     return obstacle is not None
 
 
-def only_reference(impl: str, op: str) -> None:
-    """For an op that has no kernel: raises on impl="fused"."""
-    _check_choice(impl)
-    if impl == "fused":
-        raise RuntimeError(f'impl="fused": {op} has no fused kernel; use impl="auto" or "reference"')
+def use_native(impl: str, image: Tensor, text: Tensor) -> bool:
+    """Whether a contrastive loss of image [n, D] and text [m, D], floating and on one device, runs in
+    dalle2_fast._C, on the CPU or the GPU; if so, its ops are loaded.
+
+    On the CPU "auto" leaves few logits to the reference, see LEAST_LOGITS. "fused" raises RuntimeError where
+    dalle2_fast._C cannot run.
+    """
+    if impl == "auto":
+        if image.device.type == "cpu" and image.shape[0] * text.shape[0] < LEAST_LOGITS:
+            return False
+    elif impl != "fused":
+        _check_choice(impl)
+        return False
+    dtypes = (*DTYPES, torch.float64) if image.device.type == "cpu" else DTYPES
+    obstacle = _dtype_obstacle(image, text, dtypes=dtypes) or _native_obstacle(image.device)
+    if obstacle is not None and impl == "fused":
+        raise RuntimeError(f'impl="fused": {obstacle}; use impl="auto" or "reference"')
+    return obstacle is None
 
 
 def _check_choice(impl: str) -> None:
@@ -53,10 +70,41 @@ def _check_choice(impl: str) -> None:
         raise ValueError(f"impl: expected one of {', '.join(map(repr, _CHOICES))}, got {impl!r}")
 
 
-def _dtype_obstacle(*tensors: Tensor | None) -> str | None:
+def _dtype_obstacle(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:
     for tensor in tensors:
-        if tensor is not None and tensor.dtype not in DTYPES:
-            return f"no kernel takes {tensor.dtype} (only float32, float16, bfloat16)"
+        if tensor is not None and tensor.dtype not in dtypes:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            return f"no kernel takes {tensor.dtype} (only {known})"
+    return None
+
+
+_native_obstacles: dict[torch.device, str | None] = {}  # what _ask_native answered
+
+
+def _native_obstacle(device: torch.device) -> str | None:
+    if torch.compiler.is_compiling():
+        return _ask_native(device)
+    if device not in _native_obstacles:
+        _native_obstacles[device] = _ask_native(device)
+    return _native_obstacles[device]
+
+
+def _ask_native(device: torch.device) -> str | None:
+    """Why dalle2_fast._C cannot run on this device. Where it can, its ops are loaded."""
+    if device.type not in ("cpu", "cuda"):
+        return f"no kernel runs on device {device.type}"
+    if not _HAS_NATIVE:
+        return "the native module dalle2_fast._C is not here (see dalle2_fast.build_info())"
+    from dalle2_fast import _C
+
+    if device.type == "cuda":
+        if not hasattr(_C, "cuda"):
+            return "the native module dalle2_fast._C was built without CUDA"
+        obstacle = _ask_gpu(device)
+        if obstacle is not None:
+            return obstacle
+    import dalle2_fast.kernels.contrastive_loss  # noqa: F401
+
     return None
 
 

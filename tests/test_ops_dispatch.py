@@ -86,14 +86,30 @@ def test_fused_raises_where_no_kernel_can_run(op):
     assert unservable(torch.float32, "meta")[op]("auto") is not None
 
 
-@pytest.mark.parametrize("op", ["contrastive_loss", "sigmoid_loss", "soft_contrastive_loss"])
-def test_fused_raises_for_an_op_without_a_kernel(op):
+CONTRASTIVE = ("contrastive_loss", "sigmoid_loss", "soft_contrastive_loss")
+
+
+def contrastive(op, impl, dtype=torch.float32, device="cpu"):
     arguments = {"logit_bias": -1.0} if op == "sigmoid_loss" else {}
-    features = torch.ones(3, 4)
-    with pytest.raises(RuntimeError, match=f'impl="fused": {op} has no fused kernel'):
-        getattr(functional, op)(features, features, 2.0, impl="fused", **arguments)
+    features = torch.ones(3, 4, dtype=dtype, device=device)
+    return getattr(functional, op)(features, features, 2.0, impl=impl, **arguments)
+
+
+@pytest.mark.parametrize("op", CONTRASTIVE)
+def test_fused_raises_where_the_native_module_cannot_run(op, monkeypatch):
     with pytest.raises(ValueError, match="impl: expected one of .* got 'fast'"):
-        getattr(functional, op)(features, features, 2.0, impl="fast", **arguments)
+        contrastive(op, "fast")
+    with pytest.raises(RuntimeError, match='impl="fused": no kernel runs on device meta; use impl="auto"'):
+        contrastive(op, "fused", device="meta")
+    with pytest.raises(RuntimeError, match='impl="fused": no kernel takes torch.float8_e5m2'):
+        contrastive(op, "fused", dtype=torch.float8_e5m2)
+    monkeypatch.setattr(_backend, "_HAS_NATIVE", False)
+    monkeypatch.setattr(_backend, "_native_obstacles", {})
+    with pytest.raises(RuntimeError, match='impl="fused": the native module dalle2_fast._C is not here'):
+        contrastive(op, "fused")
+    assert contrastive(op, "auto") == contrastive(op, "reference")
+    monkeypatch.setattr(_backend, "LEAST_LOGITS", 0)
+    assert contrastive(op, "auto") == contrastive(op, "reference")
 
 
 def on_cuda(monkeypatch, dtype=torch.float16, capability=(9, 0)):
