@@ -16,8 +16,9 @@ _HOMES = {
     "Decoder": "dalle2_fast.models.decoder",
     "Upsampler": "dalle2_fast.models.upsampler",
     "DALLE2": "dalle2_fast.models.dalle2",
-    "ClipLoss": "dalle2_fast.modules",
-    "SigLipLoss": "dalle2_fast.modules",
+    "ClipLoss": "dalle2_fast.losses",
+    "SigLipLoss": "dalle2_fast.losses",
+    "SoftClipLoss": "dalle2_fast.losses",
     "GroupNormSiLU": "dalle2_fast.modules",
     "build_info": "dalle2_fast._backend",
 }

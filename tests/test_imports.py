@@ -28,6 +28,8 @@ ARROWS = {
     "_backend": {"kernels", "_native", "_C"},
     "functional": {"reference", "_check", "_backend"},
     "modules": {"functional", "_check"},
+    "_across_processes": {"_backend"},
+    "losses": {"_across_processes", "functional", "_check"},
     "diffusion": {"functional", "_check"},
     "data": {"_check"},
     "checkpoints": {"_check"},
@@ -36,7 +38,7 @@ ARROWS = {
     "training": {"evaluation", "models", "diffusion", "data", "checkpoints", "functional"},
     "cli": {"__init__", "training", "evaluation", "models", "data", "checkpoints", "_backend"},
     "__main__": {"cli"},
-    "__init__": {"models", "modules", "functional", "diffusion", "data", "checkpoints", "_backend"},
+    "__init__": {"models", "modules", "losses", "functional", "diffusion", "data", "checkpoints", "_backend"},
 }
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
