@@ -175,15 +175,14 @@ def _backward(ctx, grad, grad_row_lse, grad_column_lse):
 differentiate(contrastive_loss, save=_save, backward=_backward)
 
 
-def _no_derivative(name: str) -> Callable:
-    def refuse(ctx, *grads):
-        raise NotImplementedError(f'{name}: the kernel has no such derivative; use impl="reference"')
+def _refuse(ctx, *grads):
+    raise NotImplementedError(
+        'the fused contrastive losses have one derivative, and of the loss alone; use impl="reference"'
+    )
 
-    return refuse
 
-
-for _op, _said in ((contrastive_lse, "contrastive_lse"), (contrastive_gradient, "contrastive_loss, twice")):
-    differentiate(_op, save=lambda ctx, inputs, output: None, backward=_no_derivative(_said))
+for _op in (contrastive_lse, contrastive_gradient):
+    differentiate(_op, save=lambda ctx, inputs, output: None, backward=_refuse)
 
 # ----------------------------------------------------------------------------- gradients in the forward pass
 
@@ -284,6 +283,8 @@ def _save_gradients(ctx, inputs, output) -> None:
 
 
 def _from_saved(ctx, grad, *unused):
+    if torch.is_grad_enabled():  # create_graph=True: what is kept would pass for a constant
+        _refuse(ctx)
     if not ctx.given:
         raise RuntimeError("gradients: expected True, as the loss is differentiated, got False")
     saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
