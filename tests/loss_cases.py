@@ -6,6 +6,7 @@ without gradient is detached. No collective, nothing of `dalle2_fast.losses`.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import time
 
@@ -25,6 +26,12 @@ MODES = [
     ("soft", False, True),
     *(("siglip", exchange) for exchange in ("bidir", "shift", "reduce", "gather")),
 ]
+try:  # here and not where it is used, as the fork server then imports it once
+    import open_clip.loss as open_clip_loss
+except ImportError:
+    open_clip_loss = None
+
+FUSED = "fused" if importlib.util.find_spec("dalle2_fast._C") else "reference"
 ROUNDED = [(mode, dtype) for mode in (*CLIP_MODES, ("siglip", "bidir"))
            for dtype in (torch.float32, torch.bfloat16, torch.float16)]  # fmt: skip
 WRAPPED = [*((mode, "ddp") for mode in (*CLIP_MODES, ("siglip", "bidir"))),
@@ -43,9 +50,9 @@ def upstream(world_size: int, equal: bool) -> list[float]:
     return [1.0 if equal else 0.5 + rank for rank in range(world_size)]
 
 
-def build(mode: tuple, rank: int, world_size: int, library=None) -> nn.Module:
+def build(mode: tuple, rank: int, world_size: int, library=None, impl="auto") -> nn.Module:
     """The loss of a mode, ours or that of an open_clip-like library."""
-    place = dict(rank=rank, world_size=world_size)
+    place = dict(rank=rank, world_size=world_size) | ({} if library else dict(impl=impl))
     if mode[0] == "siglip":
         return (library.SigLipLoss if library else SigLipLoss)(dist_impl=mode[1], **place)
     kind = SoftClipLoss if mode[0] == "soft" else (library.ClipLoss if library else ClipLoss)
@@ -102,13 +109,15 @@ def _process_loss(mode, rank, images, texts, scale, bias) -> Tensor:
 # ------------------------------------------------------------------------------------------- in every process
 
 
-def results(mode, rank, world_size, grad=1.0, dtype=torch.float64, library=None) -> dict[str, Tensor]:
+def results(
+    mode, rank, world_size, grad=1.0, dtype=torch.float64, library=None, impl="auto"
+) -> dict[str, Tensor]:
     image, text = features(world_size, dtype)
     image, text = (value[rank].to(dtype).requires_grad_() for value in (image, text))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     scale, bias = (torch.tensor(value, dtype=wide, requires_grad=True) for value in (SCALE, BIAS))
     biases = {} if mode[0] == "soft" or library and mode[0] == "clip" else {"logit_bias": bias}
-    loss = build(mode, rank, world_size, library)(image, text, scale, **biases)
+    loss = build(mode, rank, world_size, library, impl)(image, text, scale, **biases)
     loss.backward(torch.full_like(loss, grad))
     return {"loss": loss.detach(), "d image": image.grad, "d text": text.grad, "d scale": scale.grad,
             "d bias": torch.zeros_like(bias) if bias.grad is None else bias.grad}  # fmt: skip
@@ -119,11 +128,11 @@ def everything(rank: int, world_size: int) -> dict:
     answers = {}
     for mode in MODES:
         for equal in (True, False):
-            grad = upstream(world_size, equal)[rank]
-            answers["exact", mode, equal] = results(mode, rank, world_size, grad)
+            grad, impl = upstream(world_size, equal)[rank], "reference" if equal else FUSED
+            answers["exact", mode, equal] = results(mode, rank, world_size, grad, impl=impl)
     if world_size == 2:
         for mode, dtype in ROUNDED:
-            answers["rounded", mode, dtype] = results(mode, rank, world_size, dtype=dtype)
+            answers["rounded", mode, dtype] = results(mode, rank, world_size, dtype=dtype, impl=FUSED)
         for mode, wrapper in WRAPPED:
             answers["model", mode, wrapper] = trained(mode, rank, world_size, wrapper)
         answers["frozen"] = frozen(rank, world_size)
@@ -275,12 +284,10 @@ def one_skips_backward(rank: int, world_size: int):
 
 def like_open_clip(rank: int, world_size: int) -> dict:
     """(ours, theirs) for every mode that open_clip has."""
-    import open_clip.loss
-
     answers = {}
     for mode, equal in itertools.product(MODES, (True, False)):
         if mode[0] != "soft":
             grad = upstream(world_size, equal)[rank]
-            pair = [results(mode, rank, world_size, grad, library=lib) for lib in (None, open_clip.loss)]
+            pair = [results(mode, rank, world_size, grad, library=lib) for lib in (None, open_clip_loss)]
             answers[mode, equal] = pair
     return answers
