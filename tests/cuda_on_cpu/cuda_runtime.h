@@ -48,6 +48,9 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
+using std::max;
+using std::min;
+
 using cudaStream_t = void*;
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
@@ -78,6 +81,7 @@ struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[STACK]};
     State state = State::ready;
+    int exchanges = 0;  // since the block began
 };
 
 inline bool descending = false;  // the order in which blocks, and the threads of a block, run
@@ -86,7 +90,8 @@ inline ucontext_t scheduler;
 inline int current;                       // the running fiber = its thread's number in the block
 inline const std::function<void()>* body;  // what each fiber runs
 inline std::exception_ptr failure;
-inline uint64_t exchange[MAX_THREADS];  // one word per thread for shuffles and votes
+// One word per thread for shuffles and votes, two by turns: no thread is more than one exchange ahead of another.
+inline uint64_t exchanged[2][MAX_THREADS];
 struct alignas(1024) Line { char bytes[1024]; };
 inline std::vector<Line> dynamic_memory;
 
@@ -128,6 +133,7 @@ inline void run_block(int threads) {
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, enter, 0);
         fiber.state = State::ready;
+        fiber.exchanges = 0;
     }
     for (;;) {
         bool moved = false, all_done = true;
@@ -172,16 +178,15 @@ inline void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<
 template <class T, class Read>
 auto with_warp(T value, Read read) {
     static_assert(sizeof(T) <= sizeof(uint64_t));
-    exchange[current] = 0;
-    std::memcpy(&exchange[current], &value, sizeof(T));
+    uint64_t* words = exchanged[fibers[current].exchanges++ % 2];
+    words[current] = 0;
+    std::memcpy(&words[current], &value, sizeof(T));
     wait(State::at_warp_barrier);
-    auto result = read([](int lane) {
+    return read([words](int lane) {
         T other;
-        std::memcpy(&other, &exchange[current / WARP * WARP + lane % WARP], sizeof(T));
+        std::memcpy(&other, &words[current / WARP * WARP + lane % WARP], sizeof(T));
         return other;
     });
-    wait(State::at_warp_barrier);
-    return result;
 }
 
 template <class T>
@@ -235,6 +240,7 @@ template <class T> T __ldcg(const T* address) { return *cuda_on_cpu::aligned(add
 template <class T> void __stcs(T* address, T value) { *cuda_on_cpu::aligned(address) = value; }
 template <class T> void __stcg(T* address, T value) { *cuda_on_cpu::aligned(address) = value; }
 
+inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float x, float y) { return x / y; }
