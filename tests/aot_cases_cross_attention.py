@@ -6,13 +6,11 @@ would be asked to run, and not a second copy of the rules.
 
 from __future__ import annotations
 
-import inspect
 from unittest import mock
 
 import torch
 from aot import CAPABILITIES, Case
-
-_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.bool: "*i1"}
+from launches import Launch, as_case, recorded_in
 
 # name: (T, S, T2, D), masked, dtype, hot. Resources do not depend on T beyond a threshold, nor on B and H;
 # float16 is as bfloat16.
@@ -34,17 +32,7 @@ _SHAPES = {
 }
 
 
-class _Recorder:
-    """Stands in for a kernel: keeps how it was launched."""
-
-    def __init__(self, kernel, launches: list) -> None:
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
-
-
-def _launches(shape, masked: bool, dtype: torch.dtype, capability: tuple[int, int]) -> list[tuple]:
+def _launches(shape, masked: bool, dtype: torch.dtype, capability: tuple[int, int]) -> list[Launch]:
     from dalle2_fast.kernels import _attention, cross_attention, cross_attention_backward
 
     t, s, t2, d = shape
@@ -56,48 +44,22 @@ def _launches(shape, masked: bool, dtype: torch.dtype, capability: tuple[int, in
     mask = torch.empty(b, s, dtype=torch.bool, device="meta") if masked else None
     image = (rows(t2), rows(t2)) if t2 else (None, None)
     inputs = (rows(t), rows(s), rows(s), mask, *image)
-    found: list[tuple] = []
-    with mock.patch.object(_attention, "capability", lambda x: capability):
-        for module in (cross_attention, cross_attention_backward):
-            kernels = {name: kernel for name, kernel in vars(module).items() if name.endswith("_kernel")}
-            for name, kernel in kernels.items():
-                setattr(module, name, _Recorder(kernel, found))
-            try:
-                if module is cross_attention:
-                    out, lse = cross_attention._forward(*inputs, 0.125)
-                else:
-                    saved = None if lse.numel() == 0 else out
-                    cross_attention_backward.cross_attention_backward(rows(t), *inputs, saved, lse, 0.125)
-            finally:
-                for name, kernel in kernels.items():
-                    setattr(module, name, kernel)
+    patched = mock.patch.object(_attention, "capability", lambda x: capability)
+    with patched, recorded_in(cross_attention, cross_attention_backward) as found:
+        out, lse = cross_attention._forward(*inputs, 0.125)
+        saved = None if lse.numel() == 0 else out
+        cross_attention_backward.cross_attention_backward(rows(t), *inputs, saved, lse, 0.125)
     return found
 
 
-def _case(name: str, launch: tuple, hot: bool) -> Case:
+def _case(name: str, launch: Launch, hot: bool) -> Case:
     from dalle2_fast.kernels._attention import VARYING
 
-    kernel, args, kwargs = launch
-    function = getattr(kernel, "fn", kernel)
-    options = {key: value for key, value in kwargs.items() if key in ("num_warps", "num_stages")}
-    values = dict(zip(inspect.signature(function).parameters, args, strict=False))
-    constants = {key: value for key, value in kwargs.items() if key.isupper()}
-    signature, low = {}, False
-    for argument, value in values.items():
-        if isinstance(value, torch.Tensor):
-            signature[argument] = _TYPES[value.dtype]
-            low = low or value.dtype in (torch.float16, torch.bfloat16)
-        elif isinstance(value, float):
-            signature[argument] = "fp32"
-        elif value is None or (value == 1 and argument not in VARYING):
-            constants[argument] = value
-        else:
-            signature[argument] = "i32:16" if value % 16 == 0 and argument not in VARYING else "i32"
-    adds = function.__name__ == "_sum_parts_kernel"
-    return Case(
-        f"{name} {function.__name__}", kernel, signature, constants, **options, hot=hot or adds,
-        hgmma=low and not adds and constants["BLOCK_D"] >= 64,
-    )  # fmt: skip
+    case = as_case(name, launch, VARYING)
+    adds = launch.name == "_sum_parts_kernel"
+    low = any(kind in ("*fp16", "*bf16") for kind in case.signature.values())
+    hgmma = low and not adds and case.constexprs["BLOCK_D"] >= 64
+    return case._replace(hot=hot or adds, hgmma=hgmma)
 
 
 def aot_cases() -> list[Case]:

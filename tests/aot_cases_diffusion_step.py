@@ -6,15 +6,10 @@ would be asked to run, and not a second copy of the rules.
 
 from __future__ import annotations
 
-import inspect
-from contextlib import ExitStack
-from unittest import mock
-
 import torch
 from aot import Case
+from launches import Launch, as_case, recorded_in
 
-_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32",
-          torch.int64: "*i64"}  # fmt: skip
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _VARYING = {"step", "batch", "tiles", "rank", "rank_low", "rank_high"}  # not specialised on
 
@@ -48,60 +43,19 @@ _STEPS = {
 }  # fmt: skip
 
 
-class _Recorder:
-    """Stands in for a kernel: keeps how it was launched."""
-
-    def __init__(self, kernel, launches: list) -> None:
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
-
-
-def launches(function, *args) -> list[tuple]:
-    """(kernel, arguments, constants) of each launch that `function` makes."""
+def launches(function, *args) -> list[Launch]:
+    """Each launch that `function` makes."""
     from dalle2_fast.kernels import add_noise, diffusion_statistics, diffusion_step
 
-    found: list[tuple] = []
-    with ExitStack() as stack:
-        for module, name in (
-            (diffusion_statistics, "_statistics_kernel"), (diffusion_step, "_step_kernel"),
-            (add_noise, "_add_noise_kernel"), (add_noise, "_sample_noise_kernel"),
-        ):  # fmt: skip
-            recorder = _Recorder(getattr(module, name), found)
-            stack.enter_context(mock.patch.object(module, name, recorder))
+    with recorded_in(diffusion_statistics, diffusion_step, add_noise) as found:
         function(*args)
     return found
-
-
-def _case(name: str, launch: tuple, hot: bool) -> Case:
-    kernel, args, kwargs = launch
-    function = kernel
-    while hasattr(function, "fn"):
-        function = function.fn
-    warps = kwargs.pop("num_warps")
-    values = dict(zip(inspect.signature(function).parameters, args, strict=False)) | kwargs
-    signature, constants = {}, {}
-    for argument, value in values.items():
-        if isinstance(value, torch.Tensor):
-            signature[argument] = _TYPES[value.dtype]
-        elif isinstance(value, float) and argument not in kwargs:
-            signature[argument] = "fp32"
-        elif value is None or argument in kwargs:
-            constants[argument] = value
-        elif argument in _VARYING:
-            signature[argument] = "i32"
-        elif value == 1:
-            constants[argument] = 1
-        else:
-            signature[argument] = "i32:16" if value % 16 == 0 else "i32"
-    return Case(f"{name} {function.__name__}", kernel, signature, constants, warps, 3, hot=hot)
 
 
 def step_launches(
     shape, *, x="bf16", output="bf16", nhwc=False, guided=False, learned_range=False, rescale=False,
     quantile=None, clip=None, seeds=True, previous=False, prediction="epsilon",
-) -> list[tuple]:  # fmt: skip
+) -> list[Launch]:  # fmt: skip
     """The launches of one step. x, output: dtypes; nhwc: the output's layout."""
     from dalle2_fast.kernels import diffusion_step
 
@@ -124,7 +78,9 @@ def aot_cases() -> list[Case]:
 
     cases = []
     for name, (shape, options) in _STEPS.items():
-        cases += [_case(name, launch, name != "odd") for launch in step_launches(shape, **options)]
+        cases += [
+            as_case(name, launch, _VARYING, hot=name != "odd") for launch in step_launches(shape, **options)
+        ]
 
     ones = torch.empty(2, device="meta")
     seeds = torch.empty(2, dtype=torch.int64, device="meta")
@@ -139,5 +95,5 @@ def aot_cases() -> list[Case]:
         "alone": launches(add_noise._sample_noise, seeds, None, 3, x0.shape, x0.dtype),
         "alone small": launches(add_noise._sample_noise, seeds, None, 3, small.shape, small.dtype),
     }.items():
-        cases += [_case(name, launch, True) for launch in found]
+        cases += [as_case(name, launch, _VARYING) for launch in found]
     return cases

@@ -6,13 +6,10 @@ would be asked to run, and not a second copy of the rules.
 
 from __future__ import annotations
 
-import inspect
-from unittest import mock
-
 import torch
 from aot import CAPABILITIES, Case
+from launches import Launch, as_case, recorded_in
 
-_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 _LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 _EVERY, _TWO = CAPABILITIES, (80, 90)
@@ -42,66 +39,21 @@ _SHAPES = [
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-class _Recorder:
-    """Stands in for a kernel: keeps how it was launched."""
-
-    def __init__(self, kernel, launches: list) -> None:
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
-
-
-def launches(function, *args) -> list[tuple]:
-    """(kernel, arguments, constants) of each launch that `function` makes."""
+def launches(function, *args) -> list[Launch]:
+    """Each launch that `function` makes."""
     from dalle2_fast.kernels import group_norm_silu, group_norm_silu_backward
 
-    found: list[tuple] = []
-    with (
-        mock.patch.multiple(group_norm_silu, **_recorders(group_norm_silu, found)),
-        mock.patch.multiple(group_norm_silu_backward, **_recorders(group_norm_silu_backward, found)),
-    ):
+    with recorded_in(group_norm_silu, group_norm_silu_backward) as found:
         function(*args)
     return found
 
 
-def _recorders(module, found: list) -> dict:
-    names = [name for name in vars(module) if name.endswith("_kernel")]
-    return {name: _Recorder(getattr(module, name), found) for name in names}
-
-
 def _cases(
-    name: str, found: list[tuple], hot: bool = True, capabilities: tuple[int, ...] = _EVERY
+    name: str, found: list[Launch], hot: bool = True, capabilities: tuple[int, ...] = _EVERY
 ) -> list[Case]:
-    return [_case(name, launch)._replace(hot=hot, capabilities=capabilities) for launch in found]
+    from dalle2_fast.kernels._norm_plan import VARYING
 
-
-def _case(name: str, launch: tuple) -> Case:
-    from dalle2_fast.kernels import _norm_plan as plan
-
-    kernel, args, kwargs = launch
-    function = kernel
-    while hasattr(function, "fn"):
-        function = function.fn
-    kwargs = dict(kwargs)
-    warps = kwargs.pop("num_warps")
-    values = dict(zip(inspect.signature(function).parameters, args, strict=False)) | kwargs
-    signature, constants = {}, {}
-    for argument, value in values.items():
-        if isinstance(value, torch.Tensor):
-            signature[argument] = _TYPES[value.dtype]
-        elif isinstance(value, float):
-            signature[argument] = "fp32"
-        elif value is None or argument in kwargs:
-            constants[argument] = value
-        elif argument in plan.VARYING:
-            signature[argument] = "i32"
-        elif value == 1:
-            constants[argument] = 1
-        else:
-            kind = "i32" if value < 2**31 else "i64"
-            signature[argument] = f"{kind}:16" if value % 16 == 0 else kind
-    return Case(f"{name} {function.__name__}", kernel, signature, constants, warps, 3)
+    return [as_case(name, launch, VARYING, hot=hot, capabilities=capabilities) for launch in found]
 
 
 def aot_cases() -> list[Case]:

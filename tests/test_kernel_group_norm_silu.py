@@ -340,7 +340,7 @@ def test_launches(kernel_device):
             x, x, statistics, statistics, weight, weight, film, film, True, True,
         )  # fmt: skip
         return [
-            [launch[0].fn.__name__.removesuffix("_kernel").strip("_") for launch in found]
+            [launch.name.removesuffix("_kernel").strip("_") for launch in found]
             for found in (forward, backward)
         ]
 
