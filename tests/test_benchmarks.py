@@ -33,6 +33,9 @@ def test_what_is_wrong_is_not_timed():
     check(case, "ours", right, inputs)
     with pytest.raises(AssertionError, match="output 0: error"):
         check(case, "ours", lambda **inputs: 1.01 * right(**inputs), inputs)
+    factors = iter([1.0, 1.0 + 1e-6])
+    with pytest.raises(AssertionError, match="output 0: other bits the second time"):
+        check(case, "ours", lambda **inputs: next(factors) * right(**inputs), inputs)
     check(case, "rival", lambda **inputs: 1.01 * right(**inputs), inputs)
     with pytest.raises(AssertionError, match="rival: output 0 is off by .*: not the same formula"):
         check(case, "rival", lambda **inputs: 1.1 * right(**inputs), inputs)
