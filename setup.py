@@ -51,8 +51,8 @@ def find_compiler() -> tuple[str, str]:
 
 
 def find_ninja() -> str:
-    # Not ninja.BIN_DIR: in an isolated build it names the folder of another environment. The system's is second:
-    # before 1.12 ninja takes a file that was edited while it was compiled for done.
+    # Not ninja.BIN_DIR: in an isolated build it names the folder of another environment. The system's comes
+    # second: before 1.12 ninja takes a file that was edited while it was compiled for done.
     found = shutil.which("ninja", path=str(Path(sys.executable).parent)) or shutil.which("ninja")
     if found is None:
         raise PlatformError("ninja is not there: pip install ninja")
@@ -188,13 +188,16 @@ class NinjaBuild(build_ext):
     """Objects stay in build/ for every kind of install, so that each compiles only what has changed."""
 
     def build_extension(self, extension: Extension) -> None:
+        target = Path(self.get_ext_fullpath(extension.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
         OBJECTS.mkdir(parents=True, exist_ok=True)
         with open(OBJECTS / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # of two builds at once, one waits
-            built = self.run_ninja()
-            # A new file, moved into place: a process may have the old one loaded.
-            target = Path(self.get_ext_fullpath(extension.name))
-            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                built = self.run_ninja()
+            except Exception:
+                target.unlink(missing_ok=True)  # one of an earlier build would get into the wheel
+                raise
             shutil.copy2(built, target.with_suffix(".new"))
             target.with_suffix(".new").replace(target)
 
@@ -220,11 +223,9 @@ class NinjaBuild(build_ext):
 if NATIVE not in ("auto", "cuda", "cpu", "none"):
     raise SystemExit(f"DALLE2_FAST_NATIVE: expected auto, cuda, cpu or none, got {NATIVE!r}")
 
-sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.c*"))
 native = Extension(
     "dalle2_fast._C",
-    sources=[path for path in sources if path.endswith((".cpp", ".cu"))],
-    depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.*h")),  # for the sdist
+    sources=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp")),
     optional=NATIVE == "auto",  # then a missing tool is a warning
 )
 

@@ -8,80 +8,23 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess
-import sys
-import sysconfig
 import tarfile
-import venv
-import zipfile
 from pathlib import Path
 
 import pytest
+from installs import DATA, ROOT, build, contents, copy_checkout, make_environment, pip_install, run
 
-ROOT = Path(__file__).resolve().parent.parent
-DATA = "dalle2_fast/pretrained/scenes/config.json"
 WHERE = "import dalle2_fast.kernels._op as op, dalle2_fast; print(op.__file__); print(dalle2_fast.__file__)"
-
-
-def run(command, cwd: Path, **environment: str) -> str:
-    """Run a command, show its output if it fails, and return what it printed."""
-    clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
-    done = subprocess.run([str(part) for part in command], cwd=cwd, text=True, capture_output=True,
-                          env=clean | {"DALLE2_FAST_NATIVE": "none"} | environment)
-    assert done.returncode == 0, f"{command} in {cwd}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
-def build(kind: str, tree: Path, into: Path) -> Path:
-    """Build a wheel or sdist of `tree` with the installed setuptools (no build isolation, so no network)."""
-    into.mkdir(exist_ok=True)
-    code = f"from setuptools import build_meta; build_meta.build_{kind}({str(into)!r})"
-    run([sys.executable, "-c", code], cwd=tree)
-    (built,) = into.iterdir()
-    return built
-
-
-def make_environment(folder: Path) -> Path:
-    """A virtual environment that sees torch and setuptools of this one, but not its dalle2_fast.
-
-    The folder named in a .pth file joins the path without its own .pth files being read, and of those an
-    editable install consists.
-    """
-    venv.create(folder, with_pip=False)
-    site = next(folder.glob("lib/python*/site-packages"))
-    (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    return folder / "bin" / "python"
-
-
-def pip_install(python: Path, *what: str | Path) -> None:
-    command = [sys.executable, "-m", "pip", "--python", python, "install"]
-    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
-    run([*command, *options, *what], cwd=python.parent, PIP_DISABLE_PIP_VERSION_CHECK="1")
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    """A copy of the sources, symlink included, with a stand-in for the checkpoint."""
-    tree = tmp_path_factory.mktemp("checkout") / "tree"
-    tree.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
-    unwanted = shutil.ignore_patterns("__pycache__", "pretrained", "*.so")
-    for name in ("dalle2_fast", "kernels"):
-        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=unwanted)
-    (tree / DATA).parent.mkdir(parents=True)
-    (tree / DATA).write_text("{}")
-    return tree
+    return copy_checkout(tmp_path_factory.mktemp("checkout") / "tree")
 
 
 @pytest.fixture(scope="module")
 def wheel(tree, tmp_path_factory) -> Path:
     return build("wheel", tree, tmp_path_factory.mktemp("wheel"))
-
-
-def contents(wheel: Path) -> set[str]:
-    return {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
 
 
 def test_kernels_is_a_relative_symlink_without_init():
@@ -104,6 +47,8 @@ def test_sdist_builds_the_same_wheel(tree, wheel, tmp_path):
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
+    for source in (ROOT / "csrc").iterdir():  # headers, too
+        assert (unpacked / "csrc" / source.name).is_file(), source.name
     assert contents(build("wheel", unpacked, tmp_path / "wheel")) == contents(wheel)
 
 
