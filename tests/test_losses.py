@@ -5,6 +5,7 @@ The processes start once per number of them (`loss_processes`); what they do, an
 
 from __future__ import annotations
 
+import argparse
 import re
 
 import loss_processes
@@ -175,6 +176,19 @@ def test_same_as_open_clip(tmp_path):
                         ours[rank][name], theirs[rank][name], rtol=1e-11, atol=1e-12,
                         msg=f"{mode}, {name}, rank {rank} of {world_size}",
                     )  # fmt: skip
+
+
+@pytest.mark.skipif(open_clip_loss is None, reason="needs open_clip_torch")
+@pytest.mark.parametrize("siglip", [False, True])
+def test_open_clip_builds_our_losses_after_the_line_of_the_readme(monkeypatch, siglip):
+    import open_clip.factory
+
+    for kind in (ClipLoss, SigLipLoss):
+        monkeypatch.setattr(open_clip.factory, kind.__name__, kind)
+    options = dict(distill=False, model="ViT-B-32", siglip=siglip, horovod=False, local_loss=True,
+                   gather_with_grad=True, loss_dist_impl=None, rank=1, world_size=2)  # fmt: skip
+    loss = open_clip.factory.create_loss(argparse.Namespace(**options))
+    assert type(loss) is (SigLipLoss if siglip else ClipLoss) and (loss.rank, loss.world_size) == (1, 2)
 
 
 # ----------------------------------------------------------------------------------------- in the one process
