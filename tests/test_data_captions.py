@@ -281,6 +281,16 @@ def test_sampled_negatives():
     assert torch.equal(mask[:, 0], hard) and torch.equal(only[hard, 0], compose(edited, phrasing)[hard])
 
 
+def test_a_changed_position_keeps_its_row_or_its_column():
+    """Catches: negatives that the row alone gives away, by which a CLIP never learns left from right."""
+    scenes = sample_scenes(2000, generator(1), "all", World(kinds=["one"]))
+    edited, hard = hard_negatives(scenes, generator(2), "change_position")
+    before, after = scenes["pos"][hard], edited["pos"][hard]
+    same_row, same_column = before // 3 == after // 3, before % 3 == after % 3
+    assert (same_row ^ same_column).all() and 0.4 < same_row.float().mean() < 0.6
+    assert len(torch.stack([before, after]).unique(dim=1).T) == 9 * 4
+
+
 def test_negatives_of_full_captions_by_default():
     scenes = sample_scenes(300, generator(1), "all", World(kinds=["two"]))
     edited, hard = hard_negatives(scenes, generator(2), "swap_objects")

@@ -19,20 +19,22 @@ from .scenes import SPLITS, Scenes, in_split, is_sound, valid_slots
 from .vocabulary import ABOVE, BELOW, COUNT, INSIDE, LEFT, MAX_OBJECTS, ONE, RIGHT, THREE, TWO
 from .world import World
 
-# Every kind with its weight when kinds are drawn: binding and relations are what is hard to learn.
+# Every kind with its weight when kinds are drawn: what is hard to learn often. With all alike, a CLIP that had
+# seen 106k pictures told top from bottom, but not left from right (column of one object, by a linear probe of
+# the image embedding: 58 %); 26k more with these weights made it 80 %.
 NEGATIVE_KINDS = {
     "swap_colors": 2.0,
     "swap_shapes": 2.0,
     "swap_sizes": 1.0,
     "swap_fills": 1.0,
-    "swap_objects": 2.0,
-    "change_relation": 2.0,
-    "change_color": 1.0,
+    "swap_objects": 6.0,
+    "change_relation": 3.0,
+    "change_color": 0.5,
     "change_shape": 1.0,
     "change_size": 1.0,
     "change_fill": 1.0,
     "change_count": 1.0,
-    "change_position": 1.0,
+    "change_position": 8.0,
     "change_background": 1.0,
     "change_texture": 1.0,
 }
@@ -173,7 +175,9 @@ def _edit(scenes: Scenes, kind: str, generator: torch.Generator | None, world: W
         new = another(scenes["rel"], world.ids("relations").to(device))
         return scenes | {"rel": torch.where(scene_kind == TWO, new, scenes["rel"])}
     if kind == "change_position":
-        new = another(scenes["pos"], torch.arange(9, device=device))
+        # Another row or another column, not both: else the easier of the two is enough.
+        pos, step, along_row = scenes["pos"], 1 + integers(2), integers(2) == 1
+        new = torch.where(along_row, pos // 3 * 3 + (pos + step) % 3, (pos + 3 * step) % 9)
         return scenes | {"pos": torch.where(scene_kind == ONE, new, scenes["pos"])}
     if kind == "change_count":
         new = another(scenes["nobj"], torch.arange(2, MAX_OBJECTS + 1, device=device))
