@@ -304,7 +304,7 @@ def contrastive_loss(
 ) -> Tensor:  # scalar
     """Symmetric InfoNCE: mean cross-entropy of finding each image's text and each text's image.
 
-    Fused, the N^2 logits exist a tile at a time: beside the gradients it takes a workspace of 32 MB on the
+    Fused, the N^2 logits exist a tile at a time: beside the gradients it takes a workspace of 16 MB on the
     CPU and 256 MB on a GPU, whatever N is. It then has no second derivative.
 
     Args:

@@ -13,12 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# What a tile may take. On the CPU 512 rows by 16384 columns: their product takes 29 ns an element at D = 512
-# and one thread (35 GFLOP/s), with a quarter of the rows 31.
-CPU_BYTES = 32 << 20
-CUDA_BYTES = 256 << 20  # 2730 rows by 16384 columns in half precision
-MOST_COLUMNS = 16384
-
 # torch puts a product of half-precision matrices into a float32 one from 2.8 on, and adds it from 2.10 on.
 _VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 _HAS_WIDE_PRODUCT = _VERSION >= (2, 8)
@@ -44,9 +38,9 @@ def cuts(n: int, m: int, first: int, shape: tuple[int, int]) -> Iterator[Cut]:
             yield Cut(slice(top, min(n, top + rows)), slice(left, min(m, left + columns)), first + top - left)
 
 
-def tile_shape(n: int, m: int, element_bytes: int, budget: int) -> tuple[int, int]:
+def tile_shape(n: int, m: int, element_bytes: int, budget: int, most_columns: int) -> tuple[int, int]:
     """Rows and columns of a tile of at most `budget` bytes (but 64 rows), of about the size of its mates."""
-    columns = min(m, _up(-(-m // -(-m // MOST_COLUMNS)), 64))
+    columns = min(m, _up(-(-m // -(-m // most_columns)), 64))
     most = max(64, budget // (_up(columns, 8) * element_bytes) // 64 * 64)
     return min(n, _up(-(-n // -(-n // most)), 64)), columns
 
@@ -80,7 +74,8 @@ class Tiles:
     image [n, D], text [m, D], scale []; `sums` [3] float64, on the device: contrastive.h says what of.
     """
 
-    budget: int
+    budget: int  # bytes that a tile may take
+    most_columns: int
     dtype: torch.dtype  # of products and gradients
     gradient_dtype: torch.dtype  # of the gradients of a tile's logits
     gain = 1.0  # a factor for these, which keeps them in range
@@ -94,7 +89,7 @@ class Tiles:
         n, m = self.image.shape[0], self.text.shape[0]
         apart = gradients and self.gradient_dtype != self.dtype
         each = (1 + soft) * self.dtype.itemsize + apart * self.gradient_dtype.itemsize
-        shape = tile_shape(n, m, each, self.budget)
+        shape = tile_shape(n, m, each, self.budget, self.most_columns)
         device = self.image.device
         self._products = workspace(shape, self.dtype, device)
         self._alike = workspace(shape, self.dtype, device) if soft else None
@@ -130,7 +125,9 @@ class Tiles:
 class OnCpu(Tiles):
     """Half precision is widened first: n D and m D numbers, as many as the gradients have."""
 
-    budget = CPU_BYTES
+    # 512 rows by 8192 columns: a product of D = 512 and one thread takes 29 ns an element (35 GFLOP/s), with
+    # half of the rows 31.
+    budget, most_columns = 16 << 20, 8192
 
     def __init__(self, image: Tensor, text: Tensor, scale: Tensor):
         from dalle2_fast import _C
@@ -179,7 +176,7 @@ class OnCuda(Tiles):
     Nothing waits for the device. Where the kernels for compute capability 9.0 can run there are no products.
     """
 
-    budget = CUDA_BYTES
+    budget, most_columns = 256 << 20, 16384  # 2730 rows in half precision: a product that fills any GPU
     dtype = torch.float32
 
     def __init__(self, image: Tensor, text: Tensor, scale: Tensor):

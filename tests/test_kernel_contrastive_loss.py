@@ -85,7 +85,7 @@ def compare(name, inputs, dtype, slack=1e-6):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """64 rows by at most 64 columns, both of several slabs."""
-    monkeypatch.setattr(tiles, "MOST_COLUMNS", 64)
+    monkeypatch.setattr(tiles.OnCpu, "most_columns", 64)
     monkeypatch.setattr(tiles.OnCpu, "budget", 1)
 
 
@@ -376,9 +376,9 @@ def test_compiles_into_one_graph(name):
 def test_tiles_cover_everything_once():
     for n, m in ((1, 1), (5, 70000), (70000, 5), (4096, 4096), (33000, 33000)):
         for budget in (1, 1 << 20, 32 << 20):
-            rows, columns = shape = tiles.tile_shape(n, m, 4, budget)
+            rows, columns = shape = tiles.tile_shape(n, m, 4, budget, 8192)
             assert rows * columns * 4 <= max(budget, 64 * 4 * columns) + 64 * 4 * columns
-            assert columns <= tiles.MOST_COLUMNS + 64
+            assert columns <= 8192
             covered = sum((c.rows.stop - c.rows.start) * (c.columns.stop - c.columns.start)
                           for c in tiles.cuts(n, m, 0, shape))  # fmt: skip
             assert covered == n * m
@@ -450,7 +450,7 @@ def launcher(monkeypatch):
     monkeypatch.setattr(dalle2_fast, "_C", native, raising=False)
     monkeypatch.setattr(kernel, "OnCpu", tiles.OnCuda)
     monkeypatch.setattr(tiles.OnCuda, "budget", 1)
-    monkeypatch.setattr(tiles, "MOST_COLUMNS", 64)
+    monkeypatch.setattr(tiles.OnCuda, "most_columns", 64)
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: torch.no_grad())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
 
