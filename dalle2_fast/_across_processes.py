@@ -71,46 +71,41 @@ class ContrastiveLoss(torch.autograd.Function):
         image, texts, scale, row_lse, column_lse = ctx.saved_tensors
         n, rank, world = len(image), dist.get_rank(), dist.get_world_size()
         needs_image, needs_text, needs_scale = ctx.needs_input_grad[:3]
-        d_image = d_text = d_scale = None
 
-        # The small factors come after the products: a float16 gradient would lose them.
-        divisor = 2 * n if ctx.local else 2 * n * world
+        # The ops round once, at the largest gradient that reaches a loss; what is left is usually a factor 1.
+        grads = gather(grad[None])
+        largest = grads.abs().max()
+        grads = torch.where(largest == 0, 0, grads / largest)
+        mine = grads[rank]
+        unit = largest / (2 * n if ctx.local else 2 * n * world)
+        weighted_lse = column_lse
         if ctx.local:
             # A column's term has the g of its text's process: exp(L - lse) g' / g, and the lse takes g' / g.
-            grads = gather(grad[None])
-            ratio = torch.where(grads == grad, 1, grads / grad)
+            ratio = torch.where(grads == mine, 1, grads / mine)
             weighted_lse = column_lse - ratio.log().repeat_interleave(n).to(column_lse.dtype)
-        else:
-            weighted_lse = column_lse
-            factor = _sum(grad) if ctx.with_grad else grad
 
-        def gradient(row_weight, column_weight):
+        def gradient(*weights):
             return _contrastive_gradient(
-                image, texts, scale, row_lse, weighted_lse, rank * n, row_weight, column_weight, ctx.impl
+                image, texts, scale, row_lse, weighted_lse, rank * n, *weights, unit, ctx.impl
             )
 
         if ctx.local and not ctx.with_grad:
-            image_part, _, scale_of_rows = gradient(1.0, 0.0)
-            _, text_part, scale_of_columns = gradient(0.0, 1.0)
-            scale_part = scale_of_rows + scale_of_columns
+            d_image, _, scale_of_rows = gradient(1.0, 0.0)
+            _, d_text, scale_of_columns = gradient(0.0, 1.0)
+            d_scale = scale_of_rows + scale_of_columns
         else:
-            image_part, text_part, scale_part = gradient(1.0, 1.0)
+            d_image, d_text, d_scale = gradient(1.0, 1.0)
 
-        if needs_image:
-            factor_here = grad if ctx.local else factor
-            d_image = (image_part.to(scale.dtype) * (factor_here / divisor)).to(image.dtype)
-        if needs_text:
-            if ctx.local:
-                d_text = _scatter_sum(text_part * (grad / divisor))
-            else:
-                d_text = _scatter_sum(text_part) * (factor / divisor)
-            d_text = d_text.to(texts.dtype)
-        if needs_scale:
-            if ctx.local:
-                d_scale = _sum(scale_part * grad) / (divisor * world)
-            else:
-                d_scale = _sum(scale_part) * (grad / divisor)
-            d_scale = d_scale.to(scale.dtype)
+        if ctx.local:
+            d_text = _scatter_sum(d_text * mine) if needs_text else None
+            d_scale = _sum(d_scale * mine) / world if needs_scale else None
+            factor = mine
+        else:
+            factor = grads.sum() if ctx.with_grad else mine
+            d_text = _scatter_sum(d_text) * factor if needs_text else None
+            d_scale = _sum(d_scale) * mine if needs_scale else None
+        d_image = (d_image.to(factor.dtype) * factor).to(image.dtype) if needs_image else None
+        d_text = d_text.to(texts.dtype) if needs_text else None
         return d_image, d_text, d_scale, None, None, None
 
 
@@ -246,13 +241,13 @@ def _contrastive_lse(image, texts, scale, first, impl) -> tuple[Tensor, Tensor, 
 
 
 def _contrastive_gradient(
-    image, texts, scale, row_lse, column_lse, first, row_weight, column_weight, impl
+    image, texts, scale, row_lse, column_lse, first, row_weight, column_weight, grad, impl
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """d_image in its dtype, d_texts and d_scale of row_weight sum (row_lse[i] - L[i, first + i]) over these
-    rows and of their part in column_weight sum (column_lse[j] - L[image of j, j]) over all texts."""
+    """d_image in its dtype, d_texts and d_scale of grad times: row_weight sum (row_lse[i] - L[i, first + i])
+    over these rows, and their part in column_weight sum (column_lse[j] - L[image of j, j]) over all texts."""
     if _backend.use_native(impl, image, texts):
         return torch.ops.dalle2_fast.contrastive_gradient(
-            image, texts, scale, row_lse, column_lse, first, row_weight, column_weight
+            image, texts, scale, row_lse, column_lse, first, row_weight, column_weight, grad
         )
     with torch.autocast(image.device.type, enabled=False):
         wide_image, texts = image.to(scale.dtype), texts.to(scale.dtype)
@@ -261,6 +256,7 @@ def _contrastive_gradient(
         d_logits = row_weight * (logits - row_lse[:, None]).exp()
         d_logits += column_weight * (logits - column_lse).exp()
         d_logits.diagonal(first)[: len(image)].sub_(row_weight + column_weight)
+        d_logits *= grad
         d_image, d_texts = scale * d_logits @ texts, scale * d_logits.T @ wide_image
         return d_image.to(image.dtype), d_texts, (d_logits * products).sum()
 

@@ -71,7 +71,9 @@ class _DistributedLoss(nn.Module):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
 
         def scalar(value: Tensor | float) -> Tensor:
-            return torch.as_tensor(value).to(image.device, wide).reshape(())
+            if isinstance(value, Tensor):
+                return value.to(image.device, wide).reshape(())
+            return torch.full((), value, dtype=wide, device=image.device)  # no copy to wait for
 
         return image.to(dtype), text.to(dtype), scalar(scale), None if bias is None else scalar(bias)
 
@@ -138,7 +140,7 @@ class ClipLoss(_DistributedLoss):
     The call takes this process's features [n, D], of equal shape on every process, in float32, float64,
     float16 or bfloat16, and returns a float32 scalar (float64 for float64 features). logit_bias cancels: it
     changes neither value nor gradients, its own gradient is zero. The gradients g that reach the loss may
-    differ between processes; with local_loss=True they have to be of one sign, or gradients are NaN.
+    differ between processes; with local_loss=True only if all have one sign, else gradients are NaN.
 
     Every process has to take part in the backward pass, in every mode.
     """
