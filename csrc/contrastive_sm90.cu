@@ -1,17 +1,17 @@
-// M2: the contrastive losses on Hopper, product and epilogue in one kernel (TMA, mbarrier, wgmma). contrastive.h
-// has the interface, contrastive_sm90.cuh the kernels.
+// M2: the contrastive losses on Hopper, product and epilogue in one kernel (TMA, mbarrier, wgmma).
+// contrastive.h has the interface, contrastive_sm90.cuh the kernels.
 //
-// It has not run on a GPU: its text runs on the CPU in tests/test_cuda_sm90.py, and the times below are computed.
+// It has not run on a GPU: its text runs on the CPU in tests/test_cuda_sm90.py; the times below are computed.
 //
 // n images, M texts, width d:
 //   FLOPs        2 n M d each for lse, gradient, sigmoid; torch's two products of a gradient: 4 n M d more
-//   L2           (128 + 128) 2 d bytes a tile of 128 x 256: half the text comes with the cluster's other block
+//   L2           (128 + 128) 2 d bytes a tile of 128 x 256: half the text comes with the other block's
 //   memory       the images once, the text once for every 2048 rows: 2 d n + 2 d M n / 2048 bytes
-//   written      lse: 4 n M / 256 + 4 n M / 64 bytes of partial sums, read once; gradient, sigmoid: 2 n M bytes
+//   written      lse: 4 n M / 256 + 4 n M / 64 bytes of partial sums, read once; else 2 n M bytes
 //   wgmma        16 d clocks a tile
-//   epilogue     1024 clocks of exp2 a group of 64 x 256; about 760 (lse) or 1050 (gradient) instructions a warp,
-//                counted in the machine code. Two groups share a scheduler; each should mostly run beside the
-//                other's wgmma. Sigmoid: three such functions an element.
+//   epilogue     1024 clocks of exp2 a group of 64 x 256; about 760 (lse) or 1050 (gradient) instructions a
+//                warp, counted in the machine code. Two groups share a scheduler; each should mostly run
+//                beside the other's wgmma. Sigmoid: three such functions an element.
 //
 // H200 (132 multiprocessors, 790 TFLOP/s), n = M = 32768, ms, from all of the epilogue hidden to none:
 //                  d = 512        d = 1024

@@ -621,7 +621,8 @@ struct Gradient {
                 }
             }
         }
-        Element* places[2] = {at.output.place(spot, 0), at.output.place(spot, 1)};
+        Element* const upper = at.output.place(spot, 0);
+        Element* const lower = at.output.place(spot, 1);
 #pragma unroll
         for (int part = 0; part < 8; ++part) {
             uint32_t pairs[2][4];
@@ -653,8 +654,8 @@ struct Gradient {
                 pairs[0][i] = pack<Element>(gradient[0][0], gradient[0][1]);
                 pairs[1][i] = pack<Element>(gradient[1][0], gradient[1][1]);
             }
-            at.output.template write<SPECIAL>(spot, 0, part, places[0], pairs[0]);
-            at.output.template write<SPECIAL>(spot, 1, part, places[1], pairs[1]);
+            at.output.template write<SPECIAL>(spot, 0, part, upper, pairs[0]);
+            at.output.template write<SPECIAL>(spot, 1, part, lower, pairs[1]);
             share += part_share;
         }
         return share;
@@ -706,16 +707,12 @@ struct Sigmoid {
     template <bool SPECIAL>
     __device__ __forceinline__ void evaluate(const Spot& spot, float (&products)[FRAGMENT],
                                              float (&shares)[3]) {
-        int own[2] = {-1, -1};
-        bool inside[2] = {true, true};
-        if (SPECIAL) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                inside[half] = spot.row + row_in_group(half) < at.pairs.rows;
-                own[half] = at.pairs.own_column(spot, half);
-            }
-        }
-        Element* places[2] = {at.output.place(spot, 0), at.output.place(spot, 1)};
+        const int own[2] = {SPECIAL ? at.pairs.own_column(spot, 0) : -1,
+                            SPECIAL ? at.pairs.own_column(spot, 1) : -1};
+        const bool inside[2] = {!SPECIAL || spot.row + row_in_group(0) < at.pairs.rows,
+                                !SPECIAL || spot.row + row_in_group(1) < at.pairs.rows};
+        Element* const upper = at.output.place(spot, 0);
+        Element* const lower = at.output.place(spot, 1);
 #pragma unroll
         for (int part = 0; part < 8; ++part) {
             uint32_t pairs[2][4];
@@ -750,8 +747,8 @@ struct Sigmoid {
                 pairs[1][i] = pack<Element>(gradient[1][0], gradient[1][1]);
             }
             if (at.output.matrix != nullptr) {
-                at.output.template write<SPECIAL>(spot, 0, part, places[0], pairs[0]);
-                at.output.template write<SPECIAL>(spot, 1, part, places[1], pairs[1]);
+                at.output.template write<SPECIAL>(spot, 0, part, upper, pairs[0]);
+                at.output.template write<SPECIAL>(spot, 1, part, lower, pairs[1]);
             }
 #pragma unroll
             for (int kind = 0; kind < 3; ++kind) shares[kind] += part_shares[kind];
