@@ -72,6 +72,14 @@ def find_pybind11() -> Path:
     return link
 
 
+def find_python() -> list[str]:
+    """Folders of Python.h and what it includes."""
+    folders = [sysconfig.get_paths()[name] for name in ("include", "platinclude")]
+    if not Path(folders[0], "Python.h").is_file():
+        raise PlatformError(f"Python.h is not in {folders[0]}: install python3-dev or what it is called here")
+    return folders
+
+
 def find_nvcc() -> tuple[str | None, str]:
     """nvcc and its version, or None and why there is none."""
     if NATIVE == "cpu":
@@ -101,7 +109,7 @@ def choose_targets(nvcc: str) -> dict[str, list[str]]:
     targets = [target for target in re.split(r"[;, ]+", TARGETS) if target]
     malformed = [target for target in targets if not re.fullmatch(r"\d+[af]?(\+PTX)?", target)]
     if malformed or not targets:
-        raise PlatformError(f"DALLE2_FAST_TARGETS: expected a form like 80+PTX;90a, got {TARGETS!r}")
+        raise SystemExit(f"DALLE2_FAST_TARGETS: expected a form like 80+PTX;90a, got {TARGETS!r}")
     # nvcc lists sm_90, not sm_90a.
     usable = [target for target in targets if f"sm_{re.match('[0-9]+', target)[0]}" in known]
     chosen = {}
@@ -111,7 +119,7 @@ def choose_targets(nvcc: str) -> dict[str, list[str]]:
         if mine:
             chosen[path.name] = mine
         elif only is None:
-            raise PlatformError(f"nvcc here compiles for none of DALLE2_FAST_TARGETS={TARGETS!r}")
+            raise SystemExit(f"nvcc here compiles for none of DALLE2_FAST_TARGETS={TARGETS!r}")
     return chosen
 
 
@@ -146,8 +154,7 @@ def ninja_file(
     def words(parts: list[str]) -> str:
         return shlex.join(map(str, parts)).replace("$", "$$")
 
-    python = sysconfig.get_paths()
-    includes = [f"-isystem{path}" for path in (find_pybind11(), python["include"], python["platinclude"])]
+    includes = [f"-isystem{path}" for path in (find_pybind11(), *find_python())]
     own = shlex.split(os.environ.get("CXXFLAGS", ""))
     cxx = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread", *FLAGS, *includes, *own]
     shared = "-bundle -undefined dynamic_lookup" if MACOS else "-shared -pthread -Wl,--exclude-libs,ALL"
