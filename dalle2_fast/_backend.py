@@ -14,8 +14,8 @@ from dalle2_fast import _native
 
 KERNELS = ("group_norm_silu", "cross_attention", "diffusion_step", "add_noise", "sample_noise")
 # On the CPU, from this many logits on dalle2_fast._C is no slower than the reference up to D = 512: with one
-# thread contrastive_loss takes 1.11 times as long for N = 1448, 0.98 for 2048, 0.85 for 4096 (it makes one more
-# product of N^2 D, and less traffic).
+# thread contrastive_loss takes 1.11 times as long for N = 1448, 0.98 for 2048, 0.85 for 4096 (one product of
+# N^2 D more, and less traffic).
 LEAST_LOGITS = 1 << 22
 OLDEST_GPU = 8  # compute capability; below it no configuration of a kernel has been compiled
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -85,40 +85,45 @@ class Tiles:
         self.sums = torch.zeros(3, dtype=torch.float64, device=image.device)
 
     def over(self, first: int, *, soft: bool = False, gradients: bool = False) -> Iterator[Cut]:
-        """The tiles, once there is a workspace for them; `soft`: with a second matrix, I I^T + T T^T."""
+        """The tiles; `soft`: each with one of a second matrix, I I^T + T T^T."""
         n, m = self.image.shape[0], self.text.shape[0]
         apart = gradients and self.gradient_dtype != self.dtype
         each = (1 + soft) * self.dtype.itemsize + apart * self.gradient_dtype.itemsize
-        shape = tile_shape(n, m, each, self.budget, self.most_columns)
-        device = self.image.device
-        self._products = workspace(shape, self.dtype, device)
-        self._alike = workspace(shape, self.dtype, device) if soft else None
-        self._gradients = workspace(shape, self.gradient_dtype, device) if apart else self._products
-        return cuts(n, m, first, shape)
+        self._shape = tile_shape(n, m, each, self.budget, self.most_columns)
+        self._matrices = {}
+        self._apart = apart
+        return cuts(n, m, first, self._shape)
 
-    @staticmethod
-    def _part(matrix: Tensor, cut: Cut) -> Tensor:
+    def room(self, name: str, dtype: torch.dtype, cut: Cut) -> Tensor:
+        """What the tiles of one kind share, made when first asked for."""
+        if name not in self._matrices:
+            self._matrices[name] = workspace(self._shape, dtype, self.image.device)
         rows, columns = cut.rows, cut.columns
-        return matrix[: rows.stop - rows.start, : columns.stop - columns.start]
+        return self._matrices[name][: rows.stop - rows.start, : columns.stop - columns.start]
 
     def products(self, cut: Cut) -> Tensor:
-        tile = self._part(self._products, cut)
+        tile = self.room("products", self.dtype, cut)
         put_product(tile, self.image[cut.rows], self.text[cut.columns].T)
         return tile
 
     def alike(self, cut: Cut) -> Tensor:
         """The tile of I I^T + T T^T."""
-        tile = self._part(self._alike, cut)
+        tile = self.room("alike", self.dtype, cut)
         put_product(tile, self.image[cut.rows], self.image[cut.columns].T)
         put_product(tile, self.text[cut.rows], self.text[cut.columns].T, add=True)
         return tile
+
+    def gradients(self, cut: Cut) -> Tensor:
+        """Where the gradient of a tile's logits goes: into the place of its products, if of their dtype."""
+        name = "gradients" if self._apart else "products"
+        return self.room(name, self.gradient_dtype if self._apart else self.dtype, cut)
 
     # Each device has:
     #   lse_at_once(first) -> row_lse, column_lse, own products; or None: there is no such kernel here
     #   lse(tile, own, factor, row_lse, column_lse): adds what this tile of factor * scale * P has
     #   gradient(cut, row_lse, column_lse, row_weight, column_weight) -> gain G; sums[0] += gain G P
     #   sigmoid(cut, bias, gradient) -> gain G if `gradient`; sums += losses, G P, G
-    #   soft(tile, alike, row_lse, column_lse, alike_row_lse, alike_column_lse, gradient)
+    #   soft(cut, row_lse, column_lse, alike_row_lse, alike_column_lse, gradient)
     #       -> gain G if `gradient`; sums[:2] += losses, G P
 
 
@@ -161,7 +166,8 @@ class OnCpu(Tiles):
         self.sums += torch.tensor(sums, dtype=torch.float64)
         return tile
 
-    def soft(self, tile, alike, row_lse, column_lse, alike_row_lse, alike_column_lse, gradient) -> Tensor:
+    def soft(self, cut, row_lse, column_lse, alike_row_lse, alike_column_lse, gradient) -> Tensor:
+        tile, alike = self.products(cut), self.alike(cut)
         lse = _addresses(row_lse, column_lse, alike_row_lse, alike_column_lse)
         sums = self.native.soft_epilogue(
             *_place(tile, 0), alike.data_ptr(), self.code, self.scale, *lse, gradient, self.threads
@@ -217,7 +223,7 @@ class OnCuda(Tiles):
         )  # fmt: skip
 
     def gradient(self, cut, row_lse, column_lse, row_weight, column_weight) -> Tensor:
-        out = self._part(self._gradients, cut)
+        out = self.gradients(cut)
         lse = _addresses(self.scale, row_lse[cut.rows], column_lse[cut.columns])
         weights = row_weight * self.gain, column_weight * self.gain
         if self.sm90 is not None:
@@ -237,7 +243,7 @@ class OnCuda(Tiles):
     def sigmoid(self, cut, bias, gradient) -> Tensor:
         numbers = _addresses(self.scale, bias)
         if self.sm90 is not None and self.gain == 1:
-            out = self._part(self._gradients, cut)
+            out = self.gradients(cut)
             target = (out.data_ptr(), out.stride(0)) if gradient else (0, 0)
             self._launch(
                 self.sm90.sigmoid, *self._features(cut), *numbers, *target, self.sums.data_ptr(),
@@ -246,20 +252,21 @@ class OnCuda(Tiles):
             return out
         tile = self.products(cut)
         return self._with_target(
-            tile, gradient, self.native.sigmoid_epilogue, *_place(tile, cut.own), *numbers
+            tile, cut, gradient, self.native.sigmoid_epilogue, *_place(tile, cut.own), *numbers
         )
 
-    def soft(self, tile, alike, row_lse, column_lse, alike_row_lse, alike_column_lse, gradient) -> Tensor:
+    def soft(self, cut, row_lse, column_lse, alike_row_lse, alike_column_lse, gradient) -> Tensor:
+        tile, alike = self.products(cut), self.alike(cut)
         inputs = _addresses(alike, self.scale, row_lse, column_lse, alike_row_lse, alike_column_lse)
-        return self._with_target(tile, gradient, self.native.soft_epilogue, *_place(tile, 0), *inputs)
+        return self._with_target(tile, cut, gradient, self.native.soft_epilogue, *_place(tile, 0), *inputs)
 
-    def _with_target(self, tile: Tensor, gradient: bool, kernel, *arguments) -> Tensor:
+    def _with_target(self, tile: Tensor, cut: Cut, gradient: bool, kernel, *arguments) -> Tensor:
         """Runs the sigmoid or the soft kernel, which know no gain: where there is one, it comes after."""
         scratch = self.native.workspace_bytes(*tile.shape)
         if not gradient:
             self._launch(kernel, *arguments, 0, 0, 0, self.sums.data_ptr(), scratch=scratch)
             return tile
-        out = self._gradients[: tile.shape[0], : tile.shape[1]]
+        out = self.gradients(cut)
         target = tile if self.gain != 1 else out
         self._launch(kernel, *arguments, *self._target(target), scratch=scratch)
         return torch.mul(tile, self.gain, out=out) if self.gain != 1 else out

@@ -252,9 +252,8 @@ def _soft(
     for cut in tiles.over(0, soft=True, gradients=gradients):
         rows, columns, _ = cut
         tile = tiles.soft(
-            tiles.products(cut), tiles.alike(cut), row_lse[rows], column_lse[columns], alike_lse[rows],
-            alike_lse[columns], gradients,
-        )  # fmt: skip
+            cut, row_lse[rows], column_lse[columns], alike_lse[rows], alike_lse[columns], gradients
+        )
         if gradients:
             total.add(cut, tile)
     loss, d_scale, _ = (tiles.sums / (2 * n)).to(tiles.dtype)
