@@ -4,7 +4,7 @@
 //
 // Blocks run one after another. Each thread of a block is a fiber that runs until it meets a barrier or a
 // shuffle; there the next one runs. What this checks: indices, masks, arithmetic, the order of a reduction,
-// barriers that not all threads reach, misaligned vector accesses (through __ldg, __ldcs, __ldcg, __stcs, __stcg)
+// barriers that not all threads reach, misaligned vector accesses (through __ldg, __ldcs, __ldcg, __stwb, __stcs, __stcg)
 // and, by running the threads and blocks in both orders (`descending`), most missing barriers. What it does not
 // check: real races, rounding of the fast intrinsics, speed, asynchronous copies, tensor cores.
 #pragma once
@@ -237,6 +237,7 @@ inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask,
 template <class T> T __ldg(const T* address) { return *cuda_on_cpu::aligned(address); }
 template <class T> T __ldcs(const T* address) { return *cuda_on_cpu::aligned(address); }
 template <class T> T __ldcg(const T* address) { return *cuda_on_cpu::aligned(address); }
+template <class T> void __stwb(T* address, T value) { *cuda_on_cpu::aligned(address) = value; }
 template <class T> void __stcs(T* address, T value) { *cuda_on_cpu::aligned(address) = value; }
 template <class T> void __stcg(T* address, T value) { *cuda_on_cpu::aligned(address) = value; }
 
