@@ -89,6 +89,7 @@ class Kernels:
         row_lse, column_lse = (torch.full((size,), math.nan, dtype=torch.float64) for size in self.shape)
         own_products = torch.full((self.shape[0],), 7.0)
         self.run("lse", torch.tensor(scale), row_lse, column_lse, own_products)
+        self.summed_twice = bool(self.workspace.view(torch.int32)[0])  # the flag, at its beginning
         return row_lse, column_lse, own_products
 
     def gradient(self, scale: float, row_lse, column_lse, row_weight, column_weight) -> tuple[Tensor, float]:
@@ -169,6 +170,7 @@ def test_sums_of_exponentials(case, scale):
     """Catches a wrong fragment, swizzle, mask, slot or chunk: each moves some row's or column's sum."""
     kernels, products, is_own = case
     row_lse, column_lse, own_products = kernels.lse(scale)
+    assert not kernels.summed_twice  # which would mend what went wrong
     logits = scale * products
     rounding = 1e-5 + 4e-7 * scale  # of exponentials and their sums, and of products in fp32
     assert (row_lse - logits.logsumexp(1)).abs().max() < rounding
@@ -228,6 +230,7 @@ def test_sums_about_their_maximum(library, kind):
     scale = 100.0
     kernels = small(library, image, text, LATE_COPIES)
     row_lse, column_lse, _ = kernels.lse(scale)
+    assert kernels.summed_twice
     logits = scale * truth_of(image, text, 0)[0]
     for actual, truth in ((row_lse, logits.logsumexp(1)), (column_lse, logits.logsumexp(0))):
         assert ((actual - truth) / truth.abs().clamp(min=10)).abs().max() < 3e-6

@@ -201,12 +201,16 @@ inline void run_cluster(int first_block) {
         makecontext(&fiber.context, cuda_on_cpu::enter, 0);
         fiber.state = State::ready;
     }
+    bool everyone = true;  // or about half the warps: else all would keep in step, and need no barrier
+    std::vector<bool> rests(count / 32);
     for (;;) {
         bool moved = false, all_done = true;
+        for (size_t warp = 0; warp < rests.size(); ++warp) rests[warp] = !everyone && random() / 16 % 2;
         for (int step = 0; step < count; ++step) {
             int i = options.descending ? count - 1 - step : step;
             current = i;
-            if (fibers[i].state == State::ready && (!threads[i].until || threads[i].until())) {
+            if (!rests[i / 32] && fibers[i].state == State::ready &&
+                (!threads[i].until || threads[i].until())) {
                 threads[i].until = nullptr;
                 threadIdx = dim3(i % threads_per_block);
                 blockIdx = dim3(first_block + i / threads_per_block);
@@ -220,7 +224,9 @@ inline void run_cluster(int first_block) {
         if (all_done) return;
         for (int first = 0; first < count; first += 32)
             moved |= cuda_on_cpu::release(first, first + 32, State::at_warp_barrier);
-        if (!moved) {
+        bool stuck = everyone && !moved;
+        everyone = !moved;
+        if (stuck) {
             require(!copies.empty(), "deadlock: every thread waits, and no copy is under way");
             std::swap(copies[random() % copies.size()], copies.back());
             Copy copy = copies.back();
