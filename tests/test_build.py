@@ -63,7 +63,7 @@ esac
 for word; do
     shift
     case "$word" in
-    -gencode=* | --expt-* | -lineinfo | -X* | -cudart=*) ;;
+    -gencode=* | --expt-* | --threads=* | -X* | -cudart=*) ;;
     *.cu) set -- "$@" -x c++ "$word";;
     *) set -- "$@" "$word";;
     esac
