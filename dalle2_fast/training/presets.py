@@ -91,7 +91,7 @@ SCENES_CPU = Preset(
         optimisation=Optimisation(batch_size=32, minutes=14, optimizer="muon", learning_rate=1.5e-3,
                                   betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=50, hold=0.4,
                                   decay="linear", ema_decay=0.995, log_steps=20)),
-    sampling=dict(guidance=2.0, sampler="ddim"),
+    sampling=dict(guidance=1.5, sampler="ddim"),
 )
 
 # ------------------------- scenes-gpu: the full world, about twenty minutes on one H200; 40 MB in bf16 in all
