@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import shutil
 import tarfile
 
 import pytest
@@ -15,7 +16,7 @@ from dalle2_fast.cli import main
 from dalle2_fast.data import World, render, sample_scenes
 from dalle2_fast.models import CLIP, DALLE2, Decoder, DiffusionPrior, Upsampler
 from dalle2_fast.training.command import export_pipeline, train_stage
-from dalle2_fast.training.folder import TrainingError, load_weights
+from dalle2_fast.training.folder import TrainingError, load_weights, save_weights
 from dalle2_fast.training.presets import PRESETS, STAGES
 from dalle2_fast.training.stages import foreground_weight, make_stage, psnr, random_crops
 
@@ -262,6 +263,19 @@ def test_own_data(tmp_path, capsys):
     (out / "tokenizer.json").unlink()
     with pytest.raises(TrainingError, match="clip was trained on other captions"):
         make_stage("prior", preset, out=out, seed=0, device=torch.device("cpu"))
+
+
+def test_an_initialised_prior_has_the_statistics_of_its_own_clip(trained, tmp_path):
+    """Catches: a prior started from another that standardises by the embeddings of that one's CLIP."""
+    config, tensors = load_weights(trained / "prior" / "model.safetensors")
+    foreign = tensors | {"clip_mean": tensors["clip_mean"] + 1.0, "clip_std": tensors["clip_std"] * 3.0}
+    save_weights(tmp_path / "foreign.safetensors", config, foreign)
+    shutil.copytree(trained / "clip", tmp_path / "clip")
+    args = ["train", "prior", "--preset", "tiny", "--out", str(tmp_path), "--device", "cpu", "--quiet"]
+    assert main([*args, "--init", str(tmp_path / "foreign.safetensors")]) == 0
+    _, tuned = load_weights(tmp_path / "prior" / "model.safetensors")
+    for name in ("clip_mean", "clip_std"):
+        torch.testing.assert_close(tuned[name], tensors[name])
 
 
 def test_init_and_freeze_tune_one_tower(trained, tmp_path):

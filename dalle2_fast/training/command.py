@@ -125,6 +125,7 @@ def train_stage(
                        tokenizer=tokenizer)
     if init is not None:
         load_initial(stage.model, init)
+    stage.fit()
     freeze_weights(stage.model, freeze)
     folder.prepare()
     if shards is not None:

@@ -70,6 +70,9 @@ class SceneStage:
         """Build self.model and set self.resolutions from self.recipe."""
         raise NotImplementedError
 
+    def fit(self) -> None:
+        """Set what is computed from data rather than learned; called when the initial weights are there."""
+
     def scenes_per_batch(self) -> int:
         return self.recipe.optimisation.batch_size
 
@@ -141,8 +144,7 @@ class PriorStage(ClipGuidedStage):
 
     name = "prior"
 
-    def __init__(self, preset: Preset, **options) -> None:
-        super().__init__(preset, **options)
+    def fit(self) -> None:
         batches = (self.stream.batch(step) for step in range(self.recipe.data.get("statistics_batches", 8)))
         self.model.fit_statistics(torch.cat([self.image_embed(batch).float() for batch in batches]))
 
