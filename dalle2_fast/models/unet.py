@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import GroupNormSiLU
-from .unet_blocks import AttentionBlock, Layout, ResBlock, sinusoidal_embedding
+from .unet_blocks import AttentionBlock, FineLevel, Layout, ResBlock, sinusoidal_embedding
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class UNet(nn.Module):
         grid_size: adds to every cell of the first grid a linear map of the embedding, the cell's own, which
             fixes the image size at grid_size * patch_size. ADM learns where things go from the zero padding
             at the border and what FiLM makes of it; with little training that comes late (see `Layout`).
+        fine: dict(patch_size, channels, layers) of a level on smaller patches that corrects the image of a
+            net on large ones (see `FineLevel`); its patch_size must divide that of the net.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class UNet(nn.Module):
         kernel_out: int = 3,
         narrow_up: bool = False,
         grid_size: int | None = None,
+        fine: dict[str, int] | None = None,
     ):
         super().__init__()
         channels = tuple(channels)
@@ -105,6 +108,7 @@ class UNet(nn.Module):
             "kernel_out": kernel_out,
             "narrow_up": narrow_up,
             "grid_size": grid_size,
+            "fine": None if fine is None else dict(fine),
         }
         self.in_channels, self.out_channels = in_channels, out_channels
         self.cross_dim, self.embed_dim, self.class_embed_dim = cross_dim, embed_dim, class_embed_dim
@@ -160,6 +164,13 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(width, out_channels * patches, kernel_out, padding=kernel_out // 2)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
+        self.fine = None
+        if fine is not None:
+            _check_fine(fine, patch_size, num_groups)
+            self.fine = FineLevel(
+                in_channels, out_channels, width, patch_size // fine["patch_size"], **fine,
+                embed_dim=embed_dim, num_groups=num_groups, film=film,
+            )
 
     def attention_blocks(self) -> list[AttentionBlock]:
         """The attention layers in the order in which `forward` meets them."""
@@ -221,10 +232,13 @@ class UNet(nn.Module):
             if layer.takes_skip:
                 hidden = torch.cat([hidden, skips.pop()], dim=1)
             hidden = layer(hidden, embed, context)
-        hidden = self.conv_out(self.norm_out(hidden))
+        features = self.norm_out(hidden)
+        image = self.conv_out(features)
         if self.patch_size > 1:
-            hidden = F.pixel_shuffle(hidden, self.patch_size)
-        return hidden.to(sample.dtype, memory_format=torch.contiguous_format)
+            image = F.pixel_shuffle(image, self.patch_size)
+        if self.fine is not None:
+            image = self.fine(sample.to(dtype), image, features, embed)
+        return image.to(sample.dtype, memory_format=torch.contiguous_format)
 
     def _embed_classes(self, class_labels: Tensor) -> Tensor:
         expected = self.embed_dim if self.class_embed is None else self.class_embed_dim
@@ -295,6 +309,18 @@ def _check_widths(channels, layers, attention_levels, head_dims, num_groups, pat
             raise ValueError(f"head_dim: {head_dims[level]} must divide the width {width} of level {level}")
     if any(not 0 <= level < len(channels) for level in attention_levels):
         raise ValueError(f"attention_levels: expected levels 0..{len(channels) - 1}, got {attention_levels}")
+
+
+def _check_fine(fine: dict[str, int], patch_size: int, num_groups: int) -> None:
+    names = ("patch_size", "channels", "layers")
+    if set(fine) != set(names) or any(not isinstance(value, int) or value < 1 for value in fine.values()):
+        raise ValueError(f"fine: expected positive ints {', '.join(names)}, got {fine!r}")
+    if patch_size % fine["patch_size"] or patch_size == fine["patch_size"]:
+        raise ValueError(
+            f"fine: patch_size must divide the net's, {patch_size}, and be smaller, got {fine['patch_size']}"
+        )
+    if fine["channels"] % num_groups:
+        raise ValueError(f"num_groups: {num_groups} must divide fine's channels, got {fine['channels']}")
 
 
 def _check_context(context: Tensor, mask: Tensor | None, cross_dim: int | None) -> None:

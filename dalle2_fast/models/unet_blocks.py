@@ -47,6 +47,55 @@ class Layout(nn.Module):
         return self.cells(embed).unflatten(1, self.shape)
 
 
+class FineLevel(nn.Module):
+    """What a net on large patches cannot draw: its image corrected on small ones, by residual blocks alone.
+
+    A patch of p x p pixels leaves the net as a linear map of its `channels` numbers; with 8 x 8 pixels they do
+    not hold where an edge runs, however long the net is trained. So the coarse net decides what is where, and
+    this one draws it, from the noisy image, the coarse image and the coarse net's last features. It starts at
+    the coarse image itself: a trained coarse net can be given one later.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        coarse_channels: int,
+        ratio: int,  # cells of this level along one side of a cell of the coarse net
+        patch_size: int,
+        channels: int,
+        layers: int,
+        embed_dim: int,
+        num_groups: int,
+        film: bool,
+    ):
+        super().__init__()
+        self.patch_size, self.ratio = patch_size, ratio
+        self.conv_in = nn.Conv2d((in_channels + out_channels) * patch_size**2, channels, 1)
+        self.lift = nn.Conv2d(coarse_channels, channels * ratio**2, 1)
+        self.blocks = nn.ModuleList(
+            ResBlock(channels, channels, embed_dim, num_groups, film) for _ in range(layers)
+        )
+        self.norm_out = GroupNormSiLU(num_groups, channels)
+        self.conv_out = nn.Conv2d(channels, out_channels * patch_size**2, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+
+    def forward(
+        self,
+        sample: Tensor,  # [B, in_channels, H, W]
+        coarse: Tensor,  # [B, out_channels, H, W], the coarse net's image
+        features: Tensor,  # [B, coarse_channels, H / (ratio patch_size), W / (ratio patch_size)]
+        embed: Tensor,  # [B, embed_dim]
+    ) -> Tensor:  # [B, out_channels, H, W]
+        hidden = F.pixel_unshuffle(torch.cat([sample, coarse], dim=1), self.patch_size)
+        hidden = self.conv_in(hidden.contiguous(memory_format=torch.channels_last))
+        hidden = hidden + F.pixel_shuffle(self.lift(features), self.ratio)
+        for block in self.blocks:
+            hidden = block(hidden, embed)
+        return coarse + F.pixel_shuffle(self.conv_out(self.norm_out(hidden)), self.patch_size)
+
+
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(resample(silu(norm(x))))))), with the embedding as FiLM or as an addition."""
 
