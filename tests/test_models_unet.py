@@ -82,6 +82,7 @@ def test_starts_at_zero():
         {"narrow_up": True},
         {"class_embed_dim": 7},
         {"cross_dim": None},
+        {"patch_size": 2, "fine": {"patch_size": 1, "channels": 8, "layers": 2}},
     ],
     ids=str,
 )
@@ -219,3 +220,39 @@ def test_layout_speaks_to_each_cell():
     assert not torch.allclose(before, net(sample, time, context, attention_mask=mask), atol=1e-3)
     with pytest.raises(ValueError, match="sample: grid_size asks for 8 x 8 pixels, got"):
         net(torch.randn(1, 3, 16, 16), time[:1], context[:1])
+
+
+FINE = dict(patch_size=2, channels=8, layers=2)
+
+
+def test_a_trained_net_is_given_a_fine_level_without_a_change():
+    """Catches: a fine level that is not a correction, or whose config is lost."""
+    coarse, sizes = small_unet(patch_size=4), dict(patch_size=4, fine=FINE)
+    net = UNet(**json.loads(json.dumps(UNet(**SMALL | sizes).config)))
+    missing, unexpected = net.load_state_dict(coarse.state_dict(), strict=False)
+    assert not unexpected and all(name.startswith("fine.") for name in missing)
+    sample, time, context, mask = inputs(size=16)
+    args = (time, context, None, mask)
+    assert torch.equal(net(sample, *args), coarse(sample, *args))
+    net.fine.conv_out.weight.data.normal_()
+    drawn = net(sample, *args)
+    for part in (net.fine.lift, net.fine.conv_in):  # the coarse net's features; the pixels
+        weight = part.weight.data.clone()
+        part.weight.data.zero_()
+        assert not torch.allclose(drawn, net(sample, *args), atol=1e-3)
+        part.weight.data.copy_(weight)
+
+
+@pytest.mark.parametrize(
+    "fine, message",
+    [
+        (dict(patch_size=2, channels=8), "fine: expected positive ints patch_size, channels, layers, got"),
+        (FINE | dict(layers=0), "fine: expected positive ints"),
+        (FINE | dict(patch_size=3), "fine: patch_size must divide the net's, 4, and be smaller, got 3"),
+        (FINE | dict(patch_size=4), "fine: patch_size must divide the net's, 4, and be smaller, got 4"),
+        (FINE | dict(channels=12), "num_groups: 8 must divide fine's channels, got 12"),
+    ],
+)
+def test_impossible_fine_levels_are_named(fine, message):
+    with pytest.raises(ValueError, match=message):
+        UNet(**SMALL | dict(patch_size=4, fine=fine))

@@ -15,7 +15,7 @@ from PIL import Image
 from dalle2_fast.cli import main
 from dalle2_fast.data import World, render, sample_scenes
 from dalle2_fast.models import CLIP, DALLE2, Decoder, DiffusionPrior, Upsampler
-from dalle2_fast.training.command import export_pipeline, train_stage
+from dalle2_fast.training.command import export_pipeline, load_initial, train_stage
 from dalle2_fast.training.folder import TrainingError, load_weights, save_weights
 from dalle2_fast.training.presets import PRESETS, STAGES
 from dalle2_fast.training.stages import foreground_weight, make_stage, psnr, random_crops
@@ -288,6 +288,21 @@ def test_init_and_freeze_tune_one_tower(trained, tmp_path):
     assert config["freeze"] == ["visual."]
     for name, value in before.items():
         assert torch.equal(value, after[name]) == name.startswith("visual."), name
+
+
+def test_init_gives_a_trained_decoder_a_fine_level(trained, tmp_path, capsys):
+    """Catches: a fine level that cannot start from a net without one; other weights missing unnoticed."""
+    path = trained / "decoder" / "model.safetensors"
+    config, weights = load_weights(path)
+    fine = dict(patch_size=1, channels=8, layers=1)
+    grown = Decoder(**config["model"] | dict(unet=config["model"]["unet"] | dict(fine=fine)))
+    load_initial(grown, path)
+    assert f"{path} has no unet.fine, which starts fresh" in capsys.readouterr().out
+    assert all(torch.equal(grown.state_dict()[name], value) for name, value in weights.items())
+    weights.pop("unet.conv_in.bias")
+    save_weights(tmp_path / "part.safetensors", config, weights)
+    with pytest.raises(TrainingError, match="unet.conv_in.bias"):
+        load_initial(grown, tmp_path / "part.safetensors")
 
 
 @pytest.mark.parametrize(

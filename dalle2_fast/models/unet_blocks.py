@@ -50,10 +50,10 @@ class Layout(nn.Module):
 class FineLevel(nn.Module):
     """What a net on large patches cannot draw: its image corrected on small ones, by residual blocks alone.
 
-    A patch of p x p pixels leaves the net as a linear map of its `channels` numbers; with 8 x 8 pixels they do
-    not hold where an edge runs, however long the net is trained. So the coarse net decides what is where, and
-    this one draws it, from the noisy image, the coarse image and the coarse net's last features. It starts at
-    the coarse image itself: a trained coarse net can be given one later.
+    A patch of p x p pixels leaves the net as a linear map of its `channels` numbers; with 8 x 8 pixels they
+    do not hold where an edge runs, however long the net is trained. So the coarse net decides what is where,
+    and this one draws it, from the noisy image, the coarse image and the coarse net's last features. It
+    starts at the coarse image itself: a trained coarse net can be given one later.
     """
 
     def __init__(

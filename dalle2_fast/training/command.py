@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from dalle2_fast.data import WordTokenizer
 
 TOKENIZER = "tokenizer.json"
-GROWN = "unet.fine"  # the part that a trained decoder can be given later
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,16 +144,15 @@ def train_stage(
 
 
 def load_initial(model: torch.nn.Module, path: Path) -> None:
-    """Copy the weights of an earlier run of the same stage into `model`. A whole part that the earlier model did
-    not have (U-Net's `fine`) starts fresh, and is named; anything else that does not fit is an error."""
+    """Copy the weights of an earlier run of the same stage into `model`. A fine level that the earlier U-Net
+    did not have starts fresh, and is named; anything else that does not fit is an error."""
     if not path.exists():
         raise TrainingError(f"--init: {path} not found")
     weights = load_weights(path)[1]
-    parts = {name for name, _ in model.named_modules() if name.endswith(GROWN)}
-    fresh = {name for name in parts if not any(key.startswith(name + ".") for key in weights)}
-    for name in sorted(fresh):
-        print(f"--init: {path} has no {name}, which starts fresh")
-        weights |= model.get_submodule(name).state_dict(prefix=name + ".")
+    fine = {name: value for name, value in model.state_dict().items() if name.startswith("unet.fine.")}
+    if fine and not fine.keys() & weights.keys():
+        print(f"--init: {path} has no unet.fine, which starts fresh")
+        weights |= fine
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:  # torch names the keys that are missing, left over or of another shape

@@ -69,8 +69,9 @@ SCENES_CPU = Preset(
         # 8 x 8 patches keep the whole net on an 8 x 8 grid. A net that predicts x0 can afford that: it need
         # not pass the noise through (Li and He 2025, arXiv 2511.13720). Layout is decided at low log-SNR: a
         # shape of 300 pixels shows from -6 up. Below that only the caption can say where it goes, hence the
-        # shift, and the focus: without it a twelfth of the training times lies below -7. What such a net cannot
-        # do is draw: from a picture at log-SNR 2 it made the right shape of 72 %. That is the fine level's part.
+        # shift, and the focus: without it a twelfth of the training times lies below -7. What such a net
+        # cannot do is draw: from a picture at log-SNR 2 it made the right shape of 72 %, however long it was
+        # trained. That is the fine level's part.
         model=dict(image_size=64, num_image_tokens=4, image_cond_drop_prob=0.4, text_cond_drop_prob=0.15,
                    text_encoder="clip",
                    unet=dict(in_channels=3, out_channels=3, patch_size=8, channels=(128,), layers_per_block=1,
