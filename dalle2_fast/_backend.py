@@ -13,6 +13,7 @@ from torch import Tensor
 from dalle2_fast import _native
 
 KERNELS = ("group_norm_silu", "cross_attention", "diffusion_step", "add_noise", "sample_noise")
+LOSSES = ("contrastive_loss", "soft_contrastive_loss", "sigmoid_loss")  # in dalle2_fast._C
 # On the CPU, from this many logits on dalle2_fast._C is no slower than the reference up to D = 512: with one
 # thread contrastive_loss takes 1.11 times as long for N = 1448, 0.98 for 2048, 0.85 for 4096 (one product of
 # N^2 D more, and less traffic).
@@ -172,13 +173,14 @@ def build_info() -> dict[str, object]:
     version that torch was built with, or None), `devices` (names of the GPUs that torch can use),
     `cpu_threads`, `native_extension` (whether `dalle2_fast._C` is there and loads), `native` (how it was
     built: `compiler`, `cuda`, `why_no_cuda`, `targets`; or None), `why_no_native` (or None), `kernels` (names
-    of the ops that have a Triton kernel), `fused_ops` (those that impl="auto" runs fused on this machine) and
-    `why_not_fused` (why there are none, or None).
+    of the ops that have a Triton kernel), `fused_ops` (those that impl="auto" runs fused on this machine, the
+    losses on the CPU from LEAST_LOGITS on) and `why_not_fused` (why no Triton kernel does, or None).
     """
     devices = []
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     reason = _reason_for_references()
+    losses = LOSSES if _ask_native(torch.device("cuda" if devices else "cpu", 0)) is None else ()
     native, why_no_native = _native.describe()
     return {
         "dalle2_fast": _version("dalle2_fast"),
@@ -193,6 +195,6 @@ def build_info() -> dict[str, object]:
         "native": native,
         "why_no_native": why_no_native,
         "kernels": list(KERNELS),
-        "fused_ops": list(KERNELS) if reason is None else [],
+        "fused_ops": [*(KERNELS if reason is None else ()), *losses],
         "why_not_fused": reason,
     }
