@@ -78,7 +78,7 @@ SCENES_CPU = Preset(
                              attention_levels=(0,), head_dim=32, cross_dim=128, embed_dim=256, num_groups=8,
                              kernel_in=1, grid_size=8,
                              fine=dict(patch_size=2, channels=32, layers=4)),
-                   schedule=dict(name="continuous_cosine", shift=-3.0), log_snr_focus=(-4.0, 3.0, 0.8),
+                   schedule=dict(name="continuous_cosine", shift=-3.0), log_snr_focus=(-8.0, 1.0, 0.8),
                    prediction="sample", weighting="v", max_weight=5.0, stratified=True,
                    variance="fixed_small"),
         optimisation=Optimisation(batch_size=32, minutes=85, optimizer="muon", learning_rate=2e-3,
