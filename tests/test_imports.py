@@ -36,6 +36,7 @@ ARROWS = {
     "models": {"modules", "functional", "_check", "diffusion", "data", "checkpoints"},
     "evaluation": {"models", "diffusion", "data", "checkpoints"},
     "training": {"evaluation", "models", "diffusion", "data", "checkpoints", "functional"},
+    "adapters": {"models", "modules", "functional", "diffusion"},
     "cli": {"__init__", "training", "evaluation", "models", "data", "checkpoints", "_backend"},
     "__main__": {"cli"},
     "__init__": {"models", "modules", "losses", "functional", "diffusion", "data", "checkpoints", "_backend"},
