@@ -36,6 +36,9 @@ class Case:
     backward: what is timed is the gradient of `ours` (or of the rival) by these inputs.
     checked: the outputs a rival must agree on, None for all; not those with noise of its own.
     wall: launching is part of the time: no graph, `steps` calls in a row.
+    make_check: as make, smaller, where the truth at full size would not fit: what the check before the time
+        is run on.
+    make_cpu: () -> inputs that are timed on a machine without a GPU; None: the row needs one.
     """
 
     name: str
@@ -50,6 +53,8 @@ class Case:
     with_forward: bool = False
     checked: tuple[int, ...] | None = None
     wall: bool = False
+    make_check: Callable[[str, torch.dtype], dict[str, Tensor | None]] | None = None
+    make_cpu: Callable[[], dict[str, Tensor | None]] | None = None
 
 
 CASES: dict[str, Case] = {}

@@ -1,12 +1,15 @@
-"""First right, then fast: the check of an implementation of a case, and its time on a GPU.
+"""First right, then fast: the check of an implementation of a case, its time and its peak memory.
 
-A time is the median of replays of a CUDA graph that runs the implementation on several sets of inputs in
-turn, together larger than the L2 cache, so that no call finds its inputs there.
+A time on a GPU is the median of replays of a CUDA graph that runs the implementation on several sets of
+inputs in turn, together larger than the L2 cache, so that no call finds its inputs there. On a CPU it is wall
+clock with a fixed number of threads.
 """
 
 from __future__ import annotations
 
 import functools
+import gc
+import time
 from collections.abc import Callable
 
 import torch
@@ -119,6 +122,28 @@ def _replay(graph: torch.cuda.CUDAGraph) -> None:
     torch.cuda.synchronize()
 
 
+def repeatable(case: Case, function: Callable, inputs: Inputs) -> tuple[Callable[[], None], int]:
+    """As `replayable`, on a CPU: one call."""
+    job = timed_job(case, function, *prepare(case, inputs))
+    job()
+    return job, 1
+
+
+def peak_bytes(case: Case, function: Callable, inputs: Inputs) -> int | None:
+    """GPU memory that one call needs beyond its inputs, results included. None on a CPU, where it takes a
+    process of its own: benchmarks/contrastive_memory.py."""
+    if not next(value for value in inputs.values() if value is not None).is_cuda:
+        return None
+    job = timed_job(case, function, *prepare(case, inputs))
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    job()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def timed_job(case: Case, function: Callable, inputs: dict, grad: Tensor | None) -> Callable[[], object]:
     """What is timed: the call, its gradient, or both."""
     leaves = [inputs[name] for name in case.backward]
@@ -130,15 +155,33 @@ def timed_job(case: Case, function: Callable, inputs: dict, grad: Tensor | None)
     return lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True)
 
 
-def copy_ceiling() -> float:
-    """Bytes per second, read and written, of the device's own copy of 1 GB."""
-    source = torch.empty(2**29, dtype=torch.uint8, device="cuda")
-    target, times = torch.empty_like(source), []
-    for _ in range(20):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        target.copy_(source)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3)
-    return 2 * source.numel() / sorted(times)[len(times) // 2]
+def ceilings(device: str) -> dict[str, float]:
+    """What this device does at best in this run: bytes per second (read and written) of its own copy, FLOP
+    per second of its own matrix product (bfloat16 on a GPU, float32 on a CPU)."""
+    on_gpu = device == "cuda"
+    size, side = (2**29, 8192) if on_gpu else (2**26, 1024)
+    source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    c = torch.empty_like(a)
+    return {
+        "bytes_per_second": 2 * size / _median_seconds(lambda: target.copy_(source), on_gpu),
+        "flops_per_second": 2 * side**3 / _median_seconds(lambda: torch.mm(a, a, out=c), on_gpu),
+    }
+
+
+def _median_seconds(job: Callable, on_gpu: bool, rounds: int = 20) -> float:
+    times = []
+    for _ in range(rounds):
+        if on_gpu:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            job()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end) * 1e-3)
+        else:
+            before = time.perf_counter()
+            job()
+            times.append(time.perf_counter() - before)
+    return sorted(times)[rounds // 2]

@@ -5,6 +5,7 @@ What is timed on a GPU has passed the same check there, at the real size.
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -12,10 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from cases import CASES, decoder_norms
-from clock import check, ours, results_of
+import cases_contrastive  # noqa: E402, F401  (its rows join the registry)
+from cases import CASES, decoder_norms  # noqa: E402
+from clock import check, ours, results_of  # noqa: E402
+
+from benchmarks import report  # noqa: E402
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -64,3 +69,75 @@ def test_bytes_are_those_of_the_inputs_and_outputs(name):
 
 def bytes_of(value) -> int:
     return 0 if value is None else value.numel() * value.element_size()
+
+
+def run_file(path: Path, seconds: dict[tuple[str, str], float], gpu: str = "GPU 1") -> Path:
+    """A file as pytest-benchmark writes it."""
+    shared = dict(absent=None, spread=0.05, rounds=30, peak_bytes=10**6, bytes_per_second=1e9, shape=[4],
+                  flops_per_second=2e12, share_of_best=0.5, ceilings=dict(bytes_per_second=4e9,
+                                                                        flops_per_second=5e12))  # fmt: skip
+    rows = [
+        dict(extra_info=shared | dict(
+            case=case, implementation=kind, seconds=value, target_us=100.0 if kind == "ours" else None,
+            wanted_factor=2.0 if kind == "eager" else None))
+        for (case, kind), value in seconds.items()
+    ]  # fmt: skip
+    machine = dict(gpu=gpu, cpu="CPU", threads=2)
+    path.write_text(json.dumps(dict(
+        machine_info=dict(dalle2_fast=machine), datetime="2026-01-02T03:04", benchmarks=rows,
+        commit_info=dict(id="0123456789abcdef", dirty=False))))  # fmt: skip
+    return path
+
+
+def test_the_report_says_where_we_win_and_lose(tmp_path, capsys):
+    """Catches: a ratio upside down, a goal called met that is not, an older run that hides a newer one."""
+    pytest.importorskip("matplotlib", reason='matplotlib is not installed: pip install -e ".[bench]"')
+    first = run_file(tmp_path / "1.json", {("norm", "ours"): 9e-5, ("norm", "eager"): 9e-5})
+    second = run_file(tmp_path / "2.json", {("norm", "eager"): 2.7e-4, ("loss", "ours"): 3e-4,
+                                            ("loss", "rival"): 1.5e-4})  # fmt: skip
+    assert report.main([str(first), str(second), "--output", str(tmp_path)]) == 0
+    written = [Path(line) for line in capsys.readouterr().out.split()]
+    endings = (".json", ".md", "-rivals.png", "-roofline.png")
+    assert [path.name for path in written] == [f"gpu-1{ending}" for ending in endings]
+    assert all(path.stat().st_size > 500 for path in written)
+    rows = {(row["case"], row["implementation"]): row for row in json.loads(written[0].read_text())["rows"]}
+    assert rows["norm", "eager"]["ours_is_faster"] == pytest.approx(3.0)
+    assert rows["loss", "rival"]["ours_is_faster"] == pytest.approx(0.5)
+    assert rows["norm", "eager"]["reached"] and rows["norm", "ours"]["reached"]
+    assert rows["loss", "ours"]["reached"] is False and rows["loss", "rival"]["reached"] is None
+    text = written[1].read_text()
+    assert "| norm | eager | 270.0 | 5% | 1 | 2 | 50% | 1 | 3.00x | 2x yes |" in text
+    assert "| loss | **ours** | 300.0 | 5% | 1 | 2 | 50% | 1 |  | 100 us **no** |" in text
+
+
+def test_the_regression_check_sees_a_slower_row(tmp_path, capsys):
+    """Catches: noise taken for a regression, a regression or a lost row taken for noise."""
+    results = []
+    for index, seconds in enumerate((1e-4, 1.09e-4, 1.2e-4)):
+        folder = tmp_path / str(index)
+        run = run_file(tmp_path / f"{index}.json", {("norm", "ours"): seconds, ("b", "ours"): 1e-4})
+        assert report.main([str(run), "--output", str(folder), "--no-plots"]) == 0
+        results.append(str(folder / "gpu-1.json"))
+    assert report.main(["--compare", results[0], results[1]]) == 0
+    assert report.main(["--compare", results[0], results[2]]) == 1
+    assert "norm / ours: 1.20x as long (spread allows 1.10x)" in capsys.readouterr().out
+    lost = json.loads(Path(results[0]).read_text())
+    lost["rows"].pop()
+    Path(results[1]).write_text(json.dumps(lost))
+    assert report.main(["--compare", results[0], results[1]]) == 1
+
+
+@pytest.mark.parametrize("content, says", [("{}", "expected a file of pytest benchmarks/"), ("", "JSON")])
+def test_the_report_names_a_wrong_file(content, says, tmp_path, capsys):
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(path)])
+    assert stop.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_runs_of_two_devices_are_not_mixed(tmp_path, capsys):
+    runs = [run_file(tmp_path / f"{gpu}.json", {("a", "ours"): 1.0}, gpu) for gpu in ("A", "B")]
+    with pytest.raises(SystemExit):
+        report.main([str(path) for path in runs])
+    assert "expected a run on A, got one on B" in capsys.readouterr().err
