@@ -46,10 +46,13 @@ def run(
 
 def _process(function, rank, world_size, folder, seconds, arguments) -> None:
     torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/meet", world_size)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size,
-        timeout=datetime.timedelta(seconds=seconds),
-    )  # fmt: skip
+        "gloo", store=store, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=seconds)
+    )
+    # One that dies as soon as it is connected would fail the others while they still connect.
+    store.set(f"joined/{rank}", "")
+    store.wait([f"joined/{other}" for other in range(world_size)])
     try:
         result = function(rank, world_size, *arguments)
     except Exception as error:
