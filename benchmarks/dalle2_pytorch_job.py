@@ -57,7 +57,7 @@ def plain_chain(pipe: DALLE2) -> DALLE2:
         def build(channels: list[int]) -> nn.Module:
             unet = {**like.unet.config, "patch_size": 1, "channels": channels, "layers_per_block": 2,
                     "attention_levels": attention_levels, "head_dim": 16, "num_groups": 4, "embed_dim": None,
-                    "grid_size": None}
+                    "grid_size": None, "fine": None}
             return cls(**{**like.config, "unet": unet})
 
         return nearest(build, UNETS, parameters(like))
