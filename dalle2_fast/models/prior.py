@@ -14,18 +14,22 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dalle2_fast.diffusion.process import GaussianDiffusion
 from dalle2_fast.diffusion.schedules import make_schedule
 from dalle2_fast.models.clip import CLIP
 from dalle2_fast.models.inputs import check_probability, coin, resolve_seeds
-from dalle2_fast.models.prior_network import DiffusionPriorNetwork, Prefix
+from dalle2_fast.models.prior_base import (
+    CaptionedPrior,
+    best_candidate,
+    candidate_seeds,
+    resolve_guidance,
+)
+from dalle2_fast.models.prior_network import DiffusionPriorNetwork
 
-Caption = tuple[Tensor, Tensor | None, Tensor | None]  # embedding, encodings, mask
 
-
-class DiffusionPrior(nn.Module):
+class DiffusionPrior(CaptionedPrior):
     """Caption -> CLIP image embedding.
 
     The defaults are Karlo's prior: 1,022,030,080 numbers, of which 1,536 are embedding statistics (buffers).
@@ -61,7 +65,7 @@ class DiffusionPrior(nn.Module):
         sample_clip: float | None = 10.0,
         unit_norm: bool = True,
     ):
-        super().__init__()
+        super().__init__(clip)
         if not isinstance(net, DiffusionPriorNetwork):
             widths = {}
             if clip is not None:
@@ -91,12 +95,6 @@ class DiffusionPrior(nn.Module):
         )
         self.register_buffer("clip_mean", torch.zeros(net.embed_dim))
         self.register_buffer("clip_std", torch.ones(net.embed_dim))
-        # In a tuple, so that it is no submodule: a checkpoint holds its weights once, under "clip.".
-        self._clip = (None if clip is None else clip.eval(),)
-
-    @property
-    def clip(self) -> CLIP | None:
-        return self._clip[0]
 
     # ------------------------------------------------------------------ embeddings as the network sees them
 
@@ -112,10 +110,6 @@ class DiffusionPrior(nn.Module):
         scaled = self._scaled(image_embed)
         self.clip_mean.copy_(scaled.mean(dim=0))
         self.clip_std.copy_(scaled.std(dim=0).clamp(min=1e-4))
-
-    def _scaled(self, embed: Tensor) -> Tensor:
-        embed = embed if embed.dtype == torch.float64 else embed.float()
-        return (F.normalize(embed, dim=-1) if self.unit_norm else embed) * self.embed_scale
 
     def _standardised(self, embed: Tensor) -> Tensor:
         scaled = self._scaled(embed)
@@ -140,30 +134,13 @@ class DiffusionPrior(nn.Module):
     ) -> Tensor:
         """The training loss, a scalar: squared error of the embedding, mean over entries and batch."""
         caption = self._caption(text, text_embed, text_encodings, text_mask)
-        if (image is None) == (image_embed is None):
-            raise ValueError("image, image_embed: expected exactly one of the two")
-        if image is not None:
-            with torch.no_grad():
-                image_embed = self._need_clip("image").encode_image(image, normalize=self.unit_norm)
         batch, device = len(caption[0]), caption[0].device
-        self._check_embed("image_embed", image_embed, batch)
+        image_embed = self._embed_image(image, image_embed, batch)
         condition = self._condition(caption, ~coin(batch, self.cond_drop_prob, device, generator))
         losses = self.diffusion.training_loss(
             lambda x, t: self.net(x, t, *condition), self._standardised(image_embed), generator=generator
         )
         return losses.mean()
-
-    def _condition(self, caption: Caption, keep: Tensor) -> Caption:
-        """What the network is told: scaled embedding, encodings, mask. Where keep [B] is False it is told
-        nothing: a zero embedding (the projection's bias speaks for it) and no text positions."""
-        text_embed, text_encodings, text_mask = caption
-        weights = self.net.proj_in.weight.dtype
-        embed = torch.where(keep[:, None], self._scaled(text_embed), 0.0).to(weights)
-        if text_encodings is None:
-            return embed, None, None
-        if text_mask is None:
-            text_mask = torch.ones(text_encodings.shape[:2], dtype=torch.bool, device=embed.device)
-        return embed, text_encodings.to(weights), text_mask & keep[:, None]
 
     # ------------------------------------------------------------------------------------------- sampling
 
@@ -201,13 +178,11 @@ class DiffusionPrior(nn.Module):
         count = num_samples_per_batch
         if count < 1:
             raise ValueError(f"num_samples_per_batch: expected at least 1, got {count}")
-        seeds = _candidate_seeds(resolve_seeds(seeds, batch, device, generator), count)
-        guidance = cond_scale if guidance is None else guidance
-        if isinstance(guidance, Tensor):
-            guidance = guidance.to(device).expand(batch).repeat_interleave(count)
-        elif guidance == 1.0:
-            guidance = None
-        prefix = self._remember(caption, count, guided=guidance is not None)
+        seeds = candidate_seeds(resolve_seeds(seeds, batch, device, generator), count)
+        guidance = resolve_guidance(cond_scale, guidance, batch, count, device)
+        # The captions' part of the network, once for all steps and all candidates.
+        condition = self._with_and_without(caption, guided=guidance is not None)
+        prefix = self.net.remember(*condition).repeat_interleave(count)
 
         def net(x: Tensor, t: Tensor) -> Tensor:
             if guidance is not None:  # conditional rows, then unconditional ones: one pass
@@ -222,73 +197,4 @@ class DiffusionPrior(nn.Module):
             dtype=torch.float64 if double else torch.float32,
         ) | sampler_options
         x = self.diffusion.sample(net, (batch * count, self.image_embed_dim), **options)
-        candidates = self._restored(x).unflatten(0, (batch, count))
-        text_unit = F.normalize(caption[0].to(candidates.dtype), dim=-1)
-        cosine = (F.normalize(candidates, dim=-1) * text_unit[:, None]).sum(dim=-1)
-        return candidates[torch.arange(batch, device=device), cosine.argmax(dim=1)]
-
-    def _remember(self, caption: Caption, count: int, guided: bool) -> Prefix:
-        """The captions' part of the network, computed once for all steps and all `count` candidates."""
-        keep = torch.ones(len(caption[0]), dtype=torch.bool, device=caption[0].device)
-        condition = self._condition(caption, keep)
-        if guided:
-            nothing = self._condition(caption, ~keep)
-            pairs = zip(condition, nothing, strict=True)
-            condition = tuple(None if a is None else torch.cat([a, b]) for a, b in pairs)
-        return self.net.remember(*condition).repeat_interleave(count)
-
-    # --------------------------------------------------------------------------------------------- inputs
-
-    def _need_clip(self, what: str) -> CLIP:
-        if self.clip is None:
-            raise ValueError(f"{what}: needs a prior built with clip=...; without one pass {what}_embed")
-        return self.clip
-
-    def _caption(
-        self,
-        text: Tensor | None,
-        text_embed: Tensor | None,
-        text_encodings: Tensor | None,
-        text_mask: Tensor | None,
-    ) -> Caption:
-        if (text is None) == (text_embed is None):
-            raise ValueError("text, text_embed: expected exactly one of the two")
-        if text is not None:
-            if text_encodings is not None or text_mask is not None:
-                raise ValueError("text_encodings, text_mask: expected with text_embed only, not with text")
-            with torch.no_grad():
-                return self._need_clip("text").encode_text(text, normalize=self.unit_norm)
-        self._check_embed("text_embed", text_embed)
-        if text_encodings is None:
-            if text_mask is not None:
-                raise ValueError("text_mask: expected together with text_encodings only")
-            return text_embed, None, None
-        batch, limit, width = len(text_embed), self.net.context_length, self.net.text_dim
-        shape = tuple(text_encodings.shape)
-        if len(shape) != 3 or shape[0] != batch or shape[1] > limit or shape[2] != width:
-            expected = f"[B, L, D] = ({batch}, L <= {limit}, {width})"
-            raise ValueError(f"text_encodings: expected {expected}, got {shape}")
-        if text_mask is not None and (text_mask.dtype != torch.bool or text_mask.shape != shape[:2]):
-            came = f"{text_mask.dtype} {tuple(text_mask.shape)}"
-            raise ValueError(f"text_mask: expected bool [B, L] = {shape[:2]}, got {came}")
-        return text_embed, text_encodings, text_mask
-
-    def _check_embed(self, name: str, embed: Tensor, batch: int | None = None) -> None:
-        width = self.image_embed_dim
-        if not isinstance(embed, Tensor) or not embed.is_floating_point():
-            came = embed.dtype if isinstance(embed, Tensor) else type(embed).__name__
-            raise TypeError(f"{name}: expected a floating-point tensor [B, {width}], got {came}")
-        if embed.ndim != 2 or embed.shape[1] != width or batch not in (None, len(embed)):
-            expected = f"({'B' if batch is None else batch}, {width})"
-            raise ValueError(f"{name}: expected [B, E] = {expected}, got {tuple(embed.shape)}")
-
-
-def _candidate_seeds(seeds: Tensor, count: int) -> Tensor:
-    """[B] -> [B * count], the candidates of one caption side by side, each with noise of its own.
-
-    Candidate k gets seed xor (k + 1) * (2^64 / golden ratio). None keeps the plain seed: a decoder that is
-    given the same one would start from the same numbers as the prior.
-    """
-    golden = 0x9E3779B97F4A7C15 - 2**64  # as a signed integer; the product wraps, as intended
-    offsets = torch.arange(1, count + 1, device=seeds.device) * golden
-    return (seeds[:, None] ^ offsets).flatten()
+        return best_candidate(self._restored(x), caption[0])

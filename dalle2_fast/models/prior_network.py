@@ -32,7 +32,43 @@ class Prefix:
         return Prefix(keys_values, self.valid.repeat_interleave(count, 0))
 
 
-class DiffusionPriorNetwork(nn.Module):
+class CaptionPrefix(nn.Module):
+    """A causal Transformer whose sequence begins with [text encodings, text embedding].
+
+    Subclasses own text_embed_proj, text_encodings_proj, positional_embedding (its first context_length + 1
+    rows are the caption's) and transformer.
+    """
+
+    def remember(
+        self,
+        proj_embedding: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Prefix:
+        """Compute the caption's part once, for all that follows it."""
+        tokens, valid = self._embed_text(proj_embedding, encoder_hidden_states, attention_mask)
+        tokens, lengths = pack(tokens, valid)
+        valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        return Prefix(self.transformer.prefill(tokens), valid)
+
+    def _embed_text(
+        self, text_embed: Tensor, text_encodings: Tensor | None, text_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """-> (tokens [B, L + 1, dim], valid bool [B, L + 1])."""
+        batch = len(text_embed)
+        embed = self.text_embed_proj(text_embed)[:, None]
+        embed = embed + self.positional_embedding[self.context_length].to(embed.dtype)
+        if text_encodings is None:
+            return embed, torch.ones(batch, 1, dtype=torch.bool, device=embed.device)
+        length = text_encodings.shape[1]
+        x = self.text_encodings_proj(text_encodings)
+        x = x + self.positional_embedding[:length].to(x.dtype)
+        if text_mask is None:
+            text_mask = torch.ones(batch, length, dtype=torch.bool, device=x.device)
+        return torch.cat([x, embed], dim=1), F.pad(text_mask, (0, 1), value=True)
+
+
+class DiffusionPriorNetwork(CaptionPrefix):
     """Causal Transformer over [text encodings, text embedding, time, noised image embedding, query].
 
     The defaults are Karlo's (20 layers of 32 heads x 64).
@@ -89,25 +125,13 @@ class DiffusionPriorNetwork(nn.Module):
         tail = self._embed_tail(hidden_states, timestep)
         tokens = torch.cat([prefix, tail], dim=1)
         valid = F.pad(valid, (0, TAIL), value=True)
-        tokens, lengths = _pack(tokens, valid)
+        tokens, lengths = pack(tokens, valid)
         x = self.transformer(tokens, causal=True)
         x = x[torch.arange(len(x), device=x.device), lengths - 1]
         return self.proj_out(self.ln_final(x))
 
-    def remember(
-        self,
-        proj_embedding: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Prefix:
-        """Compute the caption's part once; `denoise` with it equals `forward` with the caption."""
-        tokens, valid = self._embed_text(proj_embedding, encoder_hidden_states, attention_mask)
-        tokens, lengths = _pack(tokens, valid)
-        valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-        return Prefix(self.transformer.prefill(tokens), valid)
-
     def denoise(self, hidden_states: Tensor, timestep: Tensor, prefix: Prefix) -> Tensor:
-        """hidden_states [B, E], timestep [B] -> predicted image embedding [B, E]."""
+        """hidden_states [B, E], timestep [B] -> predicted image embedding [B, E], as `forward` gives it."""
         tail = self._embed_tail(hidden_states, timestep)
         batch = len(tail)
         causal = torch.ones(TAIL, TAIL, dtype=torch.bool, device=tail.device).tril()
@@ -115,22 +139,6 @@ class DiffusionPriorNetwork(nn.Module):
         mask = torch.cat([valid, causal.expand(batch, 1, TAIL, TAIL)], dim=-1)
         x = self.transformer.extend(tail, prefix.keys_values, mask)
         return self.proj_out(self.ln_final(x[:, -1]))
-
-    def _embed_text(
-        self, text_embed: Tensor, text_encodings: Tensor | None, text_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """-> (tokens [B, L + 1, dim], valid bool [B, L + 1])."""
-        batch = len(text_embed)
-        embed = self.text_embed_proj(text_embed)[:, None]
-        embed = embed + self.positional_embedding[self.context_length].to(embed.dtype)
-        if text_encodings is None:
-            return embed, torch.ones(batch, 1, dtype=torch.bool, device=embed.device)
-        length = text_encodings.shape[1]
-        x = self.text_encodings_proj(text_encodings)
-        x = x + self.positional_embedding[:length].to(x.dtype)
-        if text_mask is None:
-            text_mask = torch.ones(batch, length, dtype=torch.bool, device=x.device)
-        return torch.cat([x, embed], dim=1), F.pad(text_mask, (0, 1), value=True)
 
     def _embed_tail(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
         """-> tokens [B, 3, dim]: time, noised image embedding, query."""
@@ -142,7 +150,7 @@ class DiffusionPriorNetwork(nn.Module):
         return tail + self.positional_embedding[self.context_length + 1:].to(tail.dtype)
 
 
-def _pack(tokens: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def pack(tokens: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Each row's valid tokens first, in order: [B, S, D], bool [B, S] -> ([B, S', D], lengths [B]).
 
     With the gaps at the end a causal pass never sees them: attention needs no mask and keeps its fast path.

@@ -1,0 +1,139 @@
+"""What both priors share: captions in, candidates out, the best of them kept."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle2_fast.models.clip import CLIP
+
+Caption = tuple[Tensor, Tensor | None, Tensor | None]  # embedding, encodings, mask
+
+
+class CaptionedPrior(nn.Module):
+    """A prior over CLIP image embeddings. Its subclasses set net, image_embed_dim, embed_scale, unit_norm."""
+
+    net: nn.Module
+    image_embed_dim: int
+    embed_scale: float
+    unit_norm: bool
+
+    def __init__(self, clip: CLIP | None):
+        super().__init__()
+        # In a tuple, so that it is no submodule: a checkpoint holds its weights once, under "clip.".
+        self._clip = (None if clip is None else clip.eval(),)
+
+    @property
+    def clip(self) -> CLIP | None:
+        return self._clip[0]
+
+    def _scaled(self, embed: Tensor) -> Tensor:
+        embed = embed if embed.dtype == torch.float64 else embed.float()
+        return (F.normalize(embed, dim=-1) if self.unit_norm else embed) * self.embed_scale
+
+    def _condition(self, caption: Caption, keep: Tensor) -> Caption:
+        """What the network is told: scaled embedding, encodings, mask. Where keep [B] is False it is told
+        nothing: a zero embedding (the projection's bias speaks for it) and no text positions."""
+        text_embed, text_encodings, text_mask = caption
+        weights = self.net.text_embed_proj.weight.dtype
+        embed = torch.where(keep[:, None], self._scaled(text_embed), 0.0).to(weights)
+        if text_encodings is None:
+            return embed, None, None
+        if text_mask is None:
+            text_mask = torch.ones(text_encodings.shape[:2], dtype=torch.bool, device=embed.device)
+        return embed, text_encodings.to(weights), text_mask & keep[:, None]
+
+    def _with_and_without(self, caption: Caption, guided: bool) -> Caption:
+        """The condition of every row, and behind it, for guidance, that of rows that are told nothing."""
+        keep = torch.ones(len(caption[0]), dtype=torch.bool, device=caption[0].device)
+        condition = self._condition(caption, keep)
+        if not guided:
+            return condition
+        nothing = self._condition(caption, ~keep)
+        pairs = zip(condition, nothing, strict=True)
+        return tuple(None if a is None else torch.cat([a, b]) for a, b in pairs)
+
+    def _embed_image(self, image: Tensor | None, image_embed: Tensor | None, batch: int) -> Tensor:
+        if (image is None) == (image_embed is None):
+            raise ValueError("image, image_embed: expected exactly one of the two")
+        if image is not None:
+            with torch.no_grad():
+                image_embed = self._need_clip("image").encode_image(image, normalize=self.unit_norm)
+        self._check_embed("image_embed", image_embed, batch)
+        return image_embed
+
+    def _need_clip(self, what: str) -> CLIP:
+        if self.clip is None:
+            raise ValueError(f"{what}: needs a prior built with clip=...; without one pass {what}_embed")
+        return self.clip
+
+    def _caption(
+        self,
+        text: Tensor | None,
+        text_embed: Tensor | None,
+        text_encodings: Tensor | None,
+        text_mask: Tensor | None,
+    ) -> Caption:
+        if (text is None) == (text_embed is None):
+            raise ValueError("text, text_embed: expected exactly one of the two")
+        if text is not None:
+            if text_encodings is not None or text_mask is not None:
+                raise ValueError("text_encodings, text_mask: expected with text_embed only, not with text")
+            with torch.no_grad():
+                return self._need_clip("text").encode_text(text, normalize=self.unit_norm)
+        self._check_embed("text_embed", text_embed)
+        if text_encodings is None:
+            if text_mask is not None:
+                raise ValueError("text_mask: expected together with text_encodings only")
+            return text_embed, None, None
+        batch, limit, width = len(text_embed), self.net.context_length, self.net.text_dim
+        shape = tuple(text_encodings.shape)
+        if len(shape) != 3 or shape[0] != batch or shape[1] > limit or shape[2] != width:
+            expected = f"[B, L, D] = ({batch}, L <= {limit}, {width})"
+            raise ValueError(f"text_encodings: expected {expected}, got {shape}")
+        if text_mask is not None and (text_mask.dtype != torch.bool or text_mask.shape != shape[:2]):
+            came = f"{text_mask.dtype} {tuple(text_mask.shape)}"
+            raise ValueError(f"text_mask: expected bool [B, L] = {shape[:2]}, got {came}")
+        return text_embed, text_encodings, text_mask
+
+    def _check_embed(self, name: str, embed: Tensor, batch: int | None = None) -> None:
+        width = self.image_embed_dim
+        if not isinstance(embed, Tensor) or not embed.is_floating_point():
+            came = embed.dtype if isinstance(embed, Tensor) else type(embed).__name__
+            raise TypeError(f"{name}: expected a floating-point tensor [B, {width}], got {came}")
+        if embed.ndim != 2 or embed.shape[1] != width or batch not in (None, len(embed)):
+            expected = f"({'B' if batch is None else batch}, {width})"
+            raise ValueError(f"{name}: expected [B, E] = {expected}, got {tuple(embed.shape)}")
+
+
+def best_candidate(
+    candidates: Tensor,  # [B * count, E], those of one caption side by side
+    text_embed: Tensor,  # [B, E]
+) -> Tensor:  # [B, E]
+    """Of each caption's candidates the one with the largest cosine to its embedding (unCLIP, section 2.2)."""
+    candidates = candidates.unflatten(0, (len(text_embed), -1))
+    text_unit = F.normalize(text_embed.to(candidates.dtype), dim=-1)
+    cosine = (F.normalize(candidates, dim=-1) * text_unit[:, None]).sum(dim=-1)
+    return candidates[torch.arange(len(candidates), device=candidates.device), cosine.argmax(dim=1)]
+
+
+def resolve_guidance(
+    cond_scale: float | Tensor, guidance: float | Tensor | None, batch: int, count: int, device: torch.device
+) -> float | Tensor | None:
+    """guidance (= cond_scale), a number or [B], for `count` candidates a caption; None for none."""
+    guidance = cond_scale if guidance is None else guidance
+    if isinstance(guidance, Tensor):
+        return guidance.to(device).expand(batch).repeat_interleave(count)
+    return None if guidance == 1.0 else guidance
+
+
+def candidate_seeds(seeds: Tensor, count: int) -> Tensor:
+    """[B] -> [B * count], the candidates of one caption side by side, each with noise of its own.
+
+    Candidate k gets seed xor (k + 1) * (2^64 / golden ratio). None keeps the plain seed: a decoder that is
+    given the same one would start from the same numbers as the prior.
+    """
+    golden = 0x9E3779B97F4A7C15 - 2**64  # as a signed integer; the product wraps, as intended
+    offsets = torch.arange(1, count + 1, device=seeds.device) * golden
+    return (seeds[:, None] ^ offsets).flatten()
