@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +20,8 @@ from dalle2_fast.checkpoints import (
     reject_leftovers,
     save_folder,
 )
-from dalle2_fast.models.watch import StageWatch
+from dalle2_fast.models.generation import Generation, Progress, Run, at_least_one, choose_seed, sample_seed
+from dalle2_fast.models.pictures import to_pil
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from dalle2_fast.models.upsampler import Upsampler
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
-STAGES = ("text", "prior", "decoder", "upsampler")
 # What a call uses when it says nothing; a checkpoint may carry its own values under "sampling" in its config.
 SAMPLING = {
     "steps": 25,  # decoder
@@ -45,18 +43,6 @@ SAMPLING = {
     "sampler": "dpm++",  # of all three diffusions
 }
 PARTS = ("clip", "prior", "decoder", "upsampler")
-
-
-@dataclass
-class Generation:
-    """What `DALLE2.generate` made, P prompts times N images, prompt after prompt (B = P * N rows)."""
-
-    images: Tensor  # float32 [B, 3, size, size] in [0, 1]
-    low_res: Tensor  # float32 [B, 3, S, S] in [0, 1], the decoder's output
-    image_embed: Tensor  # [B, D], the prior's output
-    seed: int
-    sample_seeds: Tensor  # int64 [B]
-    seconds: dict[str, float] = field(default_factory=dict)  # stage -> wall-clock seconds
 
 
 class DALLE2(nn.Module):
@@ -146,7 +132,7 @@ class DALLE2(nn.Module):
         size: int | None = None,
         sampler: str | None = None,
         batch_size: int | None = None,
-        progress: bool | Callable[[str, Iterable, int | None], Iterable] = False,
+        progress: Progress = False,
     ) -> Generation:
         """Caption(s) -> images, with everything made on the way.
 
@@ -168,70 +154,76 @@ class DALLE2(nn.Module):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise ValueError("prompt: expected at least one caption, got an empty list")
+        size = self._size(size)
+        chosen = self._chosen(
+            steps=steps,
+            guidance=guidance,
+            prior_steps=prior_steps,
+            prior_guidance=prior_guidance,
+            upsampler_steps=upsampler_steps,
+            sampler=sampler,
+        )
+        at_least_one("num_images", num_images)
+        seed = choose_seed(seed, generator)
+        seeds = [sample_seed(seed, index) for index in range(num_images)] * len(prompts)
+        run = Run(self, seed, seeds, batch_size=batch_size, progress=progress)
+        with run.evaluating():
+            for_prior, for_decoder = self._captions(run, prompts, num_images)
+            image_embed = run.sample(
+                "prior",
+                steps=chosen["prior_steps"],
+                cond_scale=chosen["prior_guidance"],
+                sampler=chosen["sampler"],
+                **for_prior,
+            )
+            return self._draw(run, image_embed, chosen, size, **for_decoder)
+
+    # What `generate` and the manipulations are made of.
+
+    def _size(self, size: int | None) -> int:
         size = self.sizes[-1] if size is None else size
         if size not in self.sizes:
             raise ValueError(f"size: expected one of {', '.join(map(str, self.sizes))}, got {size!r}")
-        given = {
-            "steps": steps,
-            "guidance": guidance,
-            "prior_steps": prior_steps,
-            "prior_guidance": prior_guidance,
-            "upsampler_steps": upsampler_steps,
-            "sampler": sampler,
-        }
+        return size
+
+    def _chosen(self, **given: Any) -> dict[str, Any]:
+        """The checkpoint's settings, replaced by those that were given."""
         chosen = self.sampling | {name: value for name, value in given.items() if value is not None}
         _check_sampling(chosen)
-        rows = len(prompts) * _at_least_one("num_images", num_images)
-        batch_size = rows if batch_size is None else _at_least_one("batch_size", batch_size)
-        batches = [slice(start, start + batch_size) for start in range(0, rows, batch_size)]
-        seed = _choose_seed(seed, generator)
+        return chosen
+
+    def _captions(self, run: Run, prompts: list[str], repeats: int = 1) -> tuple[dict, dict]:
+        """What the prior's and the decoder's `sample` are told of captions, each `repeats` times."""
         tokens = self.tokenizer.encode(prompts).to(self.device)  # [P, L]; names unknown words
-        sample_seeds = [sample_seed(seed, index) for index in range(num_images)] * len(prompts)
-        watch = StageWatch(progress, self.device)
+        with run.watch("text") as track:
+            for _ in track(range(1), 1):
+                encoded = self.clip.encode_text(tokens)
+        caption = {
+            name: tensor.repeat_interleave(repeats, dim=0)
+            for name, tensor in zip(("text_embed", "text_encodings", "text_mask"), encoded, strict=True)
+        }
+        if self.decoder.text_encoder is None:
+            return caption, caption
+        return caption, {"text": tokens.repeat_interleave(repeats, dim=0)}  # it has a tower of its own
 
-        def sample(stage: str, steps: int, **options) -> Tensor:
-            """One stage, batch after batch; the tensors among the options have a row for each image."""
-            # With the same seed in every stage they would all start from the same noise.
-            own = [sample_seed(seed, STAGES.index(stage)) for seed in sample_seeds]
-            options |= {"seeds": torch.tensor(own, device=self.device)}
-            results = []
-            with watch(stage, len(batches)) as track:
-                for part in batches:
-                    inputs = {k: v[part] if isinstance(v, Tensor) else v for k, v in options.items()}
-                    model = getattr(self, stage)
-                    results.append(
-                        model.sample(**inputs, steps=steps, sampler=chosen["sampler"], progress=track)
-                    )
-                return torch.cat(results)
-
-        with _evaluating(self):
-            with watch("text") as track:
-                for _ in track(range(1), 1):
-                    encoded = self.clip.encode_text(tokens)
-            caption = {
-                name: tensor.repeat_interleave(num_images, dim=0)
-                for name, tensor in zip(("text_embed", "text_encodings", "text_mask"), encoded, strict=True)
-            }
-            image_embed = sample(
-                "prior", chosen["prior_steps"], cond_scale=chosen["prior_guidance"], **caption
-            )
-            if self.decoder.text_encoder is not None:  # the decoder reads the caption with a tower of its own
-                caption = {"text": tokens.repeat_interleave(num_images, dim=0)}
-            low_res = images = sample(
-                "decoder", chosen["steps"], cond_scale=chosen["guidance"], image_embed=image_embed, **caption
-            )
-            if size != self.decoder.image_size:
-                images = sample("upsampler", chosen["upsampler_steps"], low_res=low_res)
-        if not torch.isfinite(images).all():
-            raise FloatingPointError(f"the images are not finite in {self.dtype}: use float32 or bfloat16")
-        return Generation(
-            images=images.float(),
-            low_res=low_res.float(),
-            image_embed=image_embed,
-            seed=seed,
-            sample_seeds=torch.tensor(sample_seeds),
-            seconds=watch.seconds,
+    def _draw(
+        self,
+        run: Run,
+        image_embed: Tensor,  # [B, D]
+        chosen: dict[str, Any],
+        size: int,
+        **for_decoder: Any,
+    ) -> Generation:
+        """Image embeddings -> images: decoder and, where `size` asks for it, upsampler."""
+        for_decoder = {"sampler": chosen["sampler"], "cond_scale": chosen["guidance"]} | for_decoder
+        low_res = images = run.sample(
+            "decoder", steps=chosen["steps"], image_embed=image_embed, **for_decoder
         )
+        if size != self.decoder.image_size:
+            images = run.sample(
+                "upsampler", steps=chosen["upsampler_steps"], sampler=chosen["sampler"], low_res=low_res
+            )
+        return run.made(images, low_res, image_embed)
 
     # ------------------------------------------------------------------------------------------- checkpoints
 
@@ -297,52 +289,6 @@ class DALLE2(nn.Module):
         return pipe.to(device=device, dtype=dtype).eval()
 
 
-def sample_seed(seed: int, index: int) -> int:
-    """A seed (int64, any sign) from a seed and an index: splitmix64 (Steele et al. 2014) at position `index`.
-
-    For a fixed seed different indices never collide, and neighbouring seeds give unrelated ones.
-    """
-    mask = 2**64 - 1
-    z = (_mix(seed & mask) + (index + 1) * 0x9E3779B97F4A7C15) & mask
-    z = _mix(z)
-    return z - 2**64 if z >= 2**63 else z
-
-
-def _mix(z: int) -> int:
-    mask = 2**64 - 1
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return z ^ (z >> 31)
-
-
-def to_pil(images: Tensor) -> list[Image]:
-    """float [B, 3, H, W] in [0, 1] -> B PIL images, each value rounded to 8 bits."""
-    from PIL import Image
-
-    pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
-    return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every submodule as it was (a trainer may be drawing samples)."""
-    training = [child for child in module.modules() if child.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for child in training:
-            child.training = True
-
-
-def _at_least_one(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
-    return value
-
-
 def _check_parts(
     clip: CLIP,
     prior: DiffusionPrior,
@@ -379,21 +325,8 @@ def _check_sampling(chosen: dict[str, Any]) -> None:
             if value not in SAMPLERS:
                 raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {value!r}")
         elif name.endswith("steps"):
-            _at_least_one(name, value)
+            at_least_one(name, value)
         elif isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name}: expected a number, got {value!r}")
         elif not 0 <= value < float("inf"):
             raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
-
-
-def _choose_seed(seed: int | None, generator: torch.Generator | None) -> int:
-    if seed is None:
-        device = "cpu" if generator is None else generator.device
-        return int(torch.randint(2**32, (), generator=generator, device=device))
-    if generator is not None:
-        raise ValueError("seed, generator: expected at most one of the two")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed: expected an int, got {seed!r}")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed: expected 0 ... 2^63 - 1, got {seed}")
-    return seed

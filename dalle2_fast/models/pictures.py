@@ -1,0 +1,83 @@
+"""Pictures in and out: PIL images <-> tensors [B, 3, H, W] in [0, 1], the middle square, another size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dalle2_fast.models.inputs import check_images
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def to_pil(images: Tensor) -> list[Image]:
+    """float [B, 3, H, W] in [0, 1] -> B PIL images, each value rounded to 8 bits."""
+    from PIL import Image
+
+    pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def from_pil(picture: Image) -> Tensor:
+    """A PIL image of any mode -> float32 [1, 3, H, W] in [0, 1].
+
+    Turned upright as its EXIF says, transparency laid on white.
+    """
+    from PIL import Image, ImageOps
+
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I") or picture.mode == "F":  # convert("RGB") would cut these at 255
+        top = 65535.0 if picture.mode.startswith("I") else 1.0
+        grey = torch.tensor(picture.convert("F").getdata()).reshape(1, 1, picture.height, picture.width)
+        return (grey / top).clamp(0, 1).expand(1, 3, -1, -1).contiguous()
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    pixels = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
+    return pixels.reshape(1, picture.height, picture.width, 3).permute(0, 3, 1, 2).float() / 255
+
+
+def as_images(name: str, given: Tensor | Image | Sequence[Image], device: torch.device) -> Tensor:
+    """What a caller calls an image -> float [B, 3, S, S] on `device`.
+
+    given: a tensor [3, S, S] or [B, 3, S, S] in [0, 1], a PIL image, or several of one size; S is any size,
+        but the images must be square (see `middle_square`).
+    """
+    if not isinstance(given, Tensor):
+        pictures = list(given) if isinstance(given, Sequence) else [given]
+        if not pictures or not all(hasattr(picture, "getdata") for picture in pictures):
+            raise TypeError(
+                f"{name}: expected a tensor [B, 3, S, S] in [0, 1] or PIL images, got {type(given).__name__}"
+            )
+        tensors = [from_pil(picture) for picture in pictures]
+        if len({tensor.shape for tensor in tensors}) > 1:
+            sizes = ", ".join(f"{tensor.shape[3]} x {tensor.shape[2]}" for tensor in tensors)
+            raise ValueError(f"{name}: expected images of one size, got {sizes}")
+        given = torch.cat(tensors)
+    images = given[None] if isinstance(given, Tensor) and given.ndim == 3 else given
+    check_images(name, images, 3)
+    height, width = images.shape[2:]
+    if height != width or height == 0 or len(images) == 0:
+        raise ValueError(f"{name}: expected at least one square image [B, 3, S, S], got {tuple(given.shape)}")
+    return images.to(device)
+
+
+def middle_square(images: Tensor) -> Tensor:
+    """[B, C, H, W] -> the largest square in the middle, [B, C, S, S]."""
+    height, width = images.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return images[..., top : top + side, left : left + side]
+
+
+def resized(images: Tensor, side: int) -> Tensor:  # [B, 3, S, S] -> [B, 3, side, side]
+    """Bicubic with antialiasing, kept in [0, 1]; images of this size already are returned as they are."""
+    if images.shape[-1] == side:
+        return images
+    wide = images if images.dtype == torch.float64 else images.float()
+    return F.interpolate(wide, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
