@@ -52,24 +52,13 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """A key of DTYPES, or "auto": bfloat16 where the device has instructions for it, else float32."""
     import torch
 
+    from dalle2_fast import _backend
+
     if name != "auto":
         return getattr(torch, DTYPES[name])
     if device.type == "cuda":
         # including_emulation=False: GPUs before Ampere compute bfloat16 in software
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = device.type == "cpu" and cpu_has_bfloat16()
+        fast = device.type == "cpu" and _backend.cpu_has_bfloat16()
     return torch.bfloat16 if fast else torch.float32
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this x86 CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX), as torch reports it.
-
-    Elsewhere torch emulates it: measured 50 times slower than float32 on an AVX2 machine.
-    """
-    import torch
-
-    if hasattr(torch.cpu, "get_capabilities"):  # public in newer versions of torch
-        has = torch.cpu.get_capabilities()
-        return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

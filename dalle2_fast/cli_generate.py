@@ -55,9 +55,11 @@ def run(args: argparse.Namespace) -> int:
     if args.individual is not None:
         cli_picture.check_writable(args.individual, "--individual")
 
+    from dalle2_fast import _backend
+
     device = cli_device.choose_device(args.device)
     dtype = cli_device.choose_dtype(args.dtype, device)
-    if args.dtype in ("bf16", "fp16") and device.type == "cpu" and not cli_device.cpu_has_bfloat16():
+    if args.dtype in ("bf16", "fp16") and device.type == "cpu" and not _backend.cpu_has_bfloat16():
         print(f"note: this CPU computes {args.dtype} in software; fp32 is faster", file=sys.stderr)
     from dalle2_fast.models.dalle2 import DALLE2, to_pil
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tiny_pipeline import tiny_pipeline
 
-from dalle2_fast import DALLE2, cli, cli_device, cli_picture
+from dalle2_fast import DALLE2, _backend, cli, cli_picture
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ def test_damaged_checkpoint(generate, checkpoint, tmp_path):
 
 
 def test_emulated_dtype_is_said(generate, monkeypatch):
-    monkeypatch.setattr(cli_device, "cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr(_backend, "cpu_has_bfloat16", lambda: False)
     code, printed, err = generate("--dtype", "bf16", "--quiet", "--num-images", "1")
     assert code == 0 and "bfloat16" in printed["device"]
     assert err == "note: this CPU computes bf16 in software; fp32 is faster\n"

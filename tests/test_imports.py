@@ -35,7 +35,7 @@ ARROWS = {
     "checkpoints": {"_check"},
     "models": {"modules", "functional", "_check", "diffusion", "data", "checkpoints"},
     "evaluation": {"models", "diffusion", "data", "checkpoints"},
-    "training": {"evaluation", "models", "diffusion", "data", "checkpoints", "functional"},
+    "training": {"evaluation", "models", "diffusion", "data", "checkpoints", "functional", "_backend"},
     "adapters": {"models", "modules", "functional", "diffusion"},
     "cli": {"__init__", "training", "evaluation", "models", "data", "checkpoints", "_backend"},
     "__main__": {"cli"},

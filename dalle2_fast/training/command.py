@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dalle2_fast import _backend
 from dalle2_fast.training.folder import StageFolder, TrainingError, load_weights, save_weights, write_beside
 from dalle2_fast.training.presets import PRESETS, STAGES, Preset, adjust, get_preset
 
@@ -39,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lr", type=float, help="peak learning rate")
     add("--seed", type=int, default=0, help="of weights, scenes and noise (default 0)")
     add("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1, ...")
+    add("--dtype", default="auto", choices=("auto", "fp32", "bf16"),
+        help="bf16: autocast, fp32 weights; auto (default): bf16 on a device that computes in it")
     add("--threads", type=int, help="CPU threads (default: torch's)")
     add("--data", metavar="SHARDS", help="WebDataset shards of image-caption pairs instead of the scenes")
     add("--export", action="store_true", help="train nothing: only assemble DIR's finished stages")
@@ -65,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
     for name in () if args.export else stages:
         left = None if args.pause_after is None else args.pause_after - (time.monotonic() - begin) / 60
         outcome = train_stage(name, preset, args.out, resume=args.resume, seed=args.seed, device=device,
-                              shards=args.data, pause_after=left, init=args.init, freeze=args.freeze,
-                              show_progress=not args.quiet)
+                              dtype=choose_dtype(args.dtype, device), shards=args.data, pause_after=left,
+                              init=args.init, freeze=args.freeze, show_progress=not args.quiet)
         if outcome != "finished":
             print(f"{name}: {outcome}; the state is saved, continue with --resume")
             return 0 if outcome == "paused" else 128 + signal.Signals[outcome.split()[-1]]
@@ -92,6 +95,12 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto | fp32 | bf16 -> what the products are computed in."""
+    fast = device.type == "cuda" or _backend.cpu_has_bfloat16()
+    return torch.bfloat16 if name == "bf16" or (name == "auto" and fast) else torch.float32
+
+
 def train_stage(
     name: str,
     preset: Preset,
@@ -100,6 +109,7 @@ def train_stage(
     resume: bool = False,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
     shards: str | None = None,
     pause_after: float | None = None,
     init: Path | None = None,
@@ -108,13 +118,16 @@ def train_stage(
 ) -> str:
     """Train stage `name` of `preset` in out/name and store its averaged weights there when it is finished.
 
-    Returns "finished", "paused" or "interrupted by SIGINT" (SIGTERM). pause_after: in minutes. init:
-    an earlier weights file of this stage to start from. freeze: weights whose names begin so stay.
+    Returns "finished", "paused" or "interrupted by SIGINT" (SIGTERM). dtype: torch.bfloat16
+    for autocast, the weights being float32; None: that, where the device computes in it. pause_after: in
+    minutes. init: an earlier weights file of this stage to start from. freeze: weights whose names begin so
+    stay.
     """
     from dalle2_fast.training.stages import make_stage  # models and data: not needed to print --help
     from dalle2_fast.training.trainer import Trainer
 
     device, folder = torch.device(device), StageFolder(Path(out) / name)
+    dtype = choose_dtype("auto", device) if dtype is None else dtype
     if folder.has_state() and not resume:
         raise TrainingError(f"--out: {folder.path} already holds a training state: add --resume to continue")
     if resume and folder.weights_path.exists():
@@ -132,7 +145,7 @@ def train_stage(
         text = json.dumps(tokenizer.to_config())
         write_beside(Path(out) / TOKENIZER, lambda file: file.write(text.encode()))
     trainer = Trainer(stage, preset.recipe(name).optimisation, folder, seed=seed, device=device,
-                      show_progress=show_progress)
+                      dtype=dtype, show_progress=show_progress)
     if folder.has_state():
         trainer.resume()
     outcome = trainer.train(pause_after)

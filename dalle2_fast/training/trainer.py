@@ -12,12 +12,13 @@ import math
 import signal
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from dalle2_fast.training.ema import ExponentialMovingAverage
@@ -163,11 +164,24 @@ def stop_requests():
             signal.signal(number, handler)
 
 
+@contextmanager
+def quick_products(device: torch.device):
+    """Muon multiplies in float32. On a CPU torch takes oneDNN for that only below the precision "highest": on
+    an AMD CPU with AVX-512 it is 2.3 times as fast as MKL, and there to the same digits."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cpu":
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class Trainer:
     """Trains `stage.model` in `folder`.
 
     stage: model, batches and loss. seed: with the step it determines everything random. device: where the
-    model lies.
+    model lies. dtype: bfloat16 for autocast; weights, averages and losses are float32.
     """
 
     def __init__(
@@ -178,10 +192,11 @@ class Trainer:
         *,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
         show_progress: bool = True,
     ) -> None:
         self.stage, self.options, self.folder, self.seed = stage, options, folder, seed
-        self.device = torch.device(device)
+        self.device, self.dtype = torch.device(device), dtype
         self.show_progress = show_progress
         self.model = stage.model.to(self.device).train()
         self.ema = ExponentialMovingAverage(self.model, options.ema_decay)
@@ -233,7 +248,8 @@ class Trainer:
         gradient that is not finite; the last good state is then on the disk.
         """
         cuda = [self.device] if self.device.type == "cuda" else []
-        with stop_requests() as stops, torch.random.fork_rng(devices=cuda), self._bar() as bar:
+        keep = torch.random.fork_rng(devices=cuda)
+        with stop_requests() as stops, keep, quick_products(self.device), self._bar() as bar:
             if not self.folder.has_state():
                 self.save()  # a full disk shows now, and there is a good state whatever happens
             return self._loop(stops, bar, pause_after)
@@ -295,11 +311,19 @@ class Trainer:
         generator = torch.Generator(self.device).manual_seed(seed)
         batch = self.stage.batch(self.step)
         self.model.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+        with self._attention(), torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16
+        ):
             loss = self.stage.loss(batch, generator)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
         return loss.detach().float(), norm.detach().float()
+
+    def _attention(self) -> AbstractContextManager:
+        """On a CPU the flash kernel's bfloat16 backward is slow on short sequences: 82 ms against 17 for
+        CLIP's texts (192 rows of 4 heads x 36 tokens), 18 against 10 for 64 queries on 105 keys."""
+        plain = self.device.type == "cpu" and self.dtype == torch.bfloat16
+        return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 
     def _require_finite(self, window: Window) -> None:
         if not window.is_finite():
