@@ -211,4 +211,5 @@ def make_schedule(name: str = "cosine", timesteps: int | None = 1000, **options:
     for option, value in options.items():
         if not 0 < value < 1:
             raise ValueError(f"{option}: expected a number between 0 and 1, got {value}")
-    return DiscreteSchedule(name, _BETAS[name](timesteps, **options).clamp(max=_LARGEST_BETA), options)
+    with torch.device("cpu"):  # also where a model is built on the "meta" device: these are no parameters
+        return DiscreteSchedule(name, _BETAS[name](timesteps, **options).clamp(max=_LARGEST_BETA), options)
