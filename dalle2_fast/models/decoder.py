@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..diffusion.process import GaussianDiffusion
 from ..diffusion.schedules import make_schedule
 from .conditioning import Caption, ConditionProjection
-from .inputs import check_images, check_probability, coin, resolve_seeds
+from .inputs import cat_padded, check_images, check_probability, coin, resolve_seeds
 from .transformer import TextTransformer
 from .unet import UNet
 
@@ -214,6 +214,7 @@ class Decoder(nn.Module):
         text_encodings: Tensor | None = None,  # [B, L, text_encoding_dim], instead of text
         text_mask: Tensor | None = None,  # bool [B, L]
         text_embed: Tensor | None = None,  # [B, text_embed_dim], beside text_encodings
+        negative: Tensor | tuple | None = None,  # int64 [1 or B, L], or (embed, encodings, mask)
         seeds: Tensor | None = None,  # int64 [B]
         generator: torch.Generator | None = None,
         steps: int | None = None,
@@ -229,7 +230,9 @@ class Decoder(nn.Module):
 
         seeds: one int64 an image, the same seed giving the same picture in any batch; None draws them from
         `generator`, or from torch's own. guidance (= cond_scale, DALLE2-pytorch's name): 1 is none, a number
-        or [B]; conditional and fully unconditional rows go through the U-Net as one batch. size: image_size
+        or [B]; conditional and fully unconditional rows go through the U-Net as one batch. negative: a
+        caption for the unconditional rows, as tokens or as CLIP.encode_text returns it: that of "" for
+        weights that were trained with it where the caption was dropped (Karlo's). size: image_size
         by default. batch_size: needed only when both conditions are left out. Further keywords (eta,
         guidance_rescale, clip, dynamic_threshold, x_T, start, callback) go to GaussianDiffusion.sample.
         """
@@ -250,9 +253,10 @@ class Decoder(nn.Module):
         context, mask, classes = self._condition(batch, image_embed, caption, keep_image, keep_text)
         if guidance is not None:
             nothing = torch.zeros_like(keep_image)
-            without = self._condition(batch, image_embed, caption, nothing, nothing)
+            other = self._negative(batch, negative)
+            without = self._condition(batch, image_embed, other, nothing, ~nothing)
             context, mask, classes = (
-                torch.cat(pair) for pair in zip((context, mask, classes), without, strict=True)
+                cat_padded(*pair) for pair in zip((context, mask, classes), without, strict=True)
             )
         cache = self.unet.encode_context(context, mask)  # the same at every step
 
@@ -280,6 +284,19 @@ class Decoder(nn.Module):
         return ((images + 1) / 2).clamp(0, 1)
 
     # -- conditions ------------------------------------------------------------------------------------------
+
+    def _negative(self, batch: int, negative: Tensor | tuple | None) -> Caption | None:
+        if negative is None:
+            return None
+        if isinstance(negative, Tensor):
+            caption = self._caption(len(negative), negative, None, None, None)
+        else:
+            embed, encodings, mask = negative
+            caption = self._caption(len(encodings), None, encodings, mask, embed)
+        given = (caption.embed, caption.encodings, caption.mask)
+        if len(caption.embed) not in (1, batch):
+            raise ValueError(f"negative: expected 1 or {batch} captions, got {len(caption.embed)}")
+        return Caption(*(x.expand(batch, *x.shape[1:]) for x in given))
 
     def _condition(
         self,

@@ -70,3 +70,16 @@ def coin(
 def check_probability(name: str, value: float) -> None:
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name}: expected a probability in [0, 1], got {value}")
+
+
+def cat_padded(
+    above: Tensor,  # [B, L, *] or [B, D]
+    below: Tensor,  # [C, M, *] or [C, D]
+) -> Tensor:  # [B + C, max(L, M), *]
+    """Rows below rows, the shorter ones with zeros (False) behind them."""
+    longest = max(above.shape[1], below.shape[1])
+    rows = []
+    for x in (above, below):
+        rest = x.new_zeros(len(x), longest - x.shape[1], *x.shape[2:])
+        rows.append(torch.cat([x, rest], dim=1))
+    return torch.cat(rows)

@@ -21,8 +21,10 @@ from dalle2_fast.diffusion.schedules import make_schedule
 from dalle2_fast.models.clip import CLIP
 from dalle2_fast.models.inputs import check_probability, coin, resolve_seeds
 from dalle2_fast.models.prior_base import (
+    Caption,
     CaptionedPrior,
     best_candidate,
+    build_net,
     candidate_seeds,
     resolve_guidance,
 )
@@ -66,17 +68,7 @@ class DiffusionPrior(CaptionedPrior):
         unit_norm: bool = True,
     ):
         super().__init__(clip)
-        if not isinstance(net, DiffusionPriorNetwork):
-            widths = {}
-            if clip is not None:
-                widths = {"embed_dim": clip.dim_latent, "text_dim": clip.config["dim_text"],
-                          "context_length": clip.context_length}
-            elif image_embed_dim is not None:
-                widths = {"embed_dim": image_embed_dim}
-            net = DiffusionPriorNetwork(**(widths | (net or {})))
-        for name, width in (("image_embed_dim", image_embed_dim), ("clip", clip and clip.dim_latent)):
-            if width is not None and width != net.embed_dim:
-                raise ValueError(f"{name}: expected width net.embed_dim = {net.embed_dim}, got {width}")
+        net = build_net(DiffusionPriorNetwork, net, clip, image_embed_dim)
         check_probability("cond_drop_prob", cond_drop_prob)
         if embed_scale is None:
             embed_scale = math.sqrt(net.embed_dim)
@@ -152,6 +144,7 @@ class DiffusionPrior(CaptionedPrior):
         text_embed: Tensor | None = None,  # [B, E], instead of text
         text_encodings: Tensor | None = None,  # [B, L, text_dim]
         text_mask: Tensor | None = None,  # bool [B, L]
+        negative: Caption | None = None,  # (embed [1 or B, E], encodings, mask), as CLIP.encode_text gives it
         num_samples_per_batch: int = 2,
         seeds: Tensor | None = None,  # int64 [B]
         generator: torch.Generator | None = None,
@@ -171,6 +164,8 @@ class DiffusionPrior(CaptionedPrior):
             `generator`, or from torch's own generator.
         steps: sample_timesteps by default. sampler: "ddpm", "ddim" or "dpm++".
         guidance: = cond_scale (DALLE2-pytorch's name), a number or [B]; 1 is none.
+        negative: a caption that guidance leads away from, in place of none at all: that of "" for weights
+            that were trained with it where the caption was dropped (Karlo's).
         sampler_options: further keywords of GaussianDiffusion.sample (eta, dynamic_threshold, ...).
         """
         caption = self._caption(text, text_embed, text_encodings, text_mask)
@@ -181,7 +176,8 @@ class DiffusionPrior(CaptionedPrior):
         seeds = candidate_seeds(resolve_seeds(seeds, batch, device, generator), count)
         guidance = resolve_guidance(cond_scale, guidance, batch, count, device)
         # The captions' part of the network, once for all steps and all candidates.
-        condition = self._with_and_without(caption, guided=guidance is not None)
+        negative = self._negative(negative, caption)
+        condition = self._with_and_without(caption, guidance is not None, negative)
         prefix = self.net.remember(*condition).repeat_interleave(count)
 
         def net(x: Tensor, t: Tensor) -> Tensor:

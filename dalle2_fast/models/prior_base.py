@@ -7,12 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle2_fast.models.clip import CLIP
+from dalle2_fast.models.inputs import cat_padded
 
 Caption = tuple[Tensor, Tensor | None, Tensor | None]  # embedding, encodings, mask
 
 
 class CaptionedPrior(nn.Module):
-    """A prior over CLIP image embeddings. Its subclasses set net, image_embed_dim, embed_scale, unit_norm."""
+    """A prior over CLIP image embeddings. Its subclasses set net, image_embed_dim, embed_scale, unit_norm.
+
+    diffuses: whether `sample` is a diffusion, with steps and a sampler to choose.
+    """
+
+    diffuses = True
 
     net: nn.Module
     image_embed_dim: int
@@ -44,15 +50,29 @@ class CaptionedPrior(nn.Module):
             text_mask = torch.ones(text_encodings.shape[:2], dtype=torch.bool, device=embed.device)
         return embed, text_encodings.to(weights), text_mask & keep[:, None]
 
-    def _with_and_without(self, caption: Caption, guided: bool) -> Caption:
-        """The condition of every row, and behind it, for guidance, that of rows that are told nothing."""
+    def _with_and_without(self, caption: Caption, guided: bool, negative: Caption | None = None) -> Caption:
+        """The condition of every row, and behind it, for guidance, that of rows that are told nothing, or
+        the caption `negative`."""
         keep = torch.ones(len(caption[0]), dtype=torch.bool, device=caption[0].device)
         condition = self._condition(caption, keep)
         if not guided:
             return condition
-        nothing = self._condition(caption, ~keep)
-        pairs = zip(condition, nothing, strict=True)
-        return tuple(None if a is None else torch.cat([a, b]) for a, b in pairs)
+        without = self._condition(caption, ~keep) if negative is None else self._condition(negative, keep)
+        pairs = zip(condition, without, strict=True)
+        return tuple(None if a is None else cat_padded(a, b) for a, b in pairs)
+
+    def _negative(self, negative: Caption | None, caption: Caption) -> Caption | None:
+        """`negative`, as CLIP.encode_text returns captions, for every row of `caption`."""
+        if negative is None:
+            return None
+        embed, encodings, mask = self._caption(None, *negative)
+        batch = len(caption[0])
+        if len(embed) not in (1, batch) or (encodings is None) != (caption[1] is None):
+            raise ValueError(
+                f"negative: expected 1 or {batch} captions, with encodings if the caption has them, got "
+                f"{len(embed)}, {'without' if encodings is None else 'with'} encodings"
+            )
+        return tuple(x if x is None else x.expand(batch, *x.shape[1:]) for x in (embed, encodings, mask))
 
     def _embed_image(self, image: Tensor | None, image_embed: Tensor | None, batch: int) -> Tensor:
         if (image is None) == (image_embed is None):
@@ -105,6 +125,25 @@ class CaptionedPrior(nn.Module):
         if embed.ndim != 2 or embed.shape[1] != width or batch not in (None, len(embed)):
             expected = f"({'B' if batch is None else batch}, {width})"
             raise ValueError(f"{name}: expected [B, E] = {expected}, got {tuple(embed.shape)}")
+
+
+def build_net(
+    kind: type[nn.Module], net: nn.Module | dict | None, clip: CLIP | None, image_embed_dim: int | None
+) -> nn.Module:
+    """`net`, or one of class `kind` from a dict of its arguments; widths that the dict (or None) leaves open
+    come from `clip` or `image_embed_dim`. ValueError if it does not fit them."""
+    if not isinstance(net, kind):
+        widths = {}
+        if clip is not None:
+            widths = {"embed_dim": clip.dim_latent, "text_dim": clip.config["dim_text"],
+                      "context_length": clip.context_length}
+        elif image_embed_dim is not None:
+            widths = {"embed_dim": image_embed_dim}
+        net = kind(**(widths | (net or {})))
+    for name, width in (("image_embed_dim", image_embed_dim), ("clip", clip and clip.dim_latent)):
+        if width is not None and width != net.embed_dim:
+            raise ValueError(f"{name}: expected width net.embed_dim = {net.embed_dim}, got {width}")
+    return net
 
 
 def best_candidate(

@@ -33,6 +33,8 @@ class Upsampler(nn.Module):
 
     unet: a UNet with 2 C input channels (noisy image, resized condition), or its config; None builds the
         default.
+    last_unet: a second net of the same channels, or its config, for the last step of `sample` alone: Karlo's
+        is trained apart to finish the picture. The loss of `forward` is that of `unet`.
     degradation: of the condition while training: "blur" (Gaussian, 3 x 3, sigma 0.6), "bsr" (blur,
         resampling, noise, JPEG) or None; degradation_prob: how often.
     max_noise_level: 0 = off; otherwise the condition gets noise of a level drawn from [0, max_noise_level],
@@ -48,6 +50,7 @@ class Upsampler(nn.Module):
         self,
         unet: UNet | dict | None = None,
         *,
+        last_unet: UNet | dict | None = None,
         image_size: int = 256,
         low_res_size: int = 64,
         degradation: str | None = "blur",
@@ -85,6 +88,12 @@ class Upsampler(nn.Module):
                 f"unet: expected in_channels = 2 C and out_channels = {expected} for variance={variance!r}, "
                 f"got {unet.in_channels} and {unet.out_channels}"
             )
+        last_unet = UNet(**last_unet) if isinstance(last_unet, dict) else last_unet
+        if last_unet is not None:
+            for name in ("in_channels", "out_channels", "class_embed_dim", "size_multiple"):
+                wanted, came = getattr(unet, name), getattr(last_unet, name)
+                if came != wanted:
+                    raise ValueError(f"last_unet: expected {name} = {wanted}, as the unet has it, got {came}")
         if low_res_size < 1 or image_size % low_res_size or image_size % unet.size_multiple:
             raise ValueError(
                 f"image_size: expected a multiple of low_res_size = {low_res_size} and of the unet's "
@@ -112,6 +121,7 @@ class Upsampler(nn.Module):
             )
         self.config = dict(
             unet=unet.config,
+            last_unet=None if last_unet is None else last_unet.config,
             image_size=image_size,
             low_res_size=low_res_size,
             degradation=degradation,
@@ -137,6 +147,7 @@ class Upsampler(nn.Module):
         self.max_noise_level = max_noise_level
         self.residual = residual
         self.unet = unet
+        self.last_unet = last_unet
         options = {} if vlb_weight is None else {"vlb_weight": vlb_weight}
         self.diffusion = GaussianDiffusion(
             make_schedule(**schedule) if isinstance(schedule, dict) else make_schedule(schedule, timesteps),
@@ -192,7 +203,7 @@ class Upsampler(nn.Module):
         if crop is not None:
             target, condition, pixel_weight = self._crop(crop, generator, target, condition, pixel_weight)
         losses = self.diffusion.training_loss(
-            lambda x, t: self._predict(x, t, condition, level),
+            lambda x, t: self._predict(self.unet, x, t, condition, level),
             target,
             generator=generator,
             pixel_weight=pixel_weight,
@@ -239,9 +250,14 @@ class Upsampler(nn.Module):
             noise = sample_noise(seeds, _CONDITION_NOISE_STEP, tuple(low_res.shape), dtype=dtype)
             low_res = self._add_noise(low_res, level, noise)
         condition = self._enlarge(low_res)
+
+        def denoiser(unet: UNet) -> Callable[[Tensor, Tensor], Tensor]:
+            return lambda x, t: self._predict(unet, x, t, condition, level)
+
         images = self.diffusion.sample(
-            lambda x, t: self._predict(x, t, condition, level),
+            denoiser(self.unet),
             (batch, self.channels, height, width),
+            last_net=None if self.last_unet is None else denoiser(self.last_unet),
             seeds=seeds,
             sampler=sampler,
             steps=self.sample_timesteps if steps is None else steps,
@@ -254,9 +270,9 @@ class Upsampler(nn.Module):
 
     # -- pieces ----------------------------------------------------------------------------------------------
 
-    def _predict(self, x: Tensor, t: Tensor, condition: Tensor, level: Tensor | None) -> Tensor:
-        classes = None if level is None else sinusoidal_embedding(level * 1000.0, self.unet.class_embed_dim)
-        output = self.unet(torch.cat([x, condition.to(x.dtype)], dim=1), t, class_labels=classes)
+    def _predict(self, unet: UNet, x: Tensor, t: Tensor, condition: Tensor, level: Tensor | None) -> Tensor:
+        classes = None if level is None else sinusoidal_embedding(level * 1000.0, unet.class_embed_dim)
+        output = unet(torch.cat([x, condition.to(x.dtype)], dim=1), t, class_labels=classes)
         return output + condition.to(output.dtype) if self.residual else output
 
     def _enlarge(self, low_res: Tensor) -> Tensor:
