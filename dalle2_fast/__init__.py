@@ -12,6 +12,8 @@ _HOMES = {
     "CLIP": "dalle2_fast.models.clip",
     "DiffusionPrior": "dalle2_fast.models.prior",
     "DiffusionPriorNetwork": "dalle2_fast.models.prior",
+    "ARPrior": "dalle2_fast.models.ar_prior",
+    "ARPriorNetwork": "dalle2_fast.models.ar_prior",
     "UNet": "dalle2_fast.models.unet",
     "Decoder": "dalle2_fast.models.decoder",
     "Upsampler": "dalle2_fast.models.upsampler",

@@ -7,6 +7,8 @@ _HOMES = {
     "TextTransformer": "transformer",
     "DiffusionPrior": "prior",
     "DiffusionPriorNetwork": "prior",
+    "ARPrior": "ar_prior",
+    "ARPriorNetwork": "ar_prior",
     "UNet": "unet",
     "Decoder": "decoder",
     "Upsampler": "upsampler",

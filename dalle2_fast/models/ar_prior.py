@@ -1,0 +1,274 @@
+"""The autoregressive prior: from a caption to a CLIP image embedding, spelt in buckets.
+
+    z_i - mean = sum_k v_k c_k (principal components c_k, by falling eigenvalue),   q_k = bucket of v_k
+    loss = - mean_k log p(q_k | q_1, ..., q_{k-1}, bucket of z_i . z_t, caption)
+
+Source: unCLIP, arXiv 2204.06125, section 2.2 and appendix C.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dalle2_fast.functional import sample_noise
+from dalle2_fast.models.ar_prior_network import ARPriorNetwork
+from dalle2_fast.models.clip import CLIP
+from dalle2_fast.models.inputs import check_probability, coin, resolve_seeds
+from dalle2_fast.models.prior_base import (
+    CaptionedPrior,
+    best_candidate,
+    build_net,
+    candidate_seeds,
+    resolve_guidance,
+)
+
+
+class ARPrior(CaptionedPrior):
+    """Caption -> CLIP image embedding, by an autoregressive Transformer. Call `fit` before training.
+
+    net: an ARPriorNetwork, or a dict of its arguments; widths that such a dict (or None) leaves open come
+        from `clip` or `image_embed_dim`.
+    clip, cond_drop_prob, embed_scale, unit_norm: as for DiffusionPrior. A dropped caption takes its dot
+        product with it.
+
+    What `fit` finds are buffers, saved with the weights: mean [E], components [K, E] (orthonormal rows),
+    eigenvalues [E], low and high [K] (the range that a dimension's buckets divide evenly), dot_edges
+    [num_dot_buckets - 1], fitted.
+    """
+
+    diffuses = False
+
+    def __init__(
+        self,
+        net: ARPriorNetwork | dict | None = None,
+        *,
+        clip: CLIP | None = None,
+        image_embed_dim: int | None = None,
+        cond_drop_prob: float = 0.1,
+        embed_scale: float | None = None,
+        unit_norm: bool = True,
+    ):
+        super().__init__(clip)
+        net = build_net(ARPriorNetwork, net, clip, image_embed_dim)
+        check_probability("cond_drop_prob", cond_drop_prob)
+        if embed_scale is None:
+            embed_scale = math.sqrt(net.embed_dim)
+        self.config = dict(
+            net=net.config, image_embed_dim=net.embed_dim, cond_drop_prob=cond_drop_prob,
+            embed_scale=embed_scale, unit_norm=unit_norm,
+        )
+        self.net = net
+        self.image_embed_dim = net.embed_dim
+        self.cond_drop_prob = cond_drop_prob
+        self.embed_scale, self.unit_norm = float(embed_scale), unit_norm
+        width, kept = net.embed_dim, net.num_components
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("components", torch.eye(kept, width))
+        self.register_buffer("eigenvalues", torch.ones(width))
+        self.register_buffer("low", -torch.ones(kept))
+        self.register_buffer("high", torch.ones(kept))
+        self.register_buffer("dot_edges", torch.zeros(net.num_dot_buckets - 1))
+        self.register_buffer("fitted", torch.tensor(False))
+        self._is_fitted = False  # what the host knows of `fitted`
+
+    # -------------------------------------------------------------------------------- embeddings as buckets
+
+    @torch.no_grad()
+    def fit(
+        self,
+        image_embed: Tensor,  # [N, E], N > num_components
+        text_embed: Tensor,  # [N, E], row i is of the caption of image i
+    ) -> None:
+        """Find components, bucket ranges and dot-product buckets from data. Call it before training.
+
+        Components are those of the covariance of the scaled embeddings, computed in float64 on the CPU. A
+        dimension's num_buckets buckets divide the range of its values evenly, so that inside the range an
+        error is at most half a bucket; what lies outside later is clamped. Those of z_i . z_t have equal
+        shares of the data, so that the top half of the buckets is the top half of the distribution.
+        """
+        self._check_embed("image_embed", image_embed)
+        self._check_embed("text_embed", text_embed, len(image_embed))
+        kept = self.net.num_components
+        if len(image_embed) <= kept:
+            raise ValueError(
+                f"image_embed: expected more than num_components = {kept} embeddings, got {len(image_embed)}"
+            )
+        if not (image_embed.isfinite().all() and text_embed.isfinite().all()):
+            raise ValueError("image_embed, text_embed: expected finite embeddings, got NaN or infinity")
+        scaled = self._scaled(image_embed).to("cpu", torch.float64)
+        mean = scaled.mean(dim=0)
+        centred = scaled - mean
+        eigenvalues, vectors = torch.linalg.eigh(centred.T @ centred / (len(centred) - 1))
+        components = vectors.flip(1)[:, :kept].T
+        # An eigenvector's sign is the solver's whim: the largest entry decides.
+        largest = components.gather(1, components.abs().argmax(dim=1, keepdim=True))
+        components = components * largest.sign()
+        values = centred @ components.T
+        dots = self._dots(image_embed, text_embed).to("cpu", torch.float64)
+        places = torch.arange(1, self.net.num_dot_buckets, dtype=torch.float64) / self.net.num_dot_buckets
+        found = dict(
+            mean=mean, components=components, eigenvalues=eigenvalues.flip(0).clamp(min=0),
+            low=values.amin(dim=0), high=values.amax(dim=0), dot_edges=torch.quantile(dots, places),
+            fitted=torch.tensor(True),
+        )
+        for name, value in found.items():
+            getattr(self, name).copy_(value)
+
+    @property
+    def explained_variance(self) -> float:
+        """The share of the embeddings' variance that the kept components hold, in [0, 1]."""
+        return (self.eigenvalues[: self.net.num_components].sum() / self.eigenvalues.sum()).item()
+
+    def quantise(self, image_embed: Tensor) -> Tensor:
+        """[B, E] -> buckets int64 [B, K], 0 .. num_buckets - 1, by falling eigenvalue."""
+        self._check_embed("image_embed", image_embed)
+        scaled = self._scaled(image_embed)
+        values = (scaled - self.mean.to(scaled.dtype)) @ self.components.to(scaled.dtype).T
+        low, width = self._buckets(scaled.dtype)
+        return ((values - low) / width).floor().clamp(0, self.net.num_buckets - 1).long()
+
+    def restore(self, codes: Tensor) -> Tensor:
+        """Buckets int64 [B, K] -> the embedding [B, E] at their centres, float32 (float64 for such weights),
+        of unit norm if unit_norm."""
+        dtype = torch.float64 if self.mean.dtype == torch.float64 else torch.float32
+        low, width = self._buckets(dtype)
+        values = low + (codes.to(dtype) + 0.5) * width
+        embed = (values @ self.components.to(dtype) + self.mean.to(dtype)) / self.embed_scale
+        return F.normalize(embed, dim=-1) if self.unit_norm else embed
+
+    def _buckets(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Lower end of the first bucket and width of every bucket, [K] each."""
+        low, high = self.low.to(dtype), self.high.to(dtype)
+        return low, ((high - low) / self.net.num_buckets).clamp(min=1e-9)
+
+    def _dots(self, image_embed: Tensor, text_embed: Tensor) -> Tensor:
+        """z_i . z_t, [B]."""
+        return (self._scaled(image_embed) * self._scaled(text_embed)).sum(dim=-1) / self.embed_scale**2
+
+    def _need_fit(self) -> None:
+        # Looked at once: asking a GPU would stall every training step.
+        if not self._is_fitted and not self.fitted.item():
+            raise RuntimeError("ARPrior: call fit(image_embed, text_embed) first, or load trained weights")
+        self._is_fitted = True
+
+    # ------------------------------------------------------------------------------------------- training
+
+    def forward(
+        self,
+        text: Tensor | None = None,  # int64 [B, L], needs clip
+        image: Tensor | None = None,  # [B, 3, S, S] in [0, 1], needs clip
+        *,
+        text_embed: Tensor | None = None,  # [B, E], instead of text
+        text_encodings: Tensor | None = None,  # [B, L, text_dim]
+        text_mask: Tensor | None = None,  # bool [B, L], True = a token
+        image_embed: Tensor | None = None,  # [B, E], instead of image
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The training loss, a scalar: cross-entropy in nats, mean over dimensions and batch.
+
+        A net that knows nothing has log(num_buckets). Raises RuntimeError before `fit`.
+        """
+        self._need_fit()
+        caption = self._caption(text, text_embed, text_encodings, text_mask)
+        batch, device = len(caption[0]), caption[0].device
+        image_embed = self._embed_image(image, image_embed, batch)
+        keep = ~coin(batch, self.cond_drop_prob, device, generator)
+        codes, dots = self.quantise(image_embed), self._dots(image_embed, caption[0])
+        dot_codes = torch.bucketize(dots, self.dot_edges.to(dots.dtype), right=True)
+        dot_codes = torch.where(keep, dot_codes, self.net.num_dot_buckets)
+        logits = self.net(codes, dot_codes, *self._condition(caption, keep))
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        return F.cross_entropy(logits.to(wide).flatten(0, 1), codes.flatten())
+
+    # ------------------------------------------------------------------------------------------- sampling
+
+    @torch.no_grad()
+    def sample(
+        self,
+        text: Tensor | None = None,  # int64 [B, L], needs clip
+        *,
+        text_embed: Tensor | None = None,  # [B, E], instead of text
+        text_encodings: Tensor | None = None,  # [B, L, text_dim]
+        text_mask: Tensor | None = None,  # bool [B, L]
+        num_samples_per_batch: int = 2,
+        seeds: Tensor | None = None,  # int64 [B]
+        generator: torch.Generator | None = None,
+        cond_scale: float | Tensor = 1.0,
+        guidance: float | Tensor | None = None,
+        temperature: float = 1.0,
+        dot_quantile: float = 0.5,
+        progress: Callable | bool | None = None,
+    ) -> Tensor:
+        """An image embedding [B, E] for each caption: float32 (float64 for such weights), of unit norm.
+
+        Draws num_samples_per_batch candidates a caption, num_components passes of one position each, and
+        keeps the candidate with the largest cosine to the text embedding.
+
+        seeds: one a caption; the same seed gives the same embedding in any batch. None draws them from
+            `generator`, or from torch's own generator.
+        guidance: = cond_scale (DALLE2-pytorch's name), a number or [B]: logits = unconditional + guidance *
+            (conditional - unconditional); 1 is none.
+        temperature: the logits are divided by it; 0 takes the likeliest bucket of each dimension.
+        dot_quantile: z_i . z_t is drawn from above this quantile of its distribution, in [0, 1); the paper
+            takes the top half.
+        progress: True for a tqdm bar, or a function of (iterable, total=...) that gives the iterable back.
+
+        Raises RuntimeError before `fit`.
+        """
+        self._need_fit()
+        caption = self._caption(text, text_embed, text_encodings, text_mask)
+        batch, device = len(caption[0]), caption[0].device
+        count, steps = num_samples_per_batch, self.net.num_components
+        if count < 1:
+            raise ValueError(f"num_samples_per_batch: expected at least 1, got {count}")
+        if not 0.0 <= temperature < math.inf:
+            raise ValueError(f"temperature: expected a finite number >= 0, got {temperature}")
+        if not 0.0 <= dot_quantile < 1.0:
+            raise ValueError(f"dot_quantile: expected a number in [0, 1), got {dot_quantile}")
+        seeds = candidate_seeds(resolve_seeds(seeds, batch, device, generator), count)
+        guidance = resolve_guidance(cond_scale, guidance, batch, count, device)
+        condition = self._with_and_without(caption, guided=guidance is not None)
+        prefix = self.net.remember(*condition).repeat_interleave(count)
+
+        # One number in (0, 1) for each choice of each candidate, by its seed and the choice's place alone.
+        chances = torch.special.ndtr(sample_noise(seeds, 0, (batch * count, steps + 1)))
+        chances = chances.clamp(max=1 - 2**-24)
+        dot_codes = ((dot_quantile + (1 - dot_quantile) * chances[:, 0]) * self.net.num_dot_buckets).long()
+        last = dot_codes.clamp(max=self.net.num_dot_buckets - 1)
+        untold = torch.full_like(last, self.net.num_dot_buckets)
+        codes = []
+        places = range(steps)
+        if progress:
+            if progress is True:
+                from tqdm import tqdm as progress
+            places = progress(places, total=steps)
+        for place in places:
+            if guidance is not None:  # conditional rows, then unconditional ones: one pass
+                last = torch.cat([last, untold if place == 0 else last])
+            logits, prefix = self.net.extend(last, place, prefix)
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            if guidance is not None:
+                told, nothing = logits.chunk(2)
+                scale = guidance[:, None] if isinstance(guidance, Tensor) else guidance
+                logits = nothing + scale * (told - nothing)
+            last = draw(logits, chances[:, place + 1], temperature)
+            codes.append(last)
+        return best_candidate(self.restore(torch.stack(codes, dim=1)), caption[0])
+
+
+def draw(logits: Tensor, chance: Tensor, temperature: float = 1.0) -> Tensor:
+    """logits [B, N], chance [B] in [0, 1) -> a bucket of each row, int64 [B], by the inverse distribution.
+
+    Buckets are ordered, so a last digit that differs between two batches (matrix products round by their
+    shape) can at worst move a choice to the bucket beside it; a maximum of N perturbed logits would jump.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    cumulative = torch.softmax(logits / temperature, dim=-1).cumsum(dim=-1)
+    target = chance[:, None].to(cumulative.dtype) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
