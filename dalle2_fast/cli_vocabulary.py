@@ -14,10 +14,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from dalle2_fast.checkpoints import construct, embedded_path, load_config
-    from dalle2_fast.data.tokenizer import WordTokenizer
+    from dalle2_fast.data import BPETokenizer, tokenizer_from_config
 
     path = args.checkpoint or embedded_path()
-    tokenizer = construct(WordTokenizer.from_config, load_config(path), "tokenizer", path)
+    tokenizer = construct(tokenizer_from_config, load_config(path), "tokenizer", path)
+    if isinstance(tokenizer, BPETokenizer):
+        print(
+            f"Any text: it is read as byte pairs of {tokenizer.vocab_size:,} kinds; a caption holds at most "
+            f"{tokenizer.context_length - 2}."
+        )
+        return 0
     words = sorted(tokenizer.words)
     print(
         f"{len(words)} words; a caption holds at most {tokenizer.context_length - 2}."

@@ -38,7 +38,8 @@ def test_wheel_holds_every_module_and_the_data_and_nothing_else(tree, wheel):
     modules = {str(path.relative_to(tree)) for path in (tree / "dalle2_fast").rglob("*.py")}
     modules |= {f"dalle2_fast/{path.relative_to(tree)}" for path in (tree / "kernels").rglob("*.py")}
     assert "dalle2_fast/kernels/_op.py" in modules
-    assert contents(wheel) == modules | {DATA}
+    merges = {f"dalle2_fast/data/clip_merges.{name}" for name in ("txt.gz", "LICENSE.txt")}
+    assert contents(wheel) == modules | merges | {DATA}
 
 
 def test_sdist_builds_the_same_wheel(tree, wheel, tmp_path):

@@ -1,4 +1,4 @@
-"""WordTokenizer: one token per word."""
+"""WordTokenizer: one token per word. `tokenizer_from_config` rebuilds this one or the byte-pair one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from .bpe import BPETokenizer
 from .vocabulary import BOS, EOS, MAX_LENGTH, PAD, SPECIALS, UNK, WORDS
 from .words import scene_words
 from .world import World
@@ -130,3 +131,13 @@ class WordTokenizer:
 def split_words(caption: str) -> list[str]:
     """Lower-case words of a caption, punctuation removed."""
     return _WORD.findall(caption.lower())
+
+
+Tokenizer = WordTokenizer | BPETokenizer  # what a CLIP and a DALLE2 can read with
+
+
+def tokenizer_from_config(config: dict) -> Tokenizer:
+    """Rebuild what `to_config` described: `kind` says which; without it, as in older checkpoints, words."""
+    if (kind := config.get("kind", "words")) not in ("words", "bpe"):
+        raise ValueError(f'tokenizer: expected kind "bpe" or none, got {kind!r}')
+    return BPETokenizer.from_config(config) if kind == "bpe" else WordTokenizer.from_config(config)

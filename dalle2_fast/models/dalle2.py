@@ -26,7 +26,7 @@ from dalle2_fast.models.pictures import to_pil
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from dalle2_fast.data.tokenizer import WordTokenizer
+    from dalle2_fast.data.tokenizer import Tokenizer
     from dalle2_fast.models.clip import CLIP
     from dalle2_fast.models.decoder import Decoder
     from dalle2_fast.models.prior import DiffusionPrior
@@ -61,7 +61,7 @@ class DALLE2(nn.Module):
         prior: DiffusionPrior,
         decoder: Decoder,
         upsampler: Upsampler | None = None,
-        tokenizer: WordTokenizer | None = None,
+        tokenizer: Tokenizer | None = None,
         *,
         sampling: dict[str, Any] | None = None,
         metadata: dict[str, Any] | None = None,
@@ -257,7 +257,7 @@ class DALLE2(nn.Module):
         alone. Raises FileNotFoundError for a missing folder or file and CheckpointError (a ValueError) for a
         damaged, truncated or unknown one, naming the keys that are missing, left over or of another shape.
         """
-        from dalle2_fast.data.tokenizer import WordTokenizer
+        from dalle2_fast.data.tokenizer import tokenizer_from_config
         from dalle2_fast.models.clip import CLIP
         from dalle2_fast.models.decoder import Decoder
         from dalle2_fast.models.prior import DiffusionPrior
@@ -276,7 +276,7 @@ class DALLE2(nn.Module):
                 if config.get(name) is None and name == "upsampler":
                     continue
                 parts[name] = construct(lambda options, part=part: part(**options), config, name, path)
-        tokenizer = construct(WordTokenizer.from_config, config, "tokenizer", path)
+        tokenizer = construct(tokenizer_from_config, config, "tokenizer", path)
         reject_leftovers(tensors, parts, path)
         for name, part in parts.items():
             load_state(part, tensors, name, path)
@@ -294,7 +294,7 @@ def _check_parts(
     prior: DiffusionPrior,
     decoder: Decoder,
     upsampler: Upsampler | None,
-    tokenizer: WordTokenizer,
+    tokenizer: Tokenizer,
 ) -> None:
     """ValueError for parts that were not made for each other: they would fail, or draw nonsense, later."""
     tokens, width = clip.config["num_text_tokens"], clip.config["dim_text"]

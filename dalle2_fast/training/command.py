@@ -17,7 +17,7 @@ from dalle2_fast.training.folder import StageFolder, TrainingError, load_weights
 from dalle2_fast.training.presets import PRESETS, STAGES, Preset, adjust, get_preset
 
 if TYPE_CHECKING:
-    from dalle2_fast.data import WordTokenizer
+    from dalle2_fast.data import Tokenizer
 
 TOKENIZER = "tokenizer.json"
 
@@ -183,12 +183,12 @@ def freeze_weights(model: torch.nn.Module, prefixes: Sequence[str]) -> None:
             parameter.requires_grad_(False)
 
 
-def run_tokenizer(preset: Preset, out: Path, shards: str | None) -> WordTokenizer:
+def run_tokenizer(preset: Preset, out: Path, shards: str | None) -> Tokenizer:
     """The one tokenizer of a run: the scenes', or that of the shards, kept in out/tokenizer.json."""
-    from dalle2_fast.data import WordTokenizer, World
+    from dalle2_fast.data import WordTokenizer, World, tokenizer_from_config
 
     if (Path(out) / TOKENIZER).exists():
-        return WordTokenizer.from_config(json.loads((Path(out) / TOKENIZER).read_text(encoding="utf-8")))
+        return tokenizer_from_config(json.loads((Path(out) / TOKENIZER).read_text(encoding="utf-8")))
     if shards is None:
         return WordTokenizer.scenes(World(**preset.world))
     from dalle2_fast.data.webdata import WebDatasetStream  # needs the extra "train"
