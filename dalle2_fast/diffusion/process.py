@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from dalle2_fast import _check, functional
+from dalle2_fast import functional
 from dalle2_fast.diffusion import bound, losses, samplers
+from dalle2_fast.diffusion.sampling import INITIAL_NOISE, Net, Sampling, check_data, per_sample, wide_dtype
 from dalle2_fast.diffusion.schedules import Schedule
 
-Net = Callable[[Tensor, Tensor], Tensor]
 
-# The counter of the noise that sampling starts from: no row of a table, so it is independent of every step's
-# noise and the same for every number of steps.
-_INITIAL_NOISE = 2**31 - 1
-
-
-class GaussianDiffusion:
+class GaussianDiffusion(Sampling):
     """What a network is trained on and sampled with, given a schedule.
 
     schedule: see `make_schedule`.
@@ -106,13 +101,13 @@ class GaussianDiffusion:
     ) -> Tensor:
         """x_t = alpha(t) x0 + sigma(t) noise, t [B]; by seeds, the noise that `sample` starts from."""
         alpha, sigma = self._alpha_sigma(t, x0)
-        return functional.add_noise(x0, alpha, sigma, noise, seeds=seeds, step=_INITIAL_NOISE)[0]
+        return functional.add_noise(x0, alpha, sigma, noise, seeds=seeds, step=INITIAL_NOISE)[0]
 
     def predict_x0(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
         """x0 from what the network returned at x_t (without variance channels), unbounded."""
         if self.prediction == "sample":
             return output
-        alpha, sigma = (_per_sample(value, x_t) for value in self._alpha_sigma(t, x_t))
+        alpha, sigma = (per_sample(value, x_t) for value in self._alpha_sigma(t, x_t))
         if self.prediction == "epsilon":
             return (x_t - sigma * output) / alpha
         return alpha * x_t - sigma * output
@@ -125,11 +120,11 @@ class GaussianDiffusion:
         infinity). Ho et al., 2006.11239, equations 6 and 7.
         """
         a, b, log_var_min, _ = bound.single_step(self.schedule, t, x0)
-        first = _per_sample(t.to(x0.device) == 0, x0)
+        first = per_sample(t.to(x0.device) == 0, x0)
         return a * x_t + b * x0, log_var_min.exp().masked_fill(first, 0.0), log_var_min
 
     def _alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        wide = _wide(like.dtype)
+        wide = wide_dtype(like.dtype)
         t = t.to(like.device)
         return self.schedule.alpha(t).to(wide), self.schedule.sigma(t).to(wide)
 
@@ -177,7 +172,7 @@ class GaussianDiffusion:
         With a learned range the bound is added, in which the mean is detached: it teaches the variance only
         (Nichol and Dhariwal, 2102.09672, equation 16).
         """
-        _check_data(x0)
+        check_data(x0)
         batch = x0.shape[0]
         if t is None:
             t = self.sample_times(batch, generator, x0.device)
@@ -192,13 +187,13 @@ class GaussianDiffusion:
         x_t, noise = functional.add_noise(x0, alpha, sigma, noise)
         output, range_position = self._split(net(x_t, self.schedule.net_time(t)), x_t)
 
-        wide = _wide(x0.dtype)
+        wide = wide_dtype(x0.dtype)
         if self.prediction == "epsilon":
             target = noise.to(wide)
         elif self.prediction == "sample":
             target = x0.to(wide)
         else:
-            target = _per_sample(alpha, x0) * noise - _per_sample(sigma, x0) * x0
+            target = per_sample(alpha, x0) * noise - per_sample(sigma, x0) * x0
         squared = (output.to(wide) - target) ** 2
         if pixel_weight is not None:
             squared = squared * pixel_weight
@@ -226,7 +221,7 @@ class GaussianDiffusion:
         self, x0: Tensor, x_t: Tensor, t: Tensor, output: Tensor, range_position: Tensor | None,
         clip: float | None, levels: int | None,
     ) -> Tensor:  # fmt: skip
-        x0, x_t, output = (value.to(_wide(x0.dtype)) for value in (x0, x_t, output))
+        x0, x_t, output = (value.to(wide_dtype(x0.dtype)) for value in (x0, x_t, output))
         predicted_x0 = self.predict_x0(x_t, t, output)
         if clip is not None:
             predicted_x0 = predicted_x0.clamp(-clip, clip)
@@ -249,7 +244,7 @@ class GaussianDiffusion:
         or None for a density. Returns total [B] = prior [B] + sum of terms [B, timesteps] (column t is L_t).
         Ho et al., 2006.11239, equation 5.
         """
-        _check_data(x0)
+        check_data(x0)
         if self.schedule.timesteps is None:
             raise ValueError(f"schedule: the bound needs one with discrete times, got {self.schedule}")
         terms = []
@@ -259,169 +254,6 @@ class GaussianDiffusion:
             x_t, _ = functional.add_noise(x0, alpha, sigma, seeds=seeds, step=step)
             output, range_position = self._split(net(x_t, self.schedule.net_time(t)), x_t)
             terms.append(self._step_term(x0, x_t, t, output, range_position, clip, levels))
-        prior = bound.prior_term(self.schedule, x0.to(_wide(x0.dtype)))
+        prior = bound.prior_term(self.schedule, x0.to(wide_dtype(x0.dtype)))
         terms = torch.stack(terms, dim=1)
         return {"total": prior + terms.sum(1), "prior": prior, "terms": terms}
-
-    # -- sampling --------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def sample(
-        self,
-        net: Net,
-        shape: Sequence[int],  # (B, C, *)
-        *,
-        seeds: Tensor,  # int64 [B]
-        steps: int,
-        sampler: str = "ddim",
-        eta: float = 0.0,
-        spacing: str = "time",
-        guidance: float | Tensor | None = None,
-        guidance_rescale: float = 0.0,
-        clip: float | None = 1.0,
-        dynamic_threshold: float | None = None,
-        x_T: Tensor | None = None,  # [B, C, *]
-        start: int | None = None,
-        progress: Callable[..., Iterable[int]] | bool | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-        callback: Callable[[int, Tensor, Tensor], None] | None = None,
-    ) -> Tensor:  # x0 [B, C, *]
-        """Draw samples; each depends on its own seed only, not on the batch around it.
-
-        Args:
-            net: net(x, time) with x [B, C, *] of `dtype`, time float32 [B] -> output [B, ...]; with guidance
-                [2B, ...], the B conditional rows first, then the B unconditional ones. 2C channels with a
-                learned range.
-            seeds: of x_T and of every step's noise.
-            steps: calls of net; at most the schedule's timesteps.
-            sampler, eta: see `samplers.sampler_table`. A learned variance is used by "ddpm"; the others
-                ignore it.
-            spacing: of the steps: "time" or "log_snr", see `samplers.step_times`.
-            guidance, guidance_rescale, clip, dynamic_threshold: see `functional.diffusion_step`.
-            x_T: where to begin instead of at noise.
-            start: skip this many of the steps; then x_T is required, as of `times(steps, spacing)[start]`
-                (see `add_noise`).
-            progress: True for a tqdm bar, or a function of (iterable, total=...) that gives the iterable
-                back.
-            device: seeds' device when None.
-            dtype: of x; the update's maths is float32 (float64 for float64) in any case.
-            callback: called as callback(step, x_next, x0) after every step.
-
-        Raises:
-            TypeError, ValueError: an argument has the wrong type, shape or range.
-        """
-        batch, channels, *_ = shape = _check_shape(shape)
-        _check.seeds_and_step(seeds, 0, batch)
-        device = seeds.device if device is None else torch.device(device)
-        times = self.times(steps, spacing)
-        table = samplers.sampler_table(self.schedule, times, sampler, variance=self.variance, eta=eta)
-        start = 0 if start is None else start
-        if not 0 <= start < steps:
-            raise ValueError(f"start: expected 0 <= start < steps = {steps}, got {start}")
-        if start > 0 and x_T is None:
-            raise ValueError("x_T: expected the state to start from because start > 0, got None")
-        seeds = seeds.to(device)
-        if x_T is None:
-            x = functional.sample_noise(seeds, _INITIAL_NOISE, shape, dtype=dtype)
-        elif tuple(x_T.shape) != shape:
-            raise ValueError(f"x_T: expected {shape}, got {tuple(x_T.shape)}")
-        else:
-            x = x_T.to(device, dtype)
-
-        noisy = bool((table[:, 5] > 0).any())
-        learned_range = self.variance == "learned_range"
-        use_range = learned_range and sampler == "ddpm"
-        # Everything that changes with the step is on the device before the loop: no copy, no wait within.
-        rows, net_times, table = self._on_device(times, table, batch, device, dtype)
-        previous_x0 = None
-        for step in _with_progress(range(start, steps), progress):
-            output = net(x, net_times[step])
-            if learned_range and not use_range:
-                output = output[:, :channels]
-            x, x0 = functional.diffusion_step(
-                x, output, table, rows[step], seeds=seeds if noisy else None, guidance=guidance,
-                guidance_rescale=guidance_rescale, prediction=self.prediction, clip=clip,
-                dynamic_threshold=dynamic_threshold, learned_range=use_range, previous_x0=previous_x0,
-            )  # fmt: skip
-            if sampler == "dpm++":
-                previous_x0 = x0
-            if callback is not None:
-                callback(step, x, x0)
-        return x
-
-    def times(self, steps: int, spacing: str = "time") -> Tensor:
-        """The falling times at which `sample` calls the network, [steps]."""
-        return samplers.step_times(self.schedule, steps, spacing)
-
-    @torch.no_grad()
-    def invert(
-        self,
-        net: Net,
-        x0: Tensor,  # [B, C, *]
-        *,
-        steps: int,
-        guidance: float | Tensor | None = None,
-        clip: float | None = None,
-        progress: Callable[..., Iterable[int]] | bool | None = None,
-    ) -> Tensor:  # x_T [B, C, *]
-        """DDIM inversion: the x_T from which `sample(..., sampler="ddim", x_T=x_T)` comes back to about x0.
-
-        steps >= 2, as in `sample`; net, guidance and clip likewise. It is exact in the limit of many steps.
-        """
-        _check_data(x0)
-        times = self.times(steps).flip(0)
-        if self.schedule.timesteps is None:  # continuous sampling steps end at time 0; so this begins there
-            times = torch.cat([times.new_zeros(1), times])
-        table = samplers.inversion_table(self.schedule, times)
-        rows, net_times, table = self._on_device(times[:-1], table, x0.shape[0], x0.device, x0.dtype)
-        x = x0
-        for step in _with_progress(range(len(table)), progress):
-            output = net(x, net_times[step])
-            if self.variance == "learned_range":
-                output = output[:, : x0.shape[1]]
-            x, _ = functional.diffusion_step(
-                x, output, table, rows[step], guidance=guidance, prediction=self.prediction, clip=clip
-            )
-        return x
-
-    def _on_device(
-        self, times: Tensor, table: Tensor, batch: int, device: torch.device, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Row numbers [steps], the network's times [steps, B] and the table, on the device and rounded."""
-        net_times = self.schedule.net_time(times).to(device)[:, None].expand(-1, batch)
-        return torch.arange(len(table), device=device), net_times, table.to(_wide(dtype)).to(device)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _per_sample(value: Tensor, like: Tensor) -> Tensor:
-    """[B] -> [B, 1, ...] beside `like` [B, ...]."""
-    return value.reshape(-1, *([1] * (like.dim() - 1)))
-
-
-def _check_data(x0: Tensor) -> None:
-    if not isinstance(x0, Tensor) or not x0.is_floating_point():
-        came = x0.dtype if isinstance(x0, Tensor) else type(x0).__name__
-        raise TypeError(f"x0: expected a floating-point tensor [B, C, ...], got {came}")
-    if x0.dim() < 2:
-        raise ValueError(f"x0: expected [B, C, ...] with at least 2 dimensions, got {tuple(x0.shape)}")
-
-
-def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    shape = tuple(int(size) for size in shape)
-    if len(shape) < 2 or min(shape) < 0:
-        raise ValueError(f"shape: expected (B, C, ...) of sizes >= 0, got {shape}")
-    return shape
-
-
-def _with_progress(steps: range, progress: Callable[..., Iterable[int]] | bool | None) -> Iterable[int]:
-    if progress is None or progress is False:
-        return steps
-    if progress is True:
-        from tqdm import tqdm
-
-        progress = tqdm
-    return progress(steps, total=len(steps))

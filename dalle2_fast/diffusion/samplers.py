@@ -142,6 +142,21 @@ def inversion_table(schedule: Schedule, times: Tensor) -> Tensor:
     return torch.stack([alpha[:-1], sigma[:-1], a, b, nothing, nothing, nothing, nothing], dim=1)
 
 
+def inversion_ends(schedule: Schedule, times: Tensor) -> tuple[Tensor, list[float]]:
+    """The same steps from where they end: table float64 [steps - 1, 8] and factors [steps - 1].
+
+    x at times[i + 1] = factors[i] x at times[i] + (sigma_end - factors[i] sigma_begin) epsilon, with the
+    network's epsilon at times[i + 1]; row i of the table gives the second term. Written with epsilon, because
+    as an equation for the end it is a contraction (with x0, as in `inversion_table`, it is none).
+    """
+    alpha, sigma = schedule.alpha(times.cpu()), schedule.sigma(times.cpu())
+    keeps = alpha[1:] / alpha[:-1]
+    gain = (sigma[1:] - keeps * sigma[:-1]) / sigma[1:]
+    nothing = torch.zeros_like(gain)
+    columns = [alpha[1:], sigma[1:], gain, -gain * alpha[1:], nothing, nothing, nothing, nothing]
+    return torch.stack(columns, dim=1), keeps.tolist()
+
+
 def check_sampler(sampler: str, eta: float) -> None:
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler: expected one of {', '.join(map(repr, SAMPLERS))}, got {sampler!r}")
