@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_pipeline import tiny_pipeline
 
 from dalle2_fast.models.decoder import Decoder
 from dalle2_fast.models.prior import DiffusionPrior
@@ -136,3 +137,56 @@ def test_negative_captions_of_any_length_and_number(make):
     assert not torch.allclose(a, model.sample(*first, **draw), atol=1e-3)
     with pytest.raises(ValueError, match="negative: expected 1 or 3 captions"):
         model.sample(*first, negative=tuple(x[:2] for x in rows), **draw)
+
+
+# ---------------------------------------------------------------------------------------------- in the chain
+
+
+@pytest.mark.parametrize("own_text_encoder", [True, False])
+def test_a_negative_prompt_reaches_prior_and_decoder(own_text_encoder):
+    pipe = shaken(tiny_pipeline(upsampler=False, own_text_encoder=own_text_encoder))
+    options = dict(num_images=3, seed=0, guidance=3.0, prior_guidance=3.0)
+    plain = pipe.generate("a red ring", **options)
+    other = pipe.generate("a red ring", negative_prompt="a blue square", **options)
+    assert not torch.allclose(plain.image_embed, other.image_embed, atol=1e-4)
+    in_batches = pipe.generate("a red ring", negative_prompt="a blue square", batch_size=2, **options)
+    torch.testing.assert_close(in_batches.images, other.images, rtol=1e-3, atol=1e-4)
+    decoder_only = options | dict(prior_guidance=1.0)
+    plain = pipe.generate("a red ring", **decoder_only)
+    other = pipe.generate("a red ring", negative_prompt="a blue square", **decoder_only)
+    assert torch.equal(plain.image_embed, other.image_embed)
+    assert not torch.allclose(plain.images, other.images, atol=1e-4)
+
+
+def test_the_checkpoint_may_have_a_negative_prompt_of_its_own():
+    pipe = tiny_pipeline(upsampler=False)
+    options = dict(seed=0, guidance=3.0, prior_guidance=3.0)
+    wanted = pipe("a red ring", 1, negative_prompt="above", **options)
+    pipe.sampling["negative_prompt"] = "above"
+    assert torch.equal(pipe("a red ring", 1, **options), wanted)
+    with pytest.raises(TypeError, match="negative_prompt: expected a caption, got 3"):
+        pipe("a red ring", 1, negative_prompt=3)
+
+
+def test_the_checkpoint_decides_how_many_candidates_the_prior_draws(monkeypatch):
+    pipe, counts = tiny_pipeline(upsampler=False), []
+    sample = pipe.prior.sample
+    monkeypatch.setattr(pipe.prior, "sample", lambda **options: (
+        counts.append(options["num_samples_per_batch"]), sample(**options))[1])
+    pipe("a red ring", 1)
+    pipe.sampling["prior_candidates"] = 1
+    pipe("a red ring", 1)
+    assert counts == [2, 1]
+
+
+def test_nets_trained_on_raw_projections_are_given_those():
+    """Karlo's prior and decoder never saw an embedding of length 1."""
+    pipe = tiny_pipeline(upsampler=False, own_text_encoder=False)
+    raw = pipe.clip.encode_text(pipe.tokenizer.encode("a red ring"), normalize=False)[0]
+    pipe.prior.unit_norm = pipe.decoder.unit_norm = False
+    pipe.prior.embed_scale = pipe.decoder.embed_scale = 1.0
+    seen = []
+    sample = pipe.decoder.sample
+    pipe.decoder.sample = lambda **options: seen.append(options["text_embed"]) or sample(**options)
+    pipe("a red ring", 1)
+    torch.testing.assert_close(seen[0], raw)

@@ -39,6 +39,8 @@ SAMPLING = {
     "guidance": 3.0,  # decoder
     "prior_steps": 25,
     "prior_guidance": 1.0,
+    "prior_candidates": 2,  # drawn for each image; the one closest to the caption is kept
+    "negative_prompt": None,  # what guidance leads away from: no caption at all, or this one
     "upsampler_steps": 10,
     "sampler": "dpm++",  # of all three diffusions
 }
@@ -128,6 +130,7 @@ class DALLE2(nn.Module):
         guidance: float | None = None,
         prior_steps: int | None = None,
         prior_guidance: float | None = None,
+        negative_prompt: str | None = None,
         upsampler_steps: int | None = None,
         size: int | None = None,
         sampler: str | None = None,
@@ -141,6 +144,7 @@ class DALLE2(nn.Module):
             prompts. None draws it from `generator`, or else from torch's own (torch.manual_seed decides).
         steps, guidance: of the decoder; prior_steps, prior_guidance: of the prior; upsampler_steps: of the
             upsampler, which has no guidance. 1 is no guidance, more follows the caption more closely.
+        negative_prompt: a caption that guidance leads away from.
         size: one of `sizes`, by default the largest.
         sampler: "ddpm", "ddim" or "dpm++", for every stage.
         batch_size: at most so many images at a time, to save memory; the same images up to rounding.
@@ -160,6 +164,7 @@ class DALLE2(nn.Module):
             guidance=guidance,
             prior_steps=prior_steps,
             prior_guidance=prior_guidance,
+            negative_prompt=negative_prompt,
             upsampler_steps=upsampler_steps,
             sampler=sampler,
         )
@@ -168,11 +173,12 @@ class DALLE2(nn.Module):
         seeds = [sample_seed(seed, index) for index in range(num_images)] * len(prompts)
         run = Run(self, seed, seeds, batch_size=batch_size, progress=progress)
         with run.evaluating():
-            for_prior, for_decoder = self._captions(run, prompts, num_images)
+            for_prior, for_decoder = self._captions(run, prompts, num_images, chosen["negative_prompt"])
             image_embed = run.sample(
                 "prior",
                 steps=chosen["prior_steps"],
                 cond_scale=chosen["prior_guidance"],
+                num_samples_per_batch=chosen["prior_candidates"],
                 sampler=chosen["sampler"],
                 **for_prior,
             )
@@ -192,19 +198,34 @@ class DALLE2(nn.Module):
         _check_sampling(chosen)
         return chosen
 
-    def _captions(self, run: Run, prompts: list[str], repeats: int = 1) -> tuple[dict, dict]:
-        """What the prior's and the decoder's `sample` are told of captions, each `repeats` times."""
-        tokens = self.tokenizer.encode(prompts).to(self.device)  # [P, L]; names unknown words
+    def _captions(
+        self, run: Run, prompts: list[str], repeats: int = 1, negative: str | None = None
+    ) -> tuple[dict, dict]:
+        """What the prior's and the decoder's `sample` are told of captions, each `repeats` times, and of the
+        one that guidance leads away from: `negative`, or else the checkpoint's."""
+        negative = self.sampling["negative_prompt"] if negative is None else negative
+        others = [] if negative is None else [negative]
+        tokens = self.tokenizer.encode([*prompts, *others]).to(self.device)  # names unknown words
+        # Weights that were trained on CLIP's raw projections want their length, too.
+        unit_norm = self.prior.unit_norm and self.decoder.unit_norm
         with run.watch("text") as track:
             for _ in track(range(1), 1):
-                encoded = self.clip.encode_text(tokens)
-        caption = {
-            name: tensor.repeat_interleave(repeats, dim=0)
+                encoded = self.clip.encode_text(tokens, normalize=unit_norm)
+        rows = torch.arange(len(prompts), device=self.device).repeat_interleave(repeats)
+        for_prior = {
+            name: tensor[rows]
             for name, tensor in zip(("text_embed", "text_encodings", "text_mask"), encoded, strict=True)
         }
-        if self.decoder.text_encoder is None:
-            return caption, caption
-        return caption, {"text": tokens.repeat_interleave(repeats, dim=0)}  # it has a tower of its own
+        for_decoder = for_prior
+        if self.decoder.text_encoder is not None:  # it has a tower of its own
+            for_decoder = {"text": tokens[rows]}
+        if others:
+            last = tuple(tensor[-1:] for tensor in encoded)
+            for_prior = for_prior | {"negative": last}
+            if self.decoder.text_encoder is not None:
+                last = tokens[-1:].expand(len(rows), -1)
+            for_decoder = for_decoder | {"negative": last}
+        return for_prior, for_decoder
 
     def _draw(
         self,
@@ -324,7 +345,10 @@ def _check_sampling(chosen: dict[str, Any]) -> None:
         if name == "sampler":
             if value not in SAMPLERS:
                 raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {value!r}")
-        elif name.endswith("steps"):
+        elif name == "negative_prompt":
+            if value is not None and not isinstance(value, str):
+                raise TypeError(f"negative_prompt: expected a caption, got {value!r}")
+        elif name.endswith("steps") or name == "prior_candidates":
             at_least_one(name, value)
         elif isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name}: expected a number, got {value!r}")
