@@ -22,6 +22,25 @@ from .degradation import DEGRADATIONS
 from .inputs import check_images, check_probability, coin, resolve_seeds
 from .unet import UNet
 from .unet_blocks import sinusoidal_embedding
+from .upsampler_tiles import Tiles
+
+# unCLIP's own two, appendix C: their losses are on crops of a quarter of the side, their samplers DDIM.
+# Upsampler(**UNCLIP_256) has 700 million parameters, Upsampler(**UNCLIP_1024) 300 million.
+UNCLIP_256 = dict(
+    unet=dict(
+        in_channels=6, out_channels=3, channels=(320, 640, 960, 1280), layers_per_block=3,
+        attention_levels=(), cross_dim=None, dropout=0.1,
+    ),
+    image_size=256, low_res_size=64, degradation="blur", schedule="cosine", sample_timesteps=27,
+)
+UNCLIP_1024 = dict(
+    unet=dict(
+        in_channels=6, out_channels=3, channels=(192, 192, 384, 384, 768, 768), layers_per_block=2,
+        attention_levels=(), cross_dim=None,
+    ),
+    image_size=1024, low_res_size=256, degradation="bsr", schedule="linear", sample_timesteps=15,
+    sample_tile=512,
+)
 
 # The noise of the condition while sampling: a Philox step that no sampler reaches, nor the initial noise.
 _CONDITION_NOISE_STEP = 2**31 - 2
@@ -41,7 +60,8 @@ class Upsampler(nn.Module):
         at most 1, of which the U-Net is told: it needs a class_embed_dim (even).
     resize: filter that enlarges the condition, "bilinear" or "bicubic".
     schedule, timesteps, prediction, variance, weighting, min_snr_gamma, log_snr_focus, vlb_weight,
-        max_weight, stratified: see GaussianDiffusion. sample_timesteps: steps of `sample` by default.
+        max_weight, stratified: see GaussianDiffusion. sample_timesteps, sample_tile: steps and tile of
+        `sample` by default.
     residual: the U-Net's output is added to the enlarged condition, so that an untrained model already
         returns that; for prediction "sample".
     """
@@ -69,6 +89,7 @@ class Upsampler(nn.Module):
         stratified: bool = False,
         residual: bool = False,
         sample_timesteps: int = 7,
+        sample_tile: int | None = None,
     ):
         super().__init__()
         if unet is None:
@@ -140,14 +161,17 @@ class Upsampler(nn.Module):
             stratified=stratified,
             residual=residual,
             sample_timesteps=sample_timesteps,
+            sample_tile=sample_tile,
         )
         self.image_size, self.low_res_size, self.factor = image_size, low_res_size, image_size // low_res_size
-        self.channels, self.resize, self.sample_timesteps = channels, resize, sample_timesteps
+        self.channels, self.resize = channels, resize
+        self.sample_timesteps, self.sample_tile = sample_timesteps, sample_tile
         self.degradation, self.degradation_prob = degradation, degradation_prob
         self.max_noise_level = max_noise_level
         self.residual = residual
         self.unet = unet
         self.last_unet = last_unet
+        self._tiles(image_size, image_size, sample_tile, None)  # an impossible one is found now
         options = {} if vlb_weight is None else {"vlb_weight": vlb_weight}
         self.diffusion = GaussianDiffusion(
             make_schedule(**schedule) if isinstance(schedule, dict) else make_schedule(schedule, timesteps),
@@ -222,6 +246,8 @@ class Upsampler(nn.Module):
         steps: int | None = None,
         sampler: str = "ddpm",
         noise_level: float = 0.0,
+        tile: int | None = None,
+        overlap: int | None = None,
         progress: Callable | bool | None = None,
         **sampler_options,
     ) -> Tensor:
@@ -229,8 +255,15 @@ class Upsampler(nn.Module):
 
         seeds: one int64 an image, the same seed giving the same picture in any batch; None draws them from
         `generator`, or from torch's own. noise_level: of the condition, at most max_noise_level: more noise,
-        more invention. Further keywords (eta, clip, dynamic_threshold, x_T, start, callback) go to
-        GaussianDiffusion.sample.
+        more invention.
+
+        tile: side of the windows of the result in which the net runs, one window of one image at a time
+        (None: sample_tile; a side that holds the whole picture is one pass); overlap: of neighbours, by
+        default a quarter of it, see Tiles. Both are multiples of what the U-Net halves. The net's memory is
+        then that of one window: counted for Karlo's net in float32, about 5 GB of activations for a tile of
+        512, 18 GB for a whole picture of 1024 (an estimate: the live tensors, without workspaces).
+
+        Further keywords (eta, clip, dynamic_threshold, x_T, start, callback) go to GaussianDiffusion.sample.
         """
         check_images("low_res", low_res, self.channels)
         if not 0.0 <= noise_level <= self.max_noise_level:
@@ -250,9 +283,15 @@ class Upsampler(nn.Module):
             noise = sample_noise(seeds, _CONDITION_NOISE_STEP, tuple(low_res.shape), dtype=dtype)
             low_res = self._add_noise(low_res, level, noise)
         condition = self._enlarge(low_res)
+        tiles = self._tiles(height, width, self.sample_tile if tile is None else tile, overlap)
 
         def denoiser(unet: UNet) -> Callable[[Tensor, Tensor], Tensor]:
-            return lambda x, t: self._predict(unet, x, t, condition, level)
+            def predict(x: Tensor, condition: Tensor, t: Tensor, level: Tensor | None) -> Tensor:
+                return self._predict(unet, x, t, condition, level)
+
+            if tiles is None:
+                return lambda x, t: predict(x, condition, t, level)
+            return lambda x, t: tiles.run(predict, (t, level), x, condition)
 
         images = self.diffusion.sample(
             denoiser(self.unet),
@@ -311,6 +350,17 @@ class Upsampler(nn.Module):
             return x[owner, torch.arange(x.shape[1], device=device)[:, None, None], rows, columns]
 
         return tuple(None if x is None else cut(x) for x in (image, *others))
+
+    def _tiles(self, height: int, width: int, tile: int | None, overlap: int | None) -> Tiles | None:
+        """None where one pass does it. One that is not allowed is an error in any case."""
+        if tile is None:
+            if overlap is not None:
+                raise ValueError(f"overlap: expected a tile with it, got overlap={overlap} alone")
+            return None
+        weight = self.unet.conv_in.weight
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        tiles = Tiles(height, width, tile, overlap, self.unet.size_multiple, weight.device, dtype)
+        return None if len(tiles) == 1 else tiles
 
     def _check_size(self, name: str, height: int, width: int) -> None:
         multiple = math.lcm(self.factor, self.unet.size_multiple)
