@@ -8,18 +8,19 @@ defaults are Karlo's: 893,318,086 parameters.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..diffusion.inpainting import check_mask
 from ..diffusion.process import GaussianDiffusion
 from ..diffusion.schedules import make_schedule
-from .conditioning import Caption, ConditionProjection
-from .inputs import cat_padded, check_images, check_probability, coin, resolve_seeds
+from .conditioning import ConditionProjection
+from .decoder_base import ConditionedDecoder
+from .inputs import check_images, check_probability, coin, resolve_seeds
+from .masks import draw_masks
 from .transformer import TextTransformer
 from .unet import UNet
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from .clip import CLIP
 
 
-class Decoder(nn.Module):
+class Decoder(ConditionedDecoder):
     """Image embedding and caption -> image [B, C, image_size, image_size].
 
     unet: a UNet, or its config; None builds the default. clip: encodes what is not given encoded; it is used
@@ -45,6 +46,9 @@ class Decoder(nn.Module):
         max_weight, stratified: see GaussianDiffusion. schedule is a name, or the arguments of make_schedule;
         variance "learned_range" needs a unet with twice as many output channels.
     sample_timesteps: steps of `sample` by default.
+    inpaint: the U-Net also sees the part of the picture that is kept, and the mask (1 = repaint): C + 1 more
+        input channels (a config whose in_channels are the C of the picture is widened), trained on random
+        masks. GLIDE, 2112.10741, section 3.3. `for_inpainting` makes one of a trained decoder.
     """
 
     def __init__(
@@ -73,16 +77,18 @@ class Decoder(nn.Module):
         max_weight: float = 100.0,
         stratified: bool = False,
         sample_timesteps: int = 25,
+        inpaint: bool = False,
     ):
-        super().__init__()
-        unet = UNet(**unet) if isinstance(unet, dict) else UNet() if unet is None else unet
+        super().__init__(clip)
+        if not isinstance(unet, UNet):
+            unet = UNet(**(_widened(unet or {}, variance) if inpaint else unet or {}))
         text_encoder = TextTransformer(**text_encoder) if isinstance(text_encoder, dict) else text_encoder
         if unet.cross_dim is None or unet.class_embed_dim is not None:
             raise ValueError(
                 "unet: expected one with a cross_dim and class_embed_dim=None (the decoder projects), got "
                 f"cross_dim={unet.cross_dim}, class_embed_dim={unet.class_embed_dim}"
             )
-        _check_channels(unet, variance)
+        _check_channels(unet, variance, inpaint)
         if image_size % unet.size_multiple:
             raise ValueError(
                 f"image_size: expected a multiple of the unet's {unet.size_multiple}, got {image_size}"
@@ -127,8 +133,10 @@ class Decoder(nn.Module):
             max_weight=max_weight,
             stratified=stratified,
             sample_timesteps=sample_timesteps,
+            inpaint=inpaint,
         )
-        self.image_size, self.channels = image_size, unet.in_channels
+        self.image_size, self.inpaint = image_size, inpaint
+        self.channels = (unet.in_channels - 1) // 2 if inpaint else unet.in_channels
         self.image_cond_drop_prob, self.text_cond_drop_prob = image_cond_drop_prob, text_cond_drop_prob
         self.unit_norm, self.embed_scale, self.sample_timesteps = unit_norm, embed_scale, sample_timesteps
         self.unet = unet
@@ -153,12 +161,6 @@ class Decoder(nn.Module):
             stratified=stratified,
             **options,
         )
-        # In a tuple, so that it is not a submodule: its weights are in the checkpoint already, under "clip.".
-        self._clip = (clip.eval() if clip is not None else None,)
-
-    @property
-    def clip(self) -> CLIP | None:
-        return self._clip[0]
 
     # -- training --------------------------------------------------------------------------------------------
 
@@ -173,6 +175,7 @@ class Decoder(nn.Module):
         text_embed: Tensor | None = None,  # [B, text_embed_dim], beside text_encodings
         generator: torch.Generator | None = None,
         pixel_weight: Tensor | None = None,  # [B, 1, H, W], weight of the squared error
+        mask: Tensor | None = None,  # [B, 1, H, W], 1 = repaint; with inpaint=True, None draws them
         check_range: bool = True,
     ) -> Tensor:
         """The training loss, a scalar, with each condition dropped at random.
@@ -194,12 +197,21 @@ class Decoder(nn.Module):
             )
         keep_image = ~coin(batch, self.image_cond_drop_prob, device, generator)
         keep_text = ~coin(batch, self.text_cond_drop_prob, device, generator)
-        context, mask, classes = self._condition(batch, image_embed, caption, keep_image, keep_text)
+        context, context_mask, classes = self._condition(batch, image_embed, caption, keep_image, keep_text)
+        target, extra = image * 2 - 1, None
+        if self.inpaint:
+            if mask is None:
+                mask = draw_masks(batch, *image.shape[2:], device=device, generator=generator)
+            extra = self._kept(target, self._mask(mask, image.shape))
+        elif mask is not None:
+            raise ValueError("mask: expected None, because this decoder has inpaint=False")
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            x = x if extra is None else torch.cat([x, extra.to(x.dtype)], dim=1)
+            return self.unet(x, t, context, classes, context_mask)
+
         losses = self.diffusion.training_loss(
-            lambda x, t: self.unet(x, t, context, classes, mask),
-            image * 2 - 1,
-            generator=generator,
-            pixel_weight=pixel_weight,
+            denoise, target, generator=generator, pixel_weight=pixel_weight
         )
         return losses.mean()
 
@@ -223,6 +235,10 @@ class Decoder(nn.Module):
         sampler: str = "ddpm",
         size: int | tuple[int, int] | None = None,
         batch_size: int | None = None,
+        image: Tensor | None = None,  # [B, C, H, W] in [0, 1], to keep where mask is 0
+        mask: Tensor | None = None,  # [1 or B, 1, H, W], 1 = repaint
+        init_image: Tensor | None = None,  # [B, C, H, W] in [0, 1]
+        strength: float | None = None,
         progress: Callable | bool | None = None,
         **sampler_options,
     ) -> Tensor:
@@ -233,8 +249,13 @@ class Decoder(nn.Module):
         or [B]; conditional and fully unconditional rows go through the U-Net as one batch. negative: a
         caption for the unconditional rows, as tokens or as CLIP.encode_text returns it: that of "" for
         weights that were trained with it where the caption was dropped (Karlo's). size: image_size
-        by default. batch_size: needed only when both conditions are left out. Further keywords (eta,
-        guidance_rescale, clip, dynamic_threshold, x_T, start, callback) go to GaussianDiffusion.sample.
+        by default. batch_size: needed only when both conditions are left out.
+
+        image, mask: inpainting by any decoder: the image is kept, exactly, where the mask is 0, by putting
+        it, noised, into every step; one with inpaint=True sees it besides. init_image, strength: start from
+        this image, noised, and make only the last `strength` in (0, 1] of the steps (SDEdit, 2108.01073); 1
+        is all of them and forgets the image. Further keywords (eta, guidance_rescale, clip,
+        dynamic_threshold, spacing, x_T, start, resample, jump, callback) go to GaussianDiffusion.sample.
         """
         given = next((x for x in (image_embed, text, text_encodings) if x is not None), None)
         if given is None and batch_size is None:
@@ -244,176 +265,139 @@ class Decoder(nn.Module):
         device = weight.device
         caption = self._caption(batch, text, text_encodings, text_mask, text_embed)
         seeds = resolve_seeds(seeds, batch, device, generator)
-        guidance = cond_scale if guidance is None else guidance
-        if not isinstance(guidance, Tensor) and guidance == 1.0:
-            guidance = None
-
-        keep_image = torch.full((batch,), image_embed is not None, device=device)
-        keep_text = torch.full((batch,), caption is not None, device=device)
-        context, mask, classes = self._condition(batch, image_embed, caption, keep_image, keep_text)
-        if guidance is not None:
-            nothing = torch.zeros_like(keep_image)
-            other = self._negative(batch, negative)
-            without = self._condition(batch, image_embed, other, nothing, ~nothing)
-            context, mask, classes = (
-                cat_padded(*pair) for pair in zip((context, mask, classes), without, strict=True)
-            )
-        cache = self.unet.encode_context(context, mask)  # the same at every step
-
-        def denoise(x: Tensor, t: Tensor) -> Tensor:
-            if guidance is not None:
-                x, t = torch.cat([x, x]), torch.cat([t, t])
-            return self.unet(x, t, cache, classes)
-
         height, width = (
             (self.image_size,) * 2 if size is None else (size, size) if isinstance(size, int) else size
         )
+        shape = (batch, self.channels, height, width)
+        # Small steps in bfloat16 would drown in rounding: the state stays in float32.
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        steps = self.sample_timesteps if steps is None else steps
+        if (image is None) != (mask is None):
+            raise ValueError("image, mask: expected both or neither")
+        if mask is not None:
+            check_images("image", image, self.channels, (height, width), batch)
+            mask = self._mask(mask, shape).to(device)
+            sampler_options |= dict(known=image.to(device, dtype) * 2 - 1, mask=mask)
+        if (init_image is None) != (strength is None):
+            raise ValueError("init_image, strength: expected both or neither")
+        if init_image is not None:
+            check_images("init_image", init_image, self.channels, (height, width), batch)
+            sampler_options |= self._start(init_image.to(device, dtype) * 2 - 1, strength, steps, seeds,
+                                           sampler_options.get("spacing", "time"))  # fmt: skip
+        denoise, guidance = self._conditioned(
+            batch, image_embed, caption, cond_scale if guidance is None else guidance, negative,
+            self._kept(sampler_options.get("known"), mask, shape) if self.inpaint else None,
+        )  # fmt: skip
         images = self.diffusion.sample(
             denoise,
-            (batch, self.channels, height, width),
+            shape,
             seeds=seeds,
             guidance=guidance,
             sampler=sampler,
-            steps=self.sample_timesteps if steps is None else steps,
+            steps=steps,
             progress=progress,
             device=device,
-            # Small steps in bfloat16 would drown in rounding: the state stays in float32.
-            dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
+            dtype=dtype,
             **sampler_options,
         )
-        return ((images + 1) / 2).clamp(0, 1)
+        images = ((images + 1) / 2).clamp(0, 1)
+        return images if mask is None else torch.where(mask, images, image.to(images))
 
-    # -- conditions ------------------------------------------------------------------------------------------
-
-    def _negative(self, batch: int, negative: Tensor | tuple | None) -> Caption | None:
-        if negative is None:
-            return None
-        if isinstance(negative, Tensor):
-            caption = self._caption(len(negative), negative, None, None, None)
-        else:
-            embed, encodings, mask = negative
-            caption = self._caption(len(encodings), None, encodings, mask, embed)
-        given = (caption.embed, caption.encodings, caption.mask)
-        if len(caption.embed) not in (1, batch):
-            raise ValueError(f"negative: expected 1 or {batch} captions, got {len(caption.embed)}")
-        return Caption(*(x.expand(batch, *x.shape[1:]) for x in given))
-
-    def _condition(
+    @torch.no_grad()
+    def invert(
         self,
-        batch: int,
-        image_embed: Tensor | None,
-        caption: Caption | None,
-        keep_image: Tensor,
-        keep_text: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        weight = self.text_proj.image_to_time.weight
-        if image_embed is None:
-            image_embed = weight.new_zeros(batch, self.image_embed_dim)
-            keep_image = torch.zeros_like(keep_image)
-        else:
-            self._check_shape("image_embed", image_embed, "B, E", (batch, self.image_embed_dim))
-            image_embed = self._scaled(image_embed).to(weight.dtype)
-        if caption is None:
-            caption = Caption(
-                weight.new_zeros(batch, self.text_embed_dim),
-                weight.new_zeros(batch, 1, self.text_encoding_dim),
-                torch.ones(batch, 1, dtype=torch.bool, device=weight.device),
-            )
-            keep_text = torch.zeros_like(keep_text)
-        return self.text_proj(image_embed, caption, keep_image, keep_text)
+        image: Tensor,  # [B, C, H, W] in [0, 1]
+        image_embed: Tensor | None = None,  # [B, image_embed_dim]; None = unconditional on it
+        text: Tensor | None = None,  # int64 [B, L]; None = unconditional on it
+        *,
+        text_encodings: Tensor | None = None,  # [B, L, text_encoding_dim], instead of text
+        text_mask: Tensor | None = None,  # bool [B, L]
+        text_embed: Tensor | None = None,  # [B, text_embed_dim], beside text_encodings
+        negative: Tensor | tuple | None = None,  # as in sample
+        steps: int = 100,
+        cond_scale: float | Tensor = 1.0,
+        progress: Callable | bool | None = None,
+        **options,
+    ) -> Tensor:
+        """The noise x_T [B, C, H, W], float32, from which `sample(x_T=..., sampler="ddim")` with the same
+        conditions, steps and guidance draws about this image. refine, clip: see GaussianDiffusion.invert."""
+        check_images("image", image, self.channels)
+        weight = self.unet.conv_in.weight
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        x0 = image.to(weight.device, dtype) * 2 - 1
+        caption = self._caption(len(x0), text, text_encodings, text_mask, text_embed)
+        extra = self._kept(None, None, x0.shape) if self.inpaint else None
+        denoise, guidance = self._conditioned(len(x0), image_embed, caption, cond_scale, negative, extra)
+        options |= dict(guidance=guidance, progress=progress)
+        return self.diffusion.invert(denoise, x0, steps=steps, **options)
 
-    def _scaled(self, embed: Tensor) -> Tensor:
-        embed = embed if embed.dtype == torch.float64 else embed.float()
-        embed = F.normalize(embed, dim=-1) if self.unit_norm else embed
-        return embed * (math.sqrt(embed.shape[-1]) if self.embed_scale is None else self.embed_scale)
+    # -- inpainting and starting images ----------------------------------------------------------------------
 
-    def _embed_image(self, image: Tensor) -> Tensor:
-        if self.clip is None:
-            raise ValueError(
-                "image_embed: expected [B, E], got None; only a decoder built with clip=... can compute it"
-            )
-        side = self.clip.image_size
-        with torch.no_grad():
-            if image.shape[-1] != side:
-                image = F.interpolate(image, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
-            return self.clip.encode_image(image, normalize=self.unit_norm)
-
-    def _caption(
-        self,
-        batch: int,
-        text: Tensor | None,
-        encodings: Tensor | None,
-        mask: Tensor | None,
-        embed: Tensor | None,
-    ) -> Caption | None:
-        weight = self.text_proj.text_to_context.weight
-        if text is not None:
-            if encodings is not None or mask is not None or embed is not None:
-                raise ValueError(
-                    "text: expected either text or text_encodings (with text_mask, text_embed), got both"
-                )
-            if self.text_encoder is not None:
-                encodings, mask = self.text_encoder.encode_tokens(text)
-            elif self.clip is not None:
-                with torch.no_grad():
-                    embed, encodings, mask = self.clip.encode_text(text, normalize=self.unit_norm)
-            else:
-                raise ValueError(
-                    "text: expected a decoder with a text_encoder or clip to encode it; this one has "
-                    "neither: pass text_encodings, text_mask and text_embed"
-                )
-        elif encodings is None:
-            if mask is not None or embed is not None:
-                raise ValueError("text_mask, text_embed: expected only together with text_encodings")
-            return None
-        length = encodings.shape[1] if encodings.ndim == 3 else "L"
-        self._check_shape(
-            "text" if text is not None else "text_encodings",
-            encodings,
-            "B, L, D",
-            (batch, length, self.text_encoding_dim),
-        )
-        if mask is None:
-            mask = torch.ones(encodings.shape[:2], dtype=torch.bool, device=encodings.device)
-        elif mask.dtype != torch.bool or mask.shape != encodings.shape[:2]:
-            raise ValueError(
-                f"text_mask: expected bool [B, L] = {tuple(encodings.shape[:2])}, got {mask.dtype} "
-                f"{tuple(mask.shape)}"
-            )
-        if embed is not None:
-            self._check_shape("text_embed", embed, "B, E", (batch, self.text_embed_dim))
-            embed = self._scaled(embed)
-        elif self.text_encoder is not None:
-            embed = encodings[torch.arange(batch, device=encodings.device), _last_token(mask)]
-        else:
-            raise ValueError(
-                "text_embed: expected [B, E] beside text_encodings, got None (only a decoder with its own "
-                "text_encoder reads it from the encodings)"
-            )
-        # On the CPU padding that no caption of the batch uses is cut off. On a GPU, to know the longest
-        # caption would stall the queue.
-        if mask.device.type == "cpu" and batch and not torch.compiler.is_compiling():
-            longest = int(_last_token(mask).max()) + 1
-            encodings, mask = encodings[:, :longest], mask[:, :longest]
-        return Caption(embed.to(weight.dtype), encodings.to(weight.dtype), mask)
+    @classmethod
+    def for_inpainting(cls, decoder: Decoder) -> Decoder:
+        """A copy of `decoder` with inpaint=True. The weights of the new input channels are zero, so it draws
+        as before until it is trained (GLIDE, 2112.10741, section 3.3)."""
+        if decoder.inpaint:
+            raise ValueError("decoder: expected one with inpaint=False, got inpaint=True")
+        with torch.random.fork_rng(devices=[]):  # the constructor draws initial weights
+            wider = cls(**decoder.config | {"inpaint": True}, clip=decoder.clip)
+        kept, ours = decoder.channels, wider.state_dict()
+        for name, old in decoder.state_dict().items():
+            if old.shape != ours[name].shape:  # a first convolution: [x, new channels, whatever follows]
+                cells = old.new_zeros(ours[name].shape)
+                patch = wider.unet.patch_size if name == "unet.conv_in.weight" else wider.unet.fine.patch_size
+                head, added = kept * patch**2, (kept + 1) * patch**2
+                cells[:, :head], cells[:, head + added :] = old[:, :head], old[:, head:]
+                old = cells
+            ours[name] = old
+        wider.load_state_dict(ours)
+        return wider.to(decoder.unet.conv_in.weight).train(decoder.training)
 
     @staticmethod
-    def _check_shape(name: str, value: Tensor, letters: str, expected: tuple) -> None:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            came = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name}: expected a floating-point tensor [{letters}] = {expected}, got {came}")
-        if tuple(value.shape) != expected:
-            raise ValueError(f"{name}: expected [{letters}] = {expected}, got {tuple(value.shape)}")
+    def _mask(mask: Tensor, shape: Sequence[int]) -> Tensor:
+        mask = check_mask(mask, tuple(shape))
+        if mask.shape[1] != 1:
+            raise ValueError(f"mask: expected [1 or B, 1, H, W], got {tuple(mask.shape)}")
+        return mask.expand(-1, -1, *shape[2:])
+
+    def _kept(self, known: Tensor | None, mask: Tensor | None, shape: Sequence[int] = ()) -> Tensor:
+        """The C + 1 channels that an inpainting U-Net sees: what is kept, 0 elsewhere, and the mask."""
+        weight = self.unet.conv_in.weight
+        if known is None:  # nothing is kept
+            extra = weight.new_zeros(shape[0], self.channels + 1, *shape[2:])
+            extra[:, -1] = 1
+            return extra
+        mask = mask.to(known.device).expand(len(known), -1, -1, -1)
+        return torch.cat([known.masked_fill(mask, 0.0), mask.to(known.dtype)], dim=1)
+
+    def _start(self, x0: Tensor, strength: float, steps: int, seeds: Tensor, spacing: str) -> dict:
+        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength <= 1:
+            raise ValueError(f"strength: expected a number in (0, 1], got {strength!r}")
+        start = steps - max(1, round(strength * steps))
+        if start == 0:  # all steps, from noise alone
+            return {}
+        time = self.diffusion.times(steps, spacing)[start]
+        return dict(x_T=self.diffusion.add_noise(x0, time.expand(len(x0)), seeds=seeds), start=start)
 
 
-def _last_token(mask: Tensor) -> Tensor:
-    """Position of the last True of each row of bool [B, L] (0 when there is none): int64 [B]."""
-    return (torch.arange(mask.shape[1], device=mask.device) * mask).amax(dim=1)
+def _widened(unet: dict, variance: str) -> dict:
+    """A U-Net's config with the channels of inpainting, unless it has them already."""
+    channels = unet.get("in_channels", 3)
+    out = unet.get("out_channels", 6) // (2 if variance == "learned_range" else 1)
+    return unet | {"in_channels": 2 * channels + 1} if channels == out else unet
 
 
-def _check_channels(unet: UNet, variance: str) -> None:
-    expected = unet.in_channels * (2 if variance == "learned_range" else 1)
-    if unet.out_channels != expected:
+def _check_channels(unet: UNet, variance: str, inpaint: bool) -> None:
+    factor = 2 if variance == "learned_range" else 1
+    if inpaint:
+        expected = 2 * (unet.out_channels // factor) + 1
+        if unet.in_channels != expected or unet.out_channels % factor:
+            raise ValueError(
+                f"unet: expected in_channels = 2 C + 1 = {expected} for inpaint=True and out_channels = "
+                f"{unet.out_channels}, got {unet.in_channels}"
+            )
+    elif unet.out_channels != unet.in_channels * factor:
         raise ValueError(
-            f"unet: expected out_channels = {expected} for variance={variance!r}, got {unet.out_channels}"
+            f"unet: expected out_channels = {unet.in_channels * factor} for variance={variance!r}, got "
+            f"{unet.out_channels}"
         )
