@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from tiny_pipeline import tiny_pipeline
 
+from dalle2_fast.models.clip import CLIP
 from dalle2_fast.models.decoder import Decoder
 from dalle2_fast.models.prior import DiffusionPrior
 from dalle2_fast.models.upsampler import Upsampler
@@ -190,3 +191,14 @@ def test_nets_trained_on_raw_projections_are_given_those():
     pipe.decoder.sample = lambda **options: seen.append(options["text_embed"]) or sample(**options)
     pipe("a red ring", 1)
     torch.testing.assert_close(seen[0], raw)
+
+
+def test_a_clip_without_an_image_tower():
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in CLIP(visual_kind=None).parameters())
+    assert size == 123_650_304 + 1  # the text tower with its projection, and the temperature
+    tower = dict(dim_text=16, dim_latent=8, num_text_tokens=9, text_enc_depth=1, text_heads=2)
+    clip = CLIP(**tower, visual_kind=None)
+    assert clip.encode_text(torch.tensor([[1, 2, 0]]))[0].shape == (1, 8)
+    with pytest.raises(ValueError, match="expected a CLIP with an image tower"):
+        clip.encode_image(torch.rand(1, 3, 224, 224))

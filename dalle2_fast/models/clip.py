@@ -104,7 +104,8 @@ class CLIP(TextTransformer):
       "vit"       patches of visual_patch_size pixels;
       "conv_vit"  the same behind a stem of stride-2 convolutions, for small models; patch size 2, 4, 8, ...;
       "resnet"    the modified ResNet: visual_enc_depth = blocks per stage, e.g. (3, 4, 6, 3), dim_image =
-                  base width (64 for RN50), visual_heads = heads of the attention pool.
+                  base width (64 for RN50), visual_heads = heads of the attention pool;
+      None        no image tower: what text-to-image checkpoints keep of their CLIP.
     quick_gelu: the activation of OpenAI's weights; False for LAION's.
     logit_scale_init: where log(1 / temperature) starts; it is learned, and clamped at ln 100.
     image_mean, image_std: per-channel normalisation of the images.
@@ -123,7 +124,7 @@ class CLIP(TextTransformer):
         visual_heads: int = 16,
         visual_image_size: int = 224,
         visual_patch_size: int = 14,
-        visual_kind: str = "vit",
+        visual_kind: str | None = "vit",
         quick_gelu: bool = True,
         *,
         mlp_ratio: float = 4.0,
@@ -137,8 +138,9 @@ class CLIP(TextTransformer):
             mlp_ratio=mlp_ratio, quick_gelu=quick_gelu,
         )
         is_resnet = visual_kind == "resnet"
-        if visual_kind not in ("vit", "conv_vit", "resnet"):
-            raise ValueError(f'visual_kind: expected "vit", "conv_vit" or "resnet", got {visual_kind!r}')
+        if visual_kind not in ("vit", "conv_vit", "resnet", None):
+            kinds = '"vit", "conv_vit", "resnet" or None'
+            raise ValueError(f"visual_kind: expected {kinds}, got {visual_kind!r}")
         if is_resnet == isinstance(visual_enc_depth, int):
             wanted = "four stage depths, e.g. (3, 4, 6, 3)" if is_resnet else "one integer"
             raise ValueError(
@@ -159,7 +161,9 @@ class CLIP(TextTransformer):
         )
         self.dim_latent, self.image_size = dim_latent, visual_image_size
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
-        if is_resnet:
+        if visual_kind is None:
+            self.visual = None
+        elif is_resnet:
             layers = tuple(visual_enc_depth)
             self.visual = ModifiedResNet(layers, dim_image, visual_heads, visual_image_size, dim_latent)
         else:
@@ -175,6 +179,8 @@ class CLIP(TextTransformer):
 
         normalize=False gives the raw projection.
         """
+        if self.visual is None:
+            raise ValueError("images: expected a CLIP with an image tower, got one with visual_kind=None")
         size = (self.image_size, self.image_size)
         # On a GPU, looking at the values would stall the queue at every step.
         on_cpu = isinstance(images, Tensor) and images.device.type == "cpu"
