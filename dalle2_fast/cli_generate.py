@@ -25,8 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prior-steps", type=_count, metavar="N", help="diffusion steps of the prior")
     parser.add_argument("--prior-guidance", type=_scale, metavar="X", help="how closely the prior follows it")
+    parser.add_argument("--upsampler-steps", type=_count, metavar="N", help="those of the upsampler")
+    parser.add_argument("--upsampler2-steps", type=_count, metavar="N", help="of a second one, to 1024")
     parser.add_argument(
-        "--size", type=_count, metavar="PIXELS", help="256 (default) or 64: without the upsampler"
+        "--size",
+        type=_count,
+        metavar="PIXELS",
+        help="side of a picture, one that the checkpoint makes: 64, 256, 1024 (default: its largest)",
+    )
+    parser.add_argument(
+        "--tile", type=_count, metavar="PIXELS", help="upsample in overlapping tiles, to save memory: 512"
     )
     parser.add_argument("--sampler", choices=("ddpm", "ddim", "dpm++"), help="update rule of every stage")
     parser.add_argument(
@@ -73,7 +81,10 @@ def run(args: argparse.Namespace) -> int:
         guidance=args.guidance,
         prior_steps=args.prior_steps,
         prior_guidance=args.prior_guidance,
+        upsampler_steps=args.upsampler_steps,
+        upsampler2_steps=args.upsampler2_steps,
         size=args.size,
+        tile=args.tile,
         sampler=args.sampler,
         batch_size=args.batch_size,
         progress=not args.quiet,
@@ -108,7 +119,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _given(args: argparse.Namespace) -> dict[str, object]:
-    names = ("steps", "guidance", "prior_steps", "prior_guidance", "size", "sampler")
+    names = ("steps", "guidance", "prior_steps", "prior_guidance", "upsampler_steps", "upsampler2_steps",
+             "size", "tile", "sampler")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 

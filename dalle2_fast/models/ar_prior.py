@@ -20,6 +20,7 @@ from dalle2_fast.models.ar_prior_network import ARPriorNetwork
 from dalle2_fast.models.clip import CLIP
 from dalle2_fast.models.inputs import check_probability, coin, resolve_seeds
 from dalle2_fast.models.prior_base import (
+    Caption,
     CaptionedPrior,
     best_candidate,
     build_net,
@@ -195,6 +196,7 @@ class ARPrior(CaptionedPrior):
         text_embed: Tensor | None = None,  # [B, E], instead of text
         text_encodings: Tensor | None = None,  # [B, L, text_dim]
         text_mask: Tensor | None = None,  # bool [B, L]
+        negative: Caption | None = None,  # (embed [1 or B, E], encodings, mask), as CLIP.encode_text gives it
         num_samples_per_batch: int = 2,
         seeds: Tensor | None = None,  # int64 [B]
         generator: torch.Generator | None = None,
@@ -212,7 +214,8 @@ class ARPrior(CaptionedPrior):
         seeds: one a caption; the same seed gives the same embedding in any batch. None draws them from
             `generator`, or from torch's own generator.
         guidance: = cond_scale (DALLE2-pytorch's name), a number or [B]: logits = unconditional + guidance *
-            (conditional - unconditional); 1 is none.
+            (conditional - unconditional); 1 is none. negative: a caption that guidance leads away from, in
+            place of none at all; it is told the same dot product.
         temperature: the logits are divided by it; 0 takes the likeliest bucket of each dimension.
         dot_quantile: z_i . z_t is drawn from above this quantile of its distribution, in [0, 1); the paper
             takes the top half.
@@ -232,7 +235,7 @@ class ARPrior(CaptionedPrior):
             raise ValueError(f"dot_quantile: expected a number in [0, 1), got {dot_quantile}")
         seeds = candidate_seeds(resolve_seeds(seeds, batch, device, generator), count)
         guidance = resolve_guidance(cond_scale, guidance, batch, count, device)
-        condition = self._with_and_without(caption, guided=guidance is not None)
+        condition = self._with_and_without(caption, guidance is not None, self._negative(negative, caption))
         prefix = self.net.remember(*condition).repeat_interleave(count)
 
         # One number in (0, 1) for each choice of each candidate, by its seed and the choice's place alone.
@@ -240,7 +243,7 @@ class ARPrior(CaptionedPrior):
         chances = chances.clamp(max=1 - 2**-24)
         dot_codes = ((dot_quantile + (1 - dot_quantile) * chances[:, 0]) * self.net.num_dot_buckets).long()
         last = dot_codes.clamp(max=self.net.num_dot_buckets - 1)
-        untold = torch.full_like(last, self.net.num_dot_buckets)
+        untold = torch.full_like(last, self.net.num_dot_buckets) if negative is None else last
         codes = []
         places = range(steps)
         if progress:

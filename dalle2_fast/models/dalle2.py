@@ -1,4 +1,4 @@
-"""caption -> CLIP text -> prior -> image embedding -> decoder -> upsampler: DALL-E 2 (arXiv 2204.06125)."""
+"""caption -> CLIP text -> prior -> image embedding -> decoder -> upsamplers: DALL-E 2 (arXiv 2204.06125)."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dalle2_fast.data.tokenizer import Tokenizer
+    from dalle2_fast.models.ar_prior import ARPrior
     from dalle2_fast.models.clip import CLIP
     from dalle2_fast.models.decoder import Decoder
     from dalle2_fast.models.prior import DiffusionPrior
@@ -42,16 +43,20 @@ SAMPLING = {
     "prior_candidates": 2,  # drawn for each image; the one closest to the caption is kept
     "negative_prompt": None,  # what guidance leads away from: no caption at all, or this one
     "upsampler_steps": 10,
-    "sampler": "dpm++",  # of all three diffusions
+    "upsampler2_steps": 15,
+    "tile": None,  # the upsamplers' own sample_tile
+    "sampler": "dpm++",  # of every diffusion
 }
-PARTS = ("clip", "prior", "decoder", "upsampler")
+UPSAMPLERS = ("upsampler", "upsampler2")
+PARTS = ("clip", "prior", "decoder", *UPSAMPLERS)
 
 
 class DALLE2(nn.Module):
     """The whole chain. `pipe(prompt, ...)` gives images, `pipe.generate(prompt, ...)` the intermediate
     results too.
 
-    clip, prior, decoder: the trained modules; upsampler: None makes images of the decoder's size only.
+    clip, prior (a DiffusionPrior or an ARPrior), decoder: the trained modules. upsampler: None makes images
+    of the decoder's size only; upsampler2: a second one, from the first one's size (unCLIP's: 256 to 1024).
     tokenizer: text <-> ids of CLIP's (and the decoder's own) text tower.
     sampling: this model's values of SAMPLING where a call names none.
     metadata: anything JSON-able that is kept with the checkpoint (the world it was trained on, say).
@@ -60,11 +65,12 @@ class DALLE2(nn.Module):
     def __init__(
         self,
         clip: CLIP,
-        prior: DiffusionPrior,
+        prior: DiffusionPrior | ARPrior,
         decoder: Decoder,
         upsampler: Upsampler | None = None,
         tokenizer: Tokenizer | None = None,
         *,
+        upsampler2: Upsampler | None = None,
         sampling: dict[str, Any] | None = None,
         metadata: dict[str, Any] | None = None,
     ) -> None:
@@ -76,11 +82,12 @@ class DALLE2(nn.Module):
                 f"sampling: expected some of {', '.join(SAMPLING)}, got {', '.join(sorted(unknown))}"
             )
         _check_sampling(sampling or {})
-        _check_parts(clip, prior, decoder, upsampler, tokenizer)
+        _check_parts(clip, prior, decoder, (upsampler, upsampler2), tokenizer)
         self.clip = clip
         self.prior = prior
         self.decoder = decoder
         self.upsampler = upsampler
+        self.upsampler2 = upsampler2
         self.tokenizer = tokenizer
         self.sampling = {**SAMPLING, **(sampling or {})}
         self.metadata = dict(metadata or {})
@@ -88,10 +95,8 @@ class DALLE2(nn.Module):
     @property
     def sizes(self) -> tuple[int, ...]:
         """The image sizes that this chain makes, smallest first."""
-        return (
-            self.decoder.image_size,
-            *((self.upsampler.image_size,) if self.upsampler is not None else ()),
-        )
+        chain = (self.decoder, self.upsampler, self.upsampler2)
+        return tuple(part.image_size for part in chain if part is not None)
 
     @property
     def device(self) -> torch.device:
@@ -132,7 +137,9 @@ class DALLE2(nn.Module):
         prior_guidance: float | None = None,
         negative_prompt: str | None = None,
         upsampler_steps: int | None = None,
+        upsampler2_steps: int | None = None,
         size: int | None = None,
+        tile: int | None = None,
         sampler: str | None = None,
         batch_size: int | None = None,
         progress: Progress = False,
@@ -142,10 +149,12 @@ class DALLE2(nn.Module):
         prompt: one caption or several; every word must be known to the tokenizer.
         seed: 0 ... 2^63 - 1. Image i of a prompt depends on (seed, i) only, not on num_images or the other
             prompts. None draws it from `generator`, or else from torch's own (torch.manual_seed decides).
-        steps, guidance: of the decoder; prior_steps, prior_guidance: of the prior; upsampler_steps: of the
-            upsampler, which has no guidance. 1 is no guidance, more follows the caption more closely.
+        steps, guidance: of the decoder; prior_steps, prior_guidance: of the prior (an autoregressive one has
+            no steps); upsampler_steps, upsampler2_steps: of the upsamplers, which have no guidance. 1 is no
+            guidance, more follows the caption more closely.
         negative_prompt: a caption that guidance leads away from.
-        size: one of `sizes`, by default the largest.
+        size: one of `sizes`, by default the largest. tile: side of the windows in which an upsampler makes a
+            larger picture, to save memory, see Upsampler.sample.
         sampler: "ddpm", "ddim" or "dpm++", for every stage.
         batch_size: at most so many images at a time, to save memory; the same images up to rounding.
         progress: True draws one bar per stage on stderr; a callable(stage, iterable, total) -> iterable wraps
@@ -166,20 +175,24 @@ class DALLE2(nn.Module):
             prior_guidance=prior_guidance,
             negative_prompt=negative_prompt,
             upsampler_steps=upsampler_steps,
+            upsampler2_steps=upsampler2_steps,
+            tile=tile,
             sampler=sampler,
         )
+        if prior_steps is not None and not self.prior.diffuses:
+            raise ValueError(f"prior_steps: an autoregressive prior has none, got {prior_steps}")
         at_least_one("num_images", num_images)
         seed = choose_seed(seed, generator)
         seeds = [sample_seed(seed, index) for index in range(num_images)] * len(prompts)
         run = Run(self, seed, seeds, batch_size=batch_size, progress=progress)
         with run.evaluating():
             for_prior, for_decoder = self._captions(run, prompts, num_images, chosen["negative_prompt"])
+            if self.prior.diffuses:
+                for_prior = for_prior | {"steps": chosen["prior_steps"], "sampler": chosen["sampler"]}
             image_embed = run.sample(
                 "prior",
-                steps=chosen["prior_steps"],
                 cond_scale=chosen["prior_guidance"],
                 num_samples_per_batch=chosen["prior_candidates"],
-                sampler=chosen["sampler"],
                 **for_prior,
             )
             return self._draw(run, image_embed, chosen, size, **for_decoder)
@@ -216,7 +229,7 @@ class DALLE2(nn.Module):
             name: tensor[rows]
             for name, tensor in zip(("text_embed", "text_encodings", "text_mask"), encoded, strict=True)
         }
-        for_decoder = for_prior
+        for_decoder = dict(for_prior)
         if self.decoder.text_encoder is not None:  # it has a tower of its own
             for_decoder = {"text": tokens[rows]}
         if others:
@@ -235,14 +248,18 @@ class DALLE2(nn.Module):
         size: int,
         **for_decoder: Any,
     ) -> Generation:
-        """Image embeddings -> images: decoder and, where `size` asks for it, upsampler."""
+        """Image embeddings -> images: decoder and, as far as `size` asks for them, upsamplers."""
         for_decoder = {"sampler": chosen["sampler"], "cond_scale": chosen["guidance"]} | for_decoder
         low_res = images = run.sample(
             "decoder", steps=chosen["steps"], image_embed=image_embed, **for_decoder
         )
-        if size != self.decoder.image_size:
+        for stage in UPSAMPLERS[: self.sizes.index(size)]:
             images = run.sample(
-                "upsampler", steps=chosen["upsampler_steps"], sampler=chosen["sampler"], low_res=low_res
+                stage,
+                steps=chosen[f"{stage}_steps"],
+                sampler=chosen["sampler"],
+                tile=chosen["tile"],
+                low_res=images,
             )
         return run.made(images, low_res, image_embed)
 
@@ -257,6 +274,7 @@ class DALLE2(nn.Module):
         parts = {name: getattr(self, name) for name in PARTS}
         config = {
             "model": "DALLE2",
+            "prior_class": type(self.prior).__name__,
             **{name: None if part is None else part.config for name, part in parts.items()},
             "tokenizer": self.tokenizer.to_config(),
             "sampling": self.sampling,
@@ -279,6 +297,7 @@ class DALLE2(nn.Module):
         damaged, truncated or unknown one, naming the keys that are missing, left over or of another shape.
         """
         from dalle2_fast.data.tokenizer import tokenizer_from_config
+        from dalle2_fast.models.ar_prior import ARPrior
         from dalle2_fast.models.clip import CLIP
         from dalle2_fast.models.decoder import Decoder
         from dalle2_fast.models.prior import DiffusionPrior
@@ -290,11 +309,18 @@ class DALLE2(nn.Module):
             raise CheckpointError(
                 f"{path}: expected a checkpoint of model 'DALLE2', got {config.get('model')!r}"
             )
-        classes = {"clip": CLIP, "prior": DiffusionPrior, "decoder": Decoder, "upsampler": Upsampler}
+        priors = {"DiffusionPrior": DiffusionPrior, "ARPrior": ARPrior}
+        prior = config.get("prior_class", "DiffusionPrior")  # absent in older ones
+        if prior not in priors:
+            raise CheckpointError(
+                f"{path}: config.json: prior_class: expected one of {', '.join(priors)}, got {prior!r}"
+            )
+        classes = {"clip": CLIP, "prior": priors[prior], "decoder": Decoder}
+        classes |= dict.fromkeys(UPSAMPLERS, Upsampler)
         parts = {}
         with torch.random.fork_rng(devices=[]):  # constructors draw initial weights
             for name, part in classes.items():
-                if config.get(name) is None and name == "upsampler":
+                if config.get(name) is None and name in UPSAMPLERS:
                     continue
                 parts[name] = construct(lambda options, part=part: part(**options), config, name, path)
         tokenizer = construct(tokenizer_from_config, config, "tokenizer", path)
@@ -312,9 +338,9 @@ class DALLE2(nn.Module):
 
 def _check_parts(
     clip: CLIP,
-    prior: DiffusionPrior,
+    prior: DiffusionPrior | ARPrior,
     decoder: Decoder,
-    upsampler: Upsampler | None,
+    upsamplers: tuple[Upsampler | None, Upsampler | None],
     tokenizer: Tokenizer,
 ) -> None:
     """ValueError for parts that were not made for each other: they would fail, or draw nonsense, later."""
@@ -331,10 +357,15 @@ def _check_parts(
         ("prior: text_dim", width, prior.net.text_dim, "CLIP's dim_text"),
         ("decoder: image_embed_dim", clip.dim_latent, decoder.image_embed_dim, "CLIP's dim_latent"),
     ]
+    upsampler, upsampler2 = upsamplers
     if upsampler is not None:
-        equal.append(
-            ("upsampler: low_res_size", decoder.image_size, upsampler.low_res_size, "the decoder's size")
-        )
+        why = "the decoder's size"
+        equal.append(("upsampler: low_res_size", decoder.image_size, upsampler.low_res_size, why))
+    if upsampler2 is not None:
+        if upsampler is None:
+            raise ValueError("upsampler2: expected an upsampler before it, got None")
+        why = "the first upsampler's size"
+        equal.append(("upsampler2: low_res_size", upsampler.image_size, upsampler2.low_res_size, why))
     for name, expected, came, why in equal:
         if came != expected:
             raise ValueError(f"{name}: expected {expected} ({why}), got {came}")
@@ -348,7 +379,9 @@ def _check_sampling(chosen: dict[str, Any]) -> None:
         elif name == "negative_prompt":
             if value is not None and not isinstance(value, str):
                 raise TypeError(f"negative_prompt: expected a caption, got {value!r}")
-        elif name.endswith("steps") or name == "prior_candidates":
+        elif name == "tile" and value is None:
+            continue
+        elif name.endswith("steps") or name in ("prior_candidates", "tile"):
             at_least_one(name, value)
         elif isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name}: expected a number, got {value!r}")

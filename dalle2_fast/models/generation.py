@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dalle2_fast.models.watch import StageWatch
 
-STAGES = ("text", "prior", "decoder", "upsampler")
+STAGES = ("text", "prior", "decoder", "upsampler", "upsampler2")
 Progress = bool | Callable[[str, Iterable, int | None], Iterable]
 
 
