@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from dalle2_fast.checkpoints.folder import CheckpointError
+from dalle2_fast.checkpoints.folder import CheckpointError, construct
+from dalle2_fast.checkpoints.renaming import listed
 
 
 def join_states(parts: Mapping[str, nn.Module | None]) -> dict[str, Tensor]:
@@ -25,26 +28,60 @@ def join_states(parts: Mapping[str, nn.Module | None]) -> dict[str, Tensor]:
     return tensors
 
 
-def load_state(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, source: object) -> None:
+def load_state(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    prefix: str,
+    source: object,
+    *,
+    assign: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Copy `tensors["<prefix>.<key>"]` into `module`, which must find every key, each of its own shape.
 
     `source` (a path) begins the message of the CheckpointError that names missing keys, leftover keys and
-    wrong shapes. On an error nothing has been copied.
+    wrong shapes. On an error nothing has been copied. assign: put the tensors themselves in the place of the
+    module's, on `device` and, if floating-point, in `dtype`: for a module built on the "meta" device.
     """
-    own = {key: value for key, value in module.state_dict().items()}
+    own = module.state_dict()
     given = {key[len(prefix) + 1 :]: value for key, value in tensors.items() if key.startswith(prefix + ".")}
     problems = []
     if missing := [key for key in own if key not in given]:
-        problems.append(f"missing {_names(prefix, missing)}")
+        problems.append(f"missing {listed(missing, prefix)}")
     if leftover := [key for key in given if key not in own]:
-        problems.append(f"left over {_names(prefix, leftover)}")
+        problems.append(f"left over {listed(leftover, prefix)}")
     for key in [key for key in own if key in given and own[key].shape != given[key].shape][:3]:
         problems.append(f"{prefix}.{key}: expected {list(own[key].shape)}, got {list(given[key].shape)}")
     if problems:
         raise CheckpointError(
             f"{source}: the weights do not fit the {prefix} of the config: " + "; ".join(problems)
         )
-    module.load_state_dict(given)
+    if assign:
+        given = {
+            key: value.to(device=device, dtype=dtype if value.is_floating_point() else None).contiguous()
+            for key, value in given.items()
+        }
+    module.load_state_dict(given, assign=assign)
+
+
+def build(
+    make: Callable[..., nn.Module],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    name: str,
+    source: object,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """`make(**config[name])` with the tensors called "<name>.<key>" as its weights, in evaluation mode.
+
+    No initial weights are drawn: for Karlo's 3.4 billion that would take longer than reading them.
+    """
+    with torch.device("meta"):
+        module = construct(lambda options: make(**options), config, name, source)
+    load_state(module, tensors, name, source, assign=True, device=device, dtype=dtype)
+    return module.eval()
 
 
 def reject_leftovers(tensors: Mapping[str, Tensor], prefixes: Iterable[str], source: object) -> None:
@@ -52,12 +89,6 @@ def reject_leftovers(tensors: Mapping[str, Tensor], prefixes: Iterable[str], sou
     known = set(prefixes)
     if leftover := [key for key in tensors if key.partition(".")[0] not in known]:
         raise CheckpointError(
-            f"{source}: tensors that belong to no part of the config: {_names('', leftover)}; "
+            f"{source}: tensors that belong to no part of the config: {listed(leftover)}; "
             f"expected names that begin with {', '.join(f'{name}.' for name in sorted(known))}"
         )
-
-
-def _names(prefix: str, keys: list[str], limit: int = 5) -> str:
-    shown = [f"{prefix}.{key}" if prefix else key for key in keys[:limit]]
-    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
-    return f"{len(keys)} ({', '.join(shown)}{more})"

@@ -1,0 +1,90 @@
+"""From the names in somebody else's file to ours: rules, and naming what was missing or left over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dalle2_fast.checkpoints.folder import CheckpointError
+
+
+@dataclass(frozen=True)
+class Taken:
+    """One of our tensors: which of theirs it is made of, and how."""
+
+    names: tuple[str, ...]
+    make: Callable[..., Tensor] = lambda tensor: tensor
+
+
+Rules = dict[str, Taken]  # our name -> where it comes from
+
+
+def same(ours: str, theirs: str, make: Callable[..., Tensor] | None = None) -> Rules:
+    """Weight and bias of one layer, `make` applied to each."""
+    kinds = ("weight", "bias")
+    if make is None:
+        return {f"{ours}.{kind}": Taken((f"{theirs}.{kind}",)) for kind in kinds}
+    return {f"{ours}.{kind}": Taken((f"{theirs}.{kind}",), make) for kind in kinds}
+
+
+def stacked(ours: str, *theirs: str) -> Rules:
+    """Weight and bias of one layer, the rows of theirs below each other."""
+    return {
+        f"{ours}.{kind}": Taken(tuple(f"{name}.{kind}" for name in theirs), lambda *rows: torch.cat(rows))
+        for kind in ("weight", "bias")
+    }
+
+
+def by_part(parts: int, head_dim: int) -> Callable[[Tensor], Tensor]:
+    """Rows [heads, parts, head_dim] of a fused projection -> [parts, heads, head_dim], as ours are. A
+    trailing kernel of one, of a convolution that is a linear layer, is dropped."""
+
+    def reorder(rows: Tensor) -> Tensor:
+        rows = rows.flatten(1) if rows.dim() > 1 else rows
+        return rows.unflatten(0, (-1, parts, head_dim)).transpose(0, 1).flatten(0, 2)
+
+    return reorder
+
+
+def without_kernel(weight: Tensor) -> Tensor:
+    """[out, in, 1] of a convolution that is a linear layer -> [out, in]."""
+    return weight.flatten(1) if weight.dim() > 1 else weight
+
+
+def under(prefix: str, rules: Rules, theirs: str = "") -> Rules:
+    """The same rules for names that begin with `prefix` here and with `theirs` there."""
+    return {
+        prefix + ours: Taken(tuple(theirs + name for name in taken.names), taken.make)
+        for ours, taken in rules.items()
+    }
+
+
+def translate(tensors: Mapping[str, Tensor], rules: Rules, source: object) -> dict[str, Tensor]:
+    """Our tensors made of theirs. CheckpointError names, in their words, what is missing or left over, and
+    what has a shape from which ours cannot be made."""
+    used = {name for taken in rules.values() for name in taken.names}
+    problems = []
+    if missing := sorted(used - tensors.keys()):
+        problems.append(f"missing {listed(missing)}")
+    if leftover := sorted(tensors.keys() - used):
+        problems.append(f"left over {listed(leftover)}")
+    if problems:
+        raise CheckpointError(f"{source}: the weights do not fit: " + "; ".join(problems))
+    made = {}
+    for ours, taken in rules.items():
+        try:
+            made[ours] = taken.make(*(tensors[name] for name in taken.names))
+        except (RuntimeError, IndexError) as error:
+            shapes = ", ".join(f"{name} {list(tensors[name].shape)}" for name in taken.names)
+            raise CheckpointError(f"{source}: no {ours} can be made of {shapes} ({error})") from None
+    return made
+
+
+def listed(keys: list[str], prefix: str = "", limit: int = 5) -> str:
+    """How many, and the first few: "7 (a.weight, a.bias and 5 more)"."""
+    shown = [f"{prefix}.{key}" if prefix else key for key in keys[:limit]]
+    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return f"{len(keys)} ({', '.join(shown)}{more})"

@@ -1,0 +1,127 @@
+"""Where the blocks of an ADM U-Net lie: in ours, in Karlo's original files (which name them as
+guided-diffusion does) and in diffusers' UNet2DConditionModel and UNet2DModel.
+
+They run in the same order; what differs is how they are counted. Ours counts layers. The original counts the
+stations at which a skip connection begins or ends, so that a block that doubles the resolution is a part of
+the station before it. diffusers counts levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dalle2_fast.checkpoints.renaming import Rules, by_part, same, stacked, without_kernel
+
+
+@dataclass(frozen=True)
+class Place:
+    """A residual block and the attention behind it, if there is one."""
+
+    ours: str  # of both: "<ours>.res", "<ours>.attention"
+    original: str  # the station
+    number: int  # of the block in its station; the attention has the next
+    diffusers: str  # of the block; the attention has the same with "attentions" in the place of "resnets"
+    attends: bool
+    skips: bool  # the skip is a convolution, because the block changes the width
+
+
+def unet_places(
+    channels: Sequence[int], layers: Sequence[int], attention_levels: Sequence[int]
+) -> Iterator[Place]:
+    """The blocks in the order in which they run. The arguments are those of our UNet."""
+    width, skips, down = channels[0], [channels[0]], 0
+    for level, after in enumerate(channels):
+        attends = level in attention_levels
+        for index in range(layers[level]):
+            theirs = (f"input_blocks.{down + 1}", 0, f"down_blocks.{level}.resnets.{index}")
+            yield Place(f"down.{down}", *theirs, attends, width != after)
+            width, down = after, down + 1
+            skips.append(width)
+        if level < len(channels) - 1:
+            theirs = (f"input_blocks.{down + 1}", 0, f"down_blocks.{level}.downsamplers.0")
+            yield Place(f"down.{down}", *theirs, False, False)
+            down += 1
+            skips.append(width)
+
+    attends = len(attention_levels) > 0
+    yield Place("middle.0", "middle_block", 0, "mid_block.resnets.0", attends, False)
+    yield Place("middle.1", "middle_block", 1 + attends, "mid_block.resnets.1", False, False)
+
+    up = station = 0
+    for number, level in enumerate(reversed(range(len(channels)))):
+        after, attends = channels[level], level in attention_levels
+        for index in range(layers[level] + 1):
+            theirs = (f"output_blocks.{station}", 0, f"up_blocks.{number}.resnets.{index}")
+            yield Place(f"up.{up}", *theirs, attends, width + skips.pop() != after)
+            width, up, station = after, up + 1, station + 1
+        if level > 0:
+            theirs = (f"output_blocks.{station - 1}", 1 + attends, f"up_blocks.{number}.upsamplers.0")
+            yield Place(f"up.{up}", *theirs, False, False)
+            up += 1
+
+
+_RES = {
+    # ours: (the original's, diffusers')
+    "norm1": ("in_layers.0", "norm1"),
+    "conv1": ("in_layers.2", "conv1"),
+    "embed": ("emb_layers.1", "time_emb_proj"),
+    "norm2": ("out_layers.0", "norm2"),
+    "conv2": ("out_layers.3", "conv2"),
+    "skip": ("skip_connection", "conv_shortcut"),
+}
+
+
+def original_rules(unet: Mapping[str, Any]) -> Rules:
+    """The U-Net with these arguments, from the names of Karlo's original files.
+
+    Projections there hold each head's queries, keys and values together, [heads, 3, head_dim] rows, and are
+    convolutions.
+    """
+    rules = (
+        same("time_embed.0", "time_embed.0")
+        | same("time_embed.2", "time_embed.2")
+        | same("conv_in", "input_blocks.0.0")
+        | same("norm_out", "out.0")
+        | same("conv_out", "out.2")
+    )
+    head_dim = unet["head_dim"]
+    for place in _places(unet):
+        theirs = f"{place.original}.{place.number}"
+        for ours, (name, _) in _RES.items():
+            if ours != "skip" or place.skips:
+                rules |= same(f"{place.ours}.res.{ours}", f"{theirs}.{name}")
+        if place.attends:
+            ours, theirs = f"{place.ours}.attention", f"{place.original}.{place.number + 1}"
+            rules |= same(f"{ours}.norm", f"{theirs}.norm")
+            rules |= same(f"{ours}.qkv", f"{theirs}.qkv", by_part(3, head_dim))
+            rules |= same(f"{ours}.context_kv", f"{theirs}.encoder_kv", by_part(2, head_dim))
+            rules |= same(f"{ours}.project", f"{theirs}.proj_out", without_kernel)
+    return rules
+
+
+def diffusers_rules(unet: Mapping[str, Any]) -> Rules:
+    """The U-Net with these arguments, from diffusers' names."""
+    rules = (
+        same("time_embed.0", "time_embedding.linear_1")
+        | same("time_embed.2", "time_embedding.linear_2")
+        | same("conv_in", "conv_in")
+        | same("norm_out", "conv_norm_out")
+        | same("conv_out", "conv_out")
+    )
+    for place in _places(unet):
+        for ours, (_, name) in _RES.items():
+            if ours != "skip" or place.skips:
+                rules |= same(f"{place.ours}.res.{ours}", f"{place.diffusers}.{name}")
+        if place.attends:
+            ours, theirs = f"{place.ours}.attention", place.diffusers.replace("resnets", "attentions")
+            rules |= same(f"{ours}.norm", f"{theirs}.group_norm")
+            rules |= stacked(f"{ours}.qkv", *(f"{theirs}.to_{part}" for part in "qkv"))
+            rules |= stacked(f"{ours}.context_kv", *(f"{theirs}.add_{part}_proj" for part in "kv"))
+            rules |= same(f"{ours}.project", f"{theirs}.to_out.0")
+    return rules
+
+
+def _places(unet: Mapping[str, Any]) -> Iterator[Place]:
+    return unet_places(unet["channels"], unet["layers_per_block"], unet["attention_levels"])
