@@ -20,8 +20,10 @@ from dalle2_fast.checkpoints import (
     reject_leftovers,
     save_folder,
 )
+from dalle2_fast.models.chain import SAMPLING, UPSAMPLERS, check_sampling
 from dalle2_fast.models.generation import Generation, Progress, Run, at_least_one, choose_seed, sample_seed
-from dalle2_fast.models.pictures import to_pil
+from dalle2_fast.models.manipulations import Manipulations
+from dalle2_fast.models.pictures import as_images, resized, to_pil
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,27 +35,12 @@ if TYPE_CHECKING:
     from dalle2_fast.models.prior import DiffusionPrior
     from dalle2_fast.models.upsampler import Upsampler
 
-SAMPLERS = ("ddpm", "ddim", "dpm++")
-# What a call uses when it says nothing; a checkpoint may carry its own values under "sampling" in its config.
-SAMPLING = {
-    "steps": 25,  # decoder
-    "guidance": 3.0,  # decoder
-    "prior_steps": 25,
-    "prior_guidance": 1.0,
-    "prior_candidates": 2,  # drawn for each image; the one closest to the caption is kept
-    "negative_prompt": None,  # what guidance leads away from: no caption at all, or this one
-    "upsampler_steps": 10,
-    "upsampler2_steps": 15,
-    "tile": None,  # the upsamplers' own sample_tile
-    "sampler": "dpm++",  # of every diffusion
-}
-UPSAMPLERS = ("upsampler", "upsampler2")
 PARTS = ("clip", "prior", "decoder", *UPSAMPLERS)
 
 
-class DALLE2(nn.Module):
+class DALLE2(Manipulations, nn.Module):
     """The whole chain. `pipe(prompt, ...)` gives images, `pipe.generate(prompt, ...)` the intermediate
-    results too.
+    results too; what begins with a picture (variations, inpaint, ...) is in Manipulations.
 
     clip, prior (a DiffusionPrior or an ARPrior), decoder: the trained modules. upsampler: None makes images
     of the decoder's size only; upsampler2: a second one, from the first one's size (unCLIP's: 256 to 1024).
@@ -81,7 +68,7 @@ class DALLE2(nn.Module):
             raise ValueError(
                 f"sampling: expected some of {', '.join(SAMPLING)}, got {', '.join(sorted(unknown))}"
             )
-        _check_sampling(sampling or {})
+        check_sampling(sampling or {})
         _check_parts(clip, prior, decoder, (upsampler, upsampler2), tokenizer)
         self.clip = clip
         self.prior = prior
@@ -136,6 +123,8 @@ class DALLE2(nn.Module):
         prior_steps: int | None = None,
         prior_guidance: float | None = None,
         negative_prompt: str | None = None,
+        init_image: Tensor | Image | None = None,
+        strength: float = 0.6,
         upsampler_steps: int | None = None,
         upsampler2_steps: int | None = None,
         size: int | None = None,
@@ -153,6 +142,8 @@ class DALLE2(nn.Module):
             no steps); upsampler_steps, upsampler2_steps: of the upsamplers, which have no guidance. 1 is no
             guidance, more follows the caption more closely.
         negative_prompt: a caption that guidance leads away from.
+        init_image, strength: let the decoder start from this picture (square, of any size; one, or one a
+            prompt), noised, and make the last `strength` in (0, 1] of its steps: 1 forgets the picture.
         size: one of `sizes`, by default the largest. tile: side of the windows in which an upsampler makes a
             larger picture, to save memory, see Upsampler.sample.
         sampler: "ddpm", "ddim" or "dpm++", for every stage.
@@ -185,83 +176,16 @@ class DALLE2(nn.Module):
         seed = choose_seed(seed, generator)
         seeds = [sample_seed(seed, index) for index in range(num_images)] * len(prompts)
         run = Run(self, seed, seeds, batch_size=batch_size, progress=progress)
+        for_decoder = {}
+        if init_image is not None:
+            start = resized(as_images("init_image", init_image, self.device), self.decoder.image_size)
+            if len(start) not in (1, len(prompts)):
+                raise ValueError(f"init_image: expected one image or {len(prompts)}, got {len(start)}")
+            start = start.expand(len(prompts), -1, -1, -1).repeat_interleave(num_images, dim=0)
+            for_decoder = {"init_image": start, "strength": strength}
         with run.evaluating():
-            for_prior, for_decoder = self._captions(run, prompts, num_images, chosen["negative_prompt"])
-            if self.prior.diffuses:
-                for_prior = for_prior | {"steps": chosen["prior_steps"], "sampler": chosen["sampler"]}
-            image_embed = run.sample(
-                "prior",
-                cond_scale=chosen["prior_guidance"],
-                num_samples_per_batch=chosen["prior_candidates"],
-                **for_prior,
-            )
-            return self._draw(run, image_embed, chosen, size, **for_decoder)
-
-    # What `generate` and the manipulations are made of.
-
-    def _size(self, size: int | None) -> int:
-        size = self.sizes[-1] if size is None else size
-        if size not in self.sizes:
-            raise ValueError(f"size: expected one of {', '.join(map(str, self.sizes))}, got {size!r}")
-        return size
-
-    def _chosen(self, **given: Any) -> dict[str, Any]:
-        """The checkpoint's settings, replaced by those that were given."""
-        chosen = self.sampling | {name: value for name, value in given.items() if value is not None}
-        _check_sampling(chosen)
-        return chosen
-
-    def _captions(
-        self, run: Run, prompts: list[str], repeats: int = 1, negative: str | None = None
-    ) -> tuple[dict, dict]:
-        """What the prior's and the decoder's `sample` are told of captions, each `repeats` times, and of the
-        one that guidance leads away from: `negative`, or else the checkpoint's."""
-        negative = self.sampling["negative_prompt"] if negative is None else negative
-        others = [] if negative is None else [negative]
-        tokens = self.tokenizer.encode([*prompts, *others]).to(self.device)  # names unknown words
-        # Weights that were trained on CLIP's raw projections want their length, too.
-        unit_norm = self.prior.unit_norm and self.decoder.unit_norm
-        with run.watch("text") as track:
-            for _ in track(range(1), 1):
-                encoded = self.clip.encode_text(tokens, normalize=unit_norm)
-        rows = torch.arange(len(prompts), device=self.device).repeat_interleave(repeats)
-        for_prior = {
-            name: tensor[rows]
-            for name, tensor in zip(("text_embed", "text_encodings", "text_mask"), encoded, strict=True)
-        }
-        for_decoder = dict(for_prior)
-        if self.decoder.text_encoder is not None:  # it has a tower of its own
-            for_decoder = {"text": tokens[rows]}
-        if others:
-            last = tuple(tensor[-1:] for tensor in encoded)
-            for_prior = for_prior | {"negative": last}
-            if self.decoder.text_encoder is not None:
-                last = tokens[-1:].expand(len(rows), -1)
-            for_decoder = for_decoder | {"negative": last}
-        return for_prior, for_decoder
-
-    def _draw(
-        self,
-        run: Run,
-        image_embed: Tensor,  # [B, D]
-        chosen: dict[str, Any],
-        size: int,
-        **for_decoder: Any,
-    ) -> Generation:
-        """Image embeddings -> images: decoder and, as far as `size` asks for them, upsamplers."""
-        for_decoder = {"sampler": chosen["sampler"], "cond_scale": chosen["guidance"]} | for_decoder
-        low_res = images = run.sample(
-            "decoder", steps=chosen["steps"], image_embed=image_embed, **for_decoder
-        )
-        for stage in UPSAMPLERS[: self.sizes.index(size)]:
-            images = run.sample(
-                stage,
-                steps=chosen[f"{stage}_steps"],
-                sampler=chosen["sampler"],
-                tile=chosen["tile"],
-                low_res=images,
-            )
-        return run.made(images, low_res, image_embed)
+            image_embed, told = self._prior(run, prompts, num_images, chosen)
+            return self._draw(run, image_embed, chosen, size, **for_decoder, **told)
 
     # ------------------------------------------------------------------------------------------- checkpoints
 
@@ -369,21 +293,3 @@ def _check_parts(
     for name, expected, came, why in equal:
         if came != expected:
             raise ValueError(f"{name}: expected {expected} ({why}), got {came}")
-
-
-def _check_sampling(chosen: dict[str, Any]) -> None:
-    for name, value in chosen.items():
-        if name == "sampler":
-            if value not in SAMPLERS:
-                raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {value!r}")
-        elif name == "negative_prompt":
-            if value is not None and not isinstance(value, str):
-                raise TypeError(f"negative_prompt: expected a caption, got {value!r}")
-        elif name == "tile" and value is None:
-            continue
-        elif name.endswith("steps") or name in ("prior_candidates", "tile"):
-            at_least_one(name, value)
-        elif isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name}: expected a number, got {value!r}")
-        elif not 0 <= value < float("inf"):
-            raise ValueError(f"{name}: expected a finite number >= 0, got {value}")

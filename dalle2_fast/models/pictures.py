@@ -81,3 +81,29 @@ def resized(images: Tensor, side: int) -> Tensor:  # [B, 3, S, S] -> [B, 3, side
         return images
     wide = images if images.dtype == torch.float64 else images.float()
     return F.interpolate(wide, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def as_mask(name: str, given: Tensor | Image, device: torch.device) -> Tensor:
+    """What a caller calls a mask -> bool [B, 1, S, S] on `device`, True = repaint.
+
+    given: a PIL image, repainted where it is lighter than middle grey, or a tensor of 0 and 1 (or bool) of
+        shape [S, S], [1, S, S] or [B, 1, S, S].
+    """
+    if not isinstance(given, Tensor):
+        if not hasattr(given, "getdata"):
+            raise TypeError(f"{name}: expected a tensor or a PIL image, got {type(given).__name__}")
+        given = from_pil(given).mean(dim=1, keepdim=True) >= 0.5
+    mask = given[None] if given.ndim == 3 else given[None, None] if given.ndim == 2 else given
+    if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] != mask.shape[3] or mask.numel() == 0:
+        raise ValueError(f"{name}: expected [B, 1, S, S], [1, S, S] or [S, S], got {tuple(given.shape)}")
+    if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(f"{name}: expected 0 (keep) and 1 (repaint) only, got other values")
+    return mask.bool().to(device)
+
+
+def resized_mask(mask: Tensor, side: int) -> Tensor:  # bool [B, 1, S, S] -> bool [B, 1, side, side]
+    """True wherever any part of the pixel is to be repainted, so that nothing old shines through."""
+    size = mask.shape[-1]
+    if size == side:
+        return mask
+    return F.adaptive_max_pool2d(mask.float(), side) > 0  # also to a larger side: each cell sees its source
