@@ -23,6 +23,8 @@ _HOMES = {
     "SoftClipLoss": "dalle2_fast.losses",
     "GroupNormSiLU": "dalle2_fast.modules",
     "build_info": "dalle2_fast._backend",
+    "patch": "dalle2_fast.adapters.patch",
+    "unpatch": "dalle2_fast.adapters.patch",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]
