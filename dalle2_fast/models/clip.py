@@ -11,11 +11,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle2_fast.checkpoints.clip import read_clip
+from dalle2_fast.checkpoints.clip_layouts import export
+from dalle2_fast.checkpoints.folder import CheckpointError, save_folder
 from dalle2_fast.functional import contrastive_loss
 from dalle2_fast.models.inputs import check_images
 from dalle2_fast.models.resnet import ModifiedResNet
@@ -99,7 +105,8 @@ class CLIP(TextTransformer):
     It *is* its text tower plus `visual`, because OpenAI's files keep the text tower's weights at top level.
 
     dim_latent: width of the shared embedding; dim_text, text_enc_depth, text_heads, text_seq_len,
-    num_text_tokens: the text tower; dim_image, visual_enc_depth, visual_heads, visual_image_size: the image
+    num_text_tokens: the text tower (text_enc_depth=None: there is none, which image encoders alone are);
+    dim_image, visual_enc_depth, visual_heads, visual_image_size: the image
     tower, of visual_kind
       "vit"       patches of visual_patch_size pixels;
       "conv_vit"  the same behind a stem of stride-2 convolutions, for small models; patch size 2, 4, 8, ...;
@@ -107,6 +114,7 @@ class CLIP(TextTransformer):
                   base width (64 for RN50), visual_heads = heads of the attention pool;
       None        no image tower: what text-to-image checkpoints keep of their CLIP.
     quick_gelu: the activation of OpenAI's weights; False for LAION's.
+    eos_token_id: where a caption ends; None: at its last non-zero token.
     logit_scale_init: where log(1 / temperature) starts; it is learned, and clamped at ln 100.
     image_mean, image_std: per-channel normalisation of the images.
     """
@@ -117,7 +125,7 @@ class CLIP(TextTransformer):
         dim_image: int = 1024,
         dim_latent: int = 768,
         num_text_tokens: int = 49408,
-        text_enc_depth: int = 12,
+        text_enc_depth: int | None = 12,
         text_seq_len: int = 77,
         text_heads: int = 12,
         visual_enc_depth: int | Sequence[int] = 24,
@@ -129,14 +137,18 @@ class CLIP(TextTransformer):
         *,
         mlp_ratio: float = 4.0,
         visual_mlp_ratio: float = 4.0,
+        eos_token_id: int | None = None,
         logit_scale_init: float = math.log(1 / 0.07),
         image_mean: Sequence[float] = OPENAI_MEAN,
         image_std: Sequence[float] = OPENAI_STD,
     ):
-        super().__init__(
-            num_text_tokens, text_seq_len, dim_text, text_enc_depth, text_heads,
-            mlp_ratio=mlp_ratio, quick_gelu=quick_gelu,
-        )
+        if text_enc_depth is None:
+            nn.Module.__init__(self)
+        else:
+            super().__init__(
+                num_text_tokens, text_seq_len, dim_text, text_enc_depth, text_heads,
+                mlp_ratio=mlp_ratio, quick_gelu=quick_gelu, eos_token_id=eos_token_id,
+            )
         is_resnet = visual_kind == "resnet"
         if visual_kind not in ("vit", "conv_vit", "resnet", None):
             kinds = '"vit", "conv_vit", "resnet" or None'
@@ -156,8 +168,8 @@ class CLIP(TextTransformer):
             visual_enc_depth=list(visual_enc_depth) if is_resnet else visual_enc_depth,
             visual_heads=visual_heads, visual_image_size=visual_image_size,
             visual_patch_size=visual_patch_size, visual_kind=visual_kind, quick_gelu=quick_gelu,
-            mlp_ratio=mlp_ratio, visual_mlp_ratio=visual_mlp_ratio, logit_scale_init=logit_scale_init,
-            image_mean=list(image_mean), image_std=list(image_std),
+            mlp_ratio=mlp_ratio, visual_mlp_ratio=visual_mlp_ratio, eos_token_id=eos_token_id,
+            logit_scale_init=logit_scale_init, image_mean=list(image_mean), image_std=list(image_std),
         )
         self.dim_latent, self.image_size = dim_latent, visual_image_size
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
@@ -171,7 +183,8 @@ class CLIP(TextTransformer):
                 visual_image_size, visual_patch_size, dim_image, visual_enc_depth, visual_heads, dim_latent,
                 mlp_ratio=visual_mlp_ratio, quick_gelu=quick_gelu, stem=visual_kind == "conv_vit",
             )
-        self.text_projection = nn.Parameter(dim_text**-0.5 * torch.randn(dim_text, dim_latent))
+        if text_enc_depth is not None:
+            self.text_projection = nn.Parameter(dim_text**-0.5 * torch.randn(dim_text, dim_latent))
         self.logit_scale = nn.Parameter(torch.tensor(float(logit_scale_init)))
 
     def encode_image(self, images: Tensor, *, normalize: bool = True) -> Tensor:
@@ -186,7 +199,7 @@ class CLIP(TextTransformer):
         on_cpu = isinstance(images, Tensor) and images.device.type == "cpu"
         look = on_cpu and not torch.compiler.is_compiling()
         check_images("images", images, 3, size, check_range=look)
-        weights = self.text_projection.dtype
+        weights = next(self.visual.parameters()).dtype
         # Channel by channel with plain numbers: no constant has to live on, or be copied to, the device.
         channels = zip(images.unbind(1), self.image_mean, self.image_std, strict=True)
         x = torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
@@ -196,9 +209,11 @@ class CLIP(TextTransformer):
     def encode_text(self, text: Tensor, *, normalize: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens int64 [B, L] -> (embedding [B, dim_latent], encodings [B, L, dim_text], mask bool [B, L]).
 
-        The embedding, of unit norm, is read at the last non-zero token (end of text); the mask is True up to
-        there. The encodings are the hidden states after the final norm, zero where padded.
+        The embedding, of unit norm, is read where the caption ends: at the first eos_token_id if the model
+        has one, else at the last non-zero token; the mask is True up to there. The encodings are the hidden
+        states after the final norm, zero where padded. normalize=False gives the raw projection.
         """
+        self._need_text("text")
         encodings, mask = self.encode_tokens(text)
         last = (mask.sum(dim=1) - 1).clamp(min=0)
         x = encodings[torch.arange(len(text), device=text.device), last] @ self.text_projection
@@ -207,9 +222,10 @@ class CLIP(TextTransformer):
 
     def text_tower(self) -> TextTransformer:
         """A copy of the text tower alone, trainable: where a decoder's own tower can start from."""
+        self._need_text("text_tower")
         names = dict(num_tokens="num_text_tokens", context_length="text_seq_len", dim="dim_text",
                      depth="text_enc_depth", heads="text_heads", mlp_ratio="mlp_ratio",
-                     quick_gelu="quick_gelu")
+                     quick_gelu="quick_gelu", eos_token_id="eos_token_id")
         tower = TextTransformer(**{name: self.config[mine] for name, mine in names.items()})
         weights = self.state_dict()
         tower.load_state_dict({name: weights[name] for name in tower.state_dict()})
@@ -249,6 +265,56 @@ class CLIP(TextTransformer):
             return contrastive_loss(image_features, text_features, scale)
         text_features, negatives = text_features[:batch], text_features[batch:].unflatten(0, (batch, -1))
         return _loss_with_negatives(image_features, text_features, negatives, negative_mask, scale)
+
+    # ------------------------------------------------------------------------------------------- checkpoints
+
+    def to_state_dict(self, layout: str = "open_clip") -> dict[str, Tensor]:
+        """The weights under the names of "openai" or "open_clip" (ours, too) or "huggingface" (CLIPModel).
+
+        Raises ValueError for another layout, and for image towers that Hugging Face's CLIP does not have.
+        """
+        return export(self.state_dict(), layout)
+
+    def save_pretrained(self, path: str | PathLike, *, dtype: torch.dtype | None = None) -> Path:
+        """Write a checkpoint folder of our own format and return it; see `save_folder`."""
+        tensors = {f"clip.{name}": value for name, value in self.state_dict().items()}
+        return save_folder(path, {"model": "CLIP", "clip": self.config}, tensors, dtype=dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | PathLike,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> CLIP:
+        """Load a CLIP, ours or a published one, in evaluation mode.
+
+        path: a file of OpenAI's (a TorchScript archive, of which nothing is executed), of open_clip's or
+        Hugging Face's (.pt, .bin, .safetensors, an index of shards); a folder with such a file and its
+        configuration; a diffusers pipeline, for its text_encoder/ and image_encoder/; a checkpoint of ours,
+        also of a DALLE2. One tower alone, with its projection, makes a CLIP without the other.
+
+        dtype: of the weights and of the computation, whatever the file stores.
+        options: arguments of CLIP that the file and its configuration do not tell, or that you know better:
+            quick_gelu, text_heads, visual_heads, image_mean, image_std.
+
+        Raises FileNotFoundError, or CheckpointError (a ValueError) that names what is missing, left over, of
+        another shape, damaged, or asked for by the configuration and not in this class.
+        """
+        source = read_clip(path, **options)
+        try:
+            with torch.device("meta"):  # no initial weights are drawn
+                clip = cls(**source.options)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{source.path}: no CLIP has this configuration ({error})") from error
+        clip.load_state_dict(source.weights(clip.state_dict()), assign=True)
+        return clip.to(device=device, dtype=dtype).eval()
+
+    def _need_text(self, name: str) -> None:
+        if self.config["text_enc_depth"] is None:
+            raise ValueError(f"{name}: expected a CLIP with a text tower, got one with text_enc_depth=None")
 
     def _check_negatives(self, text: Tensor, negative_text: Tensor, negative_mask: Tensor | None) -> None:
         batch, length = text.shape

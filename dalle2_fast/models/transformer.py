@@ -135,13 +135,17 @@ class Transformer(nn.Module):
         return x
 
 
-def token_lengths(tokens: Tensor) -> Tensor:
+def token_lengths(tokens: Tensor, eos_token_id: int | None = None) -> Tensor:
     """Length of each caption: 1 + position of its last non-zero token; int64 [B] from int64 [B, L].
 
-    Counting from the end keeps a token 0 inside a caption (a real "!" in OpenAI's vocabulary).
+    Counting from the end keeps a token 0 inside a caption (a real "!" in OpenAI's vocabulary). eos_token_id:
+    the first of these ends a caption already, as rows may be padded with it (Hugging Face's tokenizer does).
     """
     positions = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
-    return torch.where(tokens != 0, positions, 0).amax(dim=1)
+    lengths = torch.where(tokens != 0, positions, 0).amax(dim=1)
+    if eos_token_id is None:
+        return lengths
+    return torch.where(tokens == eos_token_id, positions, lengths[:, None]).amin(dim=1)
 
 
 class TextTransformer(nn.Module):
@@ -151,7 +155,8 @@ class TextTransformer(nn.Module):
     free, since padding comes last; a bidirectional one masks the keys.
 
     num_tokens: vocabulary size; context_length: the largest L; dim, depth, heads: the tower's size;
-    quick_gelu: the activation of OpenAI's weights.
+    quick_gelu: the activation of OpenAI's weights; eos_token_id: where a caption ends (see token_lengths),
+    None: at its last non-zero token.
     """
 
     def __init__(
@@ -165,13 +170,17 @@ class TextTransformer(nn.Module):
         *,
         mlp_ratio: float = 4.0,
         quick_gelu: bool = False,
+        eos_token_id: int | None = None,
     ):
         super().__init__()
+        if eos_token_id is not None and not 0 < eos_token_id < num_tokens:
+            raise ValueError(f"eos_token_id: expected an id from 1 to {num_tokens - 1}, got {eos_token_id}")
         self.config = dict(
             num_tokens=num_tokens, context_length=context_length, dim=dim, depth=depth, heads=heads,
-            causal=causal, mlp_ratio=mlp_ratio, quick_gelu=quick_gelu,
+            causal=causal, mlp_ratio=mlp_ratio, quick_gelu=quick_gelu, eos_token_id=eos_token_id,
         )
         self.num_tokens, self.context_length, self.causal = num_tokens, context_length, causal
+        self.eos_token_id = eos_token_id
         self.token_embedding = nn.Embedding(num_tokens, dim)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, dim))
         self.transformer = Transformer(dim, depth, heads, mlp_ratio=mlp_ratio, quick_gelu=quick_gelu)
@@ -187,7 +196,7 @@ class TextTransformer(nn.Module):
         """tokens int64 [B, L] -> (encodings [B, L, dim], mask bool [B, L], True up to the last token)."""
         self._check_tokens(tokens)
         batch, length = tokens.shape
-        lengths = token_lengths(tokens)
+        lengths = token_lengths(tokens, self.eos_token_id)
         mask = torch.arange(length, device=tokens.device) < lengths[:, None]
         # On the CPU only the longest caption's columns are computed. On a GPU, asking for that length would
         # stall the queue, and shapes that change from batch to batch would defeat compiled graphs.

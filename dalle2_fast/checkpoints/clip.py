@@ -1,0 +1,163 @@
+"""Reading a CLIP that others published: OpenAI's archives, open_clip's and Hugging Face's files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dalle2_fast.checkpoints.clip_layouts import HUGGING_FACE, NATIVE, Layout, convert, find_layout
+from dalle2_fast.checkpoints.clip_options import (
+    KINDS,
+    from_hugging_face,
+    from_open_clip,
+    from_shapes,
+    image_statistics,
+)
+from dalle2_fast.checkpoints.folder import CheckpointError, load_folder
+from dalle2_fast.checkpoints.tensor_files import find_tensors, read_json, read_tensors
+
+FILES = (
+    "model.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors", "pytorch_model.bin",
+    "pytorch_model.bin.index.json", "open_clip_pytorch_model.bin",
+)  # fmt: skip
+PIPELINE = ("text_encoder", "image_encoder")  # the folders of a CLIP in a diffusers pipeline
+
+
+@dataclass
+class ClipSource:
+    """options: arguments of our CLIP; tensors: under the names of `layout`; path: where they are from."""
+
+    path: Path
+    layout: Layout
+    tensors: dict[str, Tensor]
+    options: dict[str, Any]
+
+    @property
+    def towers(self) -> str:
+        """ "both", "text" or "image"."""
+        if self.options.get("visual_kind", "vit") is None:
+            return "text"
+        return "image" if self.options.get("text_enc_depth", 1) is None else "both"
+
+    def weights(self, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state_dict of our CLIP, whose shapes `expected` gives; CheckpointError if they do not fit."""
+        # A tower alone, and a pipeline's two, come without the temperature: they have nothing to compare.
+        alone = self.towers != "both" or self.path.is_dir()
+        scale = {"logit_scale": torch.tensor(1 / 0.07).log()} if alone else {}
+        return convert(expected, scale | self.tensors, self.layout, self.path)
+
+
+def read_clip(path: str | PathLike, **given: Any) -> ClipSource:
+    """Read the weights at `path` and find out what CLIP they make.
+
+    path: a file (.pt, .bin, .safetensors, an index of shards), a folder with one and its configuration, a
+    diffusers pipeline's folder with text_encoder/, image_encoder/ or both, or a checkpoint of our own.
+    given: arguments of our CLIP that the caller knows better.
+
+    Raises FileNotFoundError, or CheckpointError for what is damaged, no CLIP, or one that ours cannot be.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.is_dir() and "format_version" in _optional(path / "config.json"):
+        return _read_own(path, given)
+    if path.is_dir() and (parts := [path / name for name in PIPELINE if (path / name).is_dir()]):
+        return _both(path, [_read(part, given) for part in parts])
+    return _read(path, given)
+
+
+def _read_own(path: Path, given: dict[str, Any]) -> ClipSource:
+    config, tensors = load_folder(path)
+    if not isinstance(config.get("clip"), dict):
+        raise CheckpointError(f"{path}: expected a checkpoint with a CLIP, got {config.get('model')!r}")
+    tensors = {name[5:]: value for name, value in tensors.items() if name.startswith("clip.")}
+    return ClipSource(path, NATIVE, tensors, config["clip"] | given)
+
+
+def _read(path: Path, given: dict[str, Any]) -> ClipSource:
+    file = find_tensors(path, FILES) if path.is_dir() else path
+    if (own := _header(file)) is not None:
+        return ClipSource(file, NATIVE, read_tensors(file), own | given)
+    layout, tensors = find_layout(read_tensors(file), file)
+    options = _options(file, layout, tensors) | given
+    source = ClipSource(file, layout, tensors, options)
+    needed = {
+        "quick_gelu": "quick_gelu=True (OpenAI's weights, and what was trained from them) or False (LAION's)",
+        **({} if source.towers == "image" else {"text_heads": "text_heads=..., its attention heads"}),
+        **({} if source.towers == "text" else {"visual_heads": "visual_heads=..., its attention heads"}),
+    }
+    if unknown := [advice for name, advice in needed.items() if name not in options]:
+        raise CheckpointError(
+            f"{file}: neither the file nor a configuration beside it says enough: pass {'; '.join(unknown)}"
+        )
+    return source
+
+
+def _options(file: Path, layout: Layout, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    if layout is HUGGING_FACE:
+        config = _optional(file.with_name("config.json"))
+        if config.get("model_type") in KINDS:
+            return from_hugging_face(config, file.with_name("config.json")) | _processor(file.parent)
+        return from_shapes(tensors, layout, _towers(tensors), file)
+    config = _optional(file.with_name("open_clip_config.json"))
+    if config:
+        return from_open_clip(config, file.with_name("open_clip_config.json"))
+    return from_shapes(tensors, layout, "both", file)
+
+
+def _towers(tensors: dict[str, Tensor]) -> str:
+    """Of Hugging Face's tensors: a whole CLIPModel has logit_scale, the towers alone have not."""
+    has = [any(key.startswith(prefix) for key in tensors) for prefix in ("text_model.", "vision_model.")]
+    if "logit_scale" in tensors or all(has):
+        return "both"
+    return "text" if has[0] else "image"
+
+
+def _processor(folder: Path) -> dict[str, Any]:
+    """Normalisation of the images, from beside the weights or from a pipeline's feature_extractor/."""
+    for place in (folder, folder.parent / "feature_extractor"):
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            if found := image_statistics(_optional(place / name)):
+                return found
+    return {}
+
+
+def _header(file: Path) -> dict[str, Any] | None:
+    """The configuration in the header of a file that `dalle2-fast train clip` wrote."""
+    if file.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(file, framework="pt") as opened:
+            config = json.loads((opened.metadata() or {}).get("config", "{}")).get("model")
+    except (SafetensorError, OSError, ValueError, AttributeError):
+        return None  # what is damaged is found and named when the tensors are read
+    return config if isinstance(config, dict) and "visual_kind" in config else None
+
+
+def _optional(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
+
+
+def _both(path: Path, parts: list[ClipSource]) -> ClipSource:
+    """One CLIP from the towers of a pipeline."""
+    if len(parts) == 1:
+        return parts[0]
+    text, image = parts
+    for part, towers in zip(parts, ("text", "image"), strict=True):
+        if part.layout is not HUGGING_FACE or part.towers != towers:
+            raise CheckpointError(f"{part.path}: expected a {towers} tower of CLIP with its projection")
+    for name in ("dim_latent", "quick_gelu"):
+        if text.options[name] != image.options[name]:
+            came = f"{text.options[name]} and {image.options[name]}"
+            raise CheckpointError(f"{path}: text_encoder and image_encoder differ: {name} is {came}")
+    theirs = {name: value for name, value in image.options.items() if name != "text_enc_depth"}
+    options = {name: value for name, value in text.options.items() if name != "visual_kind"} | theirs
+    return ClipSource(path, HUGGING_FACE, text.tensors | image.tensors, options)

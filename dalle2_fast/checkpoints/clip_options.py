@@ -1,0 +1,200 @@
+"""The arguments of our `CLIP` for a CLIP of others: from its configuration file, else from its shapes.
+
+Shapes do not tell the activation, and the number of heads only by custom: a file alone may need `quick_gelu`.
+What a configuration asks for and our `CLIP` does not have is an error, not a guess.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from dalle2_fast.checkpoints.clip_layouts import Layout
+from dalle2_fast.checkpoints.folder import CheckpointError
+
+# Vision Transformers that have 16 heads where the custom of 64 a head would give more: H, g, G, e.
+SIXTEEN_HEADS = (1280, 1408, 1664, 1792)
+# Hugging Face leaves out of config.json what equals these.
+TEXT_DEFAULTS = dict(
+    vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
+    max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=512,
+    eos_token_id=49407,
+)  # fmt: skip
+VISION_DEFAULTS = dict(
+    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224,
+    patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=512, num_channels=3,
+)  # fmt: skip
+KINDS = {"clip": "both", "clip_text_model": "text", "clip_vision_model": "image"}
+ALONE = {"both": {}, "text": {"visual_kind": None}, "image": {"text_enc_depth": None}}  # of our CLIP
+# open_clip's settings that change the network, with the only value that ours has; None is what says nothing.
+PLAIN_VISION = dict(
+    ls_init_value=None, attentional_pool=False, no_ln_pre=False, pos_embed_type="learnable",
+    final_ln_after_pool=False, pool_type="tok", act_kwargs=None, norm_kwargs=None, timm_model_name=None,
+)  # fmt: skip
+PLAIN_TEXT = dict(
+    ls_init_value=None, embed_cls=False, no_causal_mask=False, final_ln_after_pool=False, pool_type="argmax",
+    proj_bias=False, proj_type="linear", act_kwargs=None, norm_kwargs=None, hf_model_name=None,
+)  # fmt: skip
+PLAIN_MODEL = dict(multimodal_cfg=None, init_logit_bias=None)
+
+
+def from_shapes(tensors: Mapping[str, Tensor], layout: Layout, towers: str, source: object) -> dict[str, Any]:
+    """All but the activation, which only OpenAI's archives tell (they hold their sizes, too), and the heads
+    where a width is no multiple of 64. towers: "both", "text" or "image"."""
+    options = dict(ALONE[towers])
+    try:
+        if towers != "image":
+            options |= _text_from_shapes(tensors, layout)
+        if towers != "text":
+            options |= _image_from_shapes(tensors, layout)
+    except KeyError as error:
+        raise CheckpointError(f"{source}: not a whole CLIP: {error.args[0]} is missing") from None
+    if "input_resolution" in tensors:
+        options["quick_gelu"] = True
+    return options
+
+
+def _text_from_shapes(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Any]:
+    tokens, width = layout.shape("token_embedding.weight", tensors)
+    hidden, _ = layout.shape("transformer.resblocks.0.mlp.c_fc.weight", tensors)
+    return dict(
+        num_text_tokens=tokens, dim_text=width, mlp_ratio=ratio(hidden, width), eos_token_id=tokens - 1,
+        text_seq_len=layout.shape("positional_embedding", tensors)[0],
+        text_enc_depth=layout.depth("transformer.resblocks.", tensors),
+        dim_latent=layout.shape("text_projection", tensors)[1],
+        **({} if width % 64 else {"text_heads": width // 64}),
+    )  # fmt: skip
+
+
+def _image_from_shapes(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Any]:
+    if "visual.layer1.0.conv1.weight" in tensors:
+        stages = [_count(tensors, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)]
+        width = tensors["visual.layer1.0.conv1.weight"].shape[0]
+        grid = _root(tensors["visual.attnpool.positional_embedding"].shape[0] - 1)
+        return dict(
+            visual_kind="resnet", visual_enc_depth=stages, dim_image=width, visual_heads=width * 32 // 64,
+            visual_image_size=32 * grid, dim_latent=tensors["visual.attnpool.c_proj.weight"].shape[0],
+        )  # fmt: skip
+    width, _, patch, _ = layout.shape("visual.conv1.weight", tensors)
+    hidden, _ = layout.shape("visual.transformer.resblocks.0.mlp.c_fc.weight", tensors)
+    grid = _root(layout.shape("visual.positional_embedding", tensors)[0] - 1)
+    return dict(
+        dim_image=width, visual_patch_size=patch, visual_image_size=patch * grid,
+        visual_mlp_ratio=ratio(hidden, width),
+        visual_enc_depth=layout.depth("visual.transformer.resblocks.", tensors),
+        dim_latent=layout.shape("visual.proj", tensors)[1],
+        **({} if width % 64 else {"visual_heads": 16 if width in SIXTEEN_HEADS else width // 64}),
+    )  # fmt: skip
+
+
+def from_hugging_face(config: Mapping[str, Any], source: object) -> dict[str, Any]:
+    """Of the config.json of a CLIPModel, CLIPTextModelWithProjection or CLIPVisionModelWithProjection."""
+    kind = config.get("model_type")
+    if kind not in KINDS:
+        raise CheckpointError(f"{source}: model_type: expected one of {', '.join(KINDS)}, got {kind!r}")
+    options: dict[str, Any] = dict(ALONE[KINDS[kind]])
+    activations = set()
+    if KINDS[kind] != "image":
+        text = _section(config, "text", TEXT_DEFAULTS)
+        tokens, end = text["vocab_size"], text["eos_token_id"]
+        options |= dict(
+            num_text_tokens=tokens, dim_text=text["hidden_size"], text_heads=text["num_attention_heads"],
+            text_enc_depth=text["num_hidden_layers"], text_seq_len=text["max_position_embeddings"],
+            mlp_ratio=ratio(text["intermediate_size"], text["hidden_size"]),
+            dim_latent=text["projection_dim"],
+            eos_token_id=tokens - 1 if end == 2 else end,  # 2, a mistake of old files, means the largest
+        )  # fmt: skip
+        activations.add(_activation(text, source))
+    if KINDS[kind] != "text":
+        vision = _section(config, "vision", VISION_DEFAULTS)
+        if vision["num_channels"] != 3:
+            raise CheckpointError(f"{source}: num_channels: expected 3, got {vision['num_channels']}")
+        options |= dict(
+            dim_image=vision["hidden_size"], visual_heads=vision["num_attention_heads"],
+            visual_enc_depth=vision["num_hidden_layers"], dim_latent=vision["projection_dim"],
+            visual_image_size=_side(vision["image_size"], source),
+            visual_patch_size=_side(vision["patch_size"], source),
+            visual_mlp_ratio=ratio(vision["intermediate_size"], vision["hidden_size"]),
+        )  # fmt: skip
+        activations.add(_activation(vision, source))
+    if kind == "clip":
+        options["dim_latent"] = config.get("projection_dim", 512)
+    if len(activations) > 1:
+        raise CheckpointError(f"{source}: hidden_act: expected the same for both towers, got {activations}")
+    return options | {"quick_gelu": activations.pop() == "quick_gelu"}
+
+
+def from_open_clip(config: Mapping[str, Any], source: object) -> dict[str, Any]:
+    """Of open_clip_config.json, or of one of open_clip's own model configurations."""
+    model = config.get("model_cfg", config)
+    vision, text = model.get("vision_cfg"), model.get("text_cfg")
+    if not isinstance(vision, dict) or not isinstance(text, dict) or "embed_dim" not in model:
+        raise CheckpointError(f"{source}: expected embed_dim, vision_cfg and text_cfg, as open_clip has them")
+    for name, section, plain in (
+        ("", model, PLAIN_MODEL), ("vision_cfg.", vision, PLAIN_VISION), ("text_cfg.", text, PLAIN_TEXT)
+    ):  # fmt: skip
+        for key, value in plain.items():
+            if section.get(key, value) not in (value, None):
+                raise CheckpointError(f"{source}: {name}{key}: expected {value!r}, got {section[key]!r}")
+    vision = dict(layers=12, width=768, patch_size=16, image_size=224, head_width=64, mlp_ratio=4.0) | vision
+    text = dict(context_length=77, vocab_size=49408, width=512, heads=8, layers=12, mlp_ratio=4.0) | text
+    width, is_resnet = vision["width"], isinstance(vision["layers"], list)
+    options = dict(
+        dim_latent=model["embed_dim"], quick_gelu=bool(model.get("quick_gelu", False)),
+        num_text_tokens=text["vocab_size"], text_seq_len=text["context_length"], dim_text=text["width"],
+        text_heads=text["heads"], text_enc_depth=text["layers"], eos_token_id=text["vocab_size"] - 1,
+        mlp_ratio=text["mlp_ratio"], dim_image=width, visual_enc_depth=vision["layers"],
+        visual_heads=(32 * width if is_resnet else width) // vision["head_width"],
+        visual_image_size=_side(vision["image_size"], source), visual_mlp_ratio=vision["mlp_ratio"],
+    )  # fmt: skip
+    kind = {"visual_kind": "resnet"} if is_resnet else {"visual_patch_size": vision["patch_size"]}
+    return options | kind | image_statistics(config.get("preprocess_cfg", {}))
+
+
+def image_statistics(config: Mapping[str, Any]) -> dict[str, Any]:
+    """image_mean and image_std, of open_clip's preprocess_cfg or Hugging Face's preprocessor_config.json."""
+    config = config.get("image_processor", config)
+    names = {"mean": "image_mean", "std": "image_std", "image_mean": "image_mean", "image_std": "image_std"}
+    return {ours: list(config[theirs]) for theirs, ours in names.items() if config.get(theirs) is not None}
+
+
+def ratio(hidden: int, width: int) -> float:
+    """The mlp_ratio r for which int(width * r) is `hidden`."""
+    exact = hidden / width
+    return exact if int(width * exact) == hidden else math.nextafter(exact, math.inf)
+
+
+def _section(config: Mapping[str, Any], name: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    if config["model_type"] != "clip":
+        return defaults | config
+    # Old files have both, and the second one is right.
+    return defaults | (config.get(f"{name}_config") or {}) | (config.get(f"{name}_config_dict") or {})
+
+
+def _activation(section: Mapping[str, Any], source: object) -> str:
+    if section["layer_norm_eps"] != 1e-5:
+        raise CheckpointError(f"{source}: layer_norm_eps: expected 1e-05, got {section['layer_norm_eps']}")
+    if (name := section["hidden_act"]) not in ("quick_gelu", "gelu"):
+        raise CheckpointError(f"{source}: hidden_act: expected quick_gelu or gelu, got {name!r}")
+    return name
+
+
+def _side(size: int | list[int], source: object) -> int:
+    sides = set(size) if isinstance(size, list) else {size}
+    if len(sides) != 1:
+        raise CheckpointError(f"{source}: image and patch size: expected squares, got {size}")
+    return sides.pop()
+
+
+def _root(cells: int) -> int:
+    side = math.isqrt(max(cells, 0))
+    if side * side != cells:
+        raise KeyError(f"a square of positions and one for the class ({cells} + 1 found)")
+    return side
+
+
+def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    return len({key.removeprefix(prefix).partition(".")[0] for key in tensors if key.startswith(prefix)})

@@ -1,0 +1,118 @@
+"""Tensors from the files of other projects: safetensors, PyTorch's own, shards of both. Nothing is run."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dalle2_fast.checkpoints.folder import CheckpointError
+from dalle2_fast.checkpoints.torchscript import is_torchscript, read_torchscript
+
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+
+def read_tensors(path: str | PathLike) -> dict[str, Tensor]:
+    """{name: tensor on the CPU, in the dtype of the file} of one file, or of the shards that an index names.
+
+    path: .safetensors, a state_dict of torch.save (also below "state_dict", as trainers keep it), which is
+    read with weights_only=True, a TorchScript archive, or Hugging Face's *.index.json.
+    Raises FileNotFoundError, or CheckpointError for a file that is damaged or holds more than tensors.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.name.endswith(".index.json"):
+        return _read_shards(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if is_torchscript(path):
+        return read_torchscript(path)
+    return state_dict(read_torch(path), path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError if it is damaged or something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: damaged, not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def find_tensors(folder: Path, names: tuple[str, ...]) -> Path:
+    """The first file of `names` in `folder`, or its only file of tensors; else FileNotFoundError."""
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    others = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    if len(others) == 1:
+        return others[0]
+    came = ", ".join(file.name for file in others[:6]) or "no file of tensors"
+    raise FileNotFoundError(f"{folder}: expected {', '.join(names)} or one file of tensors, got {came}")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        size = path.stat().st_size
+        raise CheckpointError(f"{path}: truncated or damaged ({size:,} bytes; {error})") from None
+
+
+def read_torch(path: Path, mapped: bool = False) -> Any:
+    """What a file of torch.save holds, with weights_only=True: tensors, containers, numbers, text.
+
+    mapped: leave the numbers in the file until they are used, if it is of a kind that allows it.
+    """
+    try:
+        mapped = mapped and zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        # torch's text advises to read the file without protection; only what it found is handed on.
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {found[1]}" if found else "its pickle holds something else"
+        raise CheckpointError(
+            f"{path}: not a file of tensors alone, so it was refused and nothing in it was run ({reason})"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        size, reason = path.stat().st_size, str(error).partition(".")[0]
+        raise CheckpointError(f"{path}: truncated or damaged ({size:,} bytes; {reason})") from None
+
+
+def state_dict(content: Any, path: Path) -> dict[str, Tensor]:
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not content:
+        raise CheckpointError(f"{path}: expected a state_dict, got {type(content).__name__}")
+    if strange := [str(name) for name, value in content.items() if not isinstance(value, Tensor)]:
+        names = ", ".join(strange[:5])
+        raise CheckpointError(f"{path}: expected tensors only, got something else in {names}")
+    return dict(content)
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{index}: expected a weight_map of file names")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        if Path(name).name != name:  # an index may not point elsewhere
+            raise CheckpointError(f"{index}: expected names of files beside it, got {name!r}")
+        tensors |= read_tensors(index.parent / name)
+    if missing := sorted(set(places) - set(tensors)):
+        raise CheckpointError(f"{index}: its shards lack {len(missing)} tensors ({', '.join(missing[:5])})")
+    return tensors

@@ -1,0 +1,129 @@
+"""The tensors of a TorchScript archive, read without running or compiling anything in it.
+
+OpenAI published CLIP as such archives: a zip file with the code of the model, its modules as a pickle and the
+numbers as they lie in memory. `torch.jit.load` compiles the code, and `torch.load(weights_only=True)` refuses
+the file. Here the code is not opened, and the pickle meets no class or function but the inert ones below.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import zipfile
+from io import BytesIO
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dalle2_fast.checkpoints.folder import CheckpointError
+
+DTYPES = {
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "ByteStorage": torch.uint8,
+    "CharStorage": torch.int8,
+    "ShortStorage": torch.int16,
+    "IntStorage": torch.int32,
+    "LongStorage": torch.int64,
+    "BoolStorage": torch.bool,
+}
+
+
+def is_torchscript(path: str | PathLike) -> bool:
+    """Whether the file is a zip archive as `torch.jit.save` writes it."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.partition("/")[2] == "constants.pkl" for name in archive.namelist())
+
+
+def read_torchscript(path: str | PathLike) -> dict[str, Tensor]:
+    """Parameters and buffers by their dotted names, on the CPU, in the dtypes of the file.
+
+    Raises CheckpointError, which names the file, for one that is damaged or holds something unknown.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (pickled,) = (name for name in archive.namelist() if name.partition("/")[2] == "data.pkl")
+            root = _Reader(archive, pickled).load()
+            return _tensors(root)
+    except (
+        pickle.UnpicklingError, zipfile.BadZipFile, KeyError, IndexError, ValueError, TypeError, EOFError,
+        AttributeError, RuntimeError, NotImplementedError, OverflowError,
+    ) as error:  # fmt: skip
+        raise CheckpointError(f"{path}: damaged or not a TorchScript archive of tensors ({error})") from None
+
+
+class _Module:
+    """Stands for every class of the archive; its attributes are kept, nothing else happens."""
+
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Reader(pickle.Unpickler):
+    """A pickle machine that knows tensors, lists and `_Module`."""
+
+    def __init__(self, archive: zipfile.ZipFile, pickled: str) -> None:
+        super().__init__(BytesIO(archive.read(pickled)))
+        self.archive, self.folder = archive, pickled.removesuffix("data.pkl") + "data/"
+        self.storages: dict[str, Tensor] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in DTYPES:
+            return DTYPES[name]
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _view
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if module == "torch.jit._pickle":
+            return _contents
+        if module == "__torch__" or module.startswith("__torch__."):
+            return _Module
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not a tensor; nothing was run")
+
+    def persistent_load(self, identity: tuple) -> Tensor:
+        kind, dtype, key, _, count = identity  # where it lay before (a GPU, mostly) does not matter
+        if kind != "storage" or not isinstance(dtype, torch.dtype):
+            raise pickle.UnpicklingError(f"expected a storage, got {kind!r}")
+        if key not in self.storages:
+            data = self.archive.read(self.folder + str(key))
+            if len(data) != count * dtype.itemsize:
+                raise ValueError(f"data/{key}: expected {count * dtype.itemsize} bytes, got {len(data)}")
+            numbers = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            self.storages[key] = numbers
+        return self.storages[key]
+
+
+def _view(storage: Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
+    last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+    if min((offset, *size, *stride), default=0) < 0 or (math.prod(size) and last >= storage.numel()):
+        raise ValueError(f"a tensor of {tuple(size)} reaches outside of its {storage.numel()} numbers")
+    return torch.as_strided(storage, size, stride, offset)
+
+
+def _contents(values: Any, *_: Any) -> Any:
+    return values
+
+
+def _tensors(root: Any) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    open_modules = [("", root)]
+    while open_modules:
+        prefix, module = open_modules.pop()
+        if id(module) in seen or not isinstance(module.state, dict):
+            continue
+        seen.add(id(module))
+        for name, value in module.state.items():
+            if isinstance(value, Tensor):
+                found[f"{prefix}{name}"] = value
+            elif isinstance(value, _Module):
+                open_modules.append((f"{prefix}{name}.", value))
+    return found
