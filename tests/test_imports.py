@@ -32,7 +32,7 @@ ARROWS = {
     "losses": {"_across_processes", "functional", "_check"},
     "diffusion": {"functional", "_check"},
     "data": {"_check"},
-    "checkpoints": {"_check"},
+    "checkpoints": {"_check", "data"},
     "models": {"modules", "functional", "_check", "diffusion", "data", "checkpoints"},
     "evaluation": {"models", "diffusion", "data", "checkpoints"},
     "training": {"evaluation", "models", "diffusion", "data", "checkpoints", "functional", "_backend"},

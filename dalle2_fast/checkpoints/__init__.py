@@ -1,4 +1,4 @@
-"""Saving and loading weights: the library's own folder format, and naming what does not fit."""
+"""Saving and loading weights: our own folders, the layouts of others, and naming what does not fit."""
 
 from dalle2_fast.checkpoints.folder import (
     FORMAT_VERSION,
@@ -9,17 +9,22 @@ from dalle2_fast.checkpoints.folder import (
     load_folder,
     save_folder,
 )
+from dalle2_fast.checkpoints.layouts import Checkpoint, open_checkpoint
+from dalle2_fast.checkpoints.pretrained import Pretrained
 from dalle2_fast.checkpoints.weights import join_states, load_state, reject_leftovers
 
 __all__ = [
     "FORMAT_VERSION",
+    "Checkpoint",
     "CheckpointError",
+    "Pretrained",
     "construct",
     "embedded_path",
     "join_states",
     "load_config",
     "load_folder",
     "load_state",
+    "open_checkpoint",
     "reject_leftovers",
     "save_folder",
 ]

@@ -13,13 +13,18 @@ from typing import Any
 from torch import Tensor
 
 from dalle2_fast.checkpoints.folder import CheckpointError
-from dalle2_fast.checkpoints.renaming import Rules, Taken, same, stacked, translate, under
+from dalle2_fast.checkpoints.renaming import Rules, Taken, listed, same, stacked, translate, under
 from dalle2_fast.checkpoints.tensor_files import find_tensors, read_json, read_tensors
 from dalle2_fast.checkpoints.unet_keys import diffusers_rules
 
 Part = tuple[dict[str, Any], dict[str, Tensor]]  # the arguments of our class, and its weights
 
-PIPELINES = ("UnCLIPPipeline", "UnCLIPImageVariationPipeline")
+_SHARED = ("decoder", "text_proj", "super_res_first", "super_res_last", "decoder_scheduler",
+           "super_res_scheduler", "text_encoder", "tokenizer")
+PIPELINES = {  # and their components
+    "UnCLIPPipeline": (*_SHARED, "prior", "prior_scheduler"),
+    "UnCLIPImageVariationPipeline": (*_SHARED, "image_encoder", "feature_extractor"),
+}
 # The names under which a network's weights are looked for, in this order.
 WEIGHTS = tuple(
     f"diffusion_pytorch_model{variant}{suffix}"
@@ -83,6 +88,46 @@ class Options:
                     f"{self.file}: {name}: this library has no such option, or only the value {wanted!r}; "
                     f"got {value!r}"
                 )
+
+
+def read_pipeline(folder: Path, parts: Collection[str]) -> tuple[dict[str, Part], dict[str, Any]]:
+    """({part: (arguments of our class, its weights)}, the tokenizer's config) of "prior", "decoder" and
+    "upsampler", those in `parts`; a pipeline of image variations has no prior."""
+    index = folder / "model_index.json"
+    content = read_json(index)
+    if (kind := content.get("_class_name")) not in PIPELINES:
+        raise CheckpointError(f"{index}: expected _class_name {' or '.join(PIPELINES)}, got {kind!r}")
+    components = PIPELINES[kind]
+    named = {name for name, value in content.items() if isinstance(value, list) and value != [None, None]}
+    if leftover := sorted(named - {*components}):
+        raise CheckpointError(f"{index}: left over {listed(leftover)}: a {kind} has {', '.join(components)}")
+    if missing := [name for name in components if not (folder / name).is_dir()]:
+        raise FileNotFoundError(f"{folder}: a {kind} without the folders {', '.join(missing)}")
+    found: dict[str, Part] = {}
+    if "prior" in parts and "prior" in components:
+        found["prior"] = read_prior(folder / "prior", folder / "prior_scheduler")
+    if "decoder" in parts:
+        found["decoder"] = read_decoder(
+            folder / "decoder", folder / "text_proj", folder / "decoder_scheduler"
+        )
+    if "upsampler" in parts:
+        size = Options(folder / "decoder" / "config.json", ["UNet2DConditionModel"]).need("sample_size", int)
+        found["upsampler"] = read_upsampler(
+            folder / "super_res_first", folder / "super_res_last", size, folder / "super_res_scheduler"
+        )
+    return found, _tokenizer(folder) if "clip" in parts else {}
+
+
+def _tokenizer(folder: Path) -> dict[str, Any]:
+    from dalle2_fast.data.bpe import BPETokenizer
+
+    length = read_json(folder / "text_encoder" / "config.json").get("max_position_embeddings", 77)
+    try:
+        return BPETokenizer.from_folder(folder / "tokenizer", length).to_config()
+    except FileNotFoundError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 # ----------------------------------------------------------------------------------------------- the networks

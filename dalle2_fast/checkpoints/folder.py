@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:  # reading a config needs no torch
     from torch import Tensor
 
 FORMAT_VERSION = 1
+# version -> what makes the config of the next one of it. Options that a config lacks, because they are
+# younger than it, have the defaults of the classes; only what would be misread needs an entry, and a version.
+MIGRATIONS: dict[int, Callable[[dict], dict]] = {}
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
@@ -52,10 +55,14 @@ def load_config(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(config, dict) or "format_version" not in config:
         raise CheckpointError(f"{file}: expected an object with 'format_version', as dalle2_fast writes it")
     version = config["format_version"]
-    if version != FORMAT_VERSION:
+    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        known = str(FORMAT_VERSION) if FORMAT_VERSION == 1 else f"1 to {FORMAT_VERSION}"
+        later = "; it was written by a later one" if isinstance(version, int) and version > 1 else ""
         raise CheckpointError(
-            f"{file}: unknown format_version {version!r}; this version of dalle2_fast reads {FORMAT_VERSION}"
+            f"{file}: unknown format_version {version!r}; this version of dalle2_fast reads {known}{later}"
         )
+    for step in range(version, FORMAT_VERSION):
+        config = MIGRATIONS[step](config) | {"format_version": step + 1}
     return config
 
 
@@ -72,25 +79,28 @@ def construct(make: Callable[[dict], Any], config: dict[str, Any], name: str, so
         raise CheckpointError(f"{source}: {CONFIG_FILE}: {name}: cannot be built ({reason})") from error
 
 
-def load_folder(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def load_folder(
+    path: str | os.PathLike, parts: Collection[str] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read the checkpoint folder `path` -> (config, tensors on the CPU in the dtype of the file).
 
+    parts: of a whole chain's tensors, "<part>.<key>", only those of these parts.
     Raises FileNotFoundError for a missing folder or file, CheckpointError for a damaged, truncated or unknown
     one.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     config = load_config(path)
+    chosen = None if parts is None or config.get("model") != "DALLE2" else {*parts}
     folder = Path(path).expanduser()
     file = folder / WEIGHTS_FILE
     if not file.is_file():
         raise FileNotFoundError(_missing_file(folder, WEIGHTS_FILE))
     try:
-        tensors = load_file(file)
-    except (
-        SafetensorError
-    ) as error:  # the header disagrees with the length of the file, or is no header at all
+        with safe_open(file, framework="pt") as content:
+            names = [x for x in content.keys() if chosen is None or x.partition(".")[0] in chosen]
+            tensors = {name: content.get_tensor(name) for name in names}
+    except SafetensorError as error:  # the header disagrees with the file's length, or is no header at all
         size = file.stat().st_size
         raise CheckpointError(f"{file}: truncated or damaged ({size:,} bytes; {error})") from None
     expected = config.get("weights_sha256")  # absent only in a config written by hand

@@ -58,8 +58,11 @@ def load_state(
             f"{source}: the weights do not fit the {prefix} of the config: " + "; ".join(problems)
         )
     if assign:
+        # Copies, because what is read may be mapped from the file, which must not be needed any more.
         given = {
-            key: value.to(device=device, dtype=dtype if value.is_floating_point() else None).contiguous()
+            key: value.to(
+                device=device, dtype=dtype if value.is_floating_point() else None, copy=True
+            ).contiguous()
             for key, value in given.items()
         }
     module.load_state_dict(given, assign=assign)

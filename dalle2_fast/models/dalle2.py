@@ -13,11 +13,8 @@ from torch import Tensor, nn
 from dalle2_fast.checkpoints import (
     CheckpointError,
     construct,
-    embedded_path,
     join_states,
-    load_folder,
-    load_state,
-    reject_leftovers,
+    open_checkpoint,
     save_folder,
 )
 from dalle2_fast.models.chain import SAMPLING, UPSAMPLERS, check_sampling
@@ -213,12 +210,19 @@ class DALLE2(Manipulations, nn.Module):
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
     ) -> DALLE2:
-        """Load a checkpoint folder, in evaluation mode; None is the one that is installed with the package.
+        """Load a checkpoint, in evaluation mode; None is the one that is installed with the package.
 
-        dtype: of the weights and of the computation, whatever the file stores. torch's random state is left
-        alone. Raises FileNotFoundError for a missing folder or file and CheckpointError (a ValueError) for a
-        damaged, truncated or unknown one, naming the keys that are missing, left over or of another shape.
+        path: a folder that `save_pretrained` wrote; a diffusers UnCLIPPipeline, safetensors or .bin; a folder
+            of Karlo's original .ckpt files; or an id of the Hugging Face hub, "kakaobrain/karlo-v1-alpha",
+            for which huggingface_hub has to be installed; revision: then a branch, tag or commit.
+        dtype: of the weights and of the computation, whatever the file stores.
+
+        torch's random state is left alone, and nothing in a file is run: weights are read from safetensors or
+        by torch.load(weights_only=True). Raises FileNotFoundError for a missing folder or file and
+        CheckpointError (a ValueError) for a damaged, truncated or unknown one, naming the keys that are
+        missing, left over or of another shape.
         """
         from dalle2_fast.data.tokenizer import tokenizer_from_config
         from dalle2_fast.models.ar_prior import ARPrior
@@ -227,8 +231,8 @@ class DALLE2(Manipulations, nn.Module):
         from dalle2_fast.models.prior import DiffusionPrior
         from dalle2_fast.models.upsampler import Upsampler
 
-        path = embedded_path() if path is None else Path(path).expanduser()
-        config, tensors = load_folder(path)
+        checkpoint = open_checkpoint(path, revision=revision)
+        path, config = checkpoint.path, checkpoint.config
         if config.get("model") != "DALLE2":
             raise CheckpointError(
                 f"{path}: expected a checkpoint of model 'DALLE2', got {config.get('model')!r}"
@@ -239,25 +243,18 @@ class DALLE2(Manipulations, nn.Module):
             raise CheckpointError(
                 f"{path}: config.json: prior_class: expected one of {', '.join(priors)}, got {prior!r}"
             )
-        classes = {"clip": CLIP, "prior": priors[prior], "decoder": Decoder}
-        classes |= dict.fromkeys(UPSAMPLERS, Upsampler)
-        parts = {}
-        with torch.random.fork_rng(devices=[]):  # constructors draw initial weights
-            for name, part in classes.items():
-                if config.get(name) is None and name in UPSAMPLERS:
-                    continue
-                parts[name] = construct(lambda options, part=part: part(**options), config, name, path)
+        kinds = {"clip": CLIP, "prior": priors[prior], "decoder": Decoder}
+        kinds |= {name: Upsampler for name in UPSAMPLERS if config.get(name) is not None}
+        checkpoint.reject_leftovers(kinds)
         tokenizer = construct(tokenizer_from_config, config, "tokenizer", path)
-        reject_leftovers(tensors, parts, path)
-        for name, part in parts.items():
-            load_state(part, tensors, name, path)
+        parts = checkpoint.make(kinds, device, dtype)
         try:
             pipe = cls(
                 **parts, tokenizer=tokenizer, sampling=config.get("sampling"), metadata=config.get("metadata")
             )
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: config.json: {error}") from error
-        return pipe.to(device=device, dtype=dtype).eval()
+        return pipe.eval()
 
 
 def _check_parts(

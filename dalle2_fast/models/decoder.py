@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.inpainting import check_mask
+from ..checkpoints import Pretrained
 from ..diffusion.process import GaussianDiffusion
 from ..diffusion.schedules import make_schedule
 from .conditioning import ConditionProjection
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from .clip import CLIP
 
 
-class Decoder(ConditionedDecoder):
+class Decoder(Pretrained, ConditionedDecoder):
     """Image embedding and caption -> image [B, C, image_size, image_size].
 
     unet: a UNet, or its config; None builds the default. clip: encodes what is not given encoded; it is used
@@ -50,6 +51,8 @@ class Decoder(ConditionedDecoder):
         input channels (a config whose in_channels are the C of the picture is widened), trained on random
         masks. GLIDE, 2112.10741, section 3.3. `for_inpainting` makes one of a trained decoder.
     """
+
+    part = "decoder"
 
     def __init__(
         self,

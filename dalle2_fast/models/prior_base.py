@@ -6,19 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle2_fast.checkpoints import Pretrained
 from dalle2_fast.models.clip import CLIP
 from dalle2_fast.models.inputs import cat_padded
 
 Caption = tuple[Tensor, Tensor | None, Tensor | None]  # embedding, encodings, mask
 
 
-class CaptionedPrior(nn.Module):
+class CaptionedPrior(Pretrained, nn.Module):
     """A prior over CLIP image embeddings. Its subclasses set net, image_embed_dim, embed_scale, unit_norm.
 
     diffuses: whether `sample` is a diffusion, with steps and a sampler to choose.
     """
 
     diffuses = True
+    part = "prior"
 
     net: nn.Module
     image_embed_dim: int

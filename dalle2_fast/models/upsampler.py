@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checkpoints import Pretrained
 from ..diffusion.process import GaussianDiffusion
 from ..diffusion.schedules import make_schedule
 from ..functional import add_noise, sample_noise
@@ -46,7 +47,7 @@ UNCLIP_1024 = dict(
 _CONDITION_NOISE_STEP = 2**31 - 2
 
 
-class Upsampler(nn.Module):
+class Upsampler(Pretrained, nn.Module):
     """low_res [B, C, h, w] -> [B, C, f h, f w], f = image_size / low_res_size, any h and w that the U-Net can
     halve.
 
@@ -65,6 +66,8 @@ class Upsampler(nn.Module):
     residual: the U-Net's output is added to the enlarged condition, so that an untrained model already
         returns that; for prediction "sample".
     """
+
+    part = "upsampler"
 
     def __init__(
         self,

@@ -1,0 +1,97 @@
+"""Checkpoints of the Hugging Face hub, by their id ("kakaobrain/karlo-v1-alpha"), through huggingface_hub.
+
+Its cache, its offline mode (HF_HUB_OFFLINE=1), its mirrors and its log-in are those of that package; nothing
+is fetched that lies in the cache.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from glob import escape
+from pathlib import Path, PurePosixPath
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_INSTALL = "install huggingface_hub (pip install 'dalle2-fast[hub]')"
+_SMALL = (".json", ".txt")  # configurations and vocabularies
+_WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".th")  # in the order in which they are preferred
+
+
+def locate(path: str | os.PathLike, revision: str | None = None) -> Path:
+    """The local folder (or file) of a checkpoint: the path itself, or what the hub has under this id.
+
+    An id is a string "owner/name" for which there is nothing here: no such path, nor a folder "owner". What
+    is not in the cache is fetched. Raises FileNotFoundError, which says what was tried.
+    """
+    local = Path(path).expanduser()
+    is_id = isinstance(path, str) and _ID.fullmatch(path) is not None
+    if local.exists() or not is_id or local.parent.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision: expected None beside a local path ({local}), got {revision!r}")
+        return local
+    return fetch(path, revision)
+
+
+def fetch(repo_id: str, revision: str | None = None) -> Path:
+    """The folder of a snapshot of `repo_id` (a branch, tag or commit as `revision`) in the hub's cache."""
+    try:
+        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    except ImportError:
+        raise FileNotFoundError(
+            f"{repo_id}: no such checkpoint folder; to fetch it from the Hugging Face hub, {_INSTALL}"
+        ) from None
+    try:
+        names = wanted(HfApi().list_repo_files(repo_id, revision=revision))
+        patterns = [escape(name) for name in names]
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    except GatedRepoError:
+        raise FileNotFoundError(
+            f"{repo_id}: the Hugging Face hub gives it only to those who are logged in and have accepted its "
+            "conditions (hf auth login)"
+        ) from None
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        what = "such revision" if isinstance(error, RevisionNotFoundError) else "such checkpoint"
+        raise FileNotFoundError(
+            f"{repo_id}: no such checkpoint folder, and the Hugging Face hub has no {what}"
+            + (f" {revision!r}" if revision is not None else "")
+        ) from None
+    except Exception as error:  # offline mode, no network, the hub does not answer: each has its own class
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{repo_id}: no such checkpoint folder, not in the Hugging Face hub's cache, and not fetched "
+            f"({reason})"
+        ) from error
+
+
+def wanted(names: Iterable[str]) -> list[str]:
+    """Of the files of a repository those to fetch: all configurations and, folder by folder, the weights of
+    one kind: safetensors before pickles, full precision before variants such as ".fp16"."""
+    chosen, weights = [], defaultdict(list)
+    for name in names:
+        path = PurePosixPath(name)
+        if path.suffix in _WEIGHTS:
+            weights[path.parent].append(path)
+        elif path.suffix in _SMALL:
+            chosen.append(name)
+    for paths in weights.values():
+        plain = [path for path in paths if _variant(path) is None] or paths
+        # A folder of Karlo's original files has several kinds, which belong together; that of a network of
+        # diffusers' or transformers' has the same weights in each kind.
+        best = min(_WEIGHTS.index(path.suffix) for path in plain)
+        originals = [path for path in plain if path.suffix in _WEIGHTS[2:]]
+        kept = plain if originals and best >= 2 else [
+            path for path in plain if path.suffix == _WEIGHTS[best]]
+        chosen += map(str, kept)
+    return sorted(chosen)
+
+
+def _variant(path: PurePosixPath) -> str | None:
+    """"fp16" of model.fp16.safetensors and of model.fp16-00001-of-00002.safetensors."""
+    found = re.fullmatch(r".*\.([A-Za-z_]\w*)(-\d+-of-\d+)?", path.stem)
+    return found[1] if found else None

@@ -1,0 +1,236 @@
+"""Karlo's original files: a folder with a .ckpt each for prior, decoder and upsampler, the statistics of
+CLIP's image embeddings and the CLIP itself.
+
+Which file is which is told by the names of its tensors, whatever the file is called. The files hold no
+configuration: sizes follow from shapes, and what shapes do not tell is Karlo's (heads of 64, cosine schedules
+of 1000 steps, pictures of 64 and 256 pixels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dalle2_fast.checkpoints.diffusers import SAMPLING, Part, text_proj_rules
+from dalle2_fast.checkpoints.folder import CheckpointError
+from dalle2_fast.checkpoints.renaming import Rules, Taken, by_part, same, translate, under
+from dalle2_fast.checkpoints.tensor_files import SUFFIXES, read_torch, state_dict
+from dalle2_fast.checkpoints.torchscript import is_torchscript
+from dalle2_fast.checkpoints.unet_keys import original_rules
+
+HEAD_DIM = 64
+IMAGE_SIZE, LOW_RES_SIZE = 256, 64
+FILES = {  # as they were published
+    "prior": "prior-ckpt-step=01000000-of-01000000.ckpt",
+    "decoder": "decoder-ckpt-step=01000000-of-01000000.ckpt",
+    "upsampler": "improved-sr-ckpt-step=1.2M.ckpt",
+    "statistics": "ViT-L-14_stats.th",
+    "clip": "ViT-L-14.pt",
+}
+
+
+@dataclass
+class Originals:
+    """The files of one folder by what they hold: a key of FILES -> (file, its content)."""
+
+    folder: Path
+    found: dict[str, tuple[Path, Any]] = field(default_factory=dict)
+
+    def need(self, what: str) -> tuple[Path, Any]:
+        if what not in self.found:
+            present = ", ".join(f"{name} ({file.name})" for name, (file, _) in self.found.items())
+            raise FileNotFoundError(
+                f"{self.folder}: Karlo's {what} is missing, published as {FILES[what]}; got {present}"
+            )
+        return self.found[what]
+
+
+def find_originals(folder: Path) -> Originals | None:
+    """Karlo's files in `folder`, or None if there is not one of them. CheckpointError for two of a kind."""
+    originals = Originals(folder)
+    for file in sorted(folder.iterdir()):
+        if not file.is_file() or file.suffix not in (*SUFFIXES, ".th"):
+            continue
+        what, content = _recognise(file)
+        if what is None:
+            continue
+        if what in originals.found:
+            other = originals.found[what][0].name
+            raise CheckpointError(f"{folder}: expected one {what} of Karlo, got {other} and {file.name}")
+        originals.found[what] = (file, content)
+    return originals if originals.found.keys() - {"clip"} else None
+
+
+def read_original(originals: Originals, parts: Collection[str]) -> dict[str, Part]:
+    """{part: (arguments of our class, its weights)} of "prior", "decoder", "upsampler", those in `parts`."""
+    readers = {"prior": _read_prior, "decoder": _read_decoder, "upsampler": _read_upsampler}
+    return {name: read(originals) for name, read in readers.items() if name in parts}
+
+
+def _recognise(file: Path) -> tuple[str | None, Any]:
+    """What a file of Karlo holds and its content; (None, None) for any other file."""
+    if file.suffix == ".safetensors" or is_torchscript(file):
+        return "clip", None  # read_clip says whether it is one
+    content = read_torch(file, mapped=True)
+    if isinstance(content, (tuple, list)) and len(content) == 2 and all(
+        isinstance(x, Tensor) and x.dim() == 1 for x in content
+    ):
+        return "statistics", content
+    names = content.get("state_dict", content) if isinstance(content, Mapping) else {}
+    signs = {
+        "prior": "model.prd_emb",
+        "decoder": "model.clip_tok_proj.weight",
+        "upsampler": "model_first_steps.out.2.weight",
+        "clip": "token_embedding.weight",
+    }
+    what = next((what for what, sign in signs.items() if sign in names), None)
+    return what, None if what is None else state_dict(content, file)
+
+
+# ----------------------------------------------------------------------------------------------- the networks
+
+
+def _read_prior(originals: Originals) -> Part:
+    file, tensors = originals.need("prior")
+    statistics, (mean, std) = originals.need("statistics")
+    width, embed_dim = _shape(tensors, "model.clip_img_proj.weight", 2, file)
+    depth = _count(tensors, "model.transformer.resblocks.")
+    if mean.shape != (embed_dim,) or std.shape != (embed_dim,):
+        raise CheckpointError(
+            f"{statistics}: expected mean and deviation of {embed_dim} entries, got {list(mean.shape)}, "
+            f"{list(std.shape)}"
+        )
+    config = {
+        "net": {
+            "dim": width, "depth": depth, "heads": width // HEAD_DIM, "dim_head": HEAD_DIM,
+            "embed_dim": embed_dim, "text_dim": _shape(tensors, "model.text_enc_proj.weight", 2, file)[1],
+            "context_length": _shape(tensors, "model.positional_embedding", 3, file)[1] - 4,
+            "mlp_ratio": _shape(tensors, "model.transformer.resblocks.0.mlp.c_fc.weight", 2, file)[0] / width,
+        },
+        "sample_timesteps": SAMPLING["prior_steps"], "unit_norm": False, "embed_scale": 1.0,
+        "prediction": "sample", "sample_clip": 10.0,
+    }  # fmt: skip
+    translated = translate(tensors, prior_rules(depth), file)
+    return config, translated | {"clip_mean": mean, "clip_std": std}
+
+
+def prior_rules(depth: int) -> Rules:
+    """DiffusionPrior's tensors, but for the statistics, from those of the original prior."""
+    rules = (
+        same("time_embedding.0", "time_embed.0")
+        | same("time_embedding.2", "time_embed.2")
+        | same("proj_in", "clip_img_proj")
+        | same("text_embed_proj", "text_emb_proj")
+        | same("text_encodings_proj", "text_enc_proj")
+        | same("ln_final", "final_ln")
+        | same("proj_out", "out_proj")
+    )
+    rules["query"] = Taken(("prd_emb",), lambda x: x.flatten())
+    rules["positional_embedding"] = Taken(("positional_embedding",), lambda x: x.flatten(0, 1))
+    for block in (f"transformer.resblocks.{index}" for index in range(depth)):
+        for layer in ("ln_1", "ln_2", "mlp.c_fc", "mlp.c_proj"):
+            rules |= same(f"{block}.{layer}", f"{block}.{layer}")
+        rules |= same(f"{block}.attn.out_proj", f"{block}.attn.c_proj")
+        for kind in ("weight", "bias"):
+            fused = Taken((f"{block}.attn.c_qkv.{kind}",), by_part(3, HEAD_DIM))
+            rules[f"{block}.attn.in_proj_{kind}"] = fused
+    return under("net.", rules, "model.")
+
+
+def _read_decoder(originals: Originals) -> Part:
+    file, tensors = originals.need("decoder")
+    unet = _unet_options(tensors, "model.", file)
+    embed_dim = _shape(tensors, "model.clip_emb.weight", 2, file)[1]
+    tokens = _shape(tensors, "model.clip_tok_proj.weight", 2, file)[0] // unet["cross_dim"]
+    config = {
+        "unet": unet, "image_size": LOW_RES_SIZE, "image_embed_dim": embed_dim,
+        "text_embed_dim": _shape(tensors, "model.text_feat_proj.weight", 2, file)[1],
+        "text_encoding_dim": _shape(tensors, "model.text_seq_proj.0.weight", 2, file)[1],
+        "num_image_tokens": tokens, "unit_norm": False, "embed_scale": 1.0,
+        "prediction": "epsilon", "variance": "learned_range", "sample_timesteps": SAMPLING["steps"],
+    }  # fmt: skip
+    rules = under("unet.", original_rules(unet), "model.") | decoder_rules(tokens)
+    return config, translate(tensors, rules, file)
+
+
+def decoder_rules(tokens: int) -> Rules:
+    """ConditionProjection's tensors from those of the original decoder, through diffusers' names."""
+    names = {
+        "clip_image_embeddings_project_to_time_embeddings": "clip_emb",
+        "clip_extra_context_tokens_proj": "clip_tok_proj",
+        "embedding_proj": "text_feat_proj",
+        "encoder_hidden_states_proj": "text_seq_proj.0",
+        "text_encoder_hidden_states_norm": "text_seq_proj.1",
+        "learned_classifier_free_guidance_embeddings": "cf_param",
+    }
+
+    def original(name: str) -> str:
+        layer, dot, kind = name.partition(".")
+        return f"model.{names[layer]}{dot}{kind}"
+
+    return {
+        f"text_proj.{ours}": Taken(tuple(map(original, taken.names)), taken.make)
+        for ours, taken in text_proj_rules(tokens).items()
+    }
+
+
+def _read_upsampler(originals: Originals) -> Part:
+    file, tensors = originals.need("upsampler")
+    config: dict[str, Any] = {
+        "image_size": IMAGE_SIZE, "low_res_size": LOW_RES_SIZE, "resize": "bicubic", "prediction": "epsilon",
+        "variance": "fixed_small", "sample_timesteps": SAMPLING["upsampler_steps"],
+    }  # fmt: skip
+    rules: Rules = {}
+    for name, prefix in (("unet", "model_first_steps."), ("last_unet", "model_last_step.")):
+        config[name] = _unet_options(tensors, prefix, file)
+        rules |= under(f"{name}.", original_rules(config[name]), prefix)
+    return config, translate(tensors, rules, file)
+
+
+def _unet_options(tensors: Mapping[str, Tensor], prefix: str, file: Path) -> dict[str, Any]:
+    """The arguments of our UNet, from the shapes of an original one.
+
+    The way up tells the levels apart: each but the last ends with a block that doubles the resolution, and
+    each has one block more than on the way down.
+    """
+    channels, layers, attends, blocks = [], [], [], 0
+    for station in range(_count(tensors, f"{prefix}output_blocks.")):
+        begin, blocks = f"{prefix}output_blocks.{station}.", blocks + 1
+        attention = f"{begin}1.qkv.weight" in tensors
+        last = station == _count(tensors, f"{prefix}output_blocks.") - 1
+        if last or f"{begin}{1 + attention}.in_layers.2.weight" in tensors:
+            channels.append(_shape(tensors, f"{begin}0.out_layers.3.weight", 4, file)[0])
+            layers.append(blocks - 1)
+            attends.append(attention)
+            blocks = 0
+    channels, layers, attends = channels[::-1], layers[::-1], attends[::-1]
+    if not channels or min(layers) < 1:
+        raise CheckpointError(f"{file}: {prefix}output_blocks: expected the blocks of a U-Net, got {layers}")
+    levels = [level for level, here in enumerate(attends) if here]
+    film, width = _shape(tensors, f"{prefix}input_blocks.1.0.emb_layers.1.weight", 2, file)
+    cross = f"{prefix}middle_block.1.encoder_kv.weight"
+    return {
+        "in_channels": _shape(tensors, f"{prefix}input_blocks.0.0.weight", 4, file)[1],
+        "out_channels": _shape(tensors, f"{prefix}out.2.weight", 4, file)[0],
+        "channels": channels, "layers_per_block": layers, "attention_levels": levels, "head_dim": HEAD_DIM,
+        "cross_dim": _shape(tensors, cross, 3, file)[1] if levels else None, "embed_dim": width,
+        "film": film == 2 * channels[0],
+    }  # fmt: skip
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str, dimensions: int, file: Path) -> tuple[int, ...]:
+    if name not in tensors:
+        raise CheckpointError(f"{file}: the weights do not fit: missing 1 ({name})")
+    if tensors[name].dim() != dimensions:
+        came = list(tensors[name].shape)
+        raise CheckpointError(f"{file}: {name}: expected {dimensions} dimensions, got {came}")
+    return tuple(tensors[name].shape)
+
+
+def _count(tensors: Iterable[str], prefix: str) -> int:
+    """How many numbers follow on `prefix` in the names."""
+    return len({name[len(prefix):].partition(".")[0] for name in tensors if name.startswith(prefix)})
