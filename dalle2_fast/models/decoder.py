@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..diffusion.inpainting import check_mask
 from ..checkpoints import Pretrained
+from ..diffusion.inpainting import check_mask
 from ..diffusion.process import GaussianDiffusion
 from ..diffusion.schedules import make_schedule
 from .conditioning import ConditionProjection
