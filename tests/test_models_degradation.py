@@ -85,6 +85,7 @@ def test_bsr_of_any_shape(shape):
         degraded = bsr(images, fixed(seed))
         assert degraded.shape == shape and degraded.isfinite().all()
     assert bsr(images.double(), fixed()).dtype == torch.float64
+    assert bsr(images.bfloat16(), fixed()).dtype == torch.bfloat16
 
 
 # ----------------------------------------------------------------------------------------------------- JPEG

@@ -135,6 +135,19 @@ def test_degradation_probability(probability, monkeypatch):
     torch.testing.assert_close(seen[0], expected * 2 - 1)
 
 
+@pytest.mark.parametrize("degradation", ["blur", "bsr"])
+def test_autocast_leaves_the_condition_its_levels(degradation, monkeypatch):
+    """Catches: a blur or JPEG computed in bfloat16, in which 256 levels are not 256."""
+    upsampler = small_upsampler(degradation=degradation, degradation_prob=1.0)
+    seen = []
+    enlarge = upsampler._enlarge
+    monkeypatch.setattr(upsampler, "_enlarge", lambda low: seen.append(low) or enlarge(low))
+    upsampler(images(), generator=fixed())
+    with torch.autocast("cpu", torch.bfloat16):
+        upsampler(images(), generator=fixed())
+    assert torch.equal(*seen)
+
+
 def test_wrong_inputs_are_named():
     upsampler = small_upsampler()
     with pytest.raises(ValueError, match="image: expected height and width .* multiples of 8, got 36 x 36"):

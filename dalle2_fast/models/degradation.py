@@ -46,6 +46,8 @@ def bsr(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """
     if not len(images):
         return images
+    dtype = images.dtype
+    images = images if dtype == torch.float64 else images.float()  # half precision has not even 256 levels
     steps = (_random_blur, _random_blur, _random_noise, _sometimes(_random_sensor, 0.25),
              _sometimes(_random_jpeg, 0.75))
     parts = images.split(max(1, math.ceil(len(images) / _PARTS)))
@@ -58,7 +60,7 @@ def bsr(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         for _, step in sorted(places, key=lambda place: place[0]):
             part = step(part, generator)
         results.append(part)
-    return torch.cat(results).clamp(0, 1)
+    return torch.cat(results).clamp(0, 1).to(dtype)
 
 
 def _device(images: Tensor, generator: torch.Generator | None) -> torch.device:

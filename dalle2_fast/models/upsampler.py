@@ -215,7 +215,8 @@ class Upsampler(Pretrained, nn.Module):
         else:
             check_images("low_res", low_res, self.channels, small, batch, check_range=check_range)
         if self.degradation is not None and self.degradation_prob > 0:
-            degraded = DEGRADATIONS[self.degradation](low_res, generator)
+            with torch.autocast(image.device.type, enabled=False):  # pixels, not features
+                degraded = DEGRADATIONS[self.degradation](low_res, generator)
             chosen = coin(batch, self.degradation_prob, image.device, generator)
             low_res = torch.where(chosen[:, None, None, None], degraded, low_res)
         low_res, level = low_res * 2 - 1, None
