@@ -14,10 +14,10 @@ from PIL import Image
 
 from dalle2_fast.cli import main
 from dalle2_fast.data import World, render, sample_scenes
-from dalle2_fast.models import CLIP, DALLE2, Decoder, DiffusionPrior, Upsampler
+from dalle2_fast.models import CLIP, DALLE2, ARPrior, Decoder, DiffusionPrior, Upsampler
 from dalle2_fast.training.command import export_pipeline, load_initial, train_stage
 from dalle2_fast.training.folder import TrainingError, load_weights, save_weights
-from dalle2_fast.training.presets import PRESETS, STAGES
+from dalle2_fast.training.presets import PRESETS, STAGES, choose_prior
 from dalle2_fast.training.stages import foreground_weight, make_stage, psnr, random_crops
 
 
@@ -317,3 +317,74 @@ def test_init_and_freeze_errors(options, message, tmp_path, capsys):
     """Catches: a prefix that matches nothing and trains everything, a missing file met with a traceback."""
     assert main(["train", *options, "--preset", "tiny", "--out", str(tmp_path), "--device", "cpu"]) == 2
     assert message in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------- the other prior, the second upsampler
+
+
+def test_an_autoregressive_prior_and_a_second_upsampler_join_the_pipeline(trained, tmp_path, capsys):
+    """Catches: an option without effect, a class that export forgets, statistics that were never fitted."""
+    out = tmp_path / "run"
+    for stage in ("clip", "decoder", "upsampler"):
+        shutil.copytree(trained / stage, out / stage)
+    common = ["--preset", "tiny", "--out", str(out), "--device", "cpu", "--quiet"]
+    assert main(["train", "prior", "--prior", "autoregressive", *common]) == 0
+    assert main(["train", "upsampler2", *common]) == 0
+    assert "cosine" in rows_of(out, "prior")[-1] and "psnr" in rows_of(out, "upsampler2")[-1]
+    assert main(["train", "all", "--export", *common]) == 0
+    pipeline = DALLE2.from_pretrained(out)
+    assert isinstance(pipeline.prior, ARPrior) and pipeline.prior.fitted
+    assert pipeline.sizes == (16, 32, 64)
+    assert pipeline("a red circle", num_images=2, seed=0, steps=2).shape == (2, 3, 64, 64)
+
+
+def test_a_second_upsampler_is_no_part_of_all(trained):
+    assert DALLE2.from_pretrained(trained).upsampler2 is None and not (trained / "upsampler2").exists()
+
+
+@pytest.mark.parametrize("stage, prior", [("prior", "autoregressive"), ("upsampler2", "diffusion")])
+def test_the_other_stages_resume_bit_identically(trained, tmp_path, stage, prior):
+    """Catches: buckets fitted to other data after a resume, scenes shared with the first upsampler."""
+    preset = choose_prior(PRESETS["tiny"], prior)
+    for out in ("whole", "paused"):
+        (tmp_path / out).mkdir()
+        (tmp_path / out / "clip").symlink_to(trained / "clip")
+    assert train_stage(stage, preset, tmp_path / "whole", show_progress=False) == "finished"
+    assert train_stage(stage, preset, tmp_path / "paused", pause_after=0.0, show_progress=False) == "paused"
+    assert train_stage(stage, preset, tmp_path / "paused", resume=True, show_progress=False) == "finished"
+    _, whole = load_weights(tmp_path / "whole" / stage / "model.safetensors")
+    _, resumed = load_weights(tmp_path / "paused" / stage / "model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_state_from_before_an_option_resumes(tmp_path):
+    """Catches: a run of days that an update with one more option, at its default, refuses to go on with."""
+    preset = PRESETS["tiny"]
+    assert train_stage("upsampler", preset, tmp_path, pause_after=0.0, show_progress=False) == "paused"
+    path = tmp_path / "upsampler" / "state.pt"
+    state = torch.load(path, weights_only=True)
+    del state["config"]["model"]["sample_tile"]
+    torch.save(state, path)
+    assert train_stage("upsampler", preset, tmp_path, resume=True, show_progress=False) == "finished"
+
+
+def test_presets_without_a_recipe_say_so():
+    bare = dataclasses.replace(PRESETS["tiny"], ar_prior=None, upsampler2=None)
+    with pytest.raises(ValueError, match="--preset: tiny has no recipe for ar_prior"):
+        choose_prior(bare, "autoregressive")
+    with pytest.raises(ValueError, match="--preset: tiny has no recipe for upsampler2"):
+        bare.recipe("upsampler2")
+    with pytest.raises(ValueError, match="--prior: expected one of diffusion, autoregressive, got 'flow'"):
+        choose_prior(bare, "flow")
+
+
+@pytest.mark.parametrize("name", ["scenes-cpu", "scenes-gpu"])
+def test_the_other_recipes_build(name):
+    preset = PRESETS[name]
+    with torch.device("meta"):
+        clip = CLIP(**preset.clip.model, num_text_tokens=126, text_seq_len=36)
+        net = dict(embed_dim=clip.dim_latent, text_dim=clip.config["dim_text"], context_length=36)
+        prior = ARPrior(net=preset.ar_prior.model["net"] | net)
+        Upsampler(**preset.upsampler2.model)
+    scenes = preset.ar_prior.optimisation.batch_size * preset.ar_prior.data["statistics_batches"]
+    assert scenes > 20 * prior.net.num_components

@@ -125,7 +125,7 @@ def _draw(
             1,
             seed=mix_seed(seed, start),
             size=pipe.decoder.image_size,
-            **{name: sampling[name] for name in SETTINGS},
+            **{name: sampling[name] for name in SETTINGS if pipe.prior.diffuses or name != "prior_steps"},
         )
         images.append(made.images.cpu())
     return torch.cat(images)

@@ -1,4 +1,4 @@
-"""`dalle2-fast train clip|prior|decoder|upsampler|all --preset NAME --out DIR`."""
+"""`dalle2-fast train clip|prior|decoder|upsampler|upsampler2|all --preset NAME --out DIR`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ import torch
 
 from dalle2_fast import _backend
 from dalle2_fast.training.folder import StageFolder, TrainingError, load_weights, save_weights, write_beside
-from dalle2_fast.training.presets import PRESETS, STAGES, Preset, adjust, get_preset
+from dalle2_fast.training.presets import (
+    EXTRA_STAGES,
+    PRESETS,
+    PRIORS,
+    STAGES,
+    Preset,
+    adjust,
+    choose_prior,
+    get_preset,
+)
 
 if TYPE_CHECKING:
     from dalle2_fast.data import Tokenizer
@@ -25,8 +34,10 @@ TOKENIZER = "tokenizer.json"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `dalle2-fast train`."""
     add = parser.add_argument
-    add("stage", choices=(*STAGES, "all"), help="what to train; all: every stage in order, then the pipeline")
+    add("stage", choices=(*STAGES, *EXTRA_STAGES, "all"),
+        help="what to train; all: the first four in order, then the pipeline")
     add("--preset", required=True, help=f"one of {', '.join(PRESETS)}")
+    add("--prior", choices=PRIORS, default="diffusion", help="which prior (default: diffusion)")
     add("--out", required=True, type=Path, metavar="DIR", help="folder of the run: one sub-folder a stage")
     add("--resume", action="store_true", help="continue what DIR holds; finished stages are skipped")
     add("--init", type=Path, metavar="FILE", help="start from these STAGE/model.safetensors weights")
@@ -62,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
     stages = STAGES if args.stage == "all" else (args.stage,)
     if args.stage == "all" and (args.init or args.freeze):
         raise ValueError("--init, --freeze: expected one stage, got all")
-    preset = adjust(get_preset(args.preset), stages, minutes=args.minutes, steps=args.steps,
-                    batch_size=args.batch_size, learning_rate=args.lr)
+    preset = adjust(choose_prior(get_preset(args.preset), args.prior), stages, minutes=args.minutes,
+                    steps=args.steps, batch_size=args.batch_size, learning_rate=args.lr)
     begin = time.monotonic()
     for name in () if args.export else stages:
         left = None if args.pause_after is None else args.pause_after - (time.monotonic() - begin) / 60
@@ -202,7 +213,8 @@ def export_pipeline(preset: Preset, out: Path, *, dtype: torch.dtype = torch.bfl
     from dalle2_fast.models.dalle2 import DALLE2
     from dalle2_fast.training.stages import load_stage
 
-    models = {name: load_stage(Path(out), name) for name in STAGES}
+    there = [name for name in EXTRA_STAGES if (Path(out) / name / "model.safetensors").exists()]
+    models = {name: load_stage(Path(out), name) for name in (*STAGES, *there)}
     own_data = (Path(out) / TOKENIZER).exists()
     world = None if own_data else World(**preset.world).to_config()
     pipeline = DALLE2(**models, tokenizer=run_tokenizer(preset, out, None), sampling=preset.sampling,

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from dalle2_fast.training.trainer import Optimisation
 
 STAGES = ("clip", "prior", "decoder", "upsampler")
+EXTRA_STAGES = ("upsampler2",)  # trained on request only, and part of the pipeline when they are there
+PRIORS = ("diffusion", "autoregressive")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Preset:
     """Recipes for the four stages on one world (arguments of data.World; {} is the full world).
 
     sampling: defaults that the finished pipeline samples with, where they differ from DALLE2's own.
+    prior_kind: what `prior` is a recipe of, one of PRIORS; ar_prior: the other one's, see `choose_prior`.
+    upsampler2: a second upsampler's, or None.
     """
 
     name: str
@@ -36,9 +40,16 @@ class Preset:
     decoder: Recipe
     upsampler: Recipe
     sampling: dict = field(default_factory=dict)
+    prior_kind: str = "diffusion"
+    ar_prior: Recipe | None = None
+    upsampler2: Recipe | None = None
 
     def recipe(self, stage: str) -> Recipe:
-        return getattr(self, stage)
+        """ValueError where this preset has none."""
+        recipe = getattr(self, stage)
+        if recipe is None:
+            raise ValueError(f"--preset: {self.name} has no recipe for {stage}")
+        return recipe
 
 
 # ------------------------------------------------------------- scenes-cpu: about two hours on two CPU cores
@@ -95,6 +106,24 @@ SCENES_CPU = Preset(
                                   betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=50, hold=0.4,
                                   decay="linear", ema_decay=0.995, log_steps=20)),
     sampling=dict(guidance=1.5, sampler="ddim"),
+    # Neither of the two has been tuned: sizes and lengths are those of their siblings.
+    ar_prior=Recipe(
+        model=dict(net=dict(dim=128, depth=3, heads=4, num_components=48, num_buckets=128,
+                            num_dot_buckets=32)),
+        data=dict(statistics_batches=64),
+        optimisation=Optimisation(batch_size=64, minutes=8, optimizer="muon", learning_rate=1.5e-3,
+                                  betas=(0.9, 0.98), weight_decay=0.02, warmup_steps=50, hold=0.4,
+                                  decay="linear", ema_decay=0.99, log_steps=20)),
+    upsampler2=Recipe(
+        model=dict(image_size=1024, low_res_size=256, resize="bicubic", degradation="bsr", sample_tile=512,
+                   unet=dict(in_channels=6, out_channels=3, patch_size=4, channels=(48, 64),
+                             layers_per_block=1, attention_levels=(), cross_dim=None, num_groups=8),
+                   schedule=dict(name="continuous_cosine", shift=-2.0), prediction="sample", residual=True,
+                   weighting="v", max_weight=5.0, stratified=True, variance="fixed_small"),
+        data=dict(crop=64, crops_per_image=16),
+        optimisation=Optimisation(batch_size=32, minutes=14, optimizer="muon", learning_rate=1.5e-3,
+                                  betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=50, hold=0.4,
+                                  decay="linear", ema_decay=0.995, log_steps=20)),
 )
 
 # ------------------------- scenes-gpu: the full world, about twenty minutes on one H200; 40 MB in bf16 in all
@@ -132,6 +161,22 @@ SCENES_GPU = Preset(
         data=dict(crop=128, crops_per_image=2),
         optimisation=Optimisation(batch_size=256, minutes=3.5, learning_rate=1e-3, betas=(0.9, 0.99),
                                   weight_decay=0.01, warmup_steps=200, ema_decay=0.999, log_steps=20)),
+    # Neither of the two has been trained yet.
+    ar_prior=Recipe(
+        model=dict(net=dict(dim=224, depth=6, heads=7, num_components=96, num_buckets=256,
+                            num_dot_buckets=64)),
+        data=dict(statistics_batches=8),
+        optimisation=Optimisation(batch_size=1024, minutes=5, learning_rate=1e-3, betas=(0.9, 0.98),
+                                  weight_decay=0.02, warmup_steps=200, ema_decay=0.998, log_steps=20)),
+    upsampler2=Recipe(
+        model=dict(image_size=1024, low_res_size=256, resize="bicubic", degradation="bsr", sample_tile=512,
+                   unet=dict(in_channels=6, out_channels=3, patch_size=4, channels=(48, 80),
+                             layers_per_block=2, attention_levels=(), cross_dim=None, num_groups=8),
+                   schedule=dict(name="continuous_cosine", shift=-2.0), prediction="sample", residual=True,
+                   weighting="v", max_weight=5.0, stratified=True, variance="fixed_small"),
+        data=dict(crop=256, crops_per_image=4),
+        optimisation=Optimisation(batch_size=64, minutes=3.5, learning_rate=1e-3, betas=(0.9, 0.99),
+                                  weight_decay=0.01, warmup_steps=200, ema_decay=0.999, log_steps=20)),
 )
 
 # ------------------------------------------- tiny: every stage in seconds, for tests; its pictures are noise
@@ -163,6 +208,17 @@ TINY = Preset(
                              attention_levels=(), cross_dim=None, num_groups=4)),
         data=dict(crop=16, crops_per_image=2),
         optimisation=_BRIEF),
+    ar_prior=Recipe(
+        model=dict(net=dict(dim=16, depth=1, heads=2, num_components=6, num_buckets=8, num_dot_buckets=4)),
+        data=dict(statistics_batches=4),
+        optimisation=_BRIEF),
+    upsampler2=Recipe(
+        model=dict(image_size=64, low_res_size=32, degradation="bsr",
+                   unet=dict(in_channels=6, out_channels=3, patch_size=2, channels=(16, 16),
+                             layers_per_block=1,
+                             attention_levels=(), cross_dim=None, num_groups=4)),
+        data=dict(crop=16, crops_per_image=2),
+        optimisation=_BRIEF),
 )
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in (SCENES_CPU, SCENES_GPU, TINY)}
@@ -173,6 +229,15 @@ def get_preset(name: str) -> Preset:
     if name not in PRESETS:
         raise ValueError(f"--preset: expected one of {', '.join(PRESETS)}, got {name!r}")
     return PRESETS[name]
+
+
+def choose_prior(preset: Preset, kind: str) -> Preset:
+    """The preset with the recipe of the prior called `kind`."""
+    if kind not in PRIORS:
+        raise ValueError(f"--prior: expected one of {', '.join(PRIORS)}, got {kind!r}")
+    if kind == preset.prior_kind:
+        return preset
+    return replace(preset, prior=preset.recipe("ar_prior"), prior_kind=kind)
 
 
 def adjust(preset: Preset, stages: tuple[str, ...], *, minutes: float | None = None, steps: int | None = None,

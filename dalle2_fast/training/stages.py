@@ -1,7 +1,8 @@
-"""The four stages: what each learns from a batch, how it is scored on the way, how its weights are stored."""
+"""The stages: what each learns from a batch, how it is scored on the way, how its weights are stored."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle2_fast.data import SceneStream, WordTokenizer, World, render
+from dalle2_fast.models.ar_prior import ARPrior
 from dalle2_fast.models.clip import CLIP
 from dalle2_fast.models.decoder import Decoder
 from dalle2_fast.models.prior import DiffusionPrior
@@ -17,9 +19,10 @@ from dalle2_fast.training.folder import TrainingError, load_weights
 from dalle2_fast.training.presets import Preset
 
 MODELS: dict[str, type[nn.Module]] = {
-    "clip": CLIP, "prior": DiffusionPrior, "decoder": Decoder, "upsampler": Upsampler}
+    "clip": CLIP, "prior": DiffusionPrior, "decoder": Decoder, "upsampler": Upsampler,
+    "upsampler2": Upsampler}
 # Every stage draws scenes of its own: one seed must not show all of them the same pictures in the same order.
-STREAMS = {"clip": 1, "prior": 2, "decoder": 3, "upsampler": 4, "held-out": 5}
+STREAMS = {"clip": 1, "prior": 2, "decoder": 3, "upsampler": 4, "held-out": 5, "upsampler2": 6}
 
 
 def load_stage(out: Path, name: str, device: torch.device | str = "cpu") -> nn.Module:
@@ -28,7 +31,10 @@ def load_stage(out: Path, name: str, device: torch.device | str = "cpu") -> nn.M
     if not path.exists():
         raise TrainingError(f"{path} not found: first train it: dalle2-fast train {name} --out {out}")
     config, tensors = load_weights(path)
-    model = MODELS[name](**config["model"])
+    kinds = {None: MODELS[name], "ARPrior": ARPrior}
+    if config.get("class") not in kinds:
+        raise TrainingError(f"{path}: holds an unknown class of model, {config['class']!r}")
+    model = kinds[config.get("class")](**config["model"])
     model.load_state_dict(tensors)
     return model.to(device).eval().requires_grad_(False)
 
@@ -143,16 +149,21 @@ class PriorStage(ClipGuidedStage):
     """The diffusion prior, on embeddings standardised per dimension."""
 
     name = "prior"
+    kind: type[nn.Module] = DiffusionPrior
+    sampling = {"steps": 8}
 
     def fit(self) -> None:
-        batches = (self.stream.batch(step) for step in range(self.recipe.data.get("statistics_batches", 8)))
-        self.model.fit_statistics(torch.cat([self.image_embed(batch).float() for batch in batches]))
+        images = [self.image_embed(batch).float() for batch in self.statistics_batches()]
+        self.model.fit_statistics(torch.cat(images))
+
+    def statistics_batches(self) -> Iterator[dict]:
+        return (self.stream.batch(step) for step in range(self.recipe.data.get("statistics_batches", 8)))
 
     def prepare(self) -> None:
         options, clip = dict(self.recipe.model), self.clip
         net = options.pop("net") | dict(embed_dim=clip.dim_latent, text_dim=clip.config["dim_text"],
                                         context_length=clip.context_length)
-        self.model = DiffusionPrior(net=net, **options)
+        self.model = self.kind(net=net, **options)
         self.resolutions = (clip.image_size,)
 
     @torch.no_grad()
@@ -166,10 +177,26 @@ class PriorStage(ClipGuidedStage):
     def metrics(self) -> dict[str, Tensor]:
         """Mean cosine with the true image embedding: of one sample; of the text embedding, to compare."""
         caption, image = self.caption(self.held_out), self.image_embed(self.held_out)
-        sampled = self.model.sample(**caption, seeds=self.seeds(len(image)), steps=8, num_samples_per_batch=1,
-                                    progress=False)
+        sampled = self.model.sample(**caption, seeds=self.seeds(len(image)), num_samples_per_batch=1,
+                                    progress=False, **self.sampling)
         pairs = {"cosine": sampled, "cosine_of_text": caption["text_embed"]}
         return {name: F.cosine_similarity(x.float(), image.float()).mean() for name, x in pairs.items()}
+
+
+class ARPriorStage(PriorStage):
+    """The autoregressive prior, on principal components in buckets."""
+
+    kind = ARPrior
+    sampling = {}
+
+    def __init__(self, preset: Preset, **options) -> None:
+        super().__init__(preset, **options)
+        self.config |= {"class": "ARPrior"}
+
+    def fit(self) -> None:
+        pairs = [(self.image_embed(batch).float(), self.caption(batch)["text_embed"].float())
+                 for batch in self.statistics_batches()]
+        self.model.fit(*(torch.cat(embeds) for embeds in zip(*pairs, strict=True)))
 
 
 class DecoderStage(ClipGuidedStage):
@@ -224,8 +251,9 @@ class UpsamplerStage(SceneStage):
         batch_size = self.recipe.optimisation.batch_size
         if self.crop * self.low % self.high or self.crop > self.high or batch_size % self.crops:
             raise TrainingError(
-                f"upsampler: expected a crop that is a multiple of {self.high // self.low} and a batch size "
-                f"that is a multiple of crops_per_image = {self.crops}, got {self.crop} and {batch_size}")
+                f"{self.name}: expected a crop that is a multiple of {self.high // self.low} and a batch "
+                f"size that is a multiple of crops_per_image = {self.crops}, got {self.crop} and "
+                f"{batch_size}")
 
     def scenes_per_batch(self) -> int:
         return self.recipe.optimisation.batch_size // self.crops
@@ -246,6 +274,12 @@ class UpsamplerStage(SceneStage):
     def pictures(self) -> tuple[Tensor, int]:
         """Rows: bicubic, drawn, render."""
         return torch.cat([self.bicubic, self.drawn, self.held_out["images"][self.high]]), len(self.drawn)
+
+
+class SecondUpsamplerStage(UpsamplerStage):
+    """Another upsampler, on other scenes: from the first one's size to a larger one."""
+
+    name = "upsampler2"
 
 
 def foreground_weight(batch: dict, size: int, weight: float) -> Tensor:
@@ -309,5 +343,7 @@ def make_stage(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed * 16 + STREAMS[name])
         if name in ("prior", "decoder"):
-            return {"prior": PriorStage, "decoder": DecoderStage}[name](preset, out=out, **options)
-        return {"clip": ClipStage, "upsampler": UpsamplerStage}[name](preset, **options)
+            prior = PriorStage if preset.prior_kind == "diffusion" else ARPriorStage
+            return {"prior": prior, "decoder": DecoderStage}[name](preset, out=out, **options)
+        stages = {"clip": ClipStage, "upsampler": UpsamplerStage, "upsampler2": SecondUpsamplerStage}
+        return stages[name](preset, **options)

@@ -226,6 +226,7 @@ class Trainer:
     def resume(self) -> None:
         """Continue from the folder's state; it must be of this stage, model and seed."""
         state, path = self.folder.load_state(self.device)
+        state["config"] = completed(state.get("config"), type(self.model))
         mine = {"stage": self.stage.name, "seed": self.seed, "config": self.stage.config,
                 "optimizer": self.options.optimizer}
         for name, expected in mine.items():
@@ -379,6 +380,16 @@ class Window:
             "loss": self.loss.item() / self.steps,
             "grad_norm": self.norm.item() / self.steps,
         }
+
+
+def completed(config: object, kind: type[nn.Module]) -> object:
+    """A saved configuration with the defaults of options that its version did not know yet; as it is if it
+    does not build a model of class `kind`."""
+    try:
+        with torch.device("meta"):
+            return config | {"model": kind(**config["model"]).config}
+    except (TypeError, ValueError, KeyError, AttributeError):
+        return config
 
 
 def difference(expected, got, path: str = "") -> str:
