@@ -3,16 +3,21 @@
 `flops` counts what has to be multiplied when no N x N matrix is kept: 8 N^2 D (logits, logits again, two
 gradients), 6 N^2 D for the sigmoid loss, which needs no normaliser first, 16 N^2 D with soft targets. Inf-CL
 does one direction of the loss a call, so it is called twice; 1.2.1 has not been run where this was written.
+"ours, any GPU" are the kernels for every GPU from sm_80 on (M1), on a Hopper beside its own (M2).
+
+"eager" is open_clip's formula in plain torch at the dtype of the features, "eager amp" the same under
+autocast, and "open_clip" its class, which is the same again and needs the package.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from cases import Case, add, compiled, installed
+from registry import Case, add, compiled, needs
 from torch import Tensor
 
 from dalle2_fast import functional
@@ -82,89 +87,108 @@ def amp(function: Callable) -> Callable:
     return run
 
 
-def open_clip(name: str) -> Callable | str:
-    if not installed("open_clip"):
-        return "open_clip is not installed"
+def open_clip(name: str, **values) -> Tensor:
+    from open_clip import loss
+
+    return getattr(loss, name)()(**values)
+
+
+def inf_cl(image_features, text_features, logit_scale):
+    from inf_cl import cal_flash_loss
+
+    # The scale goes in with the features: as an argument it needs a process group.
+    head = 256 if image_features.shape[1] % 256 == 0 else image_features.shape[1]
+    scaled = logit_scale * image_features
+    rows = cal_flash_loss(scaled, text_features, head_dim=head)
+    columns = cal_flash_loss(text_features, scaled, head_dim=head)
+    return (rows + columns) / 2
+
+
+def any_gpu(op: Callable) -> Callable | str:
+    """Ours without the kernels for Hopper, which "ours" are where the two are not the same."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return "only a Hopper GPU has kernels of its own"
 
     def run(**values):
-        from open_clip import loss
+        from dalle2_fast import _C
 
-        return getattr(loss, name)()(**values)
-
-    return run
-
-
-def inf_cl() -> Callable | str:
-    if not installed("inf_cl"):
-        return "inf_cl is not installed"
-
-    def run(image_features, text_features, logit_scale):
-        from inf_cl import cal_flash_loss
-
-        # The scale goes in with the features: as an argument it needs a process group.
-        head = 256 if image_features.shape[1] % 256 == 0 else image_features.shape[1]
-        scaled = logit_scale * image_features
-        rows = cal_flash_loss(scaled, text_features, head_dim=head)
-        columns = cal_flash_loss(text_features, scaled, head_dim=head)
-        return (rows + columns) / 2
+        with mock.patch.object(_C, "sm90", None, create=True):
+            return op("fused", **values)
 
     return run
 
 
-def add_loss(name, op, rows, width, *, eager, package, rivals=None, flops, biased=False, cpu_rows, factors):
+def add_loss(
+    name, op, rows, width, *, eager, rivals, flops, device="cuda", biased=False, factors=None, **goals
+):
     def ours(impl, **values):
         return getattr(functional, op)(**values, impl=impl)
 
-    def make_cpu():
-        return inputs(cpu_rows, width, biased, "cpu", torch.float32)
-
+    contestants = {"eager": eager, "compile": compiled(eager)}
+    if device == "cuda":
+        contestants |= {"eager amp": amp(eager), "compile amp": compiled(amp(eager)),
+                        "ours, any GPU": any_gpu(ours)}  # fmt: skip
     add(
         Case(
             name,
             functools.partial(inputs, rows, width, biased),
             ours,
-            {
-                "eager": eager, "eager amp": amp(eager), "compile": compiled(eager),
-                "compile amp": compiled(amp(eager)), **package, **(rivals or {}),
-            },
-            bytes=4 * 2 * rows * width,  # both features in, both gradients out
+            contestants | rivals,
+            bytes=4 * 2 * rows * width * (1 if device == "cuda" else 2),  # features in, gradients out
             flops=flops * rows**2 * width,
-            factors=factors,
+            device=device,
             backward=(*LEAVES, *(("logit_bias",) if biased else ())),
             with_forward=True,
             make_check=functools.partial(inputs, min(rows, CHECKED_ROWS), width, biased),
-            make_cpu=make_cpu if cpu_rows else None,
+            factors=factors or {},
+            **goals,
         )
-    )  # fmt: skip
+    )
 
 
-def add_clip(rows, width, cpu_rows=0, factors=None):
+def add_clip(rows, width, device="cuda", tflops=None, **goals):
+    """tflops: of 8 N^2 D operations, the goal."""
+    package = needs("open_clip", functools.partial(open_clip, "ClipLoss"))
+    rivals = {"open_clip": package, "single product, compiled": compiled(clip_single_product)}
+    if device == "cuda":
+        rivals |= {"open_clip amp": package if isinstance(package, str) else amp(package),
+                   "inf_cl": needs("inf_cl", inf_cl)}  # fmt: skip
+    else:
+        rivals["inf_cl"] = "inf_cl has Triton kernels alone: it needs a CUDA device"
+    if tflops is not None:
+        goals["target_us"] = 8 * rows**2 * width / tflops / 1e6
     add_loss(
-        f"contrastive loss, N = {rows}, D = {width}", "contrastive_loss", rows, width, eager=clip_eager,
-        package={"open_clip": open_clip("ClipLoss"), "open_clip amp": _amp_or_why(open_clip("ClipLoss"))},
-        rivals={"single product, compiled": compiled(clip_single_product), "inf_cl": inf_cl()},
-        flops=8, cpu_rows=cpu_rows, factors=factors or {},
+        f"contrastive loss, N = {rows}, D = {width}{on(device)}", "contrastive_loss", rows, width,
+        eager=clip_eager, rivals=rivals, flops=8, device=device, **goals,
     )  # fmt: skip
 
 
-def _amp_or_why(rival: Callable | str) -> Callable | str:
-    return rival if isinstance(rival, str) else amp(rival)
+def on(device: str) -> str:
+    return "" if device == "cuda" else " (CPU)"
 
 
 # The factors are the goals of the Hopper kernels; those of every other GPU are lower.
-add_clip(32768, 512, cpu_rows=4096, factors={
-    "eager amp": 3.0, "eager": 1.8, "compile amp": 1.5, "single product, compiled": 0.9, "inf_cl": 8.0,
+add_clip(32768, 512, tflops=450, peak=600_000_000, factors={
+    "eager amp": 3.0, "open_clip amp": 3.0, "eager": 1.8, "compile amp": 1.5, "single product, compiled": 0.9,
+    "inf_cl": 8.0,
 })  # fmt: skip
 for rows in (4096, 8192, 16384, 65536, 131072):  # what does not fit says so
     add_clip(rows, 512)
 add_clip(32768, 768)
-add_clip(131072, 768)
-add_clip(32768, 1024, factors={"eager amp": 2.4, "eager": 1.5, "compile amp": 1.3, "inf_cl": 8.0})
-add_loss(
-    "sigmoid loss, N = 32768, D = 512", "sigmoid_loss", 32768, 512, eager=sigmoid_eager, biased=True, flops=6,
-    package={"open_clip": open_clip("SigLipLoss")}, cpu_rows=4096, factors={"eager amp": 3.0},
-)  # fmt: skip
-add_loss(
-    "soft contrastive loss, N = 16384, D = 512", "soft_contrastive_loss", 16384, 512, eager=soft_eager,
-    flops=16, package={"open_clip": "open_clip has no soft targets"}, cpu_rows=2048, factors={},
-)  # fmt: skip
+add_clip(131072, 768, peak=1_600_000_000)
+add_clip(32768, 1024, tflops=550, peak=600_000_000, factors={
+    "eager amp": 2.4, "open_clip amp": 2.4, "eager": 1.5, "compile amp": 1.3, "inf_cl": 8.0,
+})  # fmt: skip
+for rows in (2048, 4096, 8192):  # more: contrastive_memory.py
+    add_clip(rows, 512, "cpu")
+for rows, device in ((32768, "cuda"), (4096, "cpu")):
+    add_loss(
+        f"sigmoid loss, N = {rows}, D = 512{on(device)}", "sigmoid_loss", rows, 512, eager=sigmoid_eager,
+        rivals={"open_clip": needs("open_clip", functools.partial(open_clip, "SigLipLoss"))}, flops=6,
+        device=device, biased=True, factors={"eager amp": 3.0},
+    )  # fmt: skip
+for rows, device in ((16384, "cuda"), (2048, "cpu")):
+    add_loss(
+        f"soft contrastive loss, N = {rows}, D = 512{on(device)}", "soft_contrastive_loss", rows, 512,
+        eager=soft_eager, rivals={"open_clip": "open_clip has no soft targets"}, flops=16, device=device,
+    )  # fmt: skip

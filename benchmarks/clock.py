@@ -7,14 +7,15 @@ clock with a fixed number of threads.
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import time
 from collections.abc import Callable
 
 import torch
-from cases import Case, Inputs
-from torch import Tensor
+from registry import Case, Inputs
+from torch import Tensor, nn
 from truth import assert_close_to_truth
 
 CACHES = 4  # the sets of inputs together exceed the L2 cache by this factor
@@ -27,14 +28,21 @@ class NotTimed(Exception):
 
 
 def results_of(case: Case, function: Callable, inputs: Inputs) -> dict[str, Tensor]:
-    """{"output 0": ..., "d x": ...}: what the case computes."""
+    """{"output 0": ..., "d x": ...}: what the case computes. A network's gradient is one long vector."""
     inputs, grad = prepare(case, inputs)
-    outputs = function(**inputs)
+    foreign = hasattr(function, "leaves")  # it has parameters of its own, whose order is its own, too
+    with torch.set_grad_enabled(bool(case.backward)):
+        outputs = function(**inputs)
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     results = {f"output {index}": output.detach() for index, output in enumerate(outputs)}
-    if case.backward:
-        gradients = torch.autograd.grad(outputs[0], [inputs[name] for name in case.backward], grad)
-        results |= {f"d {name}": one for name, one in zip(case.backward, gradients, strict=True)}
+    owned = [] if foreign else [leaves_of(inputs[name]) for name in case.backward]
+    if owned:
+        leaves = [leaf for some in owned for leaf in some]
+        found = iter(torch.autograd.grad(outputs[0], leaves, grad, allow_unused=True))
+        for name, some in zip(case.backward, owned, strict=True):
+            parts = [part for part in (next(found) for _ in some) if part is not None]
+            whole = isinstance(inputs[name], nn.Module)
+            results[f"d {name}"] = torch.cat([part.flatten() for part in parts]) if whole else parts[0]
     return results
 
 
@@ -42,8 +50,13 @@ def prepare(case: Case, inputs: Inputs) -> tuple[dict, Tensor | None]:
     inputs = dict(inputs)
     grad = inputs.pop("grad", None)
     for name in case.backward:
-        inputs[name] = inputs[name].detach().requires_grad_()
+        if isinstance(inputs[name], Tensor):
+            inputs[name] = inputs[name].detach().requires_grad_()
     return inputs, grad
+
+
+def leaves_of(value: Tensor | nn.Module) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else list(value.parameters())
 
 
 def ours(case: Case, impl: str) -> Callable:
@@ -53,32 +66,51 @@ def ours(case: Case, impl: str) -> Callable:
 def check(case: Case, name: str, function: Callable, inputs: Inputs) -> None:
     """Raises AssertionError where an implementation disagrees with the reference in float64, or where ours
     does not give the same bits twice."""
-    wide = {key: value.double() if _is_floating(value) else value for key, value in inputs.items()}
-    truth = results_of(case, ours(case, "reference"), wide)
+    if hasattr(function, "ready"):
+        function.ready(inputs)  # before the truth: from here on both have the same weights
+    wide = {key: widened(value) for key, value in inputs.items()}
     actual = results_of(case, function, inputs)
-    if name == "ours":
+    if name in case.own_weights:
+        expected = results_of(case, ours(case, "reference"), inputs)
+        for key, value in expected.items():
+            if not key.startswith("output"):
+                continue
+            assert actual[key].numel() == value.numel(), f"{name}: {key} has another size"
+            assert bool(actual[key].isfinite().all()), f"{name}: {key} is not finite"
+        return
+    truth = results_of(case, ours(case, "reference"), wide)
+    if name.startswith("ours"):
         assert_close_to_truth(actual, results_of(case, ours(case, "reference"), inputs), truth)
-        again = results_of(case, function, inputs)
+        again = results_of(case, function, inputs) if case.same_bits else actual
         for key in actual:
             assert torch.equal(actual[key], again[key]), f"{key}: other bits the second time"
         return
     skipped = [] if case.checked is None else [
         key for key in truth if key.startswith("output") and int(key.split()[1]) not in case.checked
     ]  # fmt: skip
-    for key in truth.keys() - skipped:
+    for key in actual.keys() - skipped:
         error = (actual[key].double() - truth[key]).norm() / truth[key].norm()
         assert error < RIVAL_ERROR, f"{name}: {key} is off by {error:.1%}: not the same formula"
 
 
-def _is_floating(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+def widened(value: object) -> object:
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value).double()
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def tensors(inputs: Inputs) -> list[Tensor]:
+    """Without the networks' parameters."""
+    return [value for value in inputs.values() if isinstance(value, Tensor)]
 
 
 def input_sets(case: Case, first: Inputs) -> list[Inputs]:
-    size = sum(value.numel() * value.element_size() for value in first.values() if value is not None)
+    """Networks are not copied: their weights alone are larger than the cache."""
+    size = sum(value.numel() * value.element_size() for value in tensors(first))
     cache = torch.cuda.get_device_properties(0).L2_cache_size
-    copies = 1 if case.wall else max(2, -(-CACHES * cache // size))
-    clones = ({key: None if value is None else value.clone() for key, value in first.items()}
+    networks = any(isinstance(value, nn.Module) for value in first.values())
+    copies = 1 if case.wall or networks else max(2, -(-CACHES * cache // size))
+    clones = ({key: value.clone() if isinstance(value, Tensor) else value for key, value in first.items()}
               for _ in range(copies - 1))  # fmt: skip
     return [first, *clones]
 
@@ -93,7 +125,7 @@ def replayable(case: Case, function: Callable, inputs: Inputs) -> tuple[Callable
             job()
         stream.synchronize()
     if case.wall:
-        return lambda: ([jobs[0]() for _ in range(50)], torch.cuda.synchronize()), 50
+        return lambda: ([jobs[0]() for _ in range(case.calls)], torch.cuda.synchronize()), case.calls
     repeats = 1
     while True:
         graph = torch.cuda.CUDAGraph()
@@ -132,7 +164,7 @@ def repeatable(case: Case, function: Callable, inputs: Inputs) -> tuple[Callable
 def peak_bytes(case: Case, function: Callable, inputs: Inputs) -> int | None:
     """GPU memory that one call needs beyond its inputs, results included. None on a CPU, where it takes a
     process of its own: benchmarks/contrastive_memory.py."""
-    if not next(value for value in inputs.values() if value is not None).is_cuda:
+    if case.device != "cuda":
         return None
     job = timed_job(case, function, *prepare(case, inputs))
     gc.collect()
@@ -144,15 +176,33 @@ def peak_bytes(case: Case, function: Callable, inputs: Inputs) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
+def launches(case: Case, function: Callable, inputs: Inputs) -> int | None:
+    """Kernels of one call on a GPU, where the case has a goal for them."""
+    if case.launches is None or case.device != "cuda":
+        return None
+    job = timed_job(case, function, *prepare(case, inputs))
+    job()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        job()
+        torch.cuda.synchronize()
+    on_gpu = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return len([name for name in on_gpu if not name.startswith(("Memcpy", "Memset"))])
+
+
 def timed_job(case: Case, function: Callable, inputs: dict, grad: Tensor | None) -> Callable[[], object]:
     """What is timed: the call, its gradient, or both."""
-    leaves = [inputs[name] for name in case.backward]
+    if hasattr(function, "leaves"):
+        leaves = function.leaves(inputs)
+    else:
+        leaves = [leaf for name in case.backward for leaf in leaves_of(inputs[name])]
     if not case.backward:
         return torch.no_grad()(lambda: function(**inputs))
+    gradients = functools.partial(torch.autograd.grad, allow_unused=True)
     if case.with_forward:
-        return lambda: torch.autograd.grad(function(**inputs), leaves, grad)
+        return lambda: gradients(function(**inputs), leaves, grad)
     output = function(**inputs)
-    return lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True)
+    return lambda: gradients(output, leaves, grad, retain_graph=True)
 
 
 def ceilings(device: str) -> dict[str, float]:

@@ -21,11 +21,12 @@ os.environ["TRITON_INTERPRET"] = "1"  # so that the ops' launchers run on the CP
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
+import cases as rows_of_ops  # noqa: E402, F401  (they join the registry)
 import torch  # noqa: E402
 from aot import CAPABILITIES, Resources, all_cases, compile_cases, fingerprint, function_of  # noqa: E402
-from cases import CASES, Case  # noqa: E402
 from clock import ours, prepare, timed_job  # noqa: E402
 from launches import recorded  # noqa: E402
+from registry import CASES, Case  # noqa: E402
 from timing import commit, versions  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -12,36 +11,15 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tests")]
 
-
-@dataclass
-class Row:
-    """One implementation of one case. absent: why it was not timed."""
-
-    case: str
-    implementation: str
-    absent: str | None = None
-    seconds: float = 0.0
-    spread: float = 0.0  # interquartile range over median
-    rounds: int = 0
-    peak_bytes: int | None = None
-    bytes_per_second: float = 0.0
-    flops_per_second: float = 0.0
-    share_of_best: float = 0.0  # of the copy or the matrix product of this run, whichever is nearer
-    target_us: float | None = None
-    wanted_factor: float | None = None  # how many times faster than this rival we want to be
-    shape: list[int] | None = None  # of the first input
-
-    def to_json(self) -> dict:
-        return asdict(self)
-
-
-ROWS: list[Row] = []
+RIVALS = ("triton", "open_clip_torch", "inf-cl", "liger-kernel", "apex", "diffusers", "transformers",
+          "dalle2-pytorch", "torchvision")  # fmt: skip
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("dalle2_fast")
     group.addoption("--quick", action="store_true", help="few rounds: every row once, under 8 minutes")
     group.addoption("--threads", type=int, help="of a CPU; default: torch's own choice")
+    group.addoption("--note", default="", help="kept in the results: what else the machine does, say")
 
 
 def pytest_configure(config):
@@ -49,6 +27,9 @@ def pytest_configure(config):
         if threads < 1:
             raise pytest.UsageError(f"--threads: expected at least 1, got {threads}")
         torch.set_num_threads(threads)
+    import registry
+
+    registry.QUICK = config.getoption("quick", False)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -56,10 +37,20 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     from timing import machine, versions
 
     machine_info["dalle2_fast"] = machine() | {
-        "versions": versions("triton", "open_clip_torch", "inf-cl", "liger-kernel", "apex", "diffusers"),
+        "versions": versions(*RIVALS),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "driver_and_clocks": _nvidia_smi(),
+        "quick": config.getoption("quick"),
+        "note": config.getoption("note"),
     }
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """pytest-benchmark writes what was timed; what was not is part of the result, too."""
+    from rows import ROWS
+
+    output_json["dalle2_fast_absent"] = [row.to_json() for row in ROWS if row.absent]
 
 
 def _nvidia_smi() -> dict | None:
@@ -73,24 +64,25 @@ def _nvidia_smi() -> dict | None:
 
 
 def pytest_terminal_summary(terminalreporter):
+    from rows import ROWS
+
     if not ROWS:
         return
     terminalreporter.section("dalle2_fast")
-    heads = ("case", "implementation", "us", "+-", "GB/s", "TFLOP/s", "of best", "peak MB", "ours is")
-    line = "{:<47}{:<25}{:>11}{:>6}{:>8}{:>9}{:>9}{:>9}{:>9}"
+    heads = ("case", "implementation", "us", "+-", "GB/s", "GFLOP/s", "images/s", "of best", "peak MB",
+             "ours is")  # fmt: skip
+    line = "{:<50}{:<26}{:>11}{:>6}{:>8}{:>10}{:>10}{:>9}{:>9}{:>9}"
     terminalreporter.write_line(line.format(*heads))
-    ours = {row.case: row.seconds for row in ROWS if row.implementation == "ours" and row.seconds}
-    for row in ROWS:
+    for row in sorted(ROWS, key=lambda row: bool(row.absent)):
         if row.absent:
-            terminalreporter.write_line(f"{row.case:<47}{row.implementation:<25}absent: {row.absent}")
+            terminalreporter.write_line(f"{row.case:<50}{row.implementation:<26}absent: {row.absent}")
             continue
-        ratio = row.seconds / ours[row.case] if row.case in ours else None
         terminalreporter.write_line(
             line.format(
                 row.case, row.implementation, f"{row.seconds * 1e6:.1f}", f"{row.spread:.0%}",
-                f"{row.bytes_per_second / 1e9:.0f}", f"{row.flops_per_second / 1e12:.3g}",
-                f"{row.share_of_best:.0%}",
+                f"{row.bytes_per_second / 1e9:.0f}", f"{row.flops_per_second / 1e9:.0f}",
+                f"{row.images_per_second:.3g}" if row.images_per_second else "", f"{row.share_of_best:.0%}",
                 "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}",
-                "" if ratio is None or row.implementation == "ours" else f"{ratio:.2f}x",
+                "" if row.ours_is_faster is None else f"{row.ours_is_faster:.2f}x",
             )
         )  # fmt: skip

@@ -18,17 +18,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 os.environ["TQDM_DISABLE"] = "1"  # DALLE2-pytorch always draws its bars
 
 import dalle2_pytorch as theirs  # noqa: E402
 import torch  # noqa: E402
 from main_job import CAPTION  # noqa: E402
-from timing import check_images, machine, medians, parameters, save, versions  # noqa: E402
+from timing import check_images, machine, medians, nearest, parameters, save, versions  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from dalle2_fast import DALLE2, Decoder, Upsampler  # noqa: E402
@@ -38,16 +37,6 @@ from dalle2_fast import DALLE2, Decoder, Upsampler  # noqa: E402
 UNETS = [[width * level for level in levels]
          for levels in ((1, 2, 4, 8), (1, 2, 2, 4)) for width in range(8, 97, 4)]
 SAMPLES = 2  # of the prior, the better of which is kept: the paper's number, both sides' default
-
-
-def nearest(build: Callable[..., nn.Module], sizes: Iterable, target: int) -> nn.Module:
-    """The module whose size comes nearest to `target` parameters; the others are never allocated."""
-
-    def distance(size) -> float:
-        with torch.device("meta"):
-            return abs(math.log(parameters(build(size)) / target))
-
-    return build(min(sizes, key=distance))
 
 
 def plain_chain(pipe: DALLE2) -> DALLE2:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
 import subprocess
 import time
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -31,6 +33,16 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
 
 def parameters(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def nearest(build: Callable[..., torch.nn.Module], sizes: Iterable, target: int) -> torch.nn.Module:
+    """The module whose size comes nearest to `target` parameters; the others are never allocated."""
+
+    def distance(size) -> float:
+        with torch.device("meta"):
+            return abs(math.log(parameters(build(size)) / target))
+
+    return build(min(sizes, key=distance))
 
 
 def machine() -> dict:
@@ -66,8 +78,15 @@ def save(name: str, result: dict) -> Path:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     whole = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), **result}
-    path.write_text(json.dumps(whole, indent=2) + "\n")
+    write(path, json.dumps(whole, indent=2) + "\n")
     return path
+
+
+def write(path: Path, text: str) -> None:
+    """Beside, then renamed: whoever reads it finds the old file or the new one."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(text)
+    beside.replace(path)
 
 
 def _cpu_model() -> str:

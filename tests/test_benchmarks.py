@@ -16,19 +16,83 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import cases_contrastive  # noqa: E402, F401  (its rows join the registry)
-from cases import CASES, decoder_norms  # noqa: E402
+import registry  # noqa: E402
+from cases import decoder_norms  # noqa: E402
 from clock import check, ours, results_of  # noqa: E402
+from rows import Row  # noqa: E402
 
 from benchmarks import report  # noqa: E402
 
+# Of a case for the CPU there is one for GPUs that is the same at a tiny size.
+CASES = {name: case for name, case in registry.load().items() if case.device == "cuda"}
+OPS = [name for name, case in CASES.items() if "eager" in case.rivals]
+WHOLE = [name for name, case in CASES.items() if "reference" in case.rivals]
 
-@pytest.mark.parametrize("name", list(CASES))
+
+@pytest.mark.parametrize("name", OPS)
 def test_ours_and_eager_agree_with_the_truth(name, kernel_device):
     case = CASES[name]
     inputs = case.make(kernel_device, torch.float32, True)
     check(case, "ours", ours(case, "fused"), inputs)
     check(case, "eager", case.rivals["eager"], inputs)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_networks_and_jobs_of_other_packages_do_the_same(name):
+    """diffusers' and open_clip's networks have our weights: a wrong argument shows as another result."""
+    case = CASES[name]
+    inputs = case.make("cpu", torch.float32, True)
+    check(case, "ours", ours(case, "fused"), inputs)
+    for kind, rival in case.rivals.items():
+        if not isinstance(rival, str) and not getattr(rival, "compiles", False):
+            check(case, kind, rival, inputs)
+
+
+def test_both_pipelines_evaluate_the_same_rows():
+    """Catches a rival that is asked for fewer steps, pictures or no guidance."""
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    import cases_jobs
+
+    case = CASES["caption to 256 px, 4 images"]
+    pipe, images = case.make("cpu", torch.float32, True).values()
+    theirs = cases_jobs.rival_jobs.unclip_pipeline(pipe, False)
+    counts = []
+    for nets in ((pipe.decoder.unet, pipe.upsampler.unet, pipe.upsampler.last_unet),
+                 (theirs.decoder, theirs.super_res_first, theirs.super_res_last)):  # fmt: skip
+        rows = dict.fromkeys(range(3), 0)
+        for index, net in enumerate(nets):
+            def count(module, args, kwargs, index=index, rows=rows):
+                rows[index] += len(kwargs["sample"] if "sample" in kwargs else args[0])
+
+            net.register_forward_pre_hook(count, with_kwargs=True)
+        counts.append(rows)
+    cases_jobs.draw_pictures("fused", pipe, images)
+    cases_jobs.rival_jobs.draw_pictures(theirs, cases_jobs.CAPTION, images, pipe.sampling)
+    assert counts[0] == counts[1] == {0: 3 * 2 * images, 1: 2 * images, 2: images}
+
+
+def test_every_rival_is_there_or_says_why():
+    """A rival must not be dropped silently: what a case may name is a function or a reason."""
+    for name, case in registry.CASES.items():
+        for kind, rival in case.rivals.items():
+            assert callable(rival) or (isinstance(rival, str) and rival), f"{name}: {kind}"
+        assert set(case.own_weights) <= set(case.rivals)
+    with pytest.raises(ValueError, match="a second case"):
+        registry.add(next(iter(CASES.values())))
+
+
+def test_goals_are_held_against_what_was_measured():
+    """Catches a goal called met that is not, and one of a row that has no figure for it."""
+    best = dict(bytes_per_second=4e9, flops_per_second=1e12)
+    goals = dict(target_us=100.0, wanted_share=0.5, wanted_peak=10**6, wanted_launches=1)
+    row = Row("case", "ours", seconds=9e-5, peak_bytes=2 * 10**6, launches=1, **goals)
+    row.rates(moved=90_000, flops=0, images=3, best=best)
+    assert row.bytes_per_second == pytest.approx(1e9) and row.images_per_second == pytest.approx(3 / 9e-5)
+    assert row.goals() == [("100 us", True), ("50% of best", False), ("1 MB", False), ("1 kernel", True)]
+    rival = Row("case", "eager", ours_is_faster=1.9, wanted_factor=2.0, **goals)
+    assert rival.goals() == [("2x", False)]
+    assert Row("case", "eager", wanted_factor=2.0).goals() == []
+    assert Row("case", "ours", absent="needs a CUDA device", **goals).goals() == []
 
 
 def test_what_is_wrong_is_not_timed():
@@ -46,7 +110,7 @@ def test_what_is_wrong_is_not_timed():
         check(case, "rival", lambda **inputs: 1.1 * right(**inputs), inputs)
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", OPS)
 def test_bytes_are_those_of_the_inputs_and_outputs(name):
     """Catches a row whose floor, and so its share of the copy's speed, belongs to other shapes."""
     case = CASES[name]

@@ -1,0 +1,67 @@
+"""A row of the results: one implementation of one case, or why it was not timed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass
+class Row:
+    """seconds: the median of a call; spread: interquartile range over median. peak_bytes: GPU memory beyond
+    the inputs. share_of_best: of the copy or the matrix product that this run measured, whichever is nearer.
+    ours_is_faster: the median over rounds of this rival's time over that of ours just before it. The goals,
+    wanted_* and target_us, are None where the case has none."""
+
+    case: str
+    implementation: str
+    absent: str | None = None
+    seconds: float = 0.0
+    spread: float = 0.0
+    rounds: int = 0
+    bytes_per_second: float = 0.0
+    flops_per_second: float = 0.0
+    images_per_second: float = 0.0
+    share_of_best: float = 0.0
+    peak_bytes: int | None = None
+    launches: int | None = None
+    ours_is_faster: float | None = None
+    target_us: float | None = None
+    wanted_factor: float | None = None
+    wanted_share: float | None = None
+    wanted_peak: int | None = None
+    wanted_launches: int | None = None
+    shape: list[int] | None = None  # of the first input
+
+    def rates(self, moved: int, flops: int, images: int, best: dict[str, float]) -> None:
+        self.bytes_per_second, self.flops_per_second = moved / self.seconds, flops / self.seconds
+        self.images_per_second = images / self.seconds
+        self.share_of_best = max(
+            self.bytes_per_second / best["bytes_per_second"], self.flops_per_second / best["flops_per_second"]
+        )
+
+    def goals(self) -> list[tuple[str, bool]]:
+        """(what is wanted, whether it is met) of each goal: for ours the absolute ones, for a rival its
+        factor."""
+        if self.absent is not None:
+            return []
+        if self.implementation != "ours":
+            if self.wanted_factor is None or self.ours_is_faster is None:
+                return []
+            return [(f"{self.wanted_factor:g}x", self.ours_is_faster >= self.wanted_factor)]
+        found = []
+        if self.target_us is not None:
+            found.append((f"{self.target_us:.4g} us", self.seconds * 1e6 <= self.target_us))
+        if self.wanted_share is not None:
+            found.append((f"{self.wanted_share:.0%} of best", self.share_of_best >= self.wanted_share))
+        if self.wanted_peak is not None and self.peak_bytes is not None:
+            found.append((f"{self.wanted_peak / 1e6:.0f} MB", self.peak_bytes <= self.wanted_peak))
+        if self.wanted_launches is not None and self.launches is not None:
+            wanted = self.wanted_launches
+            found.append((f"{wanted} kernel{'s' * (wanted > 1)}", self.launches <= wanted))
+        return found
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+ROWS: list[Row] = []  # of this run
