@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dalle2_fast.checkpoints.folder import CheckpointError
+from dalle2_fast.checkpoints.renaming import listed
 
 PROJECTIONS = ("text_projection", "visual.proj")
 TOP = {
@@ -112,7 +113,7 @@ def find_layout(tensors: Mapping[str, Tensor], source: object) -> tuple[Layout, 
         return NATIVE, tensors
     raise CheckpointError(
         f"{source}: not a CLIP: expected OpenAI's and open_clip's names (token_embedding.weight, visual.*) "
-        f"or Hugging Face's (text_model.*, vision_model.*, with projections), got {_listed(list(tensors))}"
+        f"or Hugging Face's (text_model.*, vision_model.*, with projections), got {listed(list(tensors))}"
     )
 
 
@@ -128,9 +129,9 @@ def convert(
         wanted |= layout.take_apart(key, value)
     problems = []
     if missing := [name for name in wanted if name not in tensors]:
-        problems.append(f"missing {_listed(missing)}")
+        problems.append(f"missing {listed(missing)}")
     if leftover := [name for name in tensors if name not in wanted and not NO_WEIGHTS.fullmatch(name)]:
-        problems.append(f"left over {_listed(leftover)}")
+        problems.append(f"left over {listed(leftover)}")
     present = (name for name in wanted if name in tensors)
     for name in [name for name in present if wanted[name].shape != tensors[name].shape][:3]:
         problems.append(f"{name}: expected {list(wanted[name].shape)}, got {list(tensors[name].shape)}")
@@ -148,8 +149,3 @@ def export(state: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
         raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
     parts = (LAYOUTS[layout].take_apart(key, value) for key, value in state.items())
     return {name: tensor for part in parts for name, tensor in part.items()}
-
-
-def _listed(keys: list[str], limit: int = 5) -> str:
-    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
-    return f"{len(keys)} ({', '.join(keys[:limit])}{more})"

@@ -39,6 +39,14 @@ PLAIN_TEXT = dict(
     proj_bias=False, proj_type="linear", act_kwargs=None, norm_kwargs=None, hf_model_name=None,
 )  # fmt: skip
 PLAIN_MODEL = dict(multimodal_cfg=None, init_logit_bias=None)
+# Those that are read below, and those that do not change what the network computes.
+READ_VISION = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size"}
+READ_VISION |= {"patch_dropout", "output_tokens", "attn_pooler_queries", "attn_pooler_heads"}
+READ_TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
+READ_TEXT |= {"hf_tokenizer_name", "tokenizer_kwargs", "pad_id", "eos_id", "output_tokens"}
+READ_MODEL = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
+READ_MODEL |= {"custom_text", "nonscalar_logit_scale", "init_logit_scale", "preprocess_cfg"}
+UNTOLD = (None, False, 0, {}, [])  # values that ask for nothing
 
 
 def from_shapes(tensors: Mapping[str, Tensor], layout: Layout, towers: str, source: object) -> dict[str, Any]:
@@ -133,12 +141,15 @@ def from_open_clip(config: Mapping[str, Any], source: object) -> dict[str, Any]:
     vision, text = model.get("vision_cfg"), model.get("text_cfg")
     if not isinstance(vision, dict) or not isinstance(text, dict) or "embed_dim" not in model:
         raise CheckpointError(f"{source}: expected embed_dim, vision_cfg and text_cfg, as open_clip has them")
-    for name, section, plain in (
-        ("", model, PLAIN_MODEL), ("vision_cfg.", vision, PLAIN_VISION), ("text_cfg.", text, PLAIN_TEXT)
-    ):  # fmt: skip
-        for key, value in plain.items():
-            if section.get(key, value) not in (value, None):
-                raise CheckpointError(f"{source}: {name}{key}: expected {value!r}, got {section[key]!r}")
+    for name, section, plain, read in (
+        ("", model, PLAIN_MODEL, READ_MODEL),
+        ("vision_cfg.", vision, PLAIN_VISION, READ_VISION),
+        ("text_cfg.", text, PLAIN_TEXT, READ_TEXT),
+    ):
+        for key, value in section.items():
+            if key not in read and value not in (plain.get(key), *UNTOLD):
+                expected = repr(plain[key]) if key in plain else "nothing of that name"
+                raise CheckpointError(f"{source}: {name}{key}: expected {expected}, got {value!r}")
     vision = dict(layers=12, width=768, patch_size=16, image_size=224, head_width=64, mlp_ratio=4.0) | vision
     text = dict(context_length=77, vocab_size=49408, width=512, heads=8, layers=12, mlp_ratio=4.0) | text
     width, is_resnet = vision["width"], isinstance(vision["layers"], list)
