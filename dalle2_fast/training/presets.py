@@ -62,10 +62,10 @@ SCENES_CPU = Preset(
         relations=["left", "right", "above", "below"], backgrounds=["white", "black", "gray", "navy"],
         textures=["plain"], kinds=["one", "two", "count"]),
     clip=Recipe(
-        model=dict(dim_text=128, text_enc_depth=2, text_heads=4, dim_image=128, visual_enc_depth=2,
+        model=dict(dim_text=128, text_enc_depth=3, text_heads=4, dim_image=128, visual_enc_depth=3,
                    visual_heads=4, visual_kind="conv_vit", visual_image_size=64, visual_patch_size=8,
-                   dim_latent=128),
-        optimisation=Optimisation(batch_size=64, minutes=20, optimizer="muon", learning_rate=1.5e-3,
+                   dim_latent=192),
+        optimisation=Optimisation(batch_size=64, minutes=25, optimizer="muon", learning_rate=1.5e-3,
                                   betas=(0.9, 0.98), weight_decay=0.02, warmup_steps=50, hold=0.4,
                                   decay="linear", ema_decay=0.99, log_steps=20)),
     prior=Recipe(
