@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dalle2_fast import ARPrior
+from dalle2_fast import ARPrior, DiffusionPrior
 from dalle2_fast.models.ar_prior import ARPriorNetwork, draw
 from dalle2_fast.models.prior_base import best_candidate, candidate_seeds
 
@@ -387,6 +387,15 @@ def test_config_and_state_rebuild_the_prior():
     seeds = torch.arange(4)
     assert torch.equal(again.sample(**caption(), seeds=seeds), prior.sample(**caption(), seeds=seeds))
     assert again.config == prior.config
+
+
+def test_saved_and_loaded_on_its_own(tmp_path):
+    prior = small_prior().eval()
+    again = ARPrior.from_pretrained(prior.save_pretrained(tmp_path))
+    seeds = torch.arange(4)
+    assert torch.equal(again.sample(**caption(), seeds=seeds), prior.sample(**caption(), seeds=seeds))
+    with pytest.raises(ValueError, match="expected a DiffusionPrior or a whole chain, got 'ARPrior'"):
+        DiffusionPrior.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

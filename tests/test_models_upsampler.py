@@ -94,7 +94,8 @@ def test_crop_is_a_window_of_image_and_condition_alike():
     seen = []
     upsampler.unet.conv_in.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
     upsampler(images(), crop=16, generator=fixed()).backward()
-    assert seen == [(3, 96, 4, 4)]
+    upsampler(images(), crop=0.25, generator=fixed())  # the paper's quarter of the side
+    assert seen == [(3, 96, 4, 4), (3, 96, 2, 2)]
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
@@ -158,6 +159,8 @@ def test_wrong_inputs_are_named():
         upsampler(images(), crop=12)
     with pytest.raises(ValueError, match="crop: expected a multiple of 8 up to 32, got 40"):
         upsampler(images(), crop=40)
+    with pytest.raises(ValueError, match=r"crop: expected a part of the side in \(0, 1\], .*, got 1.5"):
+        upsampler(images(), crop=1.5)
     with pytest.raises(ValueError, match=r"low_res: expected values in \[0, 1\], got"):
         upsampler.sample(images(8) * 2 - 1)
     with pytest.raises(ValueError, match=r"noise_level: expected a number in .* = \[0, 0.0\]"):

@@ -35,6 +35,9 @@ class DiffusionPrior(CaptionedPrior):
     """Caption -> CLIP image embedding.
 
     The defaults are Karlo's prior: 1,022,030,080 numbers, of which 1,536 are embedding statistics (buffers).
+    The paper's differs in its 24 layers (net=dict(depth=24)) and the size of its CLIP; 64 strided steps, two
+    candidates, a caption dropped in a tenth of the cases, inputs scaled by sqrt(E) and the cosine schedule
+    are the defaults.
 
     net: a DiffusionPriorNetwork, or a dict of its arguments; widths that such a dict (or None) leaves open
         come from `clip` or `image_embed_dim`.

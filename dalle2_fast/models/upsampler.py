@@ -195,7 +195,7 @@ class Upsampler(Pretrained, nn.Module):
         image: Tensor,  # [B, C, H, W] in [0, 1]
         low_res: Tensor | None = None,  # [B, C, H / factor, W / factor] in [0, 1]; None = image, made smaller
         *,
-        crop: int | None = None,
+        crop: int | float | None = None,
         generator: torch.Generator | None = None,
         pixel_weight: Tensor | None = None,  # [B, 1, H, W], weight of the squared error
         check_range: bool = True,
@@ -204,6 +204,7 @@ class Upsampler(Pretrained, nn.Module):
         crops.
 
         crop: train on one random crop x crop window of each image; the condition is made from the whole one.
+            An int is in pixels, a float in (0, 1] the part of the shorter side: 0.25 is the paper's.
         check_range=False skips the look at the values, for which the host has to wait for a GPU.
         """
         check_images("image", image, self.channels, check_range=check_range)
@@ -330,7 +331,7 @@ class Upsampler(Pretrained, nn.Module):
 
     def _crop(
         self,
-        crop: int,
+        crop: int | float,
         generator: torch.Generator | None,
         image: Tensor,
         *others: Tensor | None,
@@ -338,6 +339,10 @@ class Upsampler(Pretrained, nn.Module):
         """The same random crop x crop window of each image's tensors."""
         batch, _, height, width = image.shape
         multiple, largest = self.unet.size_multiple, min(height, width)
+        if isinstance(crop, float):
+            if not 0.0 < crop <= 1.0:
+                raise ValueError(f"crop: expected a part of the side in (0, 1], or an int, got {crop}")
+            crop = max(multiple, round(crop * largest / multiple) * multiple)
         if not 0 < crop <= largest or crop % multiple:
             raise ValueError(f"crop: expected a multiple of {multiple} up to {largest}, got {crop}")
         device = image.device
