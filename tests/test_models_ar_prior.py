@@ -406,3 +406,16 @@ def test_other_precisions(dtype):
     assert drawn.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert drawn.isfinite().all()
     assert prior(**words, image_embed=embeddings(4).to(dtype)).isfinite()
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_as_on_the_cpu():
+    prior, words, seeds = small_prior().eval(), caption(), torch.arange(4)
+    options = dict(cond_scale=2.0, temperature=0)  # a chance near an edge may fall on its other side
+    expected = prior.sample(**words, seeds=seeds, **options)
+    loss = prior(**words, image_embed=embeddings(4), generator=torch.Generator().manual_seed(0))
+    prior, words = prior.cuda(), {name: tensor.cuda() for name, tensor in words.items()}
+    drawn = prior.sample(**words, seeds=seeds.cuda(), **options)
+    torch.testing.assert_close(drawn.cpu(), expected, rtol=1e-4, atol=1e-4)
+    again = prior(**words, image_embed=embeddings(4).cuda(), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(again.cpu(), loss, rtol=1e-4, atol=1e-4)
