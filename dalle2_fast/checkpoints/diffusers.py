@@ -333,4 +333,4 @@ def _read_unet(options: Options, attention: bool) -> dict[str, Any]:
 
 def _kind(kind: type | tuple[type, ...]) -> str:
     kinds = kind if isinstance(kind, tuple) else (kind,)
-    return " or ".join(f"a {one.__name__}" for one in kinds)
+    return " or ".join({int: "an integer", list: "a list"}[one] for one in kinds)

@@ -1,0 +1,443 @@
+"""Karlo in: diffusers' folder and the original files, each network and the whole chain against diffusers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from copy import copy as copy_of
+from pathlib import Path
+
+import pytest
+import torch
+
+from dalle2_fast import DALLE2, Decoder, DiffusionPrior, Upsampler, functional
+from dalle2_fast.checkpoints import CheckpointError, open_checkpoint
+from dalle2_fast.diffusion.sampling import INITIAL_NOISE
+from dalle2_fast.models.conditioning import Caption
+from dalle2_fast.models.generation import STAGES, sample_seed
+from dalle2_fast.models.prior_base import candidate_seeds
+
+pytest.importorskip("diffusers", reason="needs diffusers, whose Karlo is the oracle")
+pytest.importorskip("transformers", reason="needs transformers, whose CLIP the pipeline uses")
+
+import tiny_karlo  # noqa: E402
+
+PROMPTS = ["the red ring", "and"]
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    pipe = tiny_karlo.pipeline(tmp_path_factory.mktemp("tokenizer"))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def folder(theirs, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("karlo")
+    theirs.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def originals(theirs, folder, tmp_path_factory) -> Path:
+    """Karlo's original files with the same weights; its CLIP is that of OpenAI, here one of ours."""
+    from dalle2_fast import CLIP
+
+    place = tiny_karlo.original_files(tmp_path_factory.mktemp("originals"), theirs.components)
+    clip = CLIP(dim_text=64, dim_image=64, dim_latent=64, text_enc_depth=1, text_heads=1, visual_enc_depth=1,
+                visual_heads=1, visual_image_size=16, visual_patch_size=8)
+    state = clip.state_dict() | {"input_resolution": torch.tensor(16)}  # as OpenAI's files tell themselves
+    torch.save(state, place / "ViT-L-14.pt")
+    return place
+
+
+@pytest.fixture(scope="module")
+def ours(folder) -> DALLE2:
+    return DALLE2.from_pretrained(folder)
+
+
+@pytest.fixture
+def copy(folder, tmp_path) -> Path:
+    """A copy of the diffusers folder, to be damaged."""
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def rows(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+TIMES = torch.tensor([3, 500, 999])
+MASK = torch.arange(tiny_karlo.LENGTH) < torch.tensor([[4], [13], [2]])
+
+
+# --------------------------------------------------------------------------------- networks against diffusers
+
+
+@torch.no_grad()
+def test_prior_equals_diffusers(theirs, ours):
+    given = (rows(3, 64), TIMES, rows(3, 64, seed=1), rows(3, 13, 64, seed=2), MASK)
+    expected = theirs.prior(*given).predicted_image_embedding
+    assert difference(ours.prior.net(*given), expected) < 1e-5
+    # without gaps and masks, in the order in which sampling does it
+    prefix = ours.prior.net.remember(*given[2:])
+    assert difference(ours.prior.net.denoise(given[0], given[1], prefix), expected) < 1e-5
+    assert difference(ours.prior._restored(given[0]), theirs.prior.post_process_latents(given[0])) < 1e-6
+
+
+@torch.no_grad()
+def test_decoder_equals_diffusers(theirs, ours):
+    x, context, classes = rows(3, 3, 16, 16), rows(3, 17, 48, seed=1), rows(3, 256, seed=2)
+    mask = torch.nn.functional.pad(MASK, (4, 0), value=True)
+    expected = theirs.decoder(x, TIMES, context, class_labels=classes, attention_mask=mask).sample
+    assert difference(ours.decoder.unet(x, TIMES, context, classes, mask), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_text_proj_equals_diffusers(theirs, ours):
+    """Also the unconditional rows: the learned image embedding, and a caption that is not dropped."""
+    image, text, encodings = rows(3, 64), rows(6, 64, seed=1), rows(6, 13, 64, seed=2)
+    context, classes = theirs.text_proj(
+        image_embeddings=image, prompt_embeds=text, text_encoder_hidden_states=encodings,
+        do_classifier_free_guidance=True,
+    )  # fmt: skip
+    keep = torch.tensor([False] * 3 + [True] * 3)
+    caption = Caption(text, encodings, torch.ones(6, 13, dtype=torch.bool))
+    found, _, vector = ours.decoder.text_proj(torch.cat([image, image]), caption, keep, torch.ones_like(keep))
+    assert difference(found, context) < 1e-5
+    assert difference(vector, classes) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["first", "last"])
+def test_upsampler_nets_equal_diffusers(theirs, ours, name):
+    x = rows(3, 6, 32, 32)
+    net = ours.upsampler.unet if name == "first" else ours.upsampler.last_unet
+    expected = getattr(theirs, f"super_res_{name}")(x, TIMES).sample
+    assert difference(net(x, TIMES), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_text_encoder_equals_transformers(theirs, ours):
+    inputs = theirs.tokenizer(PROMPTS, padding="max_length", max_length=13, return_tensors="pt")
+    expected = theirs.text_encoder(inputs.input_ids)
+    embed, encodings, mask = ours.clip.encode_text(ours.tokenizer.encode(PROMPTS), normalize=False)
+    assert torch.equal(mask, inputs.attention_mask.bool())
+    assert difference(embed, expected.text_embeds) < 1e-5
+    assert difference(encodings[mask], expected.last_hidden_state[mask]) < 1e-5
+
+
+# ---------------------------------------------------------------------------- the whole chain, the same noise
+
+
+class OurNoise:
+    """Stands in for diffusers' random numbers: those that our sampler draws for these rows, step by step."""
+
+    def __init__(self, seed: int, count: int, steps: int):
+        seeds = [sample_seed(seed, index) for index in range(count)] * len(PROMPTS)
+        self.seeds = {stage: torch.tensor([sample_seed(s, STAGES.index(stage)) for s in seeds])
+                      for stage in ("prior", "decoder", "upsampler")}  # fmt: skip
+        self.seeds["prior"] = candidate_seeds(self.seeds["prior"], 1)
+        self.order = iter([(stage, step) for stage in self.seeds for step in range(steps - 1)])
+
+    def start(self, stage: str, *shape: int) -> torch.Tensor:
+        return functional.sample_noise(self.seeds[stage], INITIAL_NOISE, (len(self.seeds[stage]), *shape))
+
+    def __call__(self, shape, **options) -> torch.Tensor:
+        stage, step = next(self.order)
+        return functional.sample_noise(self.seeds[stage], step, tuple(shape))
+
+
+def both(theirs, ours, monkeypatch, steps=5, count=2, guidance=(4.0, 8.0)):
+    """(our images, theirs), both of the same noise."""
+    noise = OurNoise(seed=7, count=count, steps=steps)
+    monkeypatch.setattr("diffusers.schedulers.scheduling_unclip.randn_tensor", noise)
+    expected = theirs(
+        PROMPTS, num_images_per_prompt=count, prior_num_inference_steps=steps,
+        decoder_num_inference_steps=steps, super_res_num_inference_steps=steps,
+        prior_guidance_scale=guidance[0], decoder_guidance_scale=guidance[1], output_type="np",
+        prior_latents=noise.start("prior", 64), decoder_latents=noise.start("decoder", 3, 16, 16),
+        super_res_latents=noise.start("upsampler", 3, 32, 32),
+    ).images  # fmt: skip
+    assert next(noise.order, None) is None  # every number was used
+    images = ours(PROMPTS, count, seed=7, steps=steps, prior_steps=steps, upsampler_steps=steps,
+                  prior_guidance=guidance[0], guidance=guidance[1])
+    return images, torch.from_numpy(expected).permute(0, 3, 1, 2)
+
+
+def in_float64(scheduler) -> None:
+    """diffusers' tables without their rounding: as float32, they miss the step at t = 999 by 1e-4 and that at
+    t = 0 by 5e-4."""
+    angle = ((torch.arange(1001, dtype=torch.float64) / 1000 + 0.008) / 1.008 * (torch.pi / 2)).cos() ** 2
+    scheduler.betas = (1 - angle[1:] / angle[:-1]).clamp(max=0.999)
+    scheduler.alphas = 1 - scheduler.betas
+    scheduler.alphas_cumprod = scheduler.alphas.cumprod(0)
+    scheduler.one = torch.ones((), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("exact", "tolerance"), [(False, 1e-3), (True, 1e-4)])
+def test_the_whole_chain_equals_diffusers(theirs, ours, monkeypatch, exact, tolerance):
+    """Schedules, strides, bounds, learned variance, guidance away from the empty text, statistics, resizing,
+    the second net in the last step: any of them wrong shows here."""
+    if exact:
+        for scheduler in tiny_karlo.schedulers():
+            monkeypatch.setattr(theirs, scheduler, copy_of(getattr(theirs, scheduler)))
+            in_float64(getattr(theirs, scheduler))
+    images, expected = both(theirs, ours, monkeypatch)
+    assert images.shape == (4, 3, 32, 32)
+    assert difference(images, expected) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("change", "value"),
+    [
+        ("negative_prompt", "red"), ("sampler", "ddim"), ("prior_candidates", 2), ("guidance", 7.0),
+        ("sample_clip", 0.5), ("last_unet", None), ("resize", "bilinear"), ("unit_norm", True),
+    ],
+)  # fmt: skip
+def test_the_comparison_would_notice(theirs, folder, monkeypatch, change, value):
+    """Each of Karlo's ways changed on our side: the pictures must differ by far more than is tolerated."""
+    ours = DALLE2.from_pretrained(folder)
+    guidance = (4.0, 8.0)
+    if change in ours.sampling and change != "guidance":
+        ours.sampling[change] = value
+    elif change == "guidance":
+        chosen = ours._chosen
+        monkeypatch.setattr(ours, "_chosen", lambda **given: chosen(**given) | {"guidance": value})
+    else:
+        part = ours.prior if change in ("sample_clip", "unit_norm") else ours.upsampler
+        setattr(part, change, value)
+    images, expected = both(theirs, ours, monkeypatch, steps=3, count=1, guidance=guidance)
+    assert difference(images, expected) > 3e-3
+
+
+def test_times_are_those_of_both_sources(ours):
+    """diffusers multiplies its stride, the original adds it up; both round to even."""
+    from diffusers.schedulers import UnCLIPScheduler
+
+    scheduler = UnCLIPScheduler()
+    for steps in (5, 7, 25, 50, 100):
+        scheduler.set_timesteps(steps)
+        place, original = 0.0, set()
+        for _ in range(steps):
+            original.add(round(place))
+            place += 999 / (steps - 1)
+        found = ours.decoder.diffusion.times(steps).tolist()
+        assert found == scheduler.timesteps.tolist() == sorted(original, reverse=True), steps
+
+
+def test_defaults_are_karlos(ours):
+    wanted = dict(steps=25, guidance=8.0, prior_steps=25, prior_guidance=4.0, prior_candidates=1,
+                  negative_prompt="", upsampler_steps=7, sampler="ddpm")  # fmt: skip
+    assert {name: ours.sampling[name] for name in wanted} == wanted
+    assert (ours.prior.sample_clip, ours.prior.diffusion.prediction) == (5.0, "sample")
+    assert (ours.decoder.diffusion.variance, ours.upsampler.diffusion.variance) == (
+        "learned_range", "fixed_small")  # fmt: skip
+    assert ours.upsampler.resize == "bicubic" and ours.sizes == (16, 32)
+
+
+# ---------------------------------------------------------------------------------------- what else is loaded
+
+
+def test_pickled_weights_give_the_same(theirs, ours, tmp_path):
+    theirs.save_pretrained(tmp_path, safe_serialization=False)
+    assert list(tmp_path.rglob("*.bin")) and not list((tmp_path / "decoder").glob("*.safetensors"))
+    same(DALLE2.from_pretrained(tmp_path), ours)
+
+
+def test_shards_and_half_precision(theirs, ours, tmp_path):
+    theirs.save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / "decoder")
+    theirs.decoder.save_pretrained(tmp_path / "decoder", max_shard_size="1MB")
+    assert (tmp_path / "decoder" / "diffusion_pytorch_model.safetensors.index.json").is_file()
+    shutil.rmtree(tmp_path / "prior")
+    theirs.prior.half().save_pretrained(tmp_path / "prior", variant="fp16")
+    theirs.prior.float()
+    loaded = DALLE2.from_pretrained(tmp_path)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    half = {name: x.half().float() for name, x in ours.prior.state_dict().items()}
+    assert all(torch.equal(x, half[name]) for name, x in loaded.prior.state_dict().items())
+    same(loaded.decoder, ours.decoder)
+
+
+def same(one: torch.nn.Module, two: torch.nn.Module) -> None:
+    one, two = one.state_dict(), two.state_dict()
+    assert one.keys() == two.keys() and not [name for name in one if not torch.equal(one[name], two[name])]
+
+
+def test_dtype_is_that_of_the_call(folder):
+    prior = DiffusionPrior.from_pretrained(folder, dtype=torch.bfloat16)
+    assert {x.dtype for x in prior.state_dict().values()} == {torch.bfloat16} and not prior.training
+
+
+@pytest.mark.parametrize(("kind", "part"), [(DiffusionPrior, "prior"), (Decoder, "decoder"),
+                                            (Upsampler, "upsampler")])  # fmt: skip
+def test_networks_on_their_own(folder, ours, kind, part):
+    same(kind.from_pretrained(folder), getattr(ours, part))
+
+
+def test_a_prior_without_a_pipeline(folder, ours, tmp_path):
+    """Kandinsky's prior is of this class, too."""
+    shutil.copytree(folder / "prior", tmp_path / "prior")
+    alone = DiffusionPrior.from_pretrained(tmp_path / "prior")
+    same(alone, ours.prior)
+    same(DiffusionPrior.from_pretrained(folder / "prior"), ours.prior)
+    with pytest.raises(CheckpointError, match="expected a Decoder or a whole chain, got 'DiffusionPrior'"):
+        Decoder.from_pretrained(tmp_path / "prior")
+
+
+def test_saved_again_as_ours_it_is_the_same(ours, tmp_path):
+    again = DALLE2.from_pretrained(ours.save_pretrained(tmp_path / "ours"))
+    same(again, ours)
+    assert again.sampling == ours.sampling and again.tokenizer == ours.tokenizer
+    assert [again.prior.config, again.decoder.config, again.upsampler.config, again.clip.config] == [
+        ours.prior.config, ours.decoder.config, ours.upsampler.config, ours.clip.config]  # fmt: skip
+    options = dict(seed=0, steps=2, prior_steps=2, upsampler_steps=2)
+    assert torch.equal(again("the ring", 1, **options), ours("the ring", 1, **options))
+
+
+# ----------------------------------------------------------------------------------------- the original files
+
+
+def test_original_files_give_the_same_weights(originals, ours):
+    """Written by walking diffusers' modules in the order in which they run; read by rules."""
+    loaded = DALLE2.from_pretrained(originals)
+    for part in ("prior", "decoder", "upsampler"):
+        same(getattr(loaded, part), getattr(ours, part))
+        one, two = getattr(loaded, part).config, getattr(ours, part).config
+        sizes = {"image_size": (64, 256), "low_res_size": (64,), "sample_clip": (10.0,)}  # Karlo's own
+        differ = {name for name in one if one[name] != two[name]}
+        assert differ <= sizes.keys() and all(one[name] in sizes[name] for name in differ)
+    assert loaded.sizes == (64, 256) and loaded.prior.sample_clip == 10.0
+    assert loaded.sampling == ours.sampling
+    assert loaded.tokenizer.vocab_size == 49408 and loaded.tokenizer.context_length == 77
+
+
+def test_original_files_are_told_apart_by_their_keys(originals, ours, tmp_path):
+    for index, file in enumerate(sorted(originals.iterdir())):
+        shutil.copy(file, tmp_path / f"{index}.ckpt")
+    same(Decoder.from_pretrained(tmp_path), ours.decoder)
+    shutil.copy(tmp_path / "0.ckpt", tmp_path / "again.ckpt")
+    with pytest.raises(CheckpointError, match="expected one .* of Karlo, got 0.ckpt and again.ckpt"):
+        DALLE2.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "says"), [
+    ("prior-ckpt-step=01000000-of-01000000.ckpt", "Karlo's prior is missing, published as prior-ckpt"),
+    ("ViT-L-14_stats.th", "Karlo's statistics is missing, published as ViT-L-14_stats.th"),
+    ("ViT-L-14.pt", "Karlo's clip is missing, published as ViT-L-14.pt; got .*decoder .decoder-ckpt"),
+])  # fmt: skip
+def test_missing_original_files_are_named(originals, tmp_path, name, says):
+    for file in originals.iterdir():
+        if file.name != name:
+            shutil.copy(file, tmp_path)
+    with pytest.raises(FileNotFoundError, match=says):
+        DALLE2.from_pretrained(tmp_path)
+
+
+def test_missing_leftover_and_misshapen_original_keys_are_named(originals, tmp_path):
+    file = shutil.copy(originals / "prior-ckpt-step=01000000-of-01000000.ckpt", tmp_path)
+    shutil.copy(originals / "ViT-L-14_stats.th", tmp_path)
+    content = torch.load(file, weights_only=True)
+    query = content["state_dict"].pop("model.final_ln.bias")
+    content["state_dict"]["model.padding_embedding"] = query
+    torch.save(content, file)
+    says = r"missing 1 \(model.final_ln.bias\); left over 1 \(model.padding_embedding\)"
+    with pytest.raises(CheckpointError, match=says):
+        DiffusionPrior.from_pretrained(tmp_path)
+    del content["state_dict"]["model.padding_embedding"]
+    content["state_dict"]["model.final_ln.bias"] = torch.zeros(5)
+    torch.save(content, file)
+    with pytest.raises(CheckpointError, match=r"prior.net.ln_final.bias: expected \[128\], got \[5\]"):
+        DiffusionPrior.from_pretrained(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------ what is not right
+
+
+def rewrite(file: Path, **changes) -> None:
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in (content | changes).items()
+                                if value != "DELETE"}))
+
+
+@pytest.mark.parametrize(("file", "changes", "says"), [
+    ("model_index.json", {"_class_name": "StableDiffusionPipeline"},
+     "expected _class_name UnCLIPPipeline or UnCLIPImageVariationPipeline, got 'StableDiffusionPipeline'"),
+    ("model_index.json", {"safety_checker": ["x", "Y"]}, r"left over 1 \(safety_checker\)"),
+    ("prior/config.json", {"norm_in_type": "layer"}, "norm_in_type: .*got 'layer'"),
+    ("prior/config.json", {"num_layers": "two"}, "num_layers: expected an integer, got 'two'"),
+    ("prior/config.json", {"num_layers": 1}, r"left over 16 \(transformer_blocks.1"),
+    ("prior/config.json", {"num_layers": 3}, r"missing 16 \(transformer_blocks.2"),
+    ("decoder/config.json", {"only_cross_attention": True}, "only_cross_attention: .*got True"),
+    ("decoder/config.json", {"new_option": "x"}, "new_option: this library has no such option.*got 'x'"),
+    ("decoder/config.json", {"down_block_types": ["DownBlock2D"] * 2}, "down_block_types: .*got DownBlock2D"),
+    ("decoder/config.json", {"up_block_types": ["ResnetUpsampleBlock2D"] * 2}, "mirror image"),
+    ("decoder/config.json", {"_class_name": "UNet2DModel"}, "expected _class_name UNet2DConditionModel"),
+    ("decoder/config.json", {"cross_attention_dim": 40}, "cross_attention_dim: .*only the value 40; got 48"),
+    ("super_res_first/config.json", {"add_attention": True}, "expected an upsampler without attention"),
+    ("super_res_last/config.json", {"sample_size": 64}, "sample_size: expected 32 or none, got 64"),
+    ("prior_scheduler/scheduler_config.json", {"variance_type": "learned"}, "variance_type: expected one of"),
+    ("decoder_scheduler/scheduler_config.json", {"clip_sample_range": 2.0}, "expected 1 for images, got 2.0"),
+    ("prior_scheduler/scheduler_config.json", {"_class_name": "DDPMScheduler"}, "UnCLIPScheduler, got 'DDPM"),
+    ("text_encoder/config.json", {"hidden_act": "relu"}, "hidden_act: expected quick_gelu or gelu"),
+])  # fmt: skip
+def test_what_the_configs_ask_for_and_we_do_not_have_is_named(copy, file, changes, says):
+    rewrite(copy / file, **changes)
+    with pytest.raises(CheckpointError, match=says):
+        DALLE2.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("name", ["prior", "text_proj", "super_res_last", "tokenizer", "text_encoder"])
+def test_missing_folders_of_a_pipeline_are_named(copy, name):
+    shutil.rmtree(copy / name)
+    with pytest.raises(FileNotFoundError, match=f"a UnCLIPPipeline without the folders {name}"):
+        DALLE2.from_pretrained(copy)
+
+
+def test_missing_and_truncated_weights_are_named(copy):
+    file = copy / "decoder" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="decoder/diffusion_pytorch_model.safetensors: truncated"):
+        DALLE2.from_pretrained(copy)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="decoder: expected diffusion_pytorch_model.safetensors"):
+        DALLE2.from_pretrained(copy)
+
+
+def test_renamed_keys_are_named(copy):
+    from safetensors.torch import load_file, save_file
+
+    file = copy / "text_proj" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["embed.weight"] = tensors.pop("embedding_proj.weight")
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"missing 1 \(embedding_proj.weight\); left over 1 \(embed.w"):
+        DALLE2.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("where", ["diffusers", "original", "statistics"])
+def test_a_malicious_pickle_is_refused_and_not_run(copy, originals, tmp_path, where):
+    proof, evil = tmp_path / "proof", tiny_karlo.Malicious(tmp_path / "proof")
+    if where == "diffusers":
+        (copy / "decoder" / "diffusion_pytorch_model.safetensors").unlink()
+        torch.save({"conv_in.weight": evil}, copy / "decoder" / "diffusion_pytorch_model.bin")
+        path = copy
+    else:
+        path = Path(shutil.copytree(originals, tmp_path / "evil"))
+        name = "ViT-L-14_stats.th" if where == "statistics" else "improved-sr-ckpt-step=1.2M.ckpt"
+        torch.save({"state_dict": {"model_first_steps.out.2.weight": evil}}, path / name)
+    with pytest.raises(CheckpointError, match="nothing in it was run"):
+        DALLE2.from_pretrained(path)
+    assert not proof.exists()
+
+
+def test_an_unknown_folder_says_what_is_known(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    says = "config.json is missing; expected a folder of ours.*UnCLIPPipeline.*.ckpt files, got notes.txt"
+    with pytest.raises(FileNotFoundError, match=says):
+        open_checkpoint(tmp_path)
