@@ -146,15 +146,10 @@ def inversion(prediction: str, name: str, steps: int, refine: int = 0) -> tuple[
     net = exact_net(diffusion.schedule, prediction)
     x0 = MEAN + DEVIATION * torch.linspace(-2, 2, 8, dtype=torch.float64).reshape(1, 8)
     x_T = diffusion.invert(net, x0, steps=steps, refine=refine)
-    t, s = diffusion.times(steps)[0], torch.tensor(0 if diffusion.schedule.timesteps else 0.0)
-    # The data count as x at the first time. From there the probability flow keeps every quantile.
-    (alpha, sigma), (alpha_0, sigma_0) = (
-        (diffusion.schedule.alpha(time), diffusion.schedule.sigma(time)) for time in (t, s)
-    )
-    deviation, deviation_0 = (
-        ((a * DEVIATION) ** 2 + b**2).sqrt() for a, b in ((alpha, sigma), (alpha_0, sigma_0))
-    )
-    wanted = alpha * MEAN + deviation * (x0 - alpha_0 * MEAN) / deviation_0
+    # The probability flow keeps every quantile of the data.
+    t = diffusion.times(steps)[0]
+    alpha, sigma = diffusion.schedule.alpha(t), diffusion.schedule.sigma(t)
+    wanted = alpha * MEAN + ((alpha * DEVIATION) ** 2 + sigma**2).sqrt() * (x0 - MEAN) / DEVIATION
     options = dict(seeds=SEEDS[:1], steps=steps, x_T=x_T, clip=None, dtype=torch.float64)
     back = diffusion.sample(net, (1, 8), **options)
     return (x_T - wanted).abs().max(), (back - x0).abs().max()

@@ -129,8 +129,8 @@ def sampler_table(
 def inversion_table(schedule: Schedule, times: Tensor) -> Tensor:
     """DDIM backwards, from the data to noise: float64 [steps - 1, 8] for rising times [steps >= 2].
 
-    Row i takes x at times[i] to times[i + 1] with the network's x0 at times[i]; the data count as x at
-    times[0] (Song et al., 2010.02502, section 4.3; Ramesh et al., 2204.06125, section 3).
+    Row i takes x at times[i] to times[i + 1] with the network's x0 at times[i]; at times[0] x is alpha x0
+    (Song et al., 2010.02502, section 4.3; Ramesh et al., 2204.06125, section 3).
     """
     log_snr = schedule.log_snr(times.cpu())
     if times.dim() != 1 or len(times) < 2 or (log_snr.diff() >= 0).any():
@@ -143,17 +143,18 @@ def inversion_table(schedule: Schedule, times: Tensor) -> Tensor:
 
 
 def inversion_ends(schedule: Schedule, times: Tensor) -> tuple[Tensor, list[float]]:
-    """The same steps from where they end: table float64 [steps - 1, 8] and factors [steps - 1].
+    """The same steps from where they end, that from the data to times[0] first: a table float64 [steps, 8]
+    and factors [steps].
 
-    x at times[i + 1] = factors[i] x at times[i] + (sigma_end - factors[i] sigma_begin) epsilon, with the
-    network's epsilon at times[i + 1]; row i of the table gives the second term. Written with epsilon, because
-    as an equation for the end it is a contraction (with x0, as in `inversion_table`, it is none).
+    x at times[i] = factors[i] x before it + (sigma - factors[i] sigma before it) epsilon, with the network's
+    epsilon at times[i]; row i of the table gives the second term. Written with epsilon, because as an equation
+    for the end it is a contraction (with x0, as in `inversion_table`, it is none).
     """
     alpha, sigma = schedule.alpha(times.cpu()), schedule.sigma(times.cpu())
-    keeps = alpha[1:] / alpha[:-1]
-    gain = (sigma[1:] - keeps * sigma[:-1]) / sigma[1:]
+    keeps = torch.cat([alpha[:1], alpha[1:] / alpha[:-1]])
+    gain = 1 - keeps * torch.cat([sigma.new_zeros(1), sigma[:-1]]) / sigma
     nothing = torch.zeros_like(gain)
-    columns = [alpha[1:], sigma[1:], gain, -gain * alpha[1:], nothing, nothing, nothing, nothing]
+    columns = [alpha, sigma, gain, -gain * alpha, nothing, nothing, nothing, nothing]
     return torch.stack(columns, dim=1), keeps.tolist()
 
 

@@ -317,7 +317,7 @@ class Decoder(Pretrained, ConditionedDecoder):
         text_mask: Tensor | None = None,  # bool [B, L]
         text_embed: Tensor | None = None,  # [B, text_embed_dim], beside text_encodings
         negative: Tensor | tuple | None = None,  # as in sample
-        steps: int = 100,
+        steps: int = 50,
         cond_scale: float | Tensor = 1.0,
         progress: Callable | bool | None = None,
         **options,

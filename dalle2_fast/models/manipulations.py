@@ -123,7 +123,7 @@ class Manipulations(Chain):
         num_frames: int = 8,
         *,
         noise: str = "fixed",
-        inversion_steps: int = 100,
+        inversion_steps: int = 50,
         **options: Any,
     ) -> Generation:
         """From one picture to another in `num_frames` >= 2 pictures: z = slerp(z_1, z_2, theta), theta from 0
@@ -157,7 +157,7 @@ class Manipulations(Chain):
         num_frames: int = 6,
         *,
         theta: float = 0.35,
-        inversion_steps: int | None = 100,
+        inversion_steps: int | None = 50,
         **options: Any,
     ) -> Generation:
         """Change a picture by what `target` says and `source` does not: z = slerp(z_i, norm(z_t - z_t0), .)
@@ -191,7 +191,7 @@ class Manipulations(Chain):
         self,
         image: Picture,
         *,
-        steps: int = 100,
+        steps: int = 50,
         guidance: float = 1.0,
         prompt: str | None = None,
         refine: int = 0,
@@ -276,7 +276,8 @@ class Manipulations(Chain):
 
         mask: [S, S], [1, S, S] or [1, 1, S, S] of 0 and 1 (or bool), or a PIL image, repainted where it is
             light; of any size. prompt: of the whole picture as it is to be; None: what is kept decides, and
-            the z of the picture itself. resample, jump: see GaussianDiffusion.sample; more resampling, fewer seams.
+            the z of the picture itself. resample, jump: see GaussianDiffusion.sample; more resampling means
+            fewer seams.
         sampler: of every stage, the checkpoint's by default. settings: as in `decode`.
         """
         images = _one("image", as_images("image", image, self.device))
@@ -329,7 +330,7 @@ class Manipulations(Chain):
         """x_T by inversion, with the guidance of the sampling that follows it."""
         told = {"guidance": self.sampling["guidance"]} | told
         shared = {name: options[name] for name in ("batch_size", "progress") if name in options}
-        return self.invert(images, steps=steps, refine=_REFINE, **told, **shared).x_T
+        return self.invert(images, steps=steps, **told, **shared).x_T
 
     def _world_pictures(self, count: int, seed: int, batch_size: int) -> Iterable[Tensor]:
         from dalle2_fast.data import SceneStream, World
@@ -352,7 +353,6 @@ class Manipulations(Chain):
 
 _SETTINGS = ("steps", "guidance", "upsampler_steps", "upsampler2_steps", "tile", "negative_prompt")
 _DECODER_OPTIONS = {"guidance_rescale", "clip", "dynamic_threshold", "spacing"}
-_REFINE = 2
 
 
 def _check_frames(num_frames: int) -> None:
