@@ -35,27 +35,34 @@ _CONFIGS = {
         cond_on_text_encodings=True, cond_on_image_embeds=True,
     ),
 }  # fmt: skip
-_WIDTHS = (8, 16, 24, 32)
-_SMALL_SIMPLE = dict(block_out_channels=_WIDTHS, layers_per_block=1, attention_head_dim=8, norm_num_groups=4,
-                     sample_size=16)  # fmt: skip
+_SMALL_NET = dict(block_out_channels=(8, 16, 24), layers_per_block=1, norm_num_groups=4, sample_size=16)
+_SMALL_SIMPLE = dict(
+    _SMALL_NET,
+    cross_attention_dim=12,
+    attention_head_dim=8,
+    down_block_types=("ResnetDownsampleBlock2D", *["SimpleCrossAttnDownBlock2D"] * 2),
+    up_block_types=(*["SimpleCrossAttnUpBlock2D"] * 2, "ResnetUpsampleBlock2D"),
+)
 _SMALL = {
-    "karlo decoder": dict(_SMALL_SIMPLE, cross_attention_dim=12),
+    "karlo decoder": _SMALL_SIMPLE,
     "karlo upsampler": dict(
-        block_out_channels=_WIDTHS, layers_per_block=1, norm_num_groups=4, sample_size=16
+        _SMALL_NET,
+        down_block_types=("ResnetDownsampleBlock2D",) * 3,
+        up_block_types=("ResnetUpsampleBlock2D",) * 3,
     ),
-    "kandinsky 2.2": dict(_SMALL_SIMPLE, cross_attention_dim=12, encoder_hid_dim=10),
-    "stable diffusion 1.5": dict(_SMALL_SIMPLE, cross_attention_dim=12, attention_head_dim=2),
+    "kandinsky 2.2": dict(_SMALL_SIMPLE, encoder_hid_dim=10),
+    "stable diffusion 1.5": dict(
+        _SMALL_NET,
+        cross_attention_dim=12,
+        attention_head_dim=2,
+        down_block_types=(*["CrossAttnDownBlock2D"] * 2, "DownBlock2D"),
+        up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 2),
+    ),
     "dalle2-pytorch": dict(
-        dim=16,
-        image_embed_dim=20,
-        text_embed_dim=12,
-        cond_dim=16,
-        dim_mults=(1, 2),
-        self_attn=(True, False),
-        attn_heads=2,
-        attn_dim_head=8,
+        dim=16, image_embed_dim=20, text_embed_dim=12, cond_dim=16, dim_mults=(1, 2), self_attn=(True, False),
+        attn_heads=2, attn_dim_head=8,
     ),
-}
+}  # fmt: skip
 NAMES = tuple(_CONFIGS)
 
 
