@@ -223,6 +223,13 @@ def test_drop_takes_embedding_encodings_and_dot_product():
     assert small_prior().cond_drop_prob == 0.1  # the paper's
 
 
+def test_compiled_training_is_one_graph():
+    """Catches: a look at a value in the training step, which breaks the graph and stalls a GPU."""
+    prior, words, image = small_prior(cond_drop_prob=0.0), caption(), embeddings(4)
+    compiled = torch.compile(prior, backend="eager", fullgraph=True)(**words, image_embed=image)
+    torch.testing.assert_close(compiled, prior(**words, image_embed=image))
+
+
 def test_same_generator_same_loss_and_the_caller_keeps_its_tensors():
     prior, words, image = small_prior(cond_drop_prob=0.5), caption(), embeddings(4)
     kept = {name: tensor.clone() for name, tensor in words.items()} | {"image_embed": image.clone()}

@@ -153,6 +153,8 @@ class ARPrior(CaptionedPrior):
 
     def _need_fit(self) -> None:
         # Looked at once: asking a GPU would stall every training step.
+        if torch.compiler.is_compiling():
+            return
         if not self._is_fitted and not self.fitted.item():
             raise RuntimeError("ARPrior: call fit(image_embed, text_embed) first, or load trained weights")
         self._is_fitted = True
