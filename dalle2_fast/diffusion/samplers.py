@@ -147,8 +147,8 @@ def inversion_ends(schedule: Schedule, times: Tensor) -> tuple[Tensor, list[floa
     and factors [steps].
 
     x at times[i] = factors[i] x before it + (sigma - factors[i] sigma before it) epsilon, with the network's
-    epsilon at times[i]; row i of the table gives the second term. Written with epsilon, because as an equation
-    for the end it is a contraction (with x0, as in `inversion_table`, it is none).
+    epsilon at times[i]; row i of the table gives the second term. Written with epsilon, because as an
+    equation for the end it is a contraction (with x0, as in `inversion_table`, it is none).
     """
     alpha, sigma = schedule.alpha(times.cpu()), schedule.sigma(times.cpu())
     keeps = torch.cat([alpha[:1], alpha[1:] / alpha[:-1]])

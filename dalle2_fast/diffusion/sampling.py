@@ -178,11 +178,11 @@ class Sampling:
         rows, net_times, table = self._on_device(times, table, x0.shape[0], x0.device, x0.dtype)
         ends, x = ends.to(table), x0  # state 0 is the data
         for step in _with_progress(range(len(times)), progress):
-            begin = x
+            begin, before = x, step - 1
             if step == 0:
                 x = keeps[0] * x
             else:
-                x, _ = self._inversion_step(net, x, net_times[step - 1], table, rows[step - 1], guidance, clip)
+                x, _ = self._inversion_step(net, x, net_times[before], table, rows[before], guidance, clip)
             for _ in range(refine):
                 noise, _ = self._inversion_step(net, x, net_times[step], ends, rows[step], guidance, clip)
                 x = torch.add(noise, begin, alpha=keeps[step])
