@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_pipeline import tiny_pipeline
 
-from dalle2_fast import CLIP
+from dalle2_fast import CLIP, DALLE2, DiffusionPrior, cli
 from dalle2_fast.data import BPETokenizer, WordTokenizer, tokenizer_from_config
 from dalle2_fast.data.bpe import byte_letters, clean, clip_merges
 from dalle2_fast.models.transformer import token_lengths
@@ -127,6 +128,39 @@ def test_wrong_arguments():
     for merges in (["ab c"], ["a"], ["a b", "ab  c"]):
         with pytest.raises(ValueError, match="merges: expected pairs of symbols made before them"):
             BPETokenizer(merges=merges)
+
+
+# ------------------------------------------------------------------------------------ the chain reads with it
+
+
+def chain_with(tokenizer: BPETokenizer) -> DALLE2:
+    """The tiny chain with text towers for this tokenizer's ids."""
+    pipe = tiny_pipeline(own_text_encoder=False)
+    sizes = dict(num_text_tokens=tokenizer.vocab_size, text_seq_len=tokenizer.context_length)
+    prior = DiffusionPrior(pipe.prior.config["net"] | {"context_length": tokenizer.context_length},
+                           image_embed_dim=16)  # fmt: skip
+    sampling = dict(steps=1, prior_steps=1, upsampler_steps=1)
+    clip = CLIP(**pipe.clip.config | sizes)
+    return DALLE2(clip, prior, pipe.decoder, pipe.upsampler, tokenizer, sampling=sampling)
+
+
+def test_the_command_line(tmp_path, capsys):
+    """generate, info and vocabulary with a checkpoint whose tokenizer reads any text."""
+    checkpoint = str(chain_with(BPETokenizer(9, ["r e", "re d</w>"])).save_pretrained(tmp_path / "chain"))
+    again = DALLE2.from_pretrained(checkpoint)
+    assert again.tokenizer == BPETokenizer(9, ["r e", "re d</w>"])
+    assert cli.main(["vocabulary", "--checkpoint", checkpoint]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("Any text") and "516 kinds" in said and "at most 7" in said
+    assert cli.main(["info", "--checkpoint", checkpoint]) == 0
+    picture = tmp_path / "picture.png"
+    options = ["--checkpoint", checkpoint, "--output", str(picture), "--num-images", "1", "--quiet",
+               "--device", "cpu"]  # fmt: skip
+    assert cli.main(["generate", "é 🙂", *options]) == 0
+    assert picture.is_file()
+    capsys.readouterr()
+    assert cli.main(["generate", "far too long a caption", *options]) == 2
+    assert "the caption has 18 tokens: expected at most 7" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------- configurations and folders

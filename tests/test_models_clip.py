@@ -137,6 +137,38 @@ def test_length_counts_a_zero_inside_a_caption():
     assert mask.sum(dim=1).tolist() == [4, 2, 0]
 
 
+def test_the_first_end_of_text_ends_a_caption():
+    """Rows padded with it, as Hugging Face's tokenizer pads, would be read at the last padding."""
+    tokens = torch.tensor([[1, 0, 7, 9, 9, 9], [1, 9, 0, 0, 0, 0], [1, 5, 6, 0, 0, 0], [0, 0, 0, 0, 0, 0]])
+    assert token_lengths(tokens, eos_token_id=9).tolist() == [4, 2, 3, 0]
+    assert token_lengths(tokens).tolist() == [6, 2, 3, 0]
+    clip = small_clip(eos_token_id=9).eval()
+    zeros = torch.where(torch.arange(6) < torch.tensor([[4]]), tokens[:1], 0)
+    torch.testing.assert_close(clip.encode_text(tokens[:1])[0], clip.encode_text(zeros)[0])
+    assert torch.equal(clip.text_tower()(tokens), clip.encode_text(tokens)[1])
+    for wrong in (0, 50):
+        with pytest.raises(ValueError, match=f"eos_token_id: expected an id from 1 to 49, got {wrong}"):
+            small_clip(eos_token_id=wrong)
+
+
+def test_one_tower_alone():
+    """Catches: a tower that is built all the same, an error about something else when it is asked for."""
+    text, image = small_clip(visual_kind=None), small_clip(text_enc_depth=None)
+    assert not any(name.startswith("visual") for name in text.state_dict())
+    assert all(name.startswith("visual") or name == "logit_scale" for name in image.state_dict())
+    assert image.encode_image(pictures()).shape == (4, 24)
+    for ask in (lambda: image.encode_text(captions()), lambda: image(captions(), pictures())):
+        with pytest.raises(ValueError, match="text: expected a CLIP with a text tower, got .*=None"):
+            ask()
+    with pytest.raises(ValueError, match="text_tower: expected a CLIP with a text tower"):
+        image.text_tower()
+    with pytest.raises(ValueError, match="images: expected a CLIP with an image tower"):
+        text(captions(), pictures())
+    again = CLIP(**json.loads(json.dumps(image.config)))
+    again.load_state_dict(image.state_dict())
+    assert torch.equal(again.encode_image(pictures()), image.encode_image(pictures()))
+
+
 def test_embeddings_have_unit_norm_and_leave_their_inputs_alone():
     clip, tokens, images = small_clip(), captions(), pictures()
     kept = tokens.clone(), images.clone()

@@ -23,11 +23,12 @@ from dalle2_fast.checkpoints.clip_options import (
 )
 from dalle2_fast.checkpoints.folder import CheckpointError, load_folder
 from dalle2_fast.checkpoints.tensor_files import find_tensors, read_json, read_tensors
+from dalle2_fast.checkpoints.weights import reject_leftovers
 
-FILES = (
-    "model.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors", "pytorch_model.bin",
-    "pytorch_model.bin.index.json", "open_clip_pytorch_model.bin",
+HUGGING_FACE_FILES = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
+OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 PIPELINE = ("text_encoder", "image_encoder")  # the folders of a CLIP in a diffusers pipeline
 
 
@@ -75,15 +76,16 @@ def read_clip(path: str | PathLike, **given: Any) -> ClipSource:
 
 
 def _read_own(path: Path, given: dict[str, Any]) -> ClipSource:
-    config, tensors = load_folder(path)
+    config, tensors = load_folder(path, ["clip"])
     if not isinstance(config.get("clip"), dict):
         raise CheckpointError(f"{path}: expected a checkpoint with a CLIP, got {config.get('model')!r}")
-    tensors = {name[5:]: value for name, value in tensors.items() if name.startswith("clip.")}
+    reject_leftovers(tensors, ["clip"], path)
+    tensors = {name.removeprefix("clip."): value for name, value in tensors.items()}
     return ClipSource(path, NATIVE, tensors, config["clip"] | given)
 
 
 def _read(path: Path, given: dict[str, Any]) -> ClipSource:
-    file = find_tensors(path, FILES) if path.is_dir() else path
+    file = find_tensors(path, _preferred(path)) if path.is_dir() else path
     if (own := _header(file)) is not None:
         return ClipSource(file, NATIVE, read_tensors(file), own | given)
     layout, tensors = find_layout(read_tensors(file), file)
@@ -99,6 +101,13 @@ def _read(path: Path, given: dict[str, Any]) -> ClipSource:
             f"{file}: neither the file nor a configuration beside it says enough: pass {'; '.join(unknown)}"
         )
     return source
+
+
+def _preferred(folder: Path) -> tuple[str, ...]:
+    """LAION's folders hold one CLIP twice; in timm's, model.safetensors is none, but open_clip's is there."""
+    if _optional(folder / "config.json").get("model_type") in KINDS:
+        return HUGGING_FACE_FILES + OPEN_CLIP_FILES
+    return OPEN_CLIP_FILES + HUGGING_FACE_FILES
 
 
 def _options(file: Path, layout: Layout, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,9 @@ from torch import Tensor, nn
 
 from dalle2_fast.checkpoints.clip import read_clip
 from dalle2_fast.checkpoints.clip_layouts import export
-from dalle2_fast.checkpoints.folder import CheckpointError, save_folder
+from dalle2_fast.checkpoints.folder import CheckpointError, embedded_path
+from dalle2_fast.checkpoints.hub import locate
+from dalle2_fast.checkpoints.pretrained import Pretrained
 from dalle2_fast.functional import contrastive_loss
 from dalle2_fast.models.inputs import check_images
 from dalle2_fast.models.resnet import ModifiedResNet
@@ -99,7 +100,7 @@ class VisionTransformer(nn.Module):
         return self.ln_post(x[:, 0]) @ self.proj
 
 
-class CLIP(TextTransformer):
+class CLIP(TextTransformer, Pretrained):
     """CLIP. The defaults are ViT-L/14: 427,616,513 parameters.
 
     It *is* its text tower plus `visual`, because OpenAI's files keep the text tower's weights at top level.
@@ -118,6 +119,8 @@ class CLIP(TextTransformer):
     logit_scale_init: where log(1 / temperature) starts; it is learned, and clamped at ln 100.
     image_mean, image_std: per-channel normalisation of the images.
     """
+
+    part = "clip"
 
     def __init__(
         self,
@@ -275,18 +278,14 @@ class CLIP(TextTransformer):
         """
         return export(self.state_dict(), layout)
 
-    def save_pretrained(self, path: str | PathLike, *, dtype: torch.dtype | None = None) -> Path:
-        """Write a checkpoint folder of our own format and return it; see `save_folder`."""
-        tensors = {f"clip.{name}": value for name, value in self.state_dict().items()}
-        return save_folder(path, {"model": "CLIP", "clip": self.config}, tensors, dtype=dtype)
-
     @classmethod
     def from_pretrained(
         cls,
-        path: str | PathLike,
+        path: str | PathLike | None = None,
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
         **options: Any,
     ) -> CLIP:
         """Load a CLIP, ours or a published one, in evaluation mode.
@@ -294,7 +293,8 @@ class CLIP(TextTransformer):
         path: a file of OpenAI's (a TorchScript archive, of which nothing is executed), of open_clip's or
         Hugging Face's (.pt, .bin, .safetensors, an index of shards); a folder with such a file and its
         configuration; a diffusers pipeline, for its text_encoder/ and image_encoder/; a checkpoint of ours,
-        also of a DALLE2. One tower alone, with its projection, makes a CLIP without the other.
+        also of a DALLE2; an id of the Hugging Face hub (revision: a branch, tag or commit there); None: the
+        checkpoint in the package. One tower alone, with its projection, makes a CLIP without the other.
 
         dtype: of the weights and of the computation, whatever the file stores.
         options: arguments of CLIP that the file and its configuration do not tell, or that you know better:
@@ -303,7 +303,7 @@ class CLIP(TextTransformer):
         Raises FileNotFoundError, or CheckpointError (a ValueError) that names what is missing, left over, of
         another shape, damaged, or asked for by the configuration and not in this class.
         """
-        source = read_clip(path, **options)
+        source = read_clip(embedded_path() if path is None else locate(path, revision), **options)
         try:
             with torch.device("meta"):  # no initial weights are drawn
                 clip = cls(**source.options)
