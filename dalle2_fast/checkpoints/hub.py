@@ -22,16 +22,15 @@ _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".th")  # in the order in wh
 def locate(path: str | os.PathLike, revision: str | None = None) -> Path:
     """The local folder (or file) of a checkpoint: the path itself, or what the hub has under this id.
 
-    An id is a string "owner/name" for which there is nothing here: no such path, nor a folder "owner". What
-    is not in the cache is fetched. Raises FileNotFoundError, which says what was tried.
+    An id is "owner/name" where there is nothing here: no such path, nor a folder "owner". What is not in the
+    cache is fetched. Raises FileNotFoundError, which says what was tried.
     """
-    local = Path(path).expanduser()
-    is_id = isinstance(path, str) and _ID.fullmatch(path) is not None
-    if local.exists() or not is_id or local.parent.is_dir():
+    local, name = Path(path).expanduser(), os.fspath(path)
+    if local.exists() or not _ID.fullmatch(name) or local.parent.is_dir():
         if revision is not None:
             raise ValueError(f"revision: expected None beside a local path ({local}), got {revision!r}")
         return local
-    return fetch(path, revision)
+    return fetch(name, revision)
 
 
 def fetch(repo_id: str, revision: str | None = None) -> Path:
