@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from copy import copy as copy_of
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -255,8 +256,7 @@ def test_shards_and_half_precision(theirs, ours, tmp_path):
     theirs.decoder.save_pretrained(tmp_path / "decoder", max_shard_size="1MB")
     assert (tmp_path / "decoder" / "diffusion_pytorch_model.safetensors.index.json").is_file()
     shutil.rmtree(tmp_path / "prior")
-    theirs.prior.half().save_pretrained(tmp_path / "prior", variant="fp16")
-    theirs.prior.float()
+    deepcopy(theirs.prior).half().save_pretrained(tmp_path / "prior", variant="fp16")
     loaded = DALLE2.from_pretrained(tmp_path)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     half = {name: x.half().float() for name, x in ours.prior.state_dict().items()}

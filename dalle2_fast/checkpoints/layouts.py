@@ -62,8 +62,8 @@ class Checkpoint:
         kinds: Mapping[str, Callable[..., nn.Module]],
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-    ) -> dict[str, nn.Module | None]:
-        """{part: module with its weights, in evaluation mode}; None for a part that the config leaves out.
+    ) -> dict[str, nn.Module]:
+        """{part: module with its weights, in evaluation mode}.
 
         kinds: what makes each part. Raises CheckpointError, which names the keys that are missing, left over
         or of another shape.
@@ -77,9 +77,7 @@ class Checkpoint:
                                          self.clip.path).state_dict()
                 weights = self.clip.weights(expected)
                 tensors = {f"clip.{key}": tensor for key, tensor in weights.items()}
-            absent = name in self.config and self.config[name] is None
-            made[name] = None if absent else build(
-                kind, self.config, tensors, name, self.path, device, dtype)
+            made[name] = build(kind, self.config, tensors, name, self.path, device, dtype)
         return made
 
 
