@@ -38,7 +38,7 @@ _SMALL_UNET = dict(channels=(32, 64, 96, 128), layers_per_block=1, num_groups=8)
 KARLO = Sizes("cuda")
 SMALL = Sizes(
     "cpu",
-    decoder=dict(_SMALL_UNET, head_dim=32, cross_dim=96),
+    decoder=dict(_SMALL_UNET, head_dim=32, cross_dim=128),
     upsampler=dict(_SMALL_UNET),
     prior=dict(dim=256, depth=4, heads=8, dim_head=32, embed_dim=96, text_dim=96, context_length=20),
     clip=dict(dim_text=96, dim_image=128, dim_latent=96, num_text_tokens=1000, text_enc_depth=4,
@@ -49,7 +49,7 @@ SMALL = Sizes(
 )  # fmt: skip
 TINY = Sizes(
     "cpu",
-    decoder=dict(channels=(8, 16, 24, 32), layers_per_block=1, num_groups=4, head_dim=8, cross_dim=12),
+    decoder=dict(channels=(8, 16, 24, 32), layers_per_block=1, num_groups=4, head_dim=8, cross_dim=16),
     upsampler=dict(channels=(8, 16, 24, 32), layers_per_block=1, num_groups=4),
     prior=dict(dim=16, depth=1, heads=2, dim_head=8, embed_dim=12, text_dim=12, context_length=11),
     clip=dict(dim_text=12, dim_image=16, dim_latent=12, num_text_tokens=20, text_enc_depth=1, text_seq_len=11,

@@ -1,12 +1,14 @@
 """Peak memory and time of the contrastive losses, forward and backward, and of open_clip's formulas on a CPU.
 
     python benchmarks/contrastive_memory.py [--sizes 4096 8192 16384] [--threads 1 2] [--rounds 3]
+    python benchmarks/contrastive_memory.py --sizes 65536 131072 --skip reference open_clip --add
 
 Every run is a process of its own, which makes its features, runs a small loss to load what it needs, resets
 its peak of resident memory and then runs the loss once: the peak less what was resident before is the extra
 memory, gradients included. In every round the implementations take turns, so that whatever else the machine
 does meets all of them. Losses and gradients must agree, or there is no result:
-benchmarks/results/contrastive_memory.json.
+benchmarks/results/contrastive_memory.json. --add keeps its other rows; open_clip's formula needs about
+16 N^2 bytes, ours does not. `python -m benchmarks.report` draws the curves.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timing import ROOT, machine, save, versions
+from timing import RESULTS, ROOT, commit, machine, save, versions
 
 from dalle2_fast import functional
 
@@ -90,7 +92,7 @@ def in_a_process(*arguments) -> dict:
 
 def compare(loss: str, n: int, width: int, threads: int, rounds: int, skip: list[str]) -> dict:
     names = [name for name in JOBS[loss] if name not in skip]
-    runs = {name: [] for name in names}
+    runs, load = {name: [] for name in names}, machine()["load_before"]
     for _ in range(rounds):
         for name in names:
             runs[name].append(in_a_process(loss, name, n, width, threads))
@@ -99,6 +101,7 @@ def compare(loss: str, n: int, width: int, threads: int, rounds: int, skip: list
             if abs(actual - expected) > 1e-4 * abs(expected):
                 raise RuntimeError(f"{loss}, {name}, N = {n}: expected {expected}, got {actual}")
     row = {"loss": loss, "N": n, "D": width, "threads": threads, "rounds": rounds}
+    row |= {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "load_before": load}
     for name in names:
         row[name] = {
             "extra_MB": round(max(run["bytes"] for run in runs[name]) / 1e6, 1),
@@ -130,20 +133,34 @@ def main() -> None:
     parser.add_argument("--skip", nargs="+", default=[], help="implementations, e.g. those that do not fit")
     parser.add_argument("--name", default="contrastive_memory", help="of the file in benchmarks/results")
     parser.add_argument("--note", default="", help="what a reader must know, e.g. what else the machine did")
+    parser.add_argument("--add", action="store_true", help="keep the file's rows of other sizes or threads")
     arguments = parser.parse_args()
     if arguments.one:
         loss, implementation, *sizes = arguments.one
         print(json.dumps(measure(loss, implementation, *map(int, sizes))))
         return
     about = {"machine": machine(), "versions": versions(), "note": arguments.note}
-    rows = []
+    path, rows = RESULTS / f"{arguments.name}.json", {}
+    if arguments.add and path.exists():
+        before = json.loads(path.read_text())
+        about = {name: before[name] for name in about}
+        for row in before["rows"]:
+            row = {"date": before["date"], "commit": before["commit"], "note": before["note"]} | row
+            rows[key_of(row)] = row
     for loss in arguments.losses:
         for threads in arguments.threads:
             for n in arguments.sizes:
                 row = compare(loss, n, arguments.width, threads, arguments.rounds, arguments.skip)
-                rows.append(row)
+                row["note"] = arguments.note
+                rows[key_of(row)] = row
                 print(json.dumps(row), flush=True)
-    print(save(arguments.name, {**about, "rows": rows}))
+                ordered = [rows[key] for key in sorted(rows)]
+                save(arguments.name, {**about, "rows": ordered})  # each as it comes
+    print(path)
+
+
+def key_of(row: dict) -> tuple:
+    return row["loss"], row["D"], row["threads"], row["N"]
 
 
 if __name__ == "__main__":

@@ -1,27 +1,37 @@
 """From runs of the benchmarks to results that can be read, compared and kept.
 
     pytest benchmarks/ --benchmark-only --benchmark-json=run.json
-    python -m benchmarks.report run.json [more.json ...]     # results/<device>.json, .md and plots
+    python -m benchmarks.report run.json [more.json ...]     # results/<device>.json, .md, plots, the README
     python -m benchmarks.report --compare OLD.json NEW.json  # status 1 if a row fell by more than its spread
 
-Rows of a later run replace those of an earlier one. The plots need matplotlib (the extra "bench").
+Rows of a later run replace those of an earlier one. In the README, what stands between the markers
+`<!-- benchmarks:begin -->` and `<!-- benchmarks:end -->` is written anew from all files of results/ that this
+program wrote. The plots need matplotlib (the extra "bench").
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent / "results"
-FORMAT = 1
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks")]
+
+from report_plots import plot, plot_memory  # noqa: E402
+from rows import Row  # noqa: E402
+from timing import RESULTS, write  # noqa: E402
+
+FORMAT = 2
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 
 def read_runs(paths: list[Path]) -> dict:
-    """pytest-benchmark's JSON files -> {"device", "date", "commit", "machine", "ceilings", "rows"}."""
-    rows, result = {}, {}
+    """pytest-benchmark's JSON files -> device, date, commit, machine, ceilings, rows, absent."""
+    rows, absent, result = {}, {}, {}
     for path in paths:
         run = json.loads(path.read_text())
         if "benchmarks" not in run or "dalle2_fast" not in run.get("machine_info", {}):
@@ -41,53 +51,110 @@ def read_runs(paths: list[Path]) -> dict:
         for benchmark in run["benchmarks"]:
             row = dict(benchmark["extra_info"])
             result["ceilings"] = row.pop("ceilings")
-            rows[row["case"], row["implementation"]] = row
-    ours = {case: row for (case, kind), row in rows.items() if kind == "ours"}
-    for (case, kind), row in rows.items():
-        row["ours_is_faster"] = row["seconds"] / ours[case]["seconds"] if case in ours else None
-        row["reached"] = reached(row, kind)
-    return result | {"rows": list(rows.values())}
-
-
-def reached(row: dict, kind: str) -> bool | None:
-    """Whether the goal of a row is met; None where it has none."""
-    if kind == "ours":
-        return None if row["target_us"] is None else row["seconds"] * 1e6 <= row["target_us"]
-    if row["wanted_factor"] is None or row["ours_is_faster"] is None:
-        return None
-    return row["ours_is_faster"] >= row["wanted_factor"]
+            key = row["case"], row["implementation"]
+            rows[key] = row
+            absent.pop(key, None)
+        for row in run.get("dalle2_fast_absent", []):
+            key = row["case"], row["implementation"]
+            if key not in rows:
+                absent[key] = row["absent"]
+    for row in rows.values():
+        row["goals"] = [list(goal) for goal in Row(**row).goals()]
+    missing = [{"case": case, "implementation": kind, "why": why} for (case, kind), why in absent.items()]
+    return result | {"rows": list(rows.values()), "absent": missing}
 
 
 def table(result: dict) -> str:
     """Markdown. Where we lose is printed like where we win."""
-    best = result["ceilings"]
+    heads = ("case", "implementation", "us", "+-", "GB/s", "GFLOP/s", "images/s", "of best", "peak MB",
+             "ours is", "wanted")  # fmt: skip
     lines = [
-        f"# {result['device']}, {result['date']}, commit {result['commit']}",
+        f"# {title(result)}",
         "",
-        f"Measured in the same run: copy {best['bytes_per_second'] / 1e9:.0f} GB/s, matrix product "
-        f"{best['flops_per_second'] / 1e12:.3g} TFLOP/s. `of best`: of whichever of the two is nearer.",
+        f"{about(result)} `of best`: of whichever of the two is nearer. `ours is`: how many times faster "
+        "than this rival, the median over rounds before each of which ours ran.",
         "",
-        "| case | implementation | us | +- | GB/s | TFLOP/s | of best | peak MB | ours is faster | wanted |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(heads)} |",
+        f"|{'---|' * len(heads)}",
     ]
     for row in result["rows"]:
         ours = row["implementation"] == "ours"
-        wanted = row["target_us"] if ours else row["wanted_factor"]
+        goals = ", ".join(f"{wanted} {'yes' if met else '**no**'}" for wanted, met in row["goals"])
         cells = (
             row["case"],
             f"**{row['implementation']}**" if ours else row["implementation"],
             f"{row['seconds'] * 1e6:.1f}",
             f"{row['spread']:.0%}",
             f"{row['bytes_per_second'] / 1e9:.0f}",
-            f"{row['flops_per_second'] / 1e12:.3g}" if row["flops_per_second"] else "",
+            f"{row['flops_per_second'] / 1e9:.0f}" if row["flops_per_second"] else "",
+            f"{row['images_per_second']:.3g}" if row["images_per_second"] else "",
             f"{row['share_of_best']:.0%}",
             "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
-            "" if ours or row["ours_is_faster"] is None else f"{row['ours_is_faster']:.2f}x",
-            "" if wanted is None else (f"{wanted:g} us" if ours else f"{wanted:g}x")
-            + {True: " yes", False: " **no**", None: ""}[row["reached"]],
+            "" if row["ours_is_faster"] is None else f"{row['ours_is_faster']:.2f}x",
+            goals,
         )
         lines.append(f"| {' | '.join(cells)} |")
+    if result["absent"]:
+        lines += ["", "Not timed:", ""]
+        reasons: dict[str, list[str]] = {}
+        for row in result["absent"]:
+            reasons.setdefault(row["why"], []).append(f"{row['case']} / {row['implementation']}")
+        lines += [f"- {why}: {'; '.join(names)}" for why, names in reasons.items()]
     return "\n".join(lines) + "\n"
+
+
+def title(result: dict) -> str:
+    return f"{result['device']}, {result['date']}, commit {result['commit']}"
+
+
+def about(result: dict) -> str:
+    best, note = result["ceilings"], result["machine"].get("note")
+    text = (
+        f"Measured in the same run: copy {best['bytes_per_second'] / 1e9:.0f} GB/s, matrix product "
+        f"{best['flops_per_second'] / 1e9:.0f} GFLOP/s."
+    )
+    return f"{text} {note.rstrip('.')}." if note else text
+
+
+def summary(results: list[tuple[str, dict]], folder: str) -> str:
+    """For the README: of each device a line for every case, ours beside every rival. folder: of the results,
+    as the README names it."""
+    lines = []
+    for name, result in results:
+        lines += [
+            f"**{title(result)}.** {about(result)} All rows: `{folder}/{name}.md`.",
+            "",
+            "| case | ours, ms | images/s | ours is faster than |",
+            "|---|---|---|---|",
+        ]
+        for row in result["rows"]:
+            if row["implementation"] != "ours":
+                continue
+            rivals = [other for other in result["rows"]
+                      if other["case"] == row["case"] and other["ours_is_faster"] is not None]  # fmt: skip
+            versus = ", ".join(f"{one['implementation']} {one['ours_is_faster']:.2f}x" for one in rivals)
+            rate = f"{row['images_per_second']:.3g}" if row["images_per_second"] else ""
+            lines.append(f"| {row['case']} | {row['seconds'] * 1e3:.4g} | {rate} | {versus} |")
+        lines.append("")
+        pictures = [f"[{kind}]({folder}/{name}-{kind}.png)" for kind in result["plots"]]
+        if pictures:
+            lines += [f"Plots: {', '.join(pictures)}.", ""]
+    return "\n".join(lines)
+
+
+def write_readme(path: Path, folder: Path) -> None:
+    """Replaces what stands between the markers. ValueError where they are not there."""
+    text = path.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{path}: expected the markers {BEGIN} and {END}, once each and in this order")
+    results = []
+    for file in sorted(folder.glob("*.json")):
+        result = json.loads(file.read_text())
+        if isinstance(result, dict) and result.get("format") == FORMAT:
+            results.append((file.stem, result))
+    before, rest = text.split(BEGIN)
+    shown = summary(results, os.path.relpath(folder, path.parent))
+    write(path, f"{before}{BEGIN}\n{shown}{END}{rest.split(END)[1]}")
 
 
 def compare(old: dict, new: dict) -> list[str]:
@@ -109,73 +176,13 @@ def compare(old: dict, new: dict) -> list[str]:
     return fallen
 
 
-def plot(result: dict, stem: Path) -> list[Path]:
-    """Bars (how much faster ours is than each rival), the roofline, and the losses' time and memory."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    def save(figure: Figure, name: str) -> Path:
-        FigureCanvasAgg(figure)
-        path = stem.with_name(f"{stem.name}-{name}.png")
-        figure.savefig(path, dpi=120, bbox_inches="tight")
-        return path
-
-    paths = []
-    rivals = [row for row in result["rows"] if row["ours_is_faster"] and row["implementation"] != "ours"]
-    if rivals:
-        figure = Figure(figsize=(9, 1 + 0.28 * len(rivals)))
-        axes = figure.add_subplot()
-        names = [f"{row['case']} / {row['implementation']}" for row in rivals]
-        values = [row["ours_is_faster"] for row in rivals]
-        axes.barh(names, values, color=["#2a7" if value >= 1 else "#c44" for value in values])
-        axes.axvline(1.0, color="black", linewidth=0.8)
-        axes.invert_yaxis()
-        axes.set(xlabel="times faster than the rival", title=result["device"])
-        paths.append(save(figure, "rivals"))
-
-    ours = [row for row in result["rows"] if row["implementation"] == "ours" and row["flops_per_second"]]
-    if ours:
-        figure = Figure(figsize=(7, 5))
-        axes, best = figure.add_subplot(), result["ceilings"]
-        intensity = [row["flops_per_second"] / row["bytes_per_second"] for row in ours]
-        ends = [min(intensity) / 4, max(intensity) * 4]
-        roof = [min(best["flops_per_second"], best["bytes_per_second"] * end) / 1e12 for end in ends]
-        corner = best["flops_per_second"] / best["bytes_per_second"]
-        if ends[0] < corner < ends[1]:
-            ends, roof = [ends[0], corner, ends[1]], [roof[0], best["flops_per_second"] / 1e12, roof[1]]
-        axes.plot(ends, roof, color="black", label="measured ceilings")
-        for x, row in zip(intensity, ours, strict=True):
-            axes.plot(x, row["flops_per_second"] / 1e12, "o")
-            axes.annotate(row["case"], (x, row["flops_per_second"] / 1e12), fontsize=7)
-        axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s",
-                 title=result["device"])  # fmt: skip
-        axes.legend()
-        paths.append(save(figure, "roofline"))
-
-    sized = [(int(found[1]), row) for row in result["rows"]
-             if (found := re.match(r"contrastive loss, N = (\d+), D = 512", row["case"]))]  # fmt: skip
-    if len({n for n, _ in sized}) > 1:
-        figure = Figure(figsize=(10, 4))
-        for place, (key, label, unit) in enumerate(
-            (("seconds", "seconds", 1.0), ("peak_bytes", "peak memory, GB", 1e9)), 1
-        ):
-            axes = figure.add_subplot(1, 2, place)
-            for kind in dict.fromkeys(row["implementation"] for _, row in sized):
-                points = sorted((n, row[key] / unit) for n, row in sized
-                                if row["implementation"] == kind and row[key] is not None)  # fmt: skip
-                axes.plot(*zip(*points, strict=True), "o-", label=kind) if points else None
-            axes.set(xscale="log", yscale="log", xlabel="N", ylabel=label)
-            axes.legend(fontsize=7)
-        paths.append(save(figure, "loss"))
-    return paths
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="*", type=Path, help="files of pytest benchmarks/ --benchmark-json")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="files of results/")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="default: %(default)s")
     parser.add_argument("--no-plots", action="store_true")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="default: the project's, unless --output")
     args = parser.parse_args(arguments)
     if bool(args.runs) == bool(args.compare):
         parser.error("expected files of runs, or --compare OLD NEW")
@@ -189,14 +196,24 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"{type(error).__name__}: {error}")
     args.output.mkdir(parents=True, exist_ok=True)
     stem = args.output / re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
-    written = [stem.with_suffix(".json"), stem.with_suffix(".md")]
-    written[0].write_text(json.dumps(result, indent=1) + "\n")
-    written[1].write_text(table(result))
+    plots = []
     if not args.no_plots:
         try:
-            written += plot(result, stem)
+            plots = plot(result, stem)
+            plots += plot_memory(args.output / "contrastive_memory.json")
         except ImportError:
             print('no plots: matplotlib is not installed (pip install -e ".[bench]")', file=sys.stderr)
+    result["plots"] = [path.stem.removeprefix(f"{stem.name}-") for path in plots if stem.name in path.name]
+    written = [stem.with_suffix(".json"), stem.with_suffix(".md"), *plots]
+    write(written[0], json.dumps(result, indent=1) + "\n")
+    write(written[1], table(result))
+    readme = args.readme or (ROOT / "README.md" if args.output == RESULTS else None)
+    if readme is not None:
+        try:
+            write_readme(readme, args.output)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+        written.append(readme)
     print("\n".join(map(str, written)))
     return 0
 

@@ -135,43 +135,65 @@ def bytes_of(value) -> int:
     return 0 if value is None else value.numel() * value.element_size()
 
 
-def run_file(path: Path, seconds: dict[tuple[str, str], float], gpu: str = "GPU 1") -> Path:
-    """A file as pytest-benchmark writes it."""
-    shared = dict(absent=None, spread=0.05, rounds=30, peak_bytes=10**6, bytes_per_second=1e9, shape=[4],
-                  flops_per_second=2e12, share_of_best=0.5, ceilings=dict(bytes_per_second=4e9,
-                                                                        flops_per_second=5e12))  # fmt: skip
-    rows = [
-        dict(extra_info=shared | dict(
-            case=case, implementation=kind, seconds=value, target_us=100.0 if kind == "ours" else None,
-            wanted_factor=2.0 if kind == "eager" else None))
-        for (case, kind), value in seconds.items()
-    ]  # fmt: skip
-    machine = dict(gpu=gpu, cpu="CPU", threads=2)
+def run_file(path: Path, seconds: dict[tuple[str, str], float], gpu: str = "GPU 1", absent=()) -> Path:
+    """A file as pytest-benchmark writes it. The ratio is twice that of the times, so that one can tell them
+    apart."""
+    best = dict(bytes_per_second=4e9, flops_per_second=5e12)
+    rows = []
+    for (case, kind), value in seconds.items():
+        row = Row(case, kind, seconds=value, spread=0.05, rounds=30, peak_bytes=10**6, shape=[4])
+        row.rates(moved=int(value * 1e9), flops=int(value * 2e12), images=0, best=best)
+        row.target_us = 100.0 if kind == "ours" else None
+        row.wanted_factor = 2.0 if kind == "eager" else None
+        if kind != "ours":
+            row.ours_is_faster = 2 * value / seconds.get((case, "ours"), 9e-5)
+        rows.append(dict(extra_info=row.to_json() | dict(ceilings=best)))
+    machine = dict(gpu=gpu, cpu="CPU", threads=2, note="Nothing else ran.")
     path.write_text(json.dumps(dict(
         machine_info=dict(dalle2_fast=machine), datetime="2026-01-02T03:04", benchmarks=rows,
-        commit_info=dict(id="0123456789abcdef", dirty=False))))  # fmt: skip
+        commit_info=dict(id="0123456789abcdef", dirty=False),
+        dalle2_fast_absent=[Row(*key, absent=why).to_json() for key, why in absent])))  # fmt: skip
     return path
 
 
 def test_the_report_says_where_we_win_and_lose(tmp_path, capsys):
-    """Catches: a ratio upside down, a goal called met that is not, an older run that hides a newer one."""
+    """Catches: a ratio upside down, a goal called met that is not, an older run that hides a newer one, and a
+    rival that is dropped because it is not there."""
     pytest.importorskip("matplotlib", reason='matplotlib is not installed: pip install -e ".[bench]"')
-    first = run_file(tmp_path / "1.json", {("norm", "ours"): 9e-5, ("norm", "eager"): 9e-5})
-    second = run_file(tmp_path / "2.json", {("norm", "eager"): 2.7e-4, ("loss", "ours"): 3e-4,
-                                            ("loss", "rival"): 1.5e-4})  # fmt: skip
-    assert report.main([str(first), str(second), "--output", str(tmp_path)]) == 0
+    absent = [(("loss", "rival"), "not installed"), (("norm", "apex"), "not installed")]
+    seconds = {("norm", "ours"): 9e-5, ("norm", "eager"): 9e-5}
+    first = run_file(tmp_path / "1.json", seconds, absent=absent)
+    second = run_file(tmp_path / "2.json", {("norm", "eager"): 1.35e-4, ("loss", "ours"): 3e-4,
+                                            ("loss", "rival"): 7.5e-5})  # fmt: skip
+    readme, folder = tmp_path / "README.md", tmp_path / "results"
+    readme.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
+    command = [str(first), str(second), "--output", str(folder), "--readme", str(readme)]
+    assert report.main(command) == 0
     written = [Path(line) for line in capsys.readouterr().out.split()]
     endings = (".json", ".md", "-rivals.png", "-roofline.png")
-    assert [path.name for path in written] == [f"gpu-1{ending}" for ending in endings]
-    assert all(path.stat().st_size > 500 for path in written)
-    rows = {(row["case"], row["implementation"]): row for row in json.loads(written[0].read_text())["rows"]}
+    assert [path.name for path in written] == [*(f"gpu-1{ending}" for ending in endings), "README.md"]
+    assert all(path.stat().st_size > 500 for path in written[:-1])
+    result = json.loads(written[0].read_text())
+    rows = {(row["case"], row["implementation"]): row for row in result["rows"]}
     assert rows["norm", "eager"]["ours_is_faster"] == pytest.approx(3.0)
     assert rows["loss", "rival"]["ours_is_faster"] == pytest.approx(0.5)
-    assert rows["norm", "eager"]["reached"] and rows["norm", "ours"]["reached"]
-    assert rows["loss", "ours"]["reached"] is False and rows["loss", "rival"]["reached"] is None
+    assert rows["norm", "eager"]["goals"] == [["2x", True]] and rows["norm", "ours"]["goals"][0][1]
+    assert rows["loss", "ours"]["goals"] == [["100 us", False]] and rows["loss", "rival"]["goals"] == []
+    assert result["absent"] == [dict(case="norm", implementation="apex", why="not installed")]
     text = written[1].read_text()
-    assert "| norm | eager | 270.0 | 5% | 1 | 2 | 50% | 1 | 3.00x | 2x yes |" in text
-    assert "| loss | **ours** | 300.0 | 5% | 1 | 2 | 50% | 1 |  | 100 us **no** |" in text
+    assert "| norm | eager | 135.0 | 5% | 1 | 2000 |  | 40% | 1 | 3.00x | 2x yes |" in text
+    assert "| loss | **ours** | 300.0 | 5% | 1 | 2000 |  | 40% | 1 |  | 100 us **no** |" in text
+    assert "- not installed: norm / apex" in text
+    shown = readme.read_text()
+    assert shown.startswith("above\n") and shown.endswith("\nbelow\n") and "old" not in shown
+    assert "| norm | 0.09 |  | eager 3.00x |" in shown and "Nothing else ran." in shown
+    assert "[rivals](results/gpu-1-rivals.png)" in shown
+    once = shown
+    assert report.main(command) == 0 and readme.read_text() == once
+    readme.write_text("no markers")
+    with pytest.raises(SystemExit):
+        report.main(command)
+    assert "expected the markers" in capsys.readouterr().err and readme.read_text() == "no markers"
 
 
 def test_the_regression_check_sees_a_slower_row(tmp_path, capsys):
@@ -189,6 +211,20 @@ def test_the_regression_check_sees_a_slower_row(tmp_path, capsys):
     lost["rows"].pop()
     Path(results[1]).write_text(json.dumps(lost))
     assert report.main(["--compare", results[0], results[1]]) == 1
+
+
+def test_memory_and_time_of_the_loss_are_drawn(tmp_path):
+    """Catches a curve without the sizes that only ours can do."""
+    pytest.importorskip("matplotlib", reason='matplotlib is not installed: pip install -e ".[bench]"')
+    from report_plots import plot_memory
+
+    point = dict(wall_s=1.0, extra_MB=10.0)
+    shared = dict(loss="contrastive_loss", threads=2, D=512, fused=point)
+    rows = [dict(shared, N=4096, open_clip=point), dict(shared, N=131072)]
+    path = tmp_path / "contrastive_memory.json"
+    assert plot_memory(path) == []
+    path.write_text(json.dumps(dict(machine=dict(cpu="CPU"), rows=rows)))
+    assert [one.name for one in plot_memory(path)] == ["contrastive_memory.png"]
 
 
 @pytest.mark.parametrize("content, says", [("{}", "expected a file of pytest benchmarks/"), ("", "JSON")])
