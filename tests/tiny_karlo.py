@@ -226,28 +226,35 @@ def original_unet(unet: nn.Module) -> dict[str, Tensor]:
     return made
 
 
+def original_decoder(unet: nn.Module, text_proj: nn.Module) -> dict[str, Tensor]:
+    layers = {
+        "text_seq_proj.0": "encoder_hidden_states_proj", "text_seq_proj.1": "text_encoder_hidden_states_norm",
+        "clip_tok_proj": "clip_extra_context_tokens_proj", "text_feat_proj": "embedding_proj",
+        "clip_emb": "clip_image_embeddings_project_to_time_embeddings",
+    }  # fmt: skip
+    state = text_proj.state_dict()
+    made = original_unet(unet) | {"cf_param": state["learned_classifier_free_guidance_embeddings"]}
+    for ours, theirs in layers.items():
+        made |= {f"{ours}.{kind}": state[f"{theirs}.{kind}"] for kind in ("weight", "bias")}
+    return {f"model.{name}": tensor for name, tensor in made.items()}
+
+
+def original_upsampler(first: nn.Module, last: nn.Module) -> dict[str, Tensor]:
+    nets = {"model_first_steps": first, "model_last_step": last}
+    return {f"{prefix}.{name}": x for prefix, net in nets.items() for name, x in original_unet(net).items()}
+
+
 def original_files(folder: Path, parts: dict[str, nn.Module]) -> Path:
     """A .ckpt each for prior, decoder and upsampler, and the statistics, as Karlo's loader reads them."""
     folder.mkdir(parents=True, exist_ok=True)
     prior = parts["prior"].state_dict()
     mean, std = (prior.pop(name)[0].clone() for name in ("clip_mean", "clip_std"))
-    projection = {
-        "text_seq_proj.0": "encoder_hidden_states_proj", "text_seq_proj.1": "text_encoder_hidden_states_norm",
-        "clip_tok_proj": "clip_extra_context_tokens_proj", "text_feat_proj": "embedding_proj",
-        "clip_emb": "clip_image_embeddings_project_to_time_embeddings",
-    }  # fmt: skip
-    state = parts["text_proj"].state_dict()
-    decoder = original_unet(parts["decoder"])
-    decoder["cf_param"] = state["learned_classifier_free_guidance_embeddings"]
-    for ours, theirs in projection.items():
-        decoder |= {f"{ours}.{kind}": state[f"{theirs}.{kind}"] for kind in ("weight", "bias")}
-    upsampler = {}
-    for prefix, name in (("model_first_steps", "super_res_first"), ("model_last_step", "super_res_last")):
-        upsampler |= {f"{prefix}.{key}": x for key, x in original_unet(parts[name]).items()}
     files = {
         "prior-ckpt-step=01000000-of-01000000.ckpt": original_prior(prior, 2),
-        "decoder-ckpt-step=01000000-of-01000000.ckpt": {f"model.{key}": x for key, x in decoder.items()},
-        "improved-sr-ckpt-step=1.2M.ckpt": upsampler,
+        "decoder-ckpt-step=01000000-of-01000000.ckpt": original_decoder(parts["decoder"], parts["text_proj"]),
+        "improved-sr-ckpt-step=1.2M.ckpt": original_upsampler(
+            parts["super_res_first"], parts["super_res_last"]
+        ),
     }
     for name, content in files.items():
         torch.save({"state_dict": content, "epoch": 3}, folder / name)
