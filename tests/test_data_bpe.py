@@ -5,14 +5,17 @@ bpe_expected.json was written by open_clip 2.32's SimpleTokenizer; where that is
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import random
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny_pipeline import tiny_pipeline
 
 from dalle2_fast import CLIP, DALLE2, DiffusionPrior, cli
@@ -161,6 +164,32 @@ def test_the_command_line(tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["generate", "far too long a caption", *options]) == 2
     assert "the caption has 18 tokens: expected at most 7" in capsys.readouterr().err
+
+
+def test_training_on_own_data_with_it(tmp_path, capsys):
+    """`train clip --tokenizer clip`: the run keeps it, its CLIP has its size, and another one is refused."""
+    pytest.importorskip("webdataset", reason="webdataset is not installed")
+    with tarfile.open(tmp_path / "data.tar", "w") as tar:
+        for index, caption in enumerate(["a harbour 🙂", "stop!!!", "漢字", "two dogs"]):
+            picture = io.BytesIO()
+            Image.new("RGB", (32, 32), (60 * index, 90, 200)).save(picture, format="PNG")
+            for ending, data in (("png", picture.getvalue()), ("txt", caption.encode())):
+                entry = tarfile.TarInfo(f"{index}.{ending}")
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+    train = ["train", "clip", "--preset", "tiny", "--steps", "1", "--quiet", "--device", "cpu"]
+    out, data = ["--out", str(tmp_path / "run")], ["--data", str(tmp_path / "data.tar")]
+    assert cli.main([*train, *out, "--tokenizer", "clip"]) == 2
+    assert "--tokenizer: clip reads own data, expected --data" in capsys.readouterr().err
+    assert cli.main([*train, *out, *data, "--tokenizer", "clip"]) == 0
+    kept = json.loads((tmp_path / "run" / "tokenizer.json").read_text())
+    assert tokenizer_from_config(kept) == TOKENIZER
+    clip = CLIP.from_pretrained(tmp_path / "run" / "clip")
+    assert (clip.num_tokens, clip.context_length) == (49408, 77)
+    train[1] = "prior"
+    assert cli.main([*train, *out, *data, "--tokenizer", "words"]) == 2
+    assert "--tokenizer: the run in" in capsys.readouterr().err
+    assert cli.main([*train, *out, *data]) == 0, "the one that the run has"
 
 
 # --------------------------------------------------------------------------------- configurations and folders

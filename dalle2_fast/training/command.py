@@ -55,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bf16: autocast, fp32 weights; auto (default): bf16 on a device that computes in it")
     add("--threads", type=int, help="CPU threads (default: torch's)")
     add("--data", metavar="SHARDS", help="WebDataset shards of image-caption pairs instead of the scenes")
+    add("--tokenizer", choices=("words", "clip"),
+        help="for --data: the captions' commonest words (default), or CLIP's byte pairs, which read any text")
     add("--export", action="store_true", help="train nothing: only assemble DIR's finished stages")
     add("--export-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights")
     add("--quiet", action="store_true", help="no progress bar")
@@ -79,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
     for name in () if args.export else stages:
         left = None if args.pause_after is None else args.pause_after - (time.monotonic() - begin) / 60
         outcome = train_stage(name, preset, args.out, resume=args.resume, seed=args.seed, device=device,
-                              dtype=choose_dtype(args.dtype, device), shards=args.data, pause_after=left,
+                              dtype=choose_dtype(args.dtype, device), shards=args.data,
+                              tokenizer=args.tokenizer, pause_after=left,
                               init=args.init, freeze=args.freeze, show_progress=not args.quiet)
         if outcome != "finished":
             print(f"{name}: {outcome}; the state is saved, continue with --resume")
@@ -122,6 +125,7 @@ def train_stage(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     shards: str | None = None,
+    tokenizer: str | None = None,
     pause_after: float | None = None,
     init: Path | None = None,
     freeze: Sequence[str] = (),
@@ -129,10 +133,10 @@ def train_stage(
 ) -> str:
     """Train stage `name` of `preset` in out/name and store its averaged weights there when it is finished.
 
-    Returns "finished", "paused" or "interrupted by SIGINT" (SIGTERM). dtype: torch.bfloat16
-    for autocast, the weights being float32; None: that, where the device computes in it. pause_after: in
-    minutes. init: an earlier weights file of this stage to start from. freeze: weights whose names begin so
-    stay.
+    Returns "finished", "paused" or "interrupted by SIGINT" (SIGTERM). dtype: torch.bfloat16 for autocast, the
+    weights being float32; None: that, where the device computes in it. tokenizer: "words" or "clip" for
+    `shards`; None: what the run has, else words. pause_after: in minutes. init: an earlier weights file of
+    this stage to start from. freeze: weights whose names begin so stay.
     """
     from dalle2_fast.training.stages import make_stage  # models and data: not needed to print --help
     from dalle2_fast.training.trainer import Trainer
@@ -144,7 +148,7 @@ def train_stage(
     if resume and folder.weights_path.exists():
         print(f"{name}: already finished, skipped ({folder.weights_path})")
         return "finished"
-    tokenizer = run_tokenizer(preset, Path(out), shards)
+    tokenizer = run_tokenizer(preset, Path(out), shards, tokenizer)
     stage = make_stage(name, preset, out=Path(out), seed=seed, device=device, shards=shards,
                        tokenizer=tokenizer)
     if init is not None:
@@ -194,14 +198,25 @@ def freeze_weights(model: torch.nn.Module, prefixes: Sequence[str]) -> None:
             parameter.requires_grad_(False)
 
 
-def run_tokenizer(preset: Preset, out: Path, shards: str | None) -> Tokenizer:
-    """The one tokenizer of a run: the scenes', or that of the shards, kept in out/tokenizer.json."""
-    from dalle2_fast.data import WordTokenizer, World, tokenizer_from_config
+def run_tokenizer(preset: Preset, out: Path, shards: str | None, kind: str | None = None) -> Tokenizer:
+    """The one tokenizer of a run: the scenes', or that of the shards, kept in out/tokenizer.json.
 
+    kind: "words" or "clip", as asked for; None: what the run has, else words.
+    """
+    from dalle2_fast.data import BPETokenizer, WordTokenizer, World, tokenizer_from_config
+
+    if kind == "clip" and shards is None:
+        raise ValueError("--tokenizer: clip reads own data, expected --data")
     if (Path(out) / TOKENIZER).exists():
-        return tokenizer_from_config(json.loads((Path(out) / TOKENIZER).read_text(encoding="utf-8")))
+        kept = tokenizer_from_config(json.loads((Path(out) / TOKENIZER).read_text(encoding="utf-8")))
+        has = "clip" if isinstance(kept, BPETokenizer) else "words"
+        if kind not in (None, has):
+            raise ValueError(f"--tokenizer: the run in {out} has {has}, got {kind}")
+        return kept
     if shards is None:
         return WordTokenizer.scenes(World(**preset.world))
+    if kind == "clip":
+        return BPETokenizer()
     from dalle2_fast.data.webdata import WebDatasetStream  # needs the extra "train"
 
     return WebDatasetStream(shards, 1).tokenizer
