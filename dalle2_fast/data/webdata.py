@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .stream import mix_seed
-from .tokenizer import WordTokenizer, split_words
+from .tokenizer import Tokenizer, WordTokenizer, split_words
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 CAPTION_KEYS = ("txt", "caption", "json")  # of a json: its "caption" or "text"
@@ -50,7 +50,7 @@ class WebDatasetStream:
         seed: int = 0,
         device: torch.device | str = "cpu",
         *,
-        tokenizer: WordTokenizer | None = None,
+        tokenizer: Tokenizer | None = None,
         vocab_size: int = 8192,
         shuffle: int = 1000,
         workers: int = 4,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle2_fast.data import SceneStream, WordTokenizer, World, render
+from dalle2_fast.data import SceneStream, Tokenizer, WordTokenizer, World, render
 from dalle2_fast.models.ar_prior import ARPrior
 from dalle2_fast.models.clip import CLIP
 from dalle2_fast.models.decoder import Decoder
@@ -53,7 +53,7 @@ class SceneStage:
     model: nn.Module
 
     def __init__(
-        self, preset: Preset, *, seed: int, device: torch.device, shards: str | None, tokenizer: WordTokenizer
+        self, preset: Preset, *, seed: int, device: torch.device, shards: str | None, tokenizer: Tokenizer
     ) -> None:
         self.recipe, self.device, self.tokenizer = preset.recipe(self.name), device, tokenizer
         self.prepare()
@@ -131,7 +131,7 @@ class ClipGuidedStage(SceneStage):
     """A stage that learns from the embeddings of the finished, frozen CLIP."""
 
     def __init__(
-        self, preset: Preset, *, out: Path, device: torch.device, tokenizer: WordTokenizer, **options
+        self, preset: Preset, *, out: Path, device: torch.device, tokenizer: Tokenizer, **options
     ) -> None:
         self.clip = load_stage(out, "clip", device)
         if self.clip.config["num_text_tokens"] != tokenizer.vocab_size:
@@ -332,7 +332,7 @@ def make_stage(
     seed: int,
     device: torch.device,
     shards: str | None = None,
-    tokenizer: WordTokenizer | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> SceneStage:
     """The stage `name` of `preset`; its initial weights depend on (seed, name) only.
 
