@@ -68,6 +68,10 @@ class _FusedSteps:
         place = host.index(timestep)
         return host[place + 1] if place + 1 < len(host) else -1
 
+    def _chain(self, host: list[int]) -> list[tuple[int, int]]:
+        """The steps that a loop over self.timesteps will take."""
+        return [*zip(host, [*host[1:], -1], strict=True)]
+
     def _table(self, step: tuple[int, int], like: Tensor, eta: float) -> tuple[_Tables, int]:
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         host = self._host_times()
@@ -75,7 +79,7 @@ class _FusedSteps:
         tables = self._tables.get(key)
         if tables is None or step not in tables.rows:
             known = [] if tables is None else list(tables.rows)
-            chain = [*zip(host, host[1:], strict=False)] if self.num_inference_steps else []
+            chain = self._chain(host) if self.num_inference_steps else []
             steps = list(dict.fromkeys([*known, *chain, step]))
             table = torch.tensor([self._row(*one, eta) for one in steps], dtype=torch.float64)
             given = table.clone()
@@ -133,9 +137,11 @@ def _draw_seeds(generator: torch.Generator | Sequence[torch.Generator] | None, s
 
 def _coefficients(now: float, before: float) -> tuple[float, float, float, float, float]:
     """a, b of the posterior's mean a x + b x0, its variance, and the logs of variance and beta, from alpha^2
-    at the step's time and at the one before (1: the data). Ho et al., 2006.11239, equations 6 and 7.""" beta
-    = 1 - now / before a = math.sqrt(1 - beta) * (1 - before) / (1 - now) b = math.sqrt(before) * beta / (1 -
-    now) variance = max((1 - before) / (1 - now) * beta, 1e-20)  # their bound: the log of 0 is asked for
+    at the step's time and at the one before (1: the data). Ho et al., 2006.11239, equations 6 and 7."""
+    beta = 1 - now / before
+    a = math.sqrt(1 - beta) * (1 - before) / (1 - now)
+    b = math.sqrt(before) * beta / (1 - now)
+    variance = max((1 - before) / (1 - now) * beta, 1e-20)  # their bound: the log of 0 is asked for
     return a, b, variance, math.log(variance), math.log(beta)
 
 
@@ -232,8 +238,8 @@ class FusedDDIM(_FusedSteps):
         *,
         seeds: Tensor | None = None,  # int64 [B]
     ):
-        """`prev_sample` and `pred_original_sample`. variance_noise or seeds: instead of what generator
-        draws.""" if self.config.thresholding or (self.config.clip_sample and not use_clipped_model_output):
+        """`prev_sample`, `pred_original_sample`. variance_noise, seeds: instead of what generator draws."""
+        if self.config.thresholding or (self.config.clip_sample and not use_clipped_model_output):
             _need_no_noise(None, seeds, "a bounded x0")
             return super().step(
                 model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise,
@@ -242,14 +248,19 @@ class FusedDDIM(_FusedSteps):
         if self.num_inference_steps is None:
             raise ValueError("num_inference_steps: expected set_timesteps before step, got None")
         time = self._int_of(timestep)
-        previous = time - self.config.num_train_timesteps // self.num_inference_steps
-        step = (time, previous)
+        step = (time, self._before(time))
         values = self._fused_step(model_output, sample, step, generator, variance_noise, seeds, float(eta))
         if not return_dict:
             return values
         from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
         return DDIMSchedulerOutput(*values)
+
+    def _before(self, time: int) -> int:
+        return time - self.config.num_train_timesteps // self.num_inference_steps
+
+    def _chain(self, host: list[int]) -> list[tuple[int, int]]:
+        return [(time, self._before(time)) for time in host]
 
     def _row(self, timestep: int, previous: int, eta: float) -> tuple[float, ...]:
         """Song et al., 2010.02502, equations 12 and 16."""
