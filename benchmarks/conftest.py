@@ -17,8 +17,9 @@ RIVALS = ("triton", "open_clip_torch", "inf-cl", "liger-kernel", "apex", "diffus
 
 def pytest_addoption(parser):
     group = parser.getgroup("dalle2_fast")
-    group.addoption("--quick", action="store_true", help="few rounds: every row once, under 8 minutes")
+    group.addoption("--quick", action="store_true", help="few rounds: every row once, 8 minutes at most")
     group.addoption("--threads", type=int, help="of a CPU; default: torch's own choice")
+    group.addoption("--minutes", type=float, help="no row is begun later; default: no limit, 8 with --quick")
     group.addoption("--note", default="", help="kept in the results: what else the machine does, say")
 
 

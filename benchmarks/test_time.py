@@ -1,7 +1,7 @@
 """Time every case of the registry against its rivals on this device.
 
     pytest benchmarks/ --benchmark-only --benchmark-json=run.json && python -m benchmarks.report run.json
-    pytest benchmarks/ --benchmark-only --quick                     # every row once, under 8 minutes
+    pytest benchmarks/ --benchmark-only --quick                     # every row once, 8 minutes at most
     pytest benchmarks/ --benchmark-only -k "norm and ours"          # --threads 2: of a CPU
 
 First the check: an implementation that disagrees with the reference in float64 is not timed, it fails. A
@@ -28,6 +28,7 @@ from rows import ROWS, Row
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = registry.load()
 IMPLEMENTATIONS = [(name, kind) for name, case in CASES.items() for kind in ("ours", *case.rivals)]
+START = time.monotonic()
 VERDICTS: dict[str, Exception | None] = {}  # of the check of ours, by case; None: it is right
 
 
@@ -74,7 +75,9 @@ def test_time(name, kind, benchmark, best, request):
     function = ours(case, "fused") if kind == "ours" else case.rivals[kind]
     if isinstance(function, str):
         absent(name, kind, function)
-    quick = request.config.getoption("quick")
+    quick, minutes = request.config.getoption("quick"), request.config.getoption("minutes")
+    if time.monotonic() - START > 60 * (minutes or (8 if quick else float("inf"))):
+        absent(name, kind, "no time was left of --minutes")
     if DEVICE == "cpu" and quick and getattr(function, "compiles", False):
         absent(name, kind, "compiling takes longer than --quick allows")
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -211,6 +212,25 @@ def test_the_regression_check_sees_a_slower_row(tmp_path, capsys):
     lost["rows"].pop()
     Path(results[1]).write_text(json.dumps(lost))
     assert report.main(["--compare", results[0], results[1]]) == 1
+
+
+def test_rows_short_of_a_goal_are_those_to_profile(tmp_path):
+    """Catches a row that missed its goal and is not looked at, in a run's file and in a result's."""
+    from profile_rows import short_of_a_goal
+
+    seconds = {("met", "ours"): 9e-5, ("late", "ours"): 3e-4, ("beaten", "ours"): 9e-5}
+    seconds["beaten", "eager"] = 8e-5
+    run = run_file(tmp_path / "run.json", seconds)
+    assert short_of_a_goal(run) == ["late", "beaten"]
+    assert report.main([str(run), "--output", str(tmp_path), "--no-plots"]) == 0
+    assert short_of_a_goal(tmp_path / "gpu-1.json") == ["late", "beaten"]
+
+
+def test_the_gpu_session_names_its_stages(tmp_path):
+    script = ROOT / "benchmarks" / "gpu_session.sh"
+    for arguments in ([], [tmp_path / "out", "tune"]):
+        done = subprocess.run([script, *arguments], capture_output=True, text=True)
+        assert done.returncode == 2 and "profile" in done.stderr
 
 
 def test_memory_and_time_of_the_loss_are_drawn(tmp_path):

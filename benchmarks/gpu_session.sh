@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Everything that waits for a GPU, in one call of about thirty minutes, or stage by stage:
+#
+#   benchmarks/gpu_session.sh OUT [build | tests | quick | full | profile | report] ...
+#
+# OUT receives logs, the runs' JSON files and the profiles; results/ and the README are written by `report`. A
+# stage that fails or runs out of its time does not stop the next; the status is then 1. `full` takes nine minutes:
+# rows that do not fit say so, and keep the figures of `quick`. Nothing is downloaded:
+# Python has to have torch for CUDA, triton, pybind11, ninja, pytest, pytest-benchmark and matplotlib.
+set -u
+cd "$(dirname "$0")/.."
+if [ $# -lt 1 ]; then
+    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
+out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
+shift
+[ $# -gt 0 ] || set -- build tests quick full profile report
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+python=${PYTHON:-python}
+failed=()
+
+# stage seconds command...
+stage() {
+    local name=$1 seconds=$2
+    shift 2
+    echo "== $name: at most $seconds s"
+    local begin=$SECONDS
+    if timeout "$seconds" "$@" >"$out/$name.log" 2>&1; then
+        echo "   done in $((SECONDS - begin)) s"
+    else
+        echo "   FAILED or out of time after $((SECONDS - begin)) s; the end of $out/$name.log:"
+        tail -n 15 "$out/$name.log"
+        failed+=("$name")
+    fi
+}
+
+for name in "$@"; do
+    case $name in
+    build)
+        nvidia-smi
+        stage build 120 env DALLE2_FAST_NATIVE=cuda "$python" setup.py build_ext --inplace
+        "$python" -m dalle2_fast.cli info
+        ;;
+    tests)  # those that run the kernels where there is a GPU, and those that only a GPU can run
+        stage tests 300 "$python" -m pytest -q -m "not gpu" tests/test_kernel_*.py tests/test_ops_*.py \
+            tests/test_graphs.py tests/test_benchmarks.py
+        stage tests-gpu 120 "$python" -m pytest -q -m gpu tests
+        ;;
+    quick)
+        stage quick 540 "$python" -m pytest -q benchmarks/ --benchmark-only --quick \
+            --benchmark-json="$out/quick.json"
+        ;;
+    full)
+        stage full 590 "$python" -m pytest -q benchmarks/ --benchmark-only --minutes 9 \
+            --benchmark-json="$out/full.json"
+        ;;
+    profile)
+        latest=$(ls -t "$out"/full.json "$out"/quick.json 2>/dev/null | head -n 1)
+        stage profile 150 "$python" benchmarks/profile_rows.py "${latest:-$out/quick.json}" --output "$out/profiles"
+        ;;
+    report)
+        runs=()
+        for run in quick full; do [ -s "$out/$run.json" ] && runs+=("$out/$run.json"); done
+        stage report 60 "$python" -m benchmarks.report "${runs[@]}"
+        ;;
+    *)
+        echo "$name: expected build, tests, quick, full, profile or report" >&2
+        exit 2
+        ;;
+    esac
+done
+
+if [ ${#failed[@]} -gt 0 ]; then
+    echo "failed: ${failed[*]}"
+    exit 1
+fi
