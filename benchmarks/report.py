@@ -30,23 +30,26 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 
 def read_runs(paths: list[Path]) -> dict:
-    """pytest-benchmark's JSON files -> device, date, commit, machine, ceilings, rows, absent."""
-    rows, absent, result = {}, {}, {}
+    """pytest-benchmark's JSON files -> device, date, commit, machine, runs, ceilings, rows, absent."""
+    rows, absent, runs, result = {}, {}, [], {}
     for path in paths:
         run = json.loads(path.read_text())
         if "benchmarks" not in run or "dalle2_fast" not in run.get("machine_info", {}):
             raise ValueError(f"{path}: expected a file of pytest benchmarks/ --benchmark-json, got another")
         machine = run["machine_info"]["dalle2_fast"]
-        device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+        threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+        device = machine["gpu"] or f"{machine['cpu']}, {threads}"
         if result and result["device"] != device:
             raise ValueError(f"{path}: expected a run on {result['device']}, got one on {device}")
         commit = run["commit_info"]
+        runs.append({"date": run["datetime"], "commit": commit["id"][:10], **machine})
         result = {
             "format": FORMAT,
             "device": device,
             "date": run["datetime"][:10],
             "commit": commit["id"][:10] + (" with local changes" if commit["dirty"] else ""),
             "machine": machine,
+            "runs": runs,  # with other versions, say; a ratio is always of one run
         }
         for benchmark in run["benchmarks"]:
             row = dict(benchmark["extra_info"])
