@@ -300,6 +300,49 @@ def test_saved_again_as_ours_it_is_the_same(ours, tmp_path):
     assert torch.equal(again("the ring", 1, **options), ours("the ring", 1, **options))
 
 
+def test_a_pipeline_of_image_variations(theirs, ours, monkeypatch, tmp_path):
+    """It has an image encoder and no prior; its caption is the empty one."""
+    from diffusers import UnCLIPImageVariationPipeline
+    from transformers import CLIPImageProcessor
+
+    names = ("decoder", "text_proj", "super_res_first", "super_res_last", "decoder_scheduler",
+             "super_res_scheduler", "text_encoder", "tokenizer")
+    variations = UnCLIPImageVariationPipeline(
+        **{name: theirs.components[name] for name in names}, image_encoder=tiny_karlo.image_encoder(),
+        feature_extractor=CLIPImageProcessor(
+            size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, do_normalize=True),
+    )  # fmt: skip
+    variations.save_pretrained(tmp_path / "theirs")
+    variations.set_progress_bar_config(disable=True)
+    loaded = DALLE2.from_pretrained(tmp_path / "theirs")
+    assert loaded.prior is None
+    same(loaded.decoder, ours.decoder)
+    with pytest.raises(ValueError, match="prompt: this chain has no prior"):
+        loaded("the ring", prior_steps=2)
+    with pytest.raises(CheckpointError, match="a chain with a DiffusionPrior as its prior, got none"):
+        DiffusionPrior.from_pretrained(tmp_path / "theirs")
+    again = DALLE2.from_pretrained(loaded.save_pretrained(tmp_path / "ours"))
+    same(again, loaded)
+
+    noise = OurNoise(seed=7, count=1, steps=3)
+    noise.seeds.pop("prior")
+    noise.seeds = {stage: seeds[:1] for stage, seeds in noise.seeds.items()}
+    noise.order = iter([(stage, step) for stage in noise.seeds for step in range(2)])
+    monkeypatch.setattr("diffusers.schedulers.scheduling_unclip.randn_tensor", noise)
+    picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(x)[:, None, None] for x in (again.clip.image_mean, again.clip.image_std))
+    expected = variations(
+        image=(picture - mean) / std, decoder_num_inference_steps=3, super_res_num_inference_steps=3,
+        decoder_latents=noise.start("decoder", 3, 16, 16), output_type="np",
+        super_res_latents=noise.start("upsampler", 3, 32, 32),
+    ).images  # fmt: skip
+    run = again._run(1, 1, 7, None, None, False)
+    with run.evaluating(), torch.no_grad():  # `variations` draws with DDIM, the paper's sampler for them
+        told, chosen = again._told(run, None, 1, 1), again._chosen(steps=3, upsampler_steps=3)
+        found = again._draw(run, again.embed_image(picture), chosen, 32, **told)
+    assert difference(found.images, torch.from_numpy(expected).permute(0, 3, 1, 2)) < 1e-3
+
+
 # ----------------------------------------------------------------------------------------- the original files
 
 

@@ -113,6 +113,8 @@ def open_checkpoint(
 def _pipeline(folder: Path, parts: Collection[str]) -> Checkpoint:
     found, tokenizer = read_pipeline(folder, parts)
     checkpoint = Checkpoint(folder, _chain("diffusers", tokenizer))
+    if "prior" in parts and "prior" not in found:  # a pipeline of image variations
+        checkpoint.config["prior_class"] = None
     for name, part in found.items():
         checkpoint.add(name, part)
     if "clip" in parts:

@@ -59,7 +59,7 @@ class Pretrained:
         if model == "DALLE2":
             held = config.get("prior_class", "DiffusionPrior") if part == "prior" else name
             if held != name or config.get(part) is None:
-                came = f"a {held}" if held != name else "none"
+                came = f"a {held}" if held not in (name, None) else "none"
                 raise CheckpointError(
                     f"{checkpoint.path}: expected a chain with a {name} as its {part}, got {came}"
                 )

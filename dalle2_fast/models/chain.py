@@ -38,7 +38,7 @@ class Chain:
     """The part of DALLE2 that runs its stages."""
 
     clip: CLIP
-    prior: DiffusionPrior | ARPrior
+    prior: DiffusionPrior | ARPrior | None
     decoder: Decoder
     tokenizer: Tokenizer
     sampling: dict[str, Any]
@@ -66,7 +66,7 @@ class Chain:
         others = [] if negative is None else [negative]
         tokens = self.tokenizer.encode([*prompts, *others]).to(self.device)  # names unknown words
         # Weights that were trained on CLIP's raw projections want their length, too.
-        unit_norm = self.prior.unit_norm and self.decoder.unit_norm
+        unit_norm = all(net.unit_norm for net in (self.prior, self.decoder) if net is not None)
         with run.watch("text") as track:
             for _ in track(range(1), 1):
                 encoded = self.clip.encode_text(tokens, normalize=unit_norm)
@@ -86,10 +86,18 @@ class Chain:
             for_decoder = for_decoder | {"negative": last}
         return for_prior, for_decoder
 
+    def _need_prior(self) -> None:
+        if self.prior is None:
+            raise ValueError(
+                "prompt: this chain has no prior to make an image embedding of it; it can only do what "
+                "begins with a picture (variations, interpolate, ...)"
+            )
+
     def _prior(
         self, run: Run, prompts: list[str], repeats: int, chosen: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Any]]:
         """Captions -> image embeddings [P * repeats, D], and what the decoder is told of the captions."""
+        self._need_prior()
         for_prior, for_decoder = self._captions(run, prompts, repeats, chosen["negative_prompt"])
         if self.prior.diffuses:
             for_prior |= {"steps": chosen["prior_steps"], "sampler": chosen["sampler"]}

@@ -39,8 +39,9 @@ class DALLE2(Manipulations, nn.Module):
     """The whole chain. `pipe(prompt, ...)` gives images, `pipe.generate(prompt, ...)` the intermediate
     results too; what begins with a picture (variations, inpaint, ...) is in Manipulations.
 
-    clip, prior (a DiffusionPrior or an ARPrior), decoder: the trained modules. upsampler: None makes images
-    of the decoder's size only; upsampler2: a second one, from the first one's size (unCLIP's: 256 to 1024).
+    clip, prior (a DiffusionPrior or an ARPrior), decoder: the trained modules. prior: None can only do what
+    begins with a picture. upsampler: None makes images of the decoder's size only; upsampler2: a second one,
+    from the first one's size (unCLIP's: 256 to 1024).
     tokenizer: text <-> ids of CLIP's (and the decoder's own) text tower.
     sampling: this model's values of SAMPLING where a call names none.
     metadata: anything JSON-able that is kept with the checkpoint (the world it was trained on, say).
@@ -49,7 +50,7 @@ class DALLE2(Manipulations, nn.Module):
     def __init__(
         self,
         clip: CLIP,
-        prior: DiffusionPrior | ARPrior,
+        prior: DiffusionPrior | ARPrior | None,
         decoder: Decoder,
         upsampler: Upsampler | None = None,
         tokenizer: Tokenizer | None = None,
@@ -167,6 +168,7 @@ class DALLE2(Manipulations, nn.Module):
             tile=tile,
             sampler=sampler,
         )
+        self._need_prior()
         if prior_steps is not None and not self.prior.diffuses:
             raise ValueError(f"prior_steps: an autoregressive prior has none, got {prior_steps}")
         at_least_one("num_images", num_images)
@@ -195,7 +197,7 @@ class DALLE2(Manipulations, nn.Module):
         parts = {name: getattr(self, name) for name in PARTS}
         config = {
             "model": "DALLE2",
-            "prior_class": type(self.prior).__name__,
+            "prior_class": None if self.prior is None else type(self.prior).__name__,
             **{name: None if part is None else part.config for name, part in parts.items()},
             "tokenizer": self.tokenizer.to_config(),
             "sampling": self.sampling,
@@ -214,9 +216,10 @@ class DALLE2(Manipulations, nn.Module):
     ) -> DALLE2:
         """Load a checkpoint, in evaluation mode; None is the one that is installed with the package.
 
-        path: a folder that `save_pretrained` wrote; a diffusers UnCLIPPipeline, safetensors or .bin; a folder
-            of Karlo's original .ckpt files; or an id of the Hugging Face hub, "kakaobrain/karlo-v1-alpha",
-            for which huggingface_hub has to be installed; revision: then a branch, tag or commit.
+        path: a folder that `save_pretrained` wrote; a diffusers UnCLIPPipeline (or
+            UnCLIPImageVariationPipeline, which has no prior), safetensors or .bin; a folder of Karlo's
+            original .ckpt files; or an id of the Hugging Face hub, "kakaobrain/karlo-v1-alpha", for which
+            huggingface_hub has to be installed; revision: then a branch, tag or commit.
         dtype: of the weights and of the computation, whatever the file stores.
 
         torch's random state is left alone, and nothing in a file is run: weights are read from safetensors or
@@ -237,17 +240,17 @@ class DALLE2(Manipulations, nn.Module):
             raise CheckpointError(
                 f"{path}: expected a checkpoint of model 'DALLE2', got {config.get('model')!r}"
             )
-        priors = {"DiffusionPrior": DiffusionPrior, "ARPrior": ARPrior}
+        priors = {"DiffusionPrior": DiffusionPrior, "ARPrior": ARPrior, None: None}
         prior = config.get("prior_class", "DiffusionPrior")  # absent in older ones
         if prior not in priors:
             raise CheckpointError(
-                f"{path}: config.json: prior_class: expected one of {', '.join(priors)}, got {prior!r}"
+                f"{path}: config.json: prior_class: expected DiffusionPrior or ARPrior, got {prior!r}"
             )
-        kinds = {"clip": CLIP, "prior": priors[prior], "decoder": Decoder}
+        kinds = {"clip": CLIP, "decoder": Decoder} | ({} if prior is None else {"prior": priors[prior]})
         kinds |= {name: Upsampler for name in UPSAMPLERS if config.get(name) is not None}
         checkpoint.reject_leftovers(kinds)
         tokenizer = construct(tokenizer_from_config, config, "tokenizer", path)
-        parts = checkpoint.make(kinds, device, dtype)
+        parts = {"prior": None} | checkpoint.make(kinds, device, dtype)
         try:
             pipe = cls(
                 **parts, tokenizer=tokenizer, sampling=config.get("sampling"), metadata=config.get("metadata")
@@ -259,7 +262,7 @@ class DALLE2(Manipulations, nn.Module):
 
 def _check_parts(
     clip: CLIP,
-    prior: DiffusionPrior | ARPrior,
+    prior: DiffusionPrior | ARPrior | None,
     decoder: Decoder,
     upsamplers: tuple[Upsampler | None, Upsampler | None],
     tokenizer: Tokenizer,
@@ -273,11 +276,12 @@ def _check_parts(
             f"tokenizer: expected a context_length of at most CLIP's {clip.context_length}, got "
             f"{tokenizer.context_length}"
         )
-    equal = [
-        ("prior: image_embed_dim", clip.dim_latent, prior.image_embed_dim, "CLIP's dim_latent"),
-        ("prior: text_dim", width, prior.net.text_dim, "CLIP's dim_text"),
-        ("decoder: image_embed_dim", clip.dim_latent, decoder.image_embed_dim, "CLIP's dim_latent"),
-    ]
+    equal = [("decoder: image_embed_dim", clip.dim_latent, decoder.image_embed_dim, "CLIP's dim_latent")]
+    if prior is not None:
+        equal += [
+            ("prior: image_embed_dim", clip.dim_latent, prior.image_embed_dim, "CLIP's dim_latent"),
+            ("prior: text_dim", width, prior.net.text_dim, "CLIP's dim_text"),
+        ]
     upsampler, upsampler2 = upsamplers
     if upsampler is not None:
         why = "the decoder's size"
