@@ -7,7 +7,9 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from gaussian_data import DEVIATION, MEAN, exact_net
 
+from dalle2_fast.diffusion import GaussianDiffusion, make_schedule
 from dalle2_fast.models.clip import CLIP
 from dalle2_fast.models.prior import DiffusionPrior, DiffusionPriorNetwork
 
@@ -303,3 +305,57 @@ def test_wrong_inputs():
         small_prior(cond_drop_prob=1.5)
     with pytest.raises(ValueError, match=r"image_embed_dim: expected width net.embed_dim = 24, got 32"):
         small_prior(image_embed_dim=32)
+
+
+# ------------------------------------------------------------------------------------------ optimal variance
+
+
+def test_analytic_variance_samples_the_datas_variance():
+    """With the exact network of normal data the reverse steps are normal, and their variance is the one from
+    the error: few steps then keep the data's spread, which the posterior's variance alone loses."""
+    process = GaussianDiffusion(make_schedule("cosine", 1000), prediction="sample")
+    alpha, sigma = (f(torch.arange(1000)) for f in (process.schedule.alpha, process.schedule.sigma))
+    error = (DEVIATION**2 * sigma**2) / (alpha**2 * DEVIATION**2 + sigma**2)  # Var(x0 | x_t)
+    net = exact_net(process.schedule, "sample")
+    options = dict(seeds=torch.arange(50), steps=4, sampler="ddpm", clip=None, dtype=torch.float64)
+    plain, optimal = (process.sample(net, (50, 2000), x0_error=x0_error, **options)
+                      for x0_error in (None, error))
+    assert plain.std().item() < 0.9 * DEVIATION
+    assert optimal.std().item() == pytest.approx(DEVIATION, rel=0.02)
+    assert optimal.mean().item() == pytest.approx(MEAN, abs=0.01)
+    with pytest.raises(ValueError, match=r"x0_error: expected \[timesteps\] = \(1000,\), got \(4,\)"):
+        process.sample(net, (50, 8), x0_error=error[:4], **options)
+    with pytest.raises(ValueError, match=r"x0_error: expected \[steps\] = \(4,\) numbers >= 0"):
+        process.sample(net, (50, 8), x0_error=error - 1, **options)
+
+
+def test_fit_variance_is_the_error_of_the_network():
+    """A network that answers with zero has the error E[x^2] = 1 of scaled unit embeddings, at any time."""
+    prior = small_prior(analytic_variance=True, timesteps=100).eval()
+    with pytest.raises(RuntimeError, match="needs fit_variance"):
+        prior.sample(**caption())
+    prior.sample(**caption(), sampler="ddim", steps=2)  # has no use for it
+    with torch.no_grad():
+        prior.net.proj_out.weight.zero_()
+    prior.fit_variance(**caption(), image_embed=image_embeddings(), points=7)
+    torch.testing.assert_close(prior.x0_error, torch.ones(100))
+    again = DiffusionPrior(**json.loads(json.dumps(prior.config)))
+    again.load_state_dict(prior.state_dict())
+    seeds = torch.arange(4)
+    options = dict(seeds=seeds, steps=4)
+    assert torch.equal(again.sample(**caption(), **options), prior.sample(**caption(), **options))
+    with pytest.raises(ValueError, match="expected a prior with analytic_variance=True"):
+        small_prior().fit_variance(**caption(), image_embed=image_embeddings())
+    with pytest.raises(ValueError, match="schedule: analytic_variance needs discrete times"):
+        small_prior(analytic_variance=True, schedule="continuous_cosine")
+
+
+def test_fitted_error_follows_time_and_generator():
+    prior = small_prior(analytic_variance=True, timesteps=100).eval()
+    found = []
+    for seed, points in ((1, 100), (1, 100), (2, 100), (1, 9)):
+        generator = torch.Generator().manual_seed(seed)
+        prior.fit_variance(**caption(), image_embed=image_embeddings(), points=points, generator=generator)
+        found.append(prior.x0_error.clone())
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    assert (found[3].diff().diff().abs() > 1e-4).sum() <= 7 * 2  # straight between the points

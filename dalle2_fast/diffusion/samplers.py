@@ -75,6 +75,7 @@ def sampler_table(
     *,
     variance: str = "fixed_small",
     eta: float = 0.0,
+    x0_error: Tensor | None = None,  # [steps]
 ) -> Tensor:  # float64 [steps, 8]
     """The table of `functional.diffusion_step`: alpha, sigma, a, b, c, std, log_var_min, log_var_max.
 
@@ -86,6 +87,9 @@ def sampler_table(
             "learned_range" (std only marks the noisy steps; diffusion_step interpolates between the last two
             columns).
         eta: of ddim, in [0, 1]: 0 is deterministic, 1 has the posterior's variance.
+        x0_error: mean squared error of the network's x0 at each time, per element. With it ddpm's variance is
+            the optimal one, fixed_small's + b^2 x0_error: what is unknown of x0 is noise, too (Bao et al.,
+            2201.06503, theorem 1, "Analytic-DPM").
 
     Raises:
         TypeError, ValueError: an unknown sampler or variance, eta out of range or not for this sampler.
@@ -106,6 +110,8 @@ def sampler_table(
     c, std = torch.zeros_like(a), torch.zeros_like(a)
     if sampler == "ddpm":
         std = (0.5 * (log_var_max if variance == "fixed_large" else log_var_min)).exp()
+        if x0_error is not None:
+            std = (log_var_min.exp() + b**2 * _checked_error(x0_error, times, variance)).sqrt()
     elif sampler == "ddim":
         std = eta * (0.5 * log_var_min).exp()
         std[-1] = 0.0
@@ -124,6 +130,16 @@ def sampler_table(
         b = both - c
     a[-1], b[-1], c[-1], std[-1] = 0.0, 1.0, 0.0, 0.0
     return torch.stack([alpha, sigma, a, b, c, std, log_var_min, log_var_max], dim=1)
+
+
+def _checked_error(x0_error: Tensor, times: Tensor, variance: str) -> Tensor:
+    x0_error = x0_error.to("cpu", torch.float64)
+    if variance != "fixed_small":
+        raise ValueError(f"x0_error: expected variance='fixed_small' with it, got {variance!r}")
+    if x0_error.shape != times.shape or not (x0_error >= 0).all():
+        expected = f"[steps] = ({len(times)},) numbers >= 0"
+        raise ValueError(f"x0_error: expected {expected}, got {x0_error.tolist()}")
+    return x0_error
 
 
 def inversion_table(schedule: Schedule, times: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class Sampling:
         sampler: str = "ddim",
         eta: float = 0.0,
         spacing: str = "time",
+        x0_error: Tensor | None = None,  # [timesteps]
         guidance: float | Tensor | None = None,
         guidance_rescale: float = 0.0,
         clip: float | None = 1.0,
@@ -65,6 +66,7 @@ class Sampling:
             sampler, eta: see `samplers.sampler_table`. A learned variance is used by "ddpm"; the others
                 ignore it.
             spacing: of the steps: "time" or "log_snr", see `samplers.step_times`.
+            x0_error: the network's, at every discrete time, for ddpm's optimal variance, see `sampler_table`.
             guidance, guidance_rescale, clip, dynamic_threshold: see `functional.diffusion_step`.
             x_T: where to begin instead of at noise.
             start: skip this many of the steps; then x_T is required, as of `times(steps, spacing)[start]`
@@ -87,7 +89,14 @@ class Sampling:
         _check.seeds_and_step(seeds, 0, batch)
         device = seeds.device if device is None else torch.device(device)
         times = self.times(steps, spacing)
-        table = samplers.sampler_table(self.schedule, times, sampler, variance=self.variance, eta=eta)
+        if x0_error is not None:
+            if x0_error.shape != (self.schedule.timesteps,):
+                expected = f"[timesteps] = ({self.schedule.timesteps},)"
+                raise ValueError(f"x0_error: expected {expected}, got {tuple(x0_error.shape)}")
+            x0_error = x0_error.cpu()[times]
+        table = samplers.sampler_table(
+            self.schedule, times, sampler, variance=self.variance, eta=eta, x0_error=x0_error
+        )
         start = 0 if start is None else start
         if not 0 <= start < steps:
             raise ValueError(f"start: expected 0 <= start < steps = {steps}, got {start}")

@@ -50,6 +50,8 @@ class DiffusionPrior(CaptionedPrior):
     prediction, weighting: what the network predicts and the loss's weight over time, see GaussianDiffusion.
         The defaults are the paper's: the embedding itself, plain squared error.
     sample_clip: while sampling, bound on each entry of a predicted, scaled embedding; None for no bound.
+    analytic_variance: "ddpm" sampling with the optimal variance, from the network's error as `fit_variance`
+        finds it in a trained prior (a buffer, x0_error); unCLIP's prior was sampled so.
     unit_norm: embeddings are L2-normalised on the way in and out; False for weights that were trained on raw
         projections (Karlo's, with embed_scale=1).
     """
@@ -69,6 +71,7 @@ class DiffusionPrior(CaptionedPrior):
         weighting: str = "uniform",
         sample_clip: float | None = 10.0,
         unit_norm: bool = True,
+        analytic_variance: bool = False,
     ):
         super().__init__(clip)
         net = build_net(DiffusionPriorNetwork, net, clip, image_embed_dim)
@@ -79,7 +82,7 @@ class DiffusionPrior(CaptionedPrior):
             net=net.config, image_embed_dim=net.embed_dim, timesteps=timesteps,
             sample_timesteps=sample_timesteps, cond_drop_prob=cond_drop_prob, embed_scale=embed_scale,
             schedule=schedule, prediction=prediction, weighting=weighting, sample_clip=sample_clip,
-            unit_norm=unit_norm,
+            unit_norm=unit_norm, analytic_variance=analytic_variance,
         )
         self.net = net
         self.image_embed_dim = net.embed_dim
@@ -90,6 +93,11 @@ class DiffusionPrior(CaptionedPrior):
         )
         self.register_buffer("clip_mean", torch.zeros(net.embed_dim))
         self.register_buffer("clip_std", torch.ones(net.embed_dim))
+        self.analytic_variance = analytic_variance
+        if analytic_variance:
+            if self.diffusion.schedule.timesteps is None:
+                raise ValueError(f"schedule: analytic_variance needs discrete times, got {schedule!r}")
+            self.register_buffer("x0_error", torch.full((timesteps,), -1.0))  # negative: not found yet
 
     # ------------------------------------------------------------------ embeddings as the network sees them
 
@@ -113,6 +121,46 @@ class DiffusionPrior(CaptionedPrior):
     def _restored(self, x: Tensor) -> Tensor:
         embed = (x * self.clip_std.to(x.dtype) + self.clip_mean.to(x.dtype)) / self.embed_scale
         return F.normalize(embed, dim=-1) if self.unit_norm else embed
+
+    @torch.no_grad()
+    def fit_variance(
+        self,
+        text: Tensor | None = None,
+        image: Tensor | None = None,
+        *,
+        text_embed: Tensor | None = None,
+        text_encodings: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        image_embed: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        points: int = 32,
+    ) -> None:
+        """For analytic_variance: measure the network's squared error at `points` times on these pairs, the
+        arguments being those of `forward`. Call it after training, in evaluation mode, with thousands."""
+        if not self.analytic_variance:
+            raise ValueError("fit_variance: expected a prior with analytic_variance=True")
+        caption = self._caption(text, text_embed, text_encodings, text_mask)
+        batch, device = len(caption[0]), caption[0].device
+        x0 = self._standardised(self._embed_image(image, image_embed, batch))
+        prefix = self.net.remember(*self._with_and_without(caption, guided=False))
+        steps = len(self.x0_error)
+        times = torch.linspace(0, steps - 1, min(points, steps)).round().long()
+        errors = []
+        for t in times.tolist():
+            t = torch.full((batch,), t, device=device)
+            drawn_on = device if generator is None else generator.device
+            noise = torch.randn(x0.shape, generator=generator, device=drawn_on, dtype=x0.dtype).to(device)
+            x = self.diffusion.add_noise(x0, t, noise)
+            output = self.net.denoise(x, self.diffusion.schedule.net_time(t).to(device), prefix)
+            found = self.diffusion.predict_x0(x, t, output.to(x.dtype))
+            if self.sample_clip is not None:
+                found = found.clamp(-self.sample_clip, self.sample_clip)
+            errors.append((found - x0).square().mean())
+        errors = torch.stack(errors).cpu().double()
+        place = torch.arange(steps)
+        right = torch.searchsorted(times, place).clamp(min=1)
+        share = (place - times[right - 1]) / (times[right] - times[right - 1])
+        self.x0_error.copy_(torch.lerp(errors[right - 1], errors[right], share.double()))
 
     # ------------------------------------------------------------------------------------------- training
 
@@ -190,6 +238,10 @@ class DiffusionPrior(CaptionedPrior):
 
         # The state stays in float32 also for half-precision weights: many small steps drown in rounding.
         double = self.net.proj_in.weight.dtype == torch.float64
+        if self.analytic_variance and sampler == "ddpm":
+            if (self.x0_error < 0).any():
+                raise RuntimeError("DiffusionPrior: analytic_variance needs fit_variance(...) first")
+            sampler_options = {"x0_error": self.x0_error} | sampler_options
         options = dict(
             seeds=seeds, steps=self.sample_timesteps if steps is None else steps, sampler=sampler,
             guidance=guidance, clip=self.sample_clip, progress=progress, device=device,
