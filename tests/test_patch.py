@@ -261,8 +261,10 @@ def test_compile_makes_one_graph():
 
 
 def test_autocast_rounds_once():
-    """Catches: a norm that leaves the dtype of its input under autocast, as the docstring says it does
-    not.""" net = small()[:3] patch(net) with torch.autocast("cpu", torch.bfloat16):
+    """Catches: a norm that leaves the dtype of its input, which the docstring says it does not."""
+    net = small()[:3]
+    patch(net)
+    with torch.autocast("cpu", torch.bfloat16):
         out = net(torch.randn(2, 3, 8, 8))
     assert out.dtype == torch.bfloat16 and net[1].weight.dtype == torch.float32
 

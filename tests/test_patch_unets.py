@@ -1,20 +1,20 @@
-"""Patched U-Nets of other packages against unpatched ones: outputs and every gradient. Each test names its fault.
+"""Patched U-Nets of other packages against unpatched ones: outputs and every gradient.
 
-The yardstick is the U-Net as it was at the same dtype; the truth is the same one in float64.
+Each test names the fault it would catch. The yardstick is the U-Net as it was at the same dtype; the truth is
+the same one in float64.
 """
 
 from __future__ import annotations
 
 import copy
-import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from truth import assert_close_to_truth
 
 from benchmarks import foreign_unets
-from dalle2_fast import functional
+from dalle2_fast.adapters._swap import Patched
 from dalle2_fast.adapters.patch import patch, unpatch
 
 
@@ -85,8 +85,8 @@ def test_float32_agrees(name):
 def test_bfloat16_is_as_near_to_the_truth(name):
     """Catches: what is rounded more often than it was.
 
-    Behind dozens of rounded layers one error is chance, and of a few weights it may be small by luck: the rule
-    of 1.5 is held for the root mean square over draws.
+    Behind dozens of rounded layers one error is chance, and of a few weights it may be small by luck: the
+    rule of 1.5 is held for the root mean square over draws.
     """
     net, _ = small(name)
     plain = copy.deepcopy(net).bfloat16()
@@ -104,3 +104,24 @@ def test_bfloat16_is_as_near_to_the_truth(name):
     assert len(squares) > 50
     for key, (theirs, mine) in squares.items():
         assert mine <= 1.5**2 * theirs, f"{key}: squares of errors {mine:.2e}, as it was {theirs:.2e}"
+
+
+@pytest.mark.parametrize("name", foreign_unets.NAMES)
+def test_the_benchmark_compares_the_same_networks(name, monkeypatch):
+    """Catches: rows that time two networks with other weights, or two patched ones."""
+    pytest.importorskip(foreign_unets.package(name), reason=f"{foreign_unets.package(name)} is not installed")
+    monkeypatch.syspath_prepend(str(Path(foreign_unets.__file__).parent))
+    import registry
+    from clock import check, ours
+
+    registry.load()
+    rows = [case for case in registry.CASES.values() if case.name.startswith(f"patched {name},")]
+    assert len(rows) == 2 and [bool(case.backward) for case in rows] == [False, True]
+    for case in rows:
+        inputs = case.make("cpu", torch.float32, True)
+        check(case, "ours", ours(case, "reference"), inputs)
+        check(case, "unpatched", case.rivals["unpatched"], inputs)
+        theirs = case.rivals["unpatched"].ready(inputs)
+        assert not any(isinstance(module, Patched) for module in theirs.modules())
+        assert any(isinstance(module, Patched) for module in inputs["net"].modules())
+    assert rows[0].bytes() > 10**8

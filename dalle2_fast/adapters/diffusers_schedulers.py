@@ -68,6 +68,12 @@ class _FusedSteps:
         place = host.index(timestep)
         return host[place + 1] if place + 1 < len(host) else -1
 
+    def _alpha_squared(self, time: int) -> float:
+        """alphas_cumprod in float64: in float32, 1 - alphas_cumprod[0] is off by a thousandth."""
+        if "_alphas_squared" not in self.__dict__:
+            self._alphas_squared = (1 - self.betas.double()).cumprod(0).tolist()
+        return self._alphas_squared[time]
+
     def _chain(self, host: list[int]) -> list[tuple[int, int]]:
         """The steps that a loop over self.timesteps will take."""
         return [*zip(host, [*host[1:], -1], strict=True)]
@@ -149,8 +155,8 @@ class _Ancestral(_FusedSteps):
     """Rows of the two schedulers that draw from the posterior."""
 
     def _row(self, timestep: int, previous: int, eta: float) -> tuple[float, ...]:
-        now = float(self.alphas_cumprod[timestep])
-        before = float(self.alphas_cumprod[previous]) if previous >= 0 else 1.0
+        now = self._alpha_squared(timestep)
+        before = self._alpha_squared(previous) if previous >= 0 else 1.0
         a, b, variance, low, high = _coefficients(now, before)
         std = math.sqrt(math.exp(high)) if self.config.variance_type == "fixed_large" else math.sqrt(variance)
         if timestep == 0:
@@ -264,8 +270,11 @@ class FusedDDIM(_FusedSteps):
 
     def _row(self, timestep: int, previous: int, eta: float) -> tuple[float, ...]:
         """Song et al., 2010.02502, equations 12 and 16."""
-        now = float(self.alphas_cumprod[timestep])
-        before = float(self.alphas_cumprod[previous] if previous >= 0 else self.final_alpha_cumprod)
+        now = self._alpha_squared(timestep)
+        if previous < 0 and self.config.set_alpha_to_one:
+            before = 1.0
+        else:
+            before = self._alpha_squared(max(previous, 0))
         std = eta * math.sqrt((1 - before) / (1 - now) * (1 - now / before))
         a = math.sqrt(max(1 - before - std**2, 0.0)) / math.sqrt(1 - now)
         b = math.sqrt(before) - a * math.sqrt(now)
