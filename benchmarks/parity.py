@@ -257,6 +257,30 @@ def clip_open_clip(name: str) -> Callable[[], Pairs]:
     return measure
 
 
+def clip_openai(name: str) -> Callable[[], Pairs]:
+    def measure() -> Pairs:
+        import test_checkpoints_clip_sources as sources
+
+        # Its package asks for pkg_resources, which newer setuptools do not have; the model's file does not.
+        file = Path(importlib.util.find_spec("clip").origin).with_name("model.py")
+        place = importlib.util.spec_from_file_location("openai_clip", file)
+        module = importlib.util.module_from_spec(place)
+        place.loader.exec_module(module)
+        _, patch, _ = CLIPS[name]
+        size, layers, width = (64, (1, 1, 2, 1), 16) if patch is None else (2 * patch, 2, 128)
+        torch.manual_seed(0)
+        theirs = sources.shaken(module.CLIP(24, size, layers, width, patch, 8, sources.TOKENS, 64, 1, 2))
+        with tempfile.TemporaryDirectory() as folder:
+            state = theirs.state_dict() | {"input_resolution": torch.tensor(size)}
+            torch.save(state, Path(folder) / "model.pt")
+            ours = CLIP.from_pretrained(Path(folder) / "model.pt")
+        images, normalised = sources.pictures(size)
+        yield ours.encode_image(images, normalize=False), theirs.encode_image(normalised)
+        yield ours.encode_text(sources.TEXT, normalize=False)[0], theirs.encode_text(sources.TEXT)
+
+    return measure
+
+
 def clip_rows() -> list[Row]:
     from clip_cases import NAMED
 
@@ -270,6 +294,8 @@ def clip_rows() -> list[Row]:
             rows.append(Row(f"CLIP {name}", "transformers CLIPModel", ("transformers",), count,
                             clip_hugging_face(name)))
         rows.append(Row(f"CLIP {name}", "open_clip CLIP", ("open_clip",), count, clip_open_clip(name)))
+        if name in ("ViT-B-32", "ViT-B-16", "ViT-L-14", "RN50"):
+            rows.append(Row(f"CLIP {name}", "OpenAI CLIP", ("clip",), count, clip_openai(name)))
     return rows
 
 
@@ -286,7 +312,8 @@ def measure(row: Row) -> Measured:
         difference = (ours - theirs).double()
         norm = max(norm, (difference.norm() / theirs.double().norm()).item())
         element = max(element, (difference.abs().max() / theirs.abs().max()).item())
-    packages = ("open_clip_torch" if name == "open_clip" else name for name in row.needs)
+    distributions = {"open_clip": "open_clip_torch", "clip": "clip-anytorch"}
+    packages = (distributions.get(name, name) for name in row.needs)
     return Measured(
         row.network, row.source, row.parameters, float(f"{norm:.3g}"), float(f"{element:.3g}"), row.bound,
         time.strftime("%Y-%m-%d"), commit(), versions(*packages),
