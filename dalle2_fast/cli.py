@@ -1,4 +1,4 @@
-"""The command line: `dalle2-fast generate|vocabulary|info|train|evaluate`.
+"""The command line: `dalle2-fast generate|variations|interpolate|...`.
 
 Nothing here imports torch before a command needs it, so `--help` answers at once. Every error that the user
 can put right leaves through `main` as one line on stderr and exit code 2.
@@ -17,6 +17,12 @@ from dalle2_fast import __version__
 # for its own command.
 COMMANDS = {
     "generate": ("dalle2_fast.cli_generate", "draw pictures from a caption"),
+    "variations": ("dalle2_fast.cli_variations", "draw other pictures of the same content"),
+    "interpolate": ("dalle2_fast.cli_interpolate", "draw the way from one picture to another"),
+    "text-diff": ("dalle2_fast.cli_text_diff", "change a picture by the difference of two captions"),
+    "inpaint": ("dalle2_fast.cli_inpaint", "repaint a part of a picture"),
+    "invert": ("dalle2_fast.cli_invert", "find the noise that draws a picture"),
+    "reconstruct": ("dalle2_fast.cli_reconstruct", "draw a picture from a few components of its embedding"),
     "vocabulary": ("dalle2_fast.cli_vocabulary", "list the words that a checkpoint knows"),
     "info": ("dalle2_fast.cli_info", "versions, backends and the checkpoint"),
     "train": ("dalle2_fast.training.command", "train CLIP, prior, decoder and upsampler"),
@@ -56,10 +62,14 @@ def _run(argv: list[str]) -> int:
     chosen = next((word for word in argv if not word.startswith("-")), None)
     command = None
     for name, (home, purpose) in COMMANDS.items():
+        underscored = name.replace("-", "_")  # as the methods are spelt
         subparser = subparsers.add_parser(
-            name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}."
+            name,
+            aliases=[underscored] if underscored != name else [],
+            help=purpose,
+            description=f"{purpose[0].upper()}{purpose[1:]}.",
         )
-        if name == chosen:
+        if chosen in (name, underscored):
             command = import_module(home)
             command.add_arguments(subparser)
     args = parser.parse_args(argv)  # exits with 0 for --help and 2 for a wrong option

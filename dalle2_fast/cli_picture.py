@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,19 +13,30 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 GAP = 4  # white pixels between the pictures of a grid
+WIDEST = 8  # pictures beside each other where their order means something
+LINE = 14  # pixels of a line of text under a picture
 
 
-def grid(pictures: list[Image]) -> Image:
-    """Equal pictures -> one, in as square a grid as they fill, white between them."""
-    from PIL import Image
+def grid(
+    pictures: Sequence[Image], *, labels: Sequence[str] | None = None, columns: int | None = None
+) -> Image:
+    """Equal pictures -> one, white between them: so many columns, or as square a grid as they fill.
 
-    columns = math.ceil(math.sqrt(len(pictures)))
+    labels: a line of text under each.
+    """
+    from PIL import Image, ImageDraw
+
+    columns = min(columns or math.ceil(math.sqrt(len(pictures))), len(pictures))
     rows = math.ceil(len(pictures) / columns)
     width, height = pictures[0].size
-    size = (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP)
+    line = LINE if labels is not None else 0
+    size = (columns * (width + GAP) - GAP, rows * (height + line + GAP) - GAP)
     sheet = Image.new("RGB", size, "white")
     for index, picture in enumerate(pictures):
-        sheet.paste(picture, (index % columns * (width + GAP), index // columns * (height + GAP)))
+        left, top = index % columns * (width + GAP), index // columns * (height + line + GAP)
+        sheet.paste(picture, (left, top))
+        if labels is not None:
+            ImageDraw.Draw(sheet).text((left + 2, top + height), labels[index], fill="black")
     return sheet
 
 

@@ -328,7 +328,7 @@ class Manipulations(Chain):
 
     def _inverted(self, images: Tensor, steps: int, told: dict, options: dict) -> Tensor:
         """x_T by inversion, with the guidance of the sampling that follows it."""
-        told = {"guidance": self.sampling["guidance"]} | told
+        told = {"guidance": self.sampling["guidance"]} | {k: v for k, v in told.items() if v is not None}
         shared = {name: options[name] for name in ("batch_size", "progress") if name in options}
         return self.invert(images, steps=steps, **told, **shared).x_T
 

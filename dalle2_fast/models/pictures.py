@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,13 +34,17 @@ def from_pil(picture: Image) -> Tensor:
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I") or picture.mode == "F":  # convert("RGB") would cut these at 255
         top = 65535.0 if picture.mode.startswith("I") else 1.0
-        grey = torch.tensor(picture.convert("F").getdata()).reshape(1, 1, picture.height, picture.width)
-        return (grey / top).clamp(0, 1).expand(1, 3, -1, -1).contiguous()
-    if picture.has_transparency_data:
+        grey = torch.from_numpy(np.array(picture.convert("F"))) / top
+        return grey.clamp(0, 1).expand(1, 3, -1, -1).contiguous()
+    if is_transparent(picture):
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    pixels = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
-    return pixels.reshape(1, picture.height, picture.width, 3).permute(0, 3, 1, 2).float() / 255
+    pixels = torch.from_numpy(np.array(picture.convert("RGB")))
+    return pixels.permute(2, 0, 1)[None].float() / 255
+
+
+def is_transparent(picture: Image) -> bool:
+    return picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info
 
 
 def as_images(name: str, given: Tensor | Image | Sequence[Image], device: torch.device) -> Tensor:
@@ -48,9 +53,11 @@ def as_images(name: str, given: Tensor | Image | Sequence[Image], device: torch.
     given: a tensor [3, S, S] or [B, 3, S, S] in [0, 1], a PIL image, or several of one size; S is any size,
         but the images must be square (see `middle_square`).
     """
+    from PIL import Image
+
     if not isinstance(given, Tensor):
         pictures = list(given) if isinstance(given, Sequence) else [given]
-        if not pictures or not all(hasattr(picture, "getdata") for picture in pictures):
+        if not pictures or not all(isinstance(picture, Image.Image) for picture in pictures):
             raise TypeError(
                 f"{name}: expected a tensor [B, 3, S, S] in [0, 1] or PIL images, got {type(given).__name__}"
             )
@@ -89,8 +96,10 @@ def as_mask(name: str, given: Tensor | Image, device: torch.device) -> Tensor:
     given: a PIL image, repainted where it is lighter than middle grey, or a tensor of 0 and 1 (or bool) of
         shape [S, S], [1, S, S] or [B, 1, S, S].
     """
+    from PIL import Image
+
     if not isinstance(given, Tensor):
-        if not hasattr(given, "getdata"):
+        if not isinstance(given, Image.Image):
             raise TypeError(f"{name}: expected a tensor or a PIL image, got {type(given).__name__}")
         given = from_pil(given).mean(dim=1, keepdim=True) >= 0.5
     mask = given[None] if given.ndim == 3 else given[None, None] if given.ndim == 2 else given
