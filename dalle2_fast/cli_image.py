@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def open_image(path: Path, argument: str) -> Image:
-    """The picture in a file, whole and upright; ValueError or OSError that names the argument and the file."""
+    """The picture in a file, whole and upright; errors name the argument and the file."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
