@@ -63,22 +63,26 @@ class Checkpoint:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> dict[str, nn.Module]:
-        """{part: module with its weights, in evaluation mode}.
+        """{part: module with its weights, in evaluation mode}. The tensors are used up on the way: Karlo's
+        fill 14 GB, and are not to lie there twice.
 
         kinds: what makes each part. Raises CheckpointError, which names the keys that are missing, left over
         or of another shape.
         """
         made = {}
         for name, kind in kinds.items():
-            tensors = self.tensors
             if name == "clip" and self.clip is not None:
-                with torch.device("meta"):
-                    expected = construct(lambda options, kind=kind: kind(**options), self.config, name,
-                                         self.clip.path).state_dict()
-                weights = self.clip.weights(expected)
-                tensors = {f"clip.{key}": tensor for key, tensor in weights.items()}
-            made[name] = build(kind, self.config, tensors, name, self.path, device, dtype)
+                self._take_clip(kind)
+            own = {key: self.tensors.pop(key) for key in [*self.tensors] if key.startswith(f"{name}.")}
+            made[name] = build(kind, self.config, own, name, self.path, device, dtype)
         return made
+
+    def _take_clip(self, kind: Callable[..., nn.Module]) -> None:
+        with torch.device("meta"):
+            clip = construct(lambda options: kind(**options), self.config, "clip", self.clip.path)
+        weights = self.clip.weights(clip.state_dict())
+        self.tensors |= {f"clip.{key}": tensor for key, tensor in weights.items()}
+        self.clip = None
 
 
 def open_checkpoint(

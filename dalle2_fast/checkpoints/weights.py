@@ -84,6 +84,9 @@ def build(
     with torch.device("meta"):
         module = construct(lambda options: make(**options), config, name, source)
     load_state(module, tensors, name, source, assign=True, device=device, dtype=dtype)
+    if empty := [buffer for buffer, value in module.named_buffers() if value.is_meta]:
+        kind = type(module).__name__
+        raise TypeError(f"{kind}: {', '.join(empty)}: expected buffers to be persistent, or made when used")
     return module.eval()
 
 
