@@ -2,7 +2,7 @@
 
 `flops` counts what has to be multiplied when no N x N matrix is kept: 8 N^2 D (logits, logits again, two
 gradients), 6 N^2 D for the sigmoid loss, which needs no normaliser first, 16 N^2 D with soft targets. Inf-CL
-does one direction of the loss a call, row by row, so it is called twice; 1.2.1 was read, but has not been run.
+does one direction of the loss a call, row by row, so it is called twice; 1.2.1 was read, but not run.
 "ours, any GPU" are the kernels for every GPU from sm_80 on (M1), on a Hopper beside its own (M2).
 
 "eager" is open_clip's formula in plain torch at the dtype of the features, "eager amp" the same under
