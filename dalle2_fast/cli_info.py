@@ -33,16 +33,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _checkpoint(path: Path) -> str:
-    from dalle2_fast.checkpoints import load_folder
+    from dalle2_fast.checkpoints import open_checkpoint
 
-    config, tensors = load_folder(path)
+    checkpoint = open_checkpoint(path)
+    tensors = dict(checkpoint.tensors)
+    if checkpoint.clip is not None:
+        tensors |= {f"clip.{name}": tensor for name, tensor in checkpoint.clip.tensors.items()}
+    version, metadata = checkpoint.config.get("format_version"), checkpoint.config.get("metadata") or {}
+    layout = f"{metadata.get('layout')}'s layout" if version is None else f"format {version}"
     counts: dict[str, int] = {}
     for name, tensor in tensors.items():
         part = name.partition(".")[0]
         counts[part] = counts.get(part, 0) + tensor.numel()
     stored = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
     sizes = ", ".join(f"{part} {count:,}" for part, count in counts.items())
-    return f"{path} (format {config['format_version']}, {', '.join(stored)}; numbers stored: {sizes})"
+    return f"{checkpoint.path} ({layout}, {', '.join(stored)}; numbers stored: {sizes})"
 
 
 def _words(value: object) -> str:

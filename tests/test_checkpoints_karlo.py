@@ -290,6 +290,14 @@ def test_a_prior_without_a_pipeline(folder, ours, tmp_path):
         Decoder.from_pretrained(tmp_path / "prior")
 
 
+def test_the_command_line_describes_it(folder, capsys):
+    from dalle2_fast import cli
+
+    assert cli.main(["info", "--checkpoint", str(folder)]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("checkpoint:"))
+    assert "(diffusers's layout, float32; numbers stored: prior" in line and ", clip " in line
+
+
 def test_saved_again_as_ours_it_is_the_same(ours, tmp_path):
     again = DALLE2.from_pretrained(ours.save_pretrained(tmp_path / "ours"))
     same(again, ours)
