@@ -109,12 +109,11 @@ class Manipulations(Chain):
             noise of its own.
         options: those of `decode`.
         """
-        x_T, told = None, {name: options[name] for name in ("prompt", "guidance") if name in options}
         images = as_images("image", image, self.device)
-        if inversion_steps is not None:
-            x_T = self._inverted(images, inversion_steps, told, options)
-        embed = self.embed_image(images)
-        return self.decode(embed, num_images, x_T=x_T, eta=eta, **options)
+        found = [] if inversion_steps is None else [self._inverted(images, inversion_steps, options)]
+        x_T = found[0].x_T if found else None
+        made = self.decode(self.embed_image(images), num_images, x_T=x_T, eta=eta, **options)
+        return _with_seconds(made, found)
 
     def interpolate(
         self,
@@ -140,13 +139,12 @@ class Manipulations(Chain):
         ends = [_one(name, as_images(name, image, self.device))
                 for name, image in (("first", first), ("second", second))]  # fmt: skip
         theta = torch.linspace(0, 1, num_frames, device=self.device)
-        x_T = None
+        x_T, found = None, []
         if noise == "slerp":
-            told = {name: options[name] for name in ("prompt", "guidance") if name in options}
-            found = [self._inverted(image, inversion_steps, told, options) for image in ends]
-            x_T = slerp(*(x.expand(num_frames, -1, -1, -1) for x in found), theta)
+            found = [self._inverted(image, inversion_steps, options) for image in ends]
+            x_T = slerp(*(pair.x_T.expand(num_frames, -1, -1, -1) for pair in found), theta)
         embeds = [self.embed_image(image).expand(num_frames, -1) for image in ends]
-        return self.decode(slerp(*embeds, theta), x_T=x_T, **options)
+        return _with_seconds(self.decode(slerp(*embeds, theta), x_T=x_T, **options), found)
 
     @torch.no_grad()
     def text_diff(
@@ -171,20 +169,18 @@ class Manipulations(Chain):
         if not isinstance(theta, (int, float)) or isinstance(theta, bool) or not 0 <= theta <= 1:
             raise ValueError(f"theta: expected a number in [0, 1], got {theta!r}")
         images = _one("image", as_images("image", image, self.device))
-        told = {name: options[name] for name in ("prompt", "guidance") if name in options}
         tokens = self.tokenizer.encode([source, target]).to(self.device)
         text = self.clip.encode_text(tokens, normalize=True)[0]
         text = text if text.dtype == torch.float64 else text.float()
         if torch.equal(text[0], text[1]):
             raise ValueError(f"source, target: expected captions that differ, got {source!r} twice")
         embed = self.embed_image(images)
-        x_T = None
-        if inversion_steps is not None:
-            x_T = self._inverted(images, inversion_steps, told, options).expand(num_frames, -1, -1, -1)
+        found = [] if inversion_steps is None else [self._inverted(images, inversion_steps, options)]
+        x_T = found[0].x_T.expand(num_frames, -1, -1, -1) if found else None
         direction = F.normalize(text[1:] - text[:1], dim=-1) * embed.norm(dim=-1, keepdim=True)
         places = torch.linspace(0, theta, num_frames, device=self.device)
         z = slerp(*(end.to(text).expand(num_frames, -1) for end in (embed, direction)), places)
-        return self.decode(z, x_T=x_T, **options)
+        return _with_seconds(self.decode(z, x_T=x_T, **options), found)
 
     @torch.no_grad()
     def invert(
@@ -326,11 +322,11 @@ class Manipulations(Chain):
             raise ValueError(f"prompt: expected one caption or {count}, got {len(prompts)}")
         return self._captions(run, prompts, repeats)[1]
 
-    def _inverted(self, images: Tensor, steps: int, told: dict, options: dict) -> Tensor:
-        """x_T by inversion, with the guidance of the sampling that follows it."""
-        told = {"guidance": self.sampling["guidance"]} | {k: v for k, v in told.items() if v is not None}
-        shared = {name: options[name] for name in ("batch_size", "progress") if name in options}
-        return self.invert(images, steps=steps, **told, **shared).x_T
+    def _inverted(self, images: Tensor, steps: int, options: dict[str, Any]) -> Inversion:
+        """The pair of pictures, with the guidance and the caption of the sampling that follows."""
+        names = ("guidance", "prompt", "batch_size", "progress")
+        told = {name: options[name] for name in names if options.get(name) is not None}
+        return self.invert(images, steps=steps, **{"guidance": self.sampling["guidance"]} | told)
 
     def _world_pictures(self, count: int, seed: int, batch_size: int) -> Iterable[Tensor]:
         from dalle2_fast.data import SceneStream, World
@@ -358,6 +354,12 @@ _DECODER_OPTIONS = {"guidance_rescale", "clip", "dynamic_threshold", "spacing"}
 def _check_frames(num_frames: int) -> None:
     if at_least_one("num_frames", num_frames) < 2:
         raise ValueError(f"num_frames: expected at least 2, got {num_frames}")
+
+
+def _with_seconds(made: Generation, found: list[Inversion]) -> Generation:
+    if found:
+        made.seconds = {"inversion": sum(sum(pair.seconds.values()) for pair in found)} | made.seconds
+    return made
 
 
 def _one(name: str, rows: Tensor) -> Tensor:

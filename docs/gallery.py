@@ -1,0 +1,93 @@
+"""The pictures of the README's gallery, made anew by the command line with fixed seeds.
+
+    python docs/gallery.py                     writes docs/variations.png, docs/interpolate.png, ...
+    python docs/gallery.py inpaint invert      only these
+
+The source pictures are rendered scenes of the world that the checkpoint knows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent
+COLOURS = 96  # of a written file: a fifth of the bytes of all of them, and no difference to the eye
+
+# What is rendered, as arguments of World beside those of one plain object, and the seed of its place.
+SOURCES = {
+    "circle": (dict(shapes=["circle"], colors=["red"], sizes=["large"], backgrounds=["navy"]), 0),
+    "square": (dict(shapes=["square"], colors=["yellow"], sizes=["medium"], backgrounds=["gray"]), 3),
+}
+# name of the picture -> command line; a word with ".png" is a source.
+GALLERY = {
+    "variations": ["variations", "circle.png", "--num-images", "5"],
+    "interpolate": ["interpolate", "circle.png", "square.png", "--frames", "6", "--noise", "slerp"],
+    "text-diff": [
+        "text-diff", "square.png", "--from", "a yellow square on a gray background",
+        "--to", "a yellow square on a black background", "--theta", "0.3", "--frames", "5",
+    ],
+    "invert": ["invert", "circle.png", "--steps", "50"],
+    "reconstruct": ["reconstruct", "square.png", "--dims", "1,2,4,8,16,128"],
+    "inpaint": [
+        "inpaint", "circle.png", "a large green square on a navy background", "--box", "0,0,1,0.5",
+        "--num-images", "4", "--resample", "3", "--jump", "5",
+    ],
+    "init-image": [
+        "generate", "a medium blue square on a gray background", "--init-image", "square.png",
+        "--strength", "0.6", "--num-images", "4",
+    ],
+}  # fmt: skip
+
+
+def render_sources(folder: Path, size: int = 256) -> None:
+    import torch
+
+    from dalle2_fast.data import World, render
+    from dalle2_fast.data.scenes import sample_scenes
+    from dalle2_fast.models.pictures import to_pil
+
+    for name, (chosen, seed) in SOURCES.items():
+        world = World(kinds=["one"], fills=["solid"], textures=["plain"], **chosen)
+        scenes = sample_scenes(1, torch.Generator().manual_seed(seed), "train", world)
+        to_pil(render(scenes, size))[0].save(folder / f"{name}.png")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(GALLERY)} (default: all)")
+    parser.add_argument("--checkpoint", help="a folder (default: the checkpoint in the package)")
+    parser.add_argument("--seed", default="0")
+    parser.add_argument("--out", type=Path, default=DOCS, help="where to write (default: docs)")
+    args = parser.parse_args()
+    if unknown := set(args.names) - set(GALLERY):
+        parser.error(f"expected some of {', '.join(GALLERY)}, got {', '.join(sorted(unknown))}")
+    from PIL import Image
+
+    from dalle2_fast import cli
+
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = ["--checkpoint", str(Path(args.checkpoint).resolve())] if args.checkpoint else []
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        render_sources(Path())
+        for name in args.names or GALLERY:
+            # One dtype on every machine: others round to other pictures.
+            command = [*GALLERY[name], "--seed", args.seed, "--dtype", "fp32"]
+            print("dalle2-fast", *(f'"{word}"' if " " in word else word for word in command), flush=True)
+            if code := cli.main([*command, *chosen, "--output", "made.png", "--quiet"]):
+                return code
+            with Image.open("made.png") as made:
+                small = made.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+            beside = out / f".{name}.partial"
+            small.save(beside, format="PNG", optimize=True)
+            os.replace(beside, out / f"{name}.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
