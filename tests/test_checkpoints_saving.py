@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -189,7 +191,7 @@ def test_an_older_version_is_brought_up_to_date_step_by_step(tmp_path, monkeypat
             DiffusionPrior.from_pretrained(folder)
 
 
-# -------------------------------------------------------------------------------------- files that are damaged
+# ------------------------------------------------------------------------------------- files that are damaged
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -300,3 +302,31 @@ def test_configs_that_build_nothing(tmp_path, change):
     rewrite(folder, change)
     with pytest.raises(CheckpointError, match="prior"):
         DiffusionPrior.from_pretrained(folder)
+
+
+LOADED = """
+import sys, torch
+before = set(sys.modules)
+from dalle2_fast import DALLE2
+DALLE2.from_pretrained()
+print(*(name for name in ("torch._dynamo", "sympy", "triton") if name in set(sys.modules) - before))
+"""
+
+
+def test_loading_imports_no_compiler():
+    """It takes longer than the loading; operations on the "meta" device would bring it in."""
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0 and done.stdout.split() == [], done
+
+
+def test_loading_fills_nothing(tmp_path, monkeypatch):
+    """Drawing the initial weights of Karlo would take longer than reading it."""
+    folder = make("decoder").save_pretrained(tmp_path)
+    for name in ("kaiming_uniform_", "uniform_", "normal_", "zeros_", "ones_"):
+        def never(tensor, *args, **kwargs):
+            raise AssertionError("initial weights were drawn")
+
+        never.__module__ = "somewhere else"
+        monkeypatch.setattr(torch.Tensor, name, never, raising=False)
+    assert Decoder.from_pretrained(folder).image_size == 16

@@ -31,7 +31,7 @@ from dalle2_fast.checkpoints.folder import (
 )
 from dalle2_fast.checkpoints.hub import locate
 from dalle2_fast.checkpoints.karlo import find_originals, read_original
-from dalle2_fast.checkpoints.weights import build, reject_leftovers
+from dalle2_fast.checkpoints.weights import build, reject_leftovers, unfilled
 
 PARTS = ("clip", "prior", "decoder", "upsampler", "upsampler2")
 KNOWN = (
@@ -78,7 +78,7 @@ class Checkpoint:
         return made
 
     def _take_clip(self, kind: Callable[..., nn.Module]) -> None:
-        with torch.device("meta"):
+        with unfilled():
             clip = construct(lambda options: kind(**options), self.config, "clip", self.clip.path)
         weights = self.clip.weights(clip.state_dict())
         self.tensors |= {f"clip.{key}": tensor for key, tensor in weights.items()}
