@@ -64,7 +64,7 @@ class Pipeline:
     """diffusers' pipeline, made anew for each chain of ours."""
 
     def __init__(self, compile: bool):
-        self.compiles = compile
+        self.compiles = self.network = compile
         self.pipelines = weakref.WeakKeyDictionary()
 
     def __call__(self, pipe: DALLE2, images: int) -> Tensor:
@@ -176,8 +176,8 @@ class TheirStep:
         return step(self.modules[net], lambda: self.loss(self.modules[net], **inputs))
 
 
-def add_step(name, sizes, build, inputs_of, batch, ours, flops, rival) -> None:
-    def make(device, dtype, tiny):
+def add_step(name, sizes, build, inputs_of, batch, checked, ours, flops, rival) -> None:
+    def make(device, dtype, tiny, batch=batch):
         size = TINY if tiny else sizes
         wide = torch.float64 if dtype == torch.float64 else torch.float32  # weights: autocast does the rest
         net = made(build, size, device, wide)
@@ -200,20 +200,21 @@ def add_step(name, sizes, build, inputs_of, batch, ours, flops, rival) -> None:
             same_bits=False,
             wall=True,
             calls=1,
+            make_check=lambda device, dtype: make(device, dtype, False, batch=checked),
         )
     )  # fmt: skip
 
 
 def add_steps(sizes: Sizes) -> None:
     end = suffix(sizes)
-    for name, build, inputs_of, batch, ours, rival in (
-        ("decoder", decoder, decoder_inputs, 8, decoder_step,
+    for name, build, inputs_of, batch, checked, ours, rival in (
+        ("decoder", decoder, decoder_inputs, 8, 1, decoder_step,
          TheirStep(rival_jobs.their_decoder, rival_jobs.their_decoder_loss)),
-        ("clip", clip, clip_inputs, 64, clip_step,
+        ("clip", clip, clip_inputs, 64, 8, clip_step,
          TheirStep(rival_jobs.their_clip, rival_jobs.their_clip_loss)),
     ):  # fmt: skip
         flops = functools.partial(_flops, f"{name} loss and gradient, batch {batch}{end}")
-        add_step(f"{name} training step", sizes, build, inputs_of, batch, ours, flops, rival)
+        add_step(f"{name} training step", sizes, build, inputs_of, batch, checked, ours, flops, rival)
 
 
 def _flops(name: str) -> int:

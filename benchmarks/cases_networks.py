@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -270,19 +270,27 @@ def flops_of(case: Case) -> int:
     return counter.get_total_flops() * (3 if case.backward else 1)  # a gradient is two products for each
 
 
-def add_network(name, sizes, build, inputs_of, batch, call, rivals, *, gradient=False, images=True):
+def add_network(name, sizes, build, inputs_of, batch, call, rivals, *, gradient=False, checked=1):
+    """checked: the batch of the check before the time. The truth of a training batch would not fit."""
+
     def make(device, dtype, tiny):
         size = TINY if tiny else sizes
         net = made(build, size, device, dtype)
         return dict(net=net, **inputs_of(size, net, 2 if tiny else batch, device, dtype))
 
+    def make_check(device, dtype):
+        net = made(build, sizes, device, dtype)
+        # Convolutions of 256 x 256 pixels in float64 take long.
+        size = replace(sizes, pixels=sizes.pixels // 4) if build is upsampler else sizes
+        return dict(net=net, **inputs_of(size, net, checked, device, dtype))
+
     def reference(**inputs):
         return call("reference", **inputs)
 
     if sizes.device == "cuda":
-        own = {"reference": reference, "compile": compiled(reference)}
+        own = {"reference": reference, "compile": compiled(reference, network=True)}
     else:
-        own = {"reference": "on a CPU it is the same", "compile": compiled(reference)}
+        own = {"reference": "on a CPU it is the same", "compile": compiled(reference, network=True)}
     title = f"{name}, batch {batch}" + (" (CPU)" if sizes.device == "cpu" else "")
 
     @functools.cache
@@ -297,11 +305,12 @@ def add_network(name, sizes, build, inputs_of, batch, call, rivals, *, gradient=
             own | rivals,
             bytes=lambda: weights() * (3 if gradient else 1),
             flops=functools.cache(lambda: flops_of(CASES[title])),
-            images=batch if images else 0,
+            images=batch,
             device=sizes.device,
             backward=("net",) if gradient else (),
             with_forward=gradient,
             same_bits=False,
+            make_check=make_check,
         )
     )
 
@@ -321,7 +330,8 @@ def add_networks(sizes: Sizes) -> None:
                 gradient=True)  # fmt: skip
     add_network("upsampler loss and gradient", sizes, upsampler, unet_inputs, 1, unet_loss, unet_losses,
                 gradient=True)  # fmt: skip
-    add_network("clip loss and gradient", sizes, clip, clip_inputs, 64, forward, clips, gradient=True)
+    add_network("clip loss and gradient", sizes, clip, clip_inputs, 64, forward, clips, gradient=True,
+                checked=8)  # fmt: skip
 
 
 add_networks(KARLO)

@@ -97,11 +97,14 @@ QUICK = False  # set by --quick: compilers may not search then
 
 
 def _mode() -> str:
-    return "default" if QUICK else "max-autotune-no-cudagraphs"
+    # On a CPU its search compiles one C++ program after the other.
+    return "default" if QUICK or not torch.cuda.is_available() else "max-autotune-no-cudagraphs"
 
 
-def compiled(function: Callable) -> Callable:
-    """max-autotune without CUDA graphs of its own: every contestant is replayed from the benchmark's."""
+def compiled(function: Callable, network: bool = False) -> Callable:
+    """max-autotune without CUDA graphs of its own: every contestant is replayed from the benchmark's.
+
+    network: compiling takes a minute or more, for which --quick has no time."""
 
     @functools.cache
     def make():
@@ -110,7 +113,7 @@ def compiled(function: Callable) -> Callable:
     def run(**inputs):
         return make()(**inputs)
 
-    run.compiles = True
+    run.compiles, run.network = True, network
     return run
 
 

@@ -78,7 +78,8 @@ def test_time(name, kind, benchmark, best, request):
     quick, minutes = request.config.getoption("quick"), request.config.getoption("minutes")
     if time.monotonic() - START > 60 * (minutes or (8 if quick else float("inf"))):
         absent(name, kind, "no time was left of --minutes")
-    if DEVICE == "cpu" and quick and getattr(function, "compiles", False):
+    compiles = getattr(function, "network" if DEVICE == "cuda" else "compiles", False)
+    if quick and compiles:
         absent(name, kind, "compiling takes longer than --quick allows")
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     inputs = case.make(DEVICE, dtype, False)
