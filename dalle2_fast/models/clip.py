@@ -23,6 +23,7 @@ from dalle2_fast.checkpoints.clip_layouts import export
 from dalle2_fast.checkpoints.folder import CheckpointError, embedded_path
 from dalle2_fast.checkpoints.hub import locate
 from dalle2_fast.checkpoints.pretrained import Pretrained
+from dalle2_fast.checkpoints.weights import unfilled
 from dalle2_fast.functional import contrastive_loss
 from dalle2_fast.models.inputs import check_images
 from dalle2_fast.models.resnet import ModifiedResNet
@@ -202,7 +203,8 @@ class CLIP(TextTransformer, Pretrained):
         on_cpu = isinstance(images, Tensor) and images.device.type == "cpu"
         look = on_cpu and not torch.compiler.is_compiling()
         check_images("images", images, 3, size, check_range=look)
-        weights = next(self.visual.parameters()).dtype
+        has_text = self.config["text_enc_depth"] is not None
+        weights = self.text_projection.dtype if has_text else self.logit_scale.dtype
         # Channel by channel with plain numbers: no constant has to live on, or be copied to, the device.
         channels = zip(images.unbind(1), self.image_mean, self.image_std, strict=True)
         x = torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
@@ -305,11 +307,13 @@ class CLIP(TextTransformer, Pretrained):
         """
         source = read_clip(embedded_path() if path is None else locate(path, revision), **options)
         try:
-            with torch.device("meta"):  # no initial weights are drawn
+            with unfilled():  # no initial weights are drawn
                 clip = cls(**source.options)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{source.path}: no CLIP has this configuration ({error})") from error
-        clip.load_state_dict(source.weights(clip.state_dict()), assign=True)
+        # Copies: what is read may be mapped from the file, which must not be needed any more.
+        weights = {name: value.clone() for name, value in source.weights(clip.state_dict()).items()}
+        clip.load_state_dict(weights, assign=True)
         return clip.to(device=device, dtype=dtype).eval()
 
     def _need_text(self, name: str) -> None:
