@@ -43,7 +43,7 @@ def test_the_largest_difference_counts(report):
     assert report(row("net", 4e-6)) == 0
     (made,) = json.loads((report.folder / "parity.json").read_text())["rows"]
     assert made["relative_difference"] == pytest.approx(4e-6, rel=0.1)
-    assert made["parameters"] == 1234 and made["versions"]["torch"] == torch.__version__
+    assert made["parameters"] == 1234 and torch.__version__.startswith(made["versions"]["torch"])
     text = (report.folder / "parity.md").read_text()
     assert f"| net | a source | 1,234 | {made['relative_difference']:.1e} |" in text
 
