@@ -199,8 +199,10 @@ def test_what_training_leaves(tmp_path):
 
 
 def test_dtype_and_options():
+    state = torch.get_rng_state()
     clip = CLIP.from_pretrained(dtype=torch.bfloat16, image_std=[1.0, 1.0, 1.0])
     assert clip.image_std == (1.0, 1.0, 1.0) and not clip.training
     assert {value.dtype for value in clip.parameters()} == {torch.bfloat16}
     assert all(parameter.requires_grad for parameter in clip.parameters()), "ready for fine-tuning"
     assert not any(parameter.is_meta for parameter in clip.parameters())
+    assert torch.equal(torch.get_rng_state(), state), "loading draws no random numbers"
