@@ -92,7 +92,7 @@ def build(
 @contextmanager
 def unfilled() -> Iterator[None]:
     """Inside, modules are made with room for their weights on the CPU, which nobody fills: torch.nn.init does
-    nothing. The room costs nothing until it is used, and torch's random state is left alone.
+    nothing to a parameter. The room takes no memory until it is used; torch's random state is left alone.
 
     The "meta" device would do the same, but its operations import torch's compiler: 1.6 s at every start.
     """
@@ -100,11 +100,16 @@ def unfilled() -> Iterator[None]:
         yield
 
 
+_FILLS = {Tensor.zero_, Tensor.fill_, Tensor.normal_, Tensor.uniform_}  # with which torch.nn.init ends
+
+
 class _NoInitialisation(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        if getattr(func, "__module__", None) == "torch.nn.init" or func in _FILLS:
+            tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
+            if isinstance(tensor, nn.Parameter):
+                return tensor
         return func(*args, **kwargs)
 
 
