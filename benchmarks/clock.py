@@ -79,8 +79,9 @@ def check(case: Case, name: str, function: Callable, inputs: Inputs) -> None:
             assert bool(actual[key].isfinite().all()), f"{name}: {key} is not finite"
         return
     truth = results_of(case, ours(case, "reference"), wide)
+    plain = results_of(case, ours(case, "reference"), inputs)
     if name.startswith("ours"):
-        assert_close_to_truth(actual, results_of(case, ours(case, "reference"), inputs), truth)
+        assert_close_to_truth(actual, plain, truth)
         again = results_of(case, function, inputs) if case.same_bits else actual
         for key in actual:
             assert torch.equal(actual[key], again[key]), f"{key}: other bits the second time"
@@ -89,8 +90,11 @@ def check(case: Case, name: str, function: Callable, inputs: Inputs) -> None:
         key for key in truth if key.startswith("output") and int(key.split()[1]) not in case.checked
     ]  # fmt: skip
     for key in actual.keys() - skipped:
-        error = (actual[key].double() - truth[key]).norm() / truth[key].norm()
-        assert error < RIVAL_ERROR, f"{name}: {key} is off by {error:.1%}: not the same formula"
+        size = truth[key].norm()
+        error, usual = ((one[key].double() - truth[key]).norm() / size for one in (actual, plain))
+        # In bfloat16 the gradient of a deep network may be off by more, whoever computes it.
+        limit = max(RIVAL_ERROR, 2 * usual)
+        assert error < limit, f"{name}: {key} is off by {error:.1%}: not the same formula"
 
 
 def widened(value: object) -> object:
