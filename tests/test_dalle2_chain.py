@@ -108,7 +108,7 @@ def test_saved_and_loaded_draws_the_same(ar, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["prior_class"] = "GAN"
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="prior_class: expected one of DiffusionPrior, ARPrior, got 'GAN'"):
+    with pytest.raises(ValueError, match="prior_class: expected DiffusionPrior or ARPrior, got 'GAN'"):
         DALLE2.from_pretrained(folder)
 
 
