@@ -1,4 +1,4 @@
-"""Karlo's files that are not right: configs that ask for more, what is missing, cut short, renamed, malicious."""
+"""Karlo's files that are not right: configs that ask for more, what is missing, cut, renamed, malicious."""
 
 from __future__ import annotations
 
