@@ -3,8 +3,8 @@
     python benchmarks/inversion.py             writes benchmarks/results/inversion.json
 
 A few pictures of the checkpoint's world are embedded, inverted to x_T and drawn again from (z, x_T) with as
-many steps. Beside the PSNR stands the deviation of x_T, which of noise would be 1, and, as the mark to compare
-with, the PSNR of pictures drawn from the same z and other noise.
+many steps. Beside the PSNR stands the deviation of x_T, which of noise would be 1, and, as the mark to
+compare with, the PSNR of pictures drawn from the same z and other noise.
 """
 
 from __future__ import annotations

@@ -62,6 +62,12 @@ def add_output(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
+def start_from_own_noise(args: argparse.Namespace) -> None:
+    """The default of --guidance where x_T is found by inversion, as the chain's methods have it: said here, so
+    that it is written into the file."""
+    args.guidance = 1.0 if args.guidance is None else args.guidance
+
+
 def settings(args: argparse.Namespace) -> dict[str, object]:
     """The settings that a command has; None is the checkpoint's."""
     return {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}

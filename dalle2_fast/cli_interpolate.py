@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--noise", choices=("fixed", "slerp"), default="fixed",
-        help="one noise for all frames (default), or from that of the first picture to that of the second",
+        help="one noise for all frames (default), or from that of the first picture to that of the second, "
+        "without guidance by default",
     )  # fmt: skip
     parser.add_argument(
         "--inversion-steps", type=cli_arguments.count, default=50, metavar="N",
@@ -33,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.frames < 2:
         raise ValueError(f"--frames: expected at least 2, got {args.frames}")
+    if args.noise == "slerp":
+        cli_arguments.start_from_own_noise(args)
     job = Job(args, f"{args.first.stem}-{args.second.stem}")
     opened = [cli_image.open_image(getattr(args, name), name) for name in ("first", "second")]
     pipe = job.load()

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--inversion-steps", type=cli_arguments.count_or_none, default=50, metavar="N",
-        help="to find the picture's own noise (default 50); 0: the seed's noise instead",
+        help="to find the picture's own noise, without guidance by default (default 50); 0: the seed's noise",
     )  # fmt: skip
     cli_arguments.add_seed(parser)
     cli_arguments.add_decoder(parser)
@@ -34,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.frames < 2:
         raise ValueError(f"--frames: expected at least 2, got {args.frames}")
+    if args.inversion_steps:
+        cli_arguments.start_from_own_noise(args)
     job = Job(args, f"{args.image.stem}-{args.target}")
     opened = cli_image.open_image(args.image, "image")
     pipe = job.load()

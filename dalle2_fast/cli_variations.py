@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--inversion-steps", type=cli_arguments.count, metavar="N",
-        help="start from the picture's own noise, found with N steps (default: from other noise each time)",
+        help="start from the picture's own noise, found with N steps, without guidance by default (default: "
+        "from other noise each time)",
     )  # fmt: skip
     parser.add_argument("--caption", help="a caption for the decoder (default: the picture alone decides)")
     cli_arguments.add_seed(parser)
@@ -30,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.inversion_steps is not None:
+        cli_arguments.start_from_own_noise(args)
     job = Job(args, f"{args.image.stem}-variations")
     opened = cli_image.open_image(args.image, "image")
     pipe = job.load()

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
-COLOURS = 96  # of a written file: a fifth of the bytes of all of them, and no difference to the eye
+COLOURS = 48  # of a written file, to keep it small
 
 # What is rendered, as arguments of World beside those of one plain object, and the seed of its place.
 SOURCES = {
@@ -37,8 +37,8 @@ GALLERY = {
         "--num-images", "4", "--resample", "3", "--jump", "5",
     ],
     "init-image": [
-        "generate", "a medium blue square on a gray background", "--init-image", "square.png",
-        "--strength", "0.6", "--num-images", "4",
+        "generate", "a large yellow square on a navy background", "--init-image", "circle.png",
+        "--strength", "0.4", "--num-images", "4",
     ],
 }  # fmt: skip
 

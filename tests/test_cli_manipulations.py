@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import numpy as np
@@ -64,6 +65,8 @@ def test_each_command_shows_its_source_beside_its_results(command, name):
     with Image.open("out.png") as grid:
         assert grid.size == (shown * (side + 4) - 4, side + 14)  # a row, with a line of text beneath
         assert grid.text["seed"] == "1"
+        guidance = json.loads(grid.text["settings"])["guidance"]
+        assert guidance == (1.0 if name in ("text-diff", "invert") else 2.0)
     files = sorted(os.listdir("each"))
     assert len(files) == shown
     with Image.open("a.png") as source, Image.open(f"each/{files[0]}") as first:

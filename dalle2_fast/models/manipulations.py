@@ -46,6 +46,9 @@ class Manipulations(Chain):
     A picture is a tensor [3, S, S] or [B, 3, S, S] in [0, 1], a PIL image or several; square, of any size.
     Keywords that are not explained are those of `generate`; the decoder's sampler is DDIM, except for
     `inpaint`. Each result depends on its inputs and the seed, not on how many others are made beside it.
+
+    Where x_T is a picture's own, found with `inversion_steps`, guidance is 1 unless it is given: with more of
+    it some pictures do not come back (benchmarks/results/inversion.json).
     """
 
     def embed_image(self, image: Picture) -> Tensor:
@@ -110,7 +113,7 @@ class Manipulations(Chain):
         options: those of `decode`.
         """
         images = as_images("image", image, self.device)
-        found = [] if inversion_steps is None else [self._inverted(images, inversion_steps, options)]
+        found, options = self._inverted([images], inversion_steps, options)
         x_T = found[0].x_T if found else None
         made = self.decode(self.embed_image(images), num_images, x_T=x_T, eta=eta, **options)
         return _with_seconds(made, found)
@@ -139,10 +142,8 @@ class Manipulations(Chain):
         ends = [_one(name, as_images(name, image, self.device))
                 for name, image in (("first", first), ("second", second))]  # fmt: skip
         theta = torch.linspace(0, 1, num_frames, device=self.device)
-        x_T, found = None, []
-        if noise == "slerp":
-            found = [self._inverted(image, inversion_steps, options) for image in ends]
-            x_T = slerp(*(pair.x_T.expand(num_frames, -1, -1, -1) for pair in found), theta)
+        found, options = self._inverted(ends, inversion_steps if noise == "slerp" else None, options)
+        x_T = slerp(*(pair.x_T.expand(num_frames, -1, -1, -1) for pair in found), theta) if found else None
         embeds = [self.embed_image(image).expand(num_frames, -1) for image in ends]
         return _with_seconds(self.decode(slerp(*embeds, theta), x_T=x_T, **options), found)
 
@@ -175,7 +176,7 @@ class Manipulations(Chain):
         if torch.equal(text[0], text[1]):
             raise ValueError(f"source, target: expected captions that differ, got {source!r} twice")
         embed = self.embed_image(images)
-        found = [] if inversion_steps is None else [self._inverted(images, inversion_steps, options)]
+        found, options = self._inverted([images], inversion_steps, options)
         x_T = found[0].x_T.expand(num_frames, -1, -1, -1) if found else None
         direction = F.normalize(text[1:] - text[:1], dim=-1) * embed.norm(dim=-1, keepdim=True)
         places = torch.linspace(0, theta, num_frames, device=self.device)
@@ -322,11 +323,17 @@ class Manipulations(Chain):
             raise ValueError(f"prompt: expected one caption or {count}, got {len(prompts)}")
         return self._captions(run, prompts, repeats)[1]
 
-    def _inverted(self, images: Tensor, steps: int, options: dict[str, Any]) -> Inversion:
-        """The pair of pictures, with the guidance and the caption of the sampling that follows."""
+    def _inverted(
+        self, pictures: list[Tensor], steps: int | None, options: dict[str, Any]
+    ) -> tuple[list[Inversion], dict[str, Any]]:
+        """The pairs of pictures (none for None), and the options for drawing from them."""
+        if steps is None:
+            return [], options
+        if options.get("guidance") is None:
+            options = options | {"guidance": 1.0}
         names = ("guidance", "prompt", "batch_size", "progress")
         told = {name: options[name] for name in names if options.get(name) is not None}
-        return self.invert(images, steps=steps, **{"guidance": self.sampling["guidance"]} | told)
+        return [self.invert(images, steps=steps, **told) for images in pictures], options
 
     def _world_pictures(self, count: int, seed: int, batch_size: int) -> Iterable[Tensor]:
         from dalle2_fast.data import SceneStream, World
