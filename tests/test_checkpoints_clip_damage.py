@@ -14,7 +14,7 @@ from clip_cases import config_of_hugging_face, config_of_open_clip, small, torch
 from safetensors.torch import save_file
 
 from dalle2_fast import CLIP
-from dalle2_fast.checkpoints import CheckpointError
+from dalle2_fast.checkpoints import CheckpointError, save_folder
 from dalle2_fast.checkpoints.clip_options import from_hugging_face, from_open_clip
 from dalle2_fast.checkpoints.tensor_files import read_tensors
 
@@ -51,6 +51,16 @@ def test_half_a_file(tmp_path, layout):
     save_file({name: value for name, value in state.items() if "vis" not in name}, tmp_path / "y.safetensors")
     with pytest.raises(CheckpointError, match="not a CLIP|not a whole CLIP: vision_model.*is missing"):
         CLIP.from_pretrained(tmp_path / "y.safetensors", quick_gelu=True)
+
+
+@pytest.mark.parametrize("kind", ["both", "text"])
+def test_a_checkpoint_of_ours_without_its_temperature(tmp_path, kind):
+    """Only Hugging Face's single towers come without it; elsewhere a default would hide the damage."""
+    clip = small(visual_kind=None) if kind == "text" else small()
+    tensors = {f"clip.{name}": value for name, value in clip.state_dict().items() if name != "logit_scale"}
+    save_folder(tmp_path, {"model": "CLIP", "clip": clip.config}, tensors)
+    with pytest.raises(CheckpointError, match=r"missing 1 \(logit_scale\)"):
+        CLIP.from_pretrained(tmp_path)
 
 
 def test_what_is_no_clip(tmp_path):

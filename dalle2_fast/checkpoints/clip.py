@@ -50,10 +50,7 @@ class ClipSource:
 
     def weights(self, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state_dict of our CLIP, whose shapes `expected` gives; CheckpointError if they do not fit."""
-        # A tower alone, and a pipeline's two, come without the temperature: they have nothing to compare.
-        alone = self.towers != "both" or self.path.is_dir()
-        scale = {"logit_scale": torch.tensor(1 / 0.07).log()} if alone else {}
-        return convert(expected, scale | self.tensors, self.layout, self.path)
+        return convert(expected, self.tensors, self.layout, self.path)
 
 
 def read_clip(path: str | PathLike, **given: Any) -> ClipSource:
@@ -91,6 +88,9 @@ def _read(path: Path, given: dict[str, Any]) -> ClipSource:
     layout, tensors = find_layout(read_tensors(file), file)
     options = _options(file, layout, tensors) | given
     source = ClipSource(file, layout, tensors, options)
+    if layout is HUGGING_FACE and source.towers != "both":
+        # A tower alone comes without the temperature: it has nothing to compare.
+        tensors.setdefault("logit_scale", torch.tensor(1 / 0.07).log())
     needed = {
         "quick_gelu": "quick_gelu=True (OpenAI's weights, and what was trained from them) or False (LAION's)",
         **({} if source.towers == "image" else {"text_heads": "text_heads=..., its attention heads"}),

@@ -107,9 +107,8 @@ class CLIP(TextTransformer, Pretrained):
     It *is* its text tower plus `visual`, because OpenAI's files keep the text tower's weights at top level.
 
     dim_latent: width of the shared embedding; dim_text, text_enc_depth, text_heads, text_seq_len,
-    num_text_tokens: the text tower (text_enc_depth=None: there is none, which image encoders alone are);
-    dim_image, visual_enc_depth, visual_heads, visual_image_size: the image
-    tower, of visual_kind
+    num_text_tokens: the text tower (text_enc_depth=None: there is none, as in image encoders alone);
+    dim_image, visual_enc_depth, visual_heads, visual_image_size: the image tower, of visual_kind
       "vit"       patches of visual_patch_size pixels;
       "conv_vit"  the same behind a stem of stride-2 convolutions, for small models; patch size 2, 4, 8, ...;
       "resnet"    the modified ResNet: visual_enc_depth = blocks per stage, e.g. (3, 4, 6, 3), dim_image =
