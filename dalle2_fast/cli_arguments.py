@@ -63,7 +63,7 @@ def add_output(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def start_from_own_noise(args: argparse.Namespace) -> None:
-    """The default of --guidance where x_T is found by inversion, as the chain's methods have it: said here, so
+    """The default of --guidance where x_T is found by inversion, as the chain's methods have it; set here so
     that it is written into the file."""
     args.guidance = 1.0 if args.guidance is None else args.guidance
 
