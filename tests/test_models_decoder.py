@@ -233,6 +233,53 @@ def test_guidance_is_one_batched_call_per_step_with_the_unconditional_rows_last(
     torch.testing.assert_close(mixed[1], plain[1], atol=1e-5, rtol=0)
 
 
+def test_a_tenth_of_the_images_and_half_of_the_captions_are_dropped():
+    """The paper's rates, as defaults, and independently: 1/20 of the rows see neither."""
+    decoder, seen = small_decoder(), []
+    inner = decoder.text_proj.forward
+
+    def spy(image_embed, caption, keep_image, keep_text):
+        seen.append((keep_image, keep_text))
+        return inner(image_embed, caption, keep_image, keep_text)
+
+    decoder.text_proj.forward = spy
+    image, text, image_embed = (x.repeat(256, *[1] * (x.ndim - 1)) for x in batch())
+    with torch.no_grad():
+        decoder(image, text, image_embed, generator=fixed())
+    ((keep_image, keep_text),) = seen
+    assert (~keep_image).float().mean().item() == pytest.approx(0.1, abs=0.03)
+    assert (~keep_text).float().mean().item() == pytest.approx(0.5, abs=0.05)
+    assert (~keep_image & ~keep_text).float().mean().item() == pytest.approx(0.05, abs=0.02)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_guidance_and_its_rescaling_are_their_formulas(prediction, rescale):
+    """One step in float64: out = u + w (c - u), then phi out std(c) / std(out) + (1 - phi) out."""
+    schedule = dict(name="continuous_log_linear", log_snr_min=-2.0)  # where x0 is not all beyond its bound
+    decoder = small_decoder(prediction=prediction, schedule=schedule).double()
+    _, text, image_embed = batch(2)
+    outputs = []
+    hook = decoder.unet.register_forward_hook(lambda _, given, out: outputs.append((given[0], out)))
+    made = decoder.sample(
+        image_embed.double(), text, seeds=torch.arange(2), steps=1, cond_scale=3.0, sampler="ddim",
+        guidance_rescale=rescale,
+    )  # fmt: skip
+    hook.remove()
+    ((x, output),) = outputs
+    x, (with_it, without) = x[:2], output.chunk(2)
+    guided = without + 3.0 * (with_it - without)
+    spread = [y.flatten(1).std(1)[:, None, None, None] for y in (with_it, guided)]
+    guided = rescale * guided * spread[0] / spread[1] + (1 - rescale) * guided
+    t = torch.tensor(1.0)
+    alpha, sigma = decoder.diffusion.schedule.alpha(t), decoder.diffusion.schedule.sigma(t)
+    x0 = {
+        "sample": guided, "epsilon": (x - sigma * guided) / alpha, "v_prediction": alpha * x - sigma * guided,
+    }[prediction]  # fmt: skip
+    assert (x0.abs() < 1).float().mean() > 0.2
+    torch.testing.assert_close(made, (x0.clamp(-1, 1) + 1) / 2, rtol=0, atol=1e-9)
+
+
 def test_each_condition_alone_is_enough():
     decoder = small_decoder()
     _, text, image_embed = batch(2)
