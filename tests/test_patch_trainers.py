@@ -128,10 +128,14 @@ def test_blocks_with_options():
                for width, size in ((8, (6, 6)), (10, ())))  # fmt: skip
     shared = dict(in_channels=8, temb_channels=10, groups=4)
     for options in (
-        dict(up=True), dict(down=True), dict(out_channels=12, output_scale_factor=2.0),
-        dict(kernel="fir", up=True), dict(temb_channels=None), dict(skip_time_act=True, time_embedding_norm="scale_shift", groups_out=2),
+        dict(up=True),
+        dict(down=True),
+        dict(out_channels=12, output_scale_factor=2.0),
+        dict(kernel="fir", up=True),
+        dict(temb_channels=None),
+        dict(skip_time_act=True, time_embedding_norm="scale_shift", groups_out=2),
         dict(dropout=0.5),
-    ):  # fmt: skip
+    ):
         block = ResnetBlock2D(**{**shared, **options})
         given = None if options.get("temb_channels", 1) is None else temb
         torch.manual_seed(3)
