@@ -256,7 +256,7 @@ def test_a_tenth_of_the_images_and_half_of_the_captions_are_dropped():
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
 def test_guidance_and_its_rescaling_are_their_formulas(prediction, rescale):
     """One step in float64: out = u + w (c - u), then phi out std(c) / std(out) + (1 - phi) out."""
-    schedule = dict(name="continuous_log_linear", log_snr_min=-2.0)  # where x0 is not all beyond its bound
+    schedule = dict(name="continuous_log_linear", log_snr_min=0.0)  # where x0 is not all beyond its bound
     decoder = small_decoder(prediction=prediction, schedule=schedule).double()
     _, text, image_embed = batch(2)
     outputs = []
