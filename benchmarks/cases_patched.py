@@ -1,7 +1,7 @@
 """Other packages' U-Nets, patched and as they were: a call, or a loss and its gradient by all parameters.
 
-Full sizes, random weights, bfloat16. "unpatched" is a copy of the same network with the same weights, so what a
-row compares is the patch alone; each also compiled. A network whose package is not installed has no rows.
+Full sizes, random weights, bfloat16. "unpatched" is a copy of the same network with the same weights, so what
+a row compares is the patch alone; each also compiled. A network whose package is not installed has no rows.
 """
 
 from __future__ import annotations
