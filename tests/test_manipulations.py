@@ -251,6 +251,13 @@ def test_weights_that_know_a_caption_for_none_are_given_it():
     mask = torch.ones(8, 8)
     assert told.inpaint(picture(), mask, num_images=2, seed=0).images.shape == (2, 3, 32, 32)
 
+    # A caption to lead away from, without one for what is drawn: only the rows of guidance hear of it.
+    options = dict(seed=0, size=16)
+    led = plain.decode(z, negative_prompt="a red ring", guidance=3.0, **options).images
+    assert not torch.equal(led, plain.decode(z, guidance=3.0, **options).images)
+    unguided = plain.decode(z, negative_prompt="a red ring", guidance=1.0, **options).images
+    assert torch.equal(unguided, plain.decode(z, guidance=1.0, **options).images)
+
 
 def test_two_upsamplers_in_tiles_keep_pixels_too():
     """Each stage keeps the picture at its own size; the last decides what comes out."""

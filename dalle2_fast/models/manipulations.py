@@ -92,7 +92,7 @@ class Manipulations(Chain):
             for_decoder["x_T"] = x_T.repeat_interleave(at_least_one("num_images", num_images), dim=0)
         run = self._run(count, num_images, seed, generator, batch_size, progress)
         with run.evaluating():
-            for_decoder |= self._told(run, prompt, count, num_images)
+            for_decoder |= self._told(run, prompt, count, num_images, chosen["negative_prompt"])
             rows = image_embed.to(self.device).repeat_interleave(num_images, dim=0)
             return self._draw(run, rows, chosen, size, sampler="ddim", eta=eta, **for_decoder)
 
@@ -288,7 +288,7 @@ class Manipulations(Chain):
             for_decoder |= dict(resample=resample, jump=jump)
             if prompt is None:
                 embed = self.embed_image(images).expand(num_images, -1)
-                for_decoder |= self._told(run, None, 1, num_images)
+                for_decoder |= self._told(run, None, 1, num_images, chosen["negative_prompt"])
             else:
                 embed, told = self._prior(run, [prompt], num_images, chosen)
                 for_decoder |= told
@@ -313,15 +313,24 @@ class Manipulations(Chain):
         seeds = [sample_seed(seed, index) for index in range(num_images)] * count
         return Run(self, seed, seeds, batch_size=batch_size, progress=progress)
 
-    def _told(self, run: Run, prompt: str | Sequence[str] | None, count: int, repeats: int) -> dict:
+    def _told(
+        self,
+        run: Run,
+        prompt: str | Sequence[str] | None,
+        count: int,
+        repeats: int,
+        negative: str | None = None,
+    ) -> dict[str, Any]:
         """What the decoder is told beside z. Weights trained with a caption for "none" are given that one."""
         prompt = self.sampling["negative_prompt"] if prompt is None else prompt
-        if prompt is None:
+        if prompt is None and negative is None:
             return {}
+        if prompt is None:
+            return {"negative": self._captions(run, [negative] * count, repeats, negative)[1]["negative"]}
         prompts = [prompt] * count if isinstance(prompt, str) else list(prompt)
         if len(prompts) != count:
             raise ValueError(f"prompt: expected one caption or {count}, got {len(prompts)}")
-        return self._captions(run, prompts, repeats)[1]
+        return self._captions(run, prompts, repeats, negative)[1]
 
     def _inverted(
         self, pictures: list[Tensor], steps: int | None, options: dict[str, Any]
