@@ -125,3 +125,22 @@ def test_the_benchmark_compares_the_same_networks(name, monkeypatch):
         assert not any(isinstance(module, Patched) for module in theirs.modules())
         assert any(isinstance(module, Patched) for module in inputs["net"].modules())
     assert rows[0].bytes() > 10**8
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches are recorded in Triton's interpreter")
+def test_the_count_of_launches(kernel_device, monkeypatch):
+    """Catches: views or metadata counted as launches; kernels of ours that are not counted, or twice."""
+    monkeypatch.syspath_prepend(str(Path(foreign_unets.__file__).parent))
+    import launches_patched
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as fake:
+        net = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.GroupNorm(32, 64), nn.SiLU(), nn.Flatten())
+        x = torch.empty(2, 3, 16, 16)
+    before = launches_patched.count(lambda: net(x), fake)
+    patch(net)
+    assert launches_patched._backend._ask(torch.device(kernel_device)) is None  # the kernels are loaded
+    monkeypatch.setattr(launches_patched._backend, "use_reference", lambda impl, *tensors: False)
+    after = launches_patched.count(lambda: net(x), fake)
+    assert before == dict(launches=3, of_ours={}, counted_once_each={"native_group_norm": 1})
+    assert after == dict(launches=2, of_ours={"_resident_kernel": 1}, counted_once_each={})
