@@ -18,15 +18,9 @@ from torch import Tensor
 from dalle2_fast.functional import sample_noise
 from dalle2_fast.models.ar_prior_network import ARPriorNetwork
 from dalle2_fast.models.clip import CLIP
-from dalle2_fast.models.inputs import check_probability, coin, resolve_seeds
-from dalle2_fast.models.prior_base import (
-    Caption,
-    CaptionedPrior,
-    best_candidate,
-    build_net,
-    candidate_seeds,
-    resolve_guidance,
-)
+from dalle2_fast.models.inputs import coin
+from dalle2_fast.models.pca import PCA
+from dalle2_fast.models.prior_base import Caption, CaptionedPrior, best_candidate
 
 
 class ARPrior(CaptionedPrior):
@@ -54,26 +48,14 @@ class ARPrior(CaptionedPrior):
         embed_scale: float | None = None,
         unit_norm: bool = True,
     ):
-        super().__init__(clip)
-        net = build_net(ARPriorNetwork, net, clip, image_embed_dim)
-        check_probability("cond_drop_prob", cond_drop_prob)
-        if embed_scale is None:
-            embed_scale = math.sqrt(net.embed_dim)
-        self.config = dict(
-            net=net.config, image_embed_dim=net.embed_dim, cond_drop_prob=cond_drop_prob,
-            embed_scale=embed_scale, unit_norm=unit_norm,
-        )
-        self.net = net
-        self.image_embed_dim = net.embed_dim
-        self.cond_drop_prob = cond_drop_prob
-        self.embed_scale, self.unit_norm = float(embed_scale), unit_norm
-        width, kept = net.embed_dim, net.num_components
+        super().__init__(ARPriorNetwork, net, clip, image_embed_dim, cond_drop_prob, embed_scale, unit_norm)
+        width, kept = self.net.embed_dim, self.net.num_components
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("components", torch.eye(kept, width))
         self.register_buffer("eigenvalues", torch.ones(width))
         self.register_buffer("low", -torch.ones(kept))
         self.register_buffer("high", torch.ones(kept))
-        self.register_buffer("dot_edges", torch.zeros(net.num_dot_buckets - 1))
+        self.register_buffer("dot_edges", torch.zeros(self.net.num_dot_buckets - 1))
         self.register_buffer("fitted", torch.tensor(False))
         self._is_fitted = False  # what the host knows of `fitted`
 
@@ -102,18 +84,13 @@ class ARPrior(CaptionedPrior):
         if not (image_embed.isfinite().all() and text_embed.isfinite().all()):
             raise ValueError("image_embed, text_embed: expected finite embeddings, got NaN or infinity")
         scaled = self._scaled(image_embed).to("cpu", torch.float64)
-        mean = scaled.mean(dim=0)
-        centred = scaled - mean
-        eigenvalues, vectors = torch.linalg.eigh(centred.T @ centred / (len(centred) - 1))
-        components = vectors.flip(1)[:, :kept].T
-        # An eigenvector's sign is the solver's whim: the largest entry decides.
-        largest = components.gather(1, components.abs().argmax(dim=1, keepdim=True))
-        components = components * largest.sign()
-        values = centred @ components.T
+        pca = PCA.fit(scaled)
+        components = pca.components[:kept]
+        values = (scaled - pca.mean) @ components.T
         dots = self._dots(image_embed, text_embed).to("cpu", torch.float64)
         places = torch.arange(1, self.net.num_dot_buckets, dtype=torch.float64) / self.net.num_dot_buckets
         found = dict(
-            mean=mean, components=components, eigenvalues=eigenvalues.flip(0).clamp(min=0),
+            mean=pca.mean, components=components, eigenvalues=pca.variances,
             low=values.amin(dim=0), high=values.amax(dim=0), dot_edges=torch.quantile(dots, places),
             fitted=torch.tensor(True),
         )
@@ -227,7 +204,6 @@ class ARPrior(CaptionedPrior):
         """
         self._need_fit()
         caption = self._caption(text, text_embed, text_encodings, text_mask)
-        batch, device = len(caption[0]), caption[0].device
         count, steps = num_samples_per_batch, self.net.num_components
         if count < 1:
             raise ValueError(f"num_samples_per_batch: expected at least 1, got {count}")
@@ -235,13 +211,12 @@ class ARPrior(CaptionedPrior):
             raise ValueError(f"temperature: expected a finite number >= 0, got {temperature}")
         if not 0.0 <= dot_quantile < 1.0:
             raise ValueError(f"dot_quantile: expected a number in [0, 1), got {dot_quantile}")
-        seeds = candidate_seeds(resolve_seeds(seeds, batch, device, generator), count)
-        guidance = resolve_guidance(cond_scale, guidance, batch, count, device)
-        condition = self._with_and_without(caption, guidance is not None, self._negative(negative, caption))
-        prefix = self.net.remember(*condition).repeat_interleave(count)
+        seeds, guidance, prefix = self._candidates(
+            caption, negative, count, seeds, generator, cond_scale, guidance
+        )
 
         # One number in (0, 1) for each choice of each candidate, by its seed and the choice's place alone.
-        chances = torch.special.ndtr(sample_noise(seeds, 0, (batch * count, steps + 1)))
+        chances = torch.special.ndtr(sample_noise(seeds, 0, (len(seeds), steps + 1)))
         chances = chances.clamp(max=1 - 2**-24)
         dot_codes = ((dot_quantile + (1 - dot_quantile) * chances[:, 0]) * self.net.num_dot_buckets).long()
         last = dot_codes.clamp(max=self.net.num_dot_buckets - 1)

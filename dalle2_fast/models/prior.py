@@ -9,7 +9,6 @@ Source: unCLIP, arXiv 2204.06125, section 2.2 and appendix C.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -19,15 +18,8 @@ from torch import Tensor
 from dalle2_fast.diffusion.process import GaussianDiffusion
 from dalle2_fast.diffusion.schedules import make_schedule
 from dalle2_fast.models.clip import CLIP
-from dalle2_fast.models.inputs import check_probability, coin, resolve_seeds
-from dalle2_fast.models.prior_base import (
-    Caption,
-    CaptionedPrior,
-    best_candidate,
-    build_net,
-    candidate_seeds,
-    resolve_guidance,
-)
+from dalle2_fast.models.inputs import coin
+from dalle2_fast.models.prior_base import Caption, CaptionedPrior, best_candidate
 from dalle2_fast.models.prior_network import DiffusionPriorNetwork
 
 
@@ -73,26 +65,19 @@ class DiffusionPrior(CaptionedPrior):
         unit_norm: bool = True,
         analytic_variance: bool = False,
     ):
-        super().__init__(clip)
-        net = build_net(DiffusionPriorNetwork, net, clip, image_embed_dim)
-        check_probability("cond_drop_prob", cond_drop_prob)
-        if embed_scale is None:
-            embed_scale = math.sqrt(net.embed_dim)
-        self.config = dict(
-            net=net.config, image_embed_dim=net.embed_dim, timesteps=timesteps,
-            sample_timesteps=sample_timesteps, cond_drop_prob=cond_drop_prob, embed_scale=embed_scale,
-            schedule=schedule, prediction=prediction, weighting=weighting, sample_clip=sample_clip,
-            unit_norm=unit_norm, analytic_variance=analytic_variance,
+        super().__init__(
+            DiffusionPriorNetwork, net, clip, image_embed_dim, cond_drop_prob, embed_scale, unit_norm
         )
-        self.net = net
-        self.image_embed_dim = net.embed_dim
-        self.sample_timesteps, self.cond_drop_prob = sample_timesteps, cond_drop_prob
-        self.embed_scale, self.sample_clip, self.unit_norm = float(embed_scale), sample_clip, unit_norm
+        self.config |= dict(
+            timesteps=timesteps, sample_timesteps=sample_timesteps, schedule=schedule, prediction=prediction,
+            weighting=weighting, sample_clip=sample_clip, analytic_variance=analytic_variance,
+        )
+        self.sample_timesteps, self.sample_clip = sample_timesteps, sample_clip
         self.diffusion = GaussianDiffusion(
             make_schedule(schedule, timesteps), prediction=prediction, weighting=weighting
         )
-        self.register_buffer("clip_mean", torch.zeros(net.embed_dim))
-        self.register_buffer("clip_std", torch.ones(net.embed_dim))
+        self.register_buffer("clip_mean", torch.zeros(self.image_embed_dim))
+        self.register_buffer("clip_std", torch.ones(self.image_embed_dim))
         self.analytic_variance = analytic_variance
         if analytic_variance:
             if self.diffusion.schedule.timesteps is None:
@@ -220,16 +205,12 @@ class DiffusionPrior(CaptionedPrior):
         sampler_options: further keywords of GaussianDiffusion.sample (eta, dynamic_threshold, ...).
         """
         caption = self._caption(text, text_embed, text_encodings, text_mask)
-        batch, device = len(caption[0]), caption[0].device
         count = num_samples_per_batch
         if count < 1:
             raise ValueError(f"num_samples_per_batch: expected at least 1, got {count}")
-        seeds = candidate_seeds(resolve_seeds(seeds, batch, device, generator), count)
-        guidance = resolve_guidance(cond_scale, guidance, batch, count, device)
-        # The captions' part of the network, once for all steps and all candidates.
-        negative = self._negative(negative, caption)
-        condition = self._with_and_without(caption, guidance is not None, negative)
-        prefix = self.net.remember(*condition).repeat_interleave(count)
+        seeds, guidance, prefix = self._candidates(
+            caption, negative, count, seeds, generator, cond_scale, guidance
+        )
 
         def net(x: Tensor, t: Tensor) -> Tensor:
             if guidance is not None:  # conditional rows, then unconditional ones: one pass
@@ -244,8 +225,8 @@ class DiffusionPrior(CaptionedPrior):
             sampler_options = {"x0_error": self.x0_error} | sampler_options
         options = dict(
             seeds=seeds, steps=self.sample_timesteps if steps is None else steps, sampler=sampler,
-            guidance=guidance, clip=self.sample_clip, progress=progress, device=device,
+            guidance=guidance, clip=self.sample_clip, progress=progress, device=seeds.device,
             dtype=torch.float64 if double else torch.float32,
         ) | sampler_options
-        x = self.diffusion.sample(net, (batch * count, self.image_embed_dim), **options)
+        x = self.diffusion.sample(net, (len(seeds), self.image_embed_dim), **options)
         return best_candidate(self._restored(x), caption[0])

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle2_fast.checkpoints import Pretrained
 from dalle2_fast.models.clip import CLIP
-from dalle2_fast.models.inputs import cat_padded
+from dalle2_fast.models.inputs import cat_padded, check_probability, resolve_seeds
+from dalle2_fast.models.prior_network import Prefix
 
 Caption = tuple[Tensor, Tensor | None, Tensor | None]  # embedding, encodings, mask
 
 
 class CaptionedPrior(Pretrained, nn.Module):
-    """A prior over CLIP image embeddings. Its subclasses set net, image_embed_dim, embed_scale, unit_norm.
+    """A prior over CLIP image embeddings; a subclass adds to `config` what it has besides.
 
     diffuses: whether `sample` is a diffusion, with steps and a sampler to choose.
     """
@@ -22,15 +25,31 @@ class CaptionedPrior(Pretrained, nn.Module):
     diffuses = True
     part = "prior"
 
-    net: nn.Module
-    image_embed_dim: int
-    embed_scale: float
-    unit_norm: bool
-
-    def __init__(self, clip: CLIP | None):
+    def __init__(
+        self,
+        kind: type[nn.Module],  # of net
+        net: nn.Module | dict | None,
+        clip: CLIP | None,
+        image_embed_dim: int | None,
+        cond_drop_prob: float,
+        embed_scale: float | None,
+        unit_norm: bool,
+    ):
         super().__init__()
         # In a tuple, so that it is no submodule: a checkpoint holds its weights once, under "clip.".
         self._clip = (None if clip is None else clip.eval(),)
+        net = build_net(kind, net, clip, image_embed_dim)
+        check_probability("cond_drop_prob", cond_drop_prob)
+        if embed_scale is None:
+            embed_scale = math.sqrt(net.embed_dim)
+        self.config = dict(
+            net=net.config, image_embed_dim=net.embed_dim, cond_drop_prob=cond_drop_prob,
+            embed_scale=embed_scale, unit_norm=unit_norm,
+        )
+        self.net = net
+        self.image_embed_dim = net.embed_dim
+        self.cond_drop_prob = cond_drop_prob
+        self.embed_scale, self.unit_norm = float(embed_scale), unit_norm
 
     @property
     def clip(self) -> CLIP | None:
@@ -75,6 +94,28 @@ class CaptionedPrior(Pretrained, nn.Module):
                 f"{len(embed)}, {'without' if encodings is None else 'with'} encodings"
             )
         return tuple(x if x is None else x.expand(batch, *x.shape[1:]) for x in (embed, encodings, mask))
+
+    def _candidates(
+        self,
+        caption: Caption,
+        negative: Caption | None,
+        count: int,
+        seeds: Tensor | None,
+        generator: torch.Generator | None,
+        cond_scale: float | Tensor,
+        guidance: float | Tensor | None,
+    ) -> tuple[Tensor, float | Tensor | None, Prefix]:
+        """For `count` candidates a caption: their seeds [B * count], guidance (= cond_scale; [B * count], a
+        number, or None for none) and the captions' part of the network, once for all steps."""
+        batch, device = len(caption[0]), caption[0].device
+        seeds = candidate_seeds(resolve_seeds(seeds, batch, device, generator), count)
+        guidance = cond_scale if guidance is None else guidance
+        if isinstance(guidance, Tensor):
+            guidance = guidance.to(device).expand(batch).repeat_interleave(count)
+        elif guidance == 1.0:
+            guidance = None
+        condition = self._with_and_without(caption, guidance is not None, self._negative(negative, caption))
+        return seeds, guidance, self.net.remember(*condition).repeat_interleave(count)
 
     def _embed_image(self, image: Tensor | None, image_embed: Tensor | None, batch: int) -> Tensor:
         if (image is None) == (image_embed is None):
@@ -157,16 +198,6 @@ def best_candidate(
     text_unit = F.normalize(text_embed.to(candidates.dtype), dim=-1)
     cosine = (F.normalize(candidates, dim=-1) * text_unit[:, None]).sum(dim=-1)
     return candidates[torch.arange(len(candidates), device=candidates.device), cosine.argmax(dim=1)]
-
-
-def resolve_guidance(
-    cond_scale: float | Tensor, guidance: float | Tensor | None, batch: int, count: int, device: torch.device
-) -> float | Tensor | None:
-    """guidance (= cond_scale), a number or [B], for `count` candidates a caption; None for none."""
-    guidance = cond_scale if guidance is None else guidance
-    if isinstance(guidance, Tensor):
-        return guidance.to(device).expand(batch).repeat_interleave(count)
-    return None if guidance == 1.0 else guidance
 
 
 def candidate_seeds(seeds: Tensor, count: int) -> Tensor:
