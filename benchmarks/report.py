@@ -61,6 +61,8 @@ def read_runs(paths: list[Path]) -> dict:
             key = row["case"], row["implementation"]
             if key not in rows:
                 absent[key] = row["absent"]
+    cases = list(dict.fromkeys(case for case, kind in sorted(rows, key=lambda key: key[1] != "ours")))
+    rows = dict(sorted(rows.items(), key=lambda item: (cases.index(item[0][0]), item[0][1] != "ours")))
     for row in rows.values():
         row["goals"] = [list(goal) for goal in Row(**row).goals()]
     missing = [{"case": case, "implementation": kind, "why": why} for (case, kind), why in absent.items()]
@@ -127,7 +129,7 @@ def summary(results: list[tuple[str, dict]], folder: str) -> str:
         lines += [
             f"**{title(result)}.** {about(result)} All rows: `{folder}/{name}.md`.",
             "",
-            "| case | ours, ms | images/s | ours is faster than |",
+            "| case | ours, ms | images/s | time of rivals / ours, side by side |",
             "|---|---|---|---|",
         ]
         for row in result["rows"]:
@@ -135,7 +137,7 @@ def summary(results: list[tuple[str, dict]], folder: str) -> str:
                 continue
             rivals = [other for other in result["rows"]
                       if other["case"] == row["case"] and other["ours_is_faster"] is not None]  # fmt: skip
-            versus = ", ".join(f"{one['implementation']} {one['ours_is_faster']:.2f}x" for one in rivals)
+            versus = ", ".join(f"{one['implementation']} {one['ours_is_faster']:.2f}" for one in rivals)
             rate = f"{row['images_per_second']:.3g}" if row["images_per_second"] else ""
             lines.append(f"| {row['case']} | {row['seconds'] * 1e3:.4g} | {rate} | {versus} |")
         lines.append("")

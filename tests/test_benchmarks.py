@@ -187,7 +187,7 @@ def test_the_report_says_where_we_win_and_lose(tmp_path, capsys):
     assert "- not installed: norm / apex" in text
     shown = readme.read_text()
     assert shown.startswith("above\n") and shown.endswith("\nbelow\n") and "old" not in shown
-    assert "| norm | 0.09 |  | eager 3.00x |" in shown and "Nothing else ran." in shown
+    assert "| norm | 0.09 |  | eager 3.00 |" in shown and "Nothing else ran." in shown
     assert "[rivals](results/gpu-1-rivals.png)" in shown
     once = shown
     assert report.main(command) == 0 and readme.read_text() == once
