@@ -66,7 +66,8 @@ def plot(result: dict, stem: Path) -> list[Path]:
 
 
 def plot_memory(path: Path) -> list[Path]:
-    """The same of contrastive_memory.py's file, where there is one."""
+    """The same of contrastive_memory.py's file, where there is one; in CPU seconds, which what else the machine
+    did changes least."""
     if not path.exists():
         return []
     result = json.loads(path.read_text())
@@ -74,21 +75,21 @@ def plot_memory(path: Path) -> list[Path]:
     for row in result["rows"]:
         for kind in ("fused", "reference", "open_clip"):
             if kind in row and row["loss"] == "contrastive_loss":
-                point = row["N"], row[kind]["wall_s"], row[kind]["extra_MB"] * 1e6
+                point = row["N"], row[kind]["cpu_s"], row[kind]["extra_MB"] * 1e6
                 label = f"{kind}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
                 series.setdefault(label, []).append(point)
     width, cpu = result["rows"][0]["D"], result["machine"]["cpu"]
     title = f"contrastive loss, forward and backward, D = {width}, {cpu}"
-    return [save(against_n(series, title), path.with_suffix(".png"))]
+    return [save(against_n(series, title, "CPU seconds"), path.with_suffix(".png"))]
 
 
-def against_n(series: dict[str, list[tuple]], title: str):
+def against_n(series: dict[str, list[tuple]], title: str, time: str = "seconds"):
     """{implementation: [(N, seconds, bytes), ...]} as two panels."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4))
     figure.suptitle(title)
-    for place, (label, unit) in enumerate((("seconds", 1.0), ("memory beyond the inputs, GB", 1e9)), 1):
+    for place, (label, unit) in enumerate(((time, 1.0), ("memory beyond the inputs, GB", 1e9)), 1):
         axes = figure.add_subplot(1, 2, place)
         for kind, points in series.items():
             points = sorted(points)

@@ -238,7 +238,7 @@ def test_memory_and_time_of_the_loss_are_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason='matplotlib is not installed: pip install -e ".[bench]"')
     from report_plots import plot_memory
 
-    point = dict(wall_s=1.0, extra_MB=10.0)
+    point = dict(cpu_s=1.0, extra_MB=10.0)
     shared = dict(loss="contrastive_loss", threads=2, D=512, fused=point)
     rows = [dict(shared, N=4096, open_clip=point), dict(shared, N=131072)]
     path = tmp_path / "contrastive_memory.json"
