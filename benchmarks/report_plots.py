@@ -66,8 +66,8 @@ def plot(result: dict, stem: Path) -> list[Path]:
 
 
 def plot_memory(path: Path) -> list[Path]:
-    """The same of contrastive_memory.py's file, where there is one; in CPU seconds, which what else the machine
-    did changes least."""
+    """The same of contrastive_memory.py's file, where there is one. In CPU seconds: what else the machine did
+    changes them least."""
     if not path.exists():
         return []
     result = json.loads(path.read_text())
