@@ -13,6 +13,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import parity  # noqa: E402
+from parity_rows import Row  # noqa: E402
 
 
 def row(network: str, difference: float, needs: tuple[str, ...] = ("torch",), bound: float = 1e-5):
@@ -21,7 +22,7 @@ def row(network: str, difference: float, needs: tuple[str, ...] = ("torch",), bo
         yield theirs * (1 + difference / 2), theirs
         yield theirs * (1 + difference), theirs
 
-    return parity.Row(network, "a source", needs, 1234, measure, bound)
+    return Row(network, "a source", needs, 1234, measure, bound)
 
 
 @pytest.fixture
