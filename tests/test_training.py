@@ -18,8 +18,9 @@ from torch import nn
 from dalle2_fast.training.ema import ExponentialMovingAverage
 from dalle2_fast.training.folder import StageFolder, TrainingError, load_weights, save_weights, write_beside
 from dalle2_fast.training.muon import polar_factor
+from dalle2_fast.training.optimisation import Optimisation, make_optimizers
 from dalle2_fast.training.presets import PRESETS, STAGES, adjust, get_preset
-from dalle2_fast.training.trainer import Optimisation, Trainer, make_optimizers, step_seed
+from dalle2_fast.training.trainer import Trainer, step_seed
 
 
 class Toy:
