@@ -47,7 +47,8 @@ def measure(row: Row) -> Measured:
     """RuntimeError if an output is not finite or says nothing: no difference is reported for it."""
     norm = element = 0.0
     for ours, theirs in row.measure():
-        if ours.shape != theirs.shape or not torch.isfinite(ours).all() or not theirs.abs().max() > 0:
+        finite = torch.isfinite(ours).all() and torch.isfinite(theirs).all()
+        if ours.shape != theirs.shape or not finite or not theirs.abs().max() > 0:
             raise RuntimeError(f"{row.network}: outputs {tuple(ours.shape)} and {tuple(theirs.shape)}")
         difference = (ours - theirs).double()
         norm = max(norm, (difference.norm() / theirs.double().norm()).item())
