@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read once, when torch is first imported
 
@@ -37,3 +38,35 @@ def kernel_device() -> str:
 
     interpreter_bf16.mend()
     return "cpu"
+
+
+@pytest.fixture(scope="session")
+def karlo(tmp_path_factory):
+    """diffusers' pipeline with a scaled-down Karlo; never changed."""
+    import tiny_karlo
+
+    pipe = tiny_karlo.pipeline(tmp_path_factory.mktemp("tokenizer"))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def karlo_folder(karlo, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("karlo")
+    karlo.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def karlo_originals(karlo, tmp_path_factory) -> Path:
+    """Karlo's original files with the same weights; its CLIP is that of OpenAI, here one of ours."""
+    import tiny_karlo
+
+    from dalle2_fast import CLIP
+
+    place = tiny_karlo.original_files(tmp_path_factory.mktemp("originals"), karlo.components)
+    clip = CLIP(dim_text=64, dim_image=64, dim_latent=64, text_enc_depth=1, text_heads=1, visual_enc_depth=1,
+                visual_heads=1, visual_image_size=16, visual_patch_size=8)
+    state = clip.state_dict() | {"input_resolution": torch.tensor(16)}  # as OpenAI's files tell themselves
+    torch.save(state, place / "ViT-L-14.pt")
+    return place

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from copy import copy as copy_of
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,35 +25,8 @@ PROMPTS = ["the red ring", "and"]
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
-    pipe = tiny_karlo.pipeline(tmp_path_factory.mktemp("tokenizer"))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture(scope="module")
-def folder(theirs, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("karlo")
-    theirs.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def originals(theirs, folder, tmp_path_factory) -> Path:
-    """Karlo's original files with the same weights; its CLIP is that of OpenAI, here one of ours."""
-    from dalle2_fast import CLIP
-
-    place = tiny_karlo.original_files(tmp_path_factory.mktemp("originals"), theirs.components)
-    clip = CLIP(dim_text=64, dim_image=64, dim_latent=64, text_enc_depth=1, text_heads=1, visual_enc_depth=1,
-                visual_heads=1, visual_image_size=16, visual_patch_size=8)
-    state = clip.state_dict() | {"input_resolution": torch.tensor(16)}  # as OpenAI's files tell themselves
-    torch.save(state, place / "ViT-L-14.pt")
-    return place
-
-
-@pytest.fixture(scope="module")
-def ours(folder) -> DALLE2:
-    return DALLE2.from_pretrained(folder)
+def ours(karlo_folder) -> DALLE2:
+    return DALLE2.from_pretrained(karlo_folder)
 
 
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -73,29 +45,29 @@ MASK = torch.arange(tiny_karlo.LENGTH) < torch.tensor([[4], [13], [2]])
 
 
 @torch.no_grad()
-def test_prior_equals_diffusers(theirs, ours):
+def test_prior_equals_diffusers(karlo, ours):
     given = (rows(3, 64), TIMES, rows(3, 64, seed=1), rows(3, 13, 64, seed=2), MASK)
-    expected = theirs.prior(*given).predicted_image_embedding
+    expected = karlo.prior(*given).predicted_image_embedding
     assert difference(ours.prior.net(*given), expected) < 1e-5
     # without gaps and masks, in the order in which sampling does it
     prefix = ours.prior.net.remember(*given[2:])
     assert difference(ours.prior.net.denoise(given[0], given[1], prefix), expected) < 1e-5
-    assert difference(ours.prior._restored(given[0]), theirs.prior.post_process_latents(given[0])) < 1e-6
+    assert difference(ours.prior._restored(given[0]), karlo.prior.post_process_latents(given[0])) < 1e-6
 
 
 @torch.no_grad()
-def test_decoder_equals_diffusers(theirs, ours):
+def test_decoder_equals_diffusers(karlo, ours):
     x, context, classes = rows(3, 3, 16, 16), rows(3, 17, 48, seed=1), rows(3, 256, seed=2)
     mask = torch.nn.functional.pad(MASK, (4, 0), value=True)
-    expected = theirs.decoder(x, TIMES, context, class_labels=classes, attention_mask=mask).sample
+    expected = karlo.decoder(x, TIMES, context, class_labels=classes, attention_mask=mask).sample
     assert difference(ours.decoder.unet(x, TIMES, context, classes, mask), expected) < 1e-5
 
 
 @torch.no_grad()
-def test_text_proj_equals_diffusers(theirs, ours):
+def test_text_proj_equals_diffusers(karlo, ours):
     """Also the unconditional rows: the learned image embedding, and a caption that is not dropped."""
     image, text, encodings = rows(3, 64), rows(6, 64, seed=1), rows(6, 13, 64, seed=2)
-    context, classes = theirs.text_proj(
+    context, classes = karlo.text_proj(
         image_embeddings=image, prompt_embeds=text, text_encoder_hidden_states=encodings,
         do_classifier_free_guidance=True,
     )  # fmt: skip
@@ -108,17 +80,17 @@ def test_text_proj_equals_diffusers(theirs, ours):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["first", "last"])
-def test_upsampler_nets_equal_diffusers(theirs, ours, name):
+def test_upsampler_nets_equal_diffusers(karlo, ours, name):
     x = rows(3, 6, 32, 32)
     net = ours.upsampler.unet if name == "first" else ours.upsampler.last_unet
-    expected = getattr(theirs, f"super_res_{name}")(x, TIMES).sample
+    expected = getattr(karlo, f"super_res_{name}")(x, TIMES).sample
     assert difference(net(x, TIMES), expected) < 1e-5
 
 
 @torch.no_grad()
-def test_text_encoder_equals_transformers(theirs, ours):
-    inputs = theirs.tokenizer(PROMPTS, padding="max_length", max_length=13, return_tensors="pt")
-    expected = theirs.text_encoder(inputs.input_ids)
+def test_text_encoder_equals_transformers(karlo, ours):
+    inputs = karlo.tokenizer(PROMPTS, padding="max_length", max_length=13, return_tensors="pt")
+    expected = karlo.text_encoder(inputs.input_ids)
     embed, encodings, mask = ours.clip.encode_text(ours.tokenizer.encode(PROMPTS), normalize=False)
     assert torch.equal(mask, inputs.attention_mask.bool())
     assert difference(embed, expected.text_embeds) < 1e-5
@@ -146,11 +118,11 @@ class OurNoise:
         return functional.sample_noise(self.seeds[stage], step, tuple(shape))
 
 
-def both(theirs, ours, monkeypatch, steps=5, count=2, guidance=(4.0, 8.0)):
+def both(karlo, ours, monkeypatch, steps=5, count=2, guidance=(4.0, 8.0)):
     """(our images, theirs), both of the same noise."""
     noise = OurNoise(seed=7, count=count, steps=steps)
     monkeypatch.setattr("diffusers.schedulers.scheduling_unclip.randn_tensor", noise)
-    expected = theirs(
+    expected = karlo(
         PROMPTS, num_images_per_prompt=count, prior_num_inference_steps=steps,
         decoder_num_inference_steps=steps, super_res_num_inference_steps=steps,
         prior_guidance_scale=guidance[0], decoder_guidance_scale=guidance[1], output_type="np",
@@ -174,14 +146,14 @@ def in_float64(scheduler) -> None:
 
 
 @pytest.mark.parametrize(("exact", "tolerance"), [(False, 1e-3), (True, 1e-4)])
-def test_the_whole_chain_equals_diffusers(theirs, ours, monkeypatch, exact, tolerance):
+def test_the_whole_chain_equals_diffusers(karlo, ours, monkeypatch, exact, tolerance):
     """Schedules, strides, bounds, learned variance, guidance away from the empty text, statistics, resizing,
     the second net in the last step: any of them wrong shows here."""
     if exact:
         for scheduler in tiny_karlo.schedulers():
-            monkeypatch.setattr(theirs, scheduler, copy_of(getattr(theirs, scheduler)))
-            in_float64(getattr(theirs, scheduler))
-    images, expected = both(theirs, ours, monkeypatch)
+            monkeypatch.setattr(karlo, scheduler, copy_of(getattr(karlo, scheduler)))
+            in_float64(getattr(karlo, scheduler))
+    images, expected = both(karlo, ours, monkeypatch)
     assert images.shape == (4, 3, 32, 32)
     assert difference(images, expected) < tolerance
 
@@ -193,9 +165,9 @@ def test_the_whole_chain_equals_diffusers(theirs, ours, monkeypatch, exact, tole
         ("sample_clip", 0.5), ("last_unet", None), ("resize", "bilinear"), ("unit_norm", True),
     ],
 )  # fmt: skip
-def test_the_comparison_would_notice(theirs, folder, monkeypatch, change, value):
+def test_the_comparison_would_notice(karlo, karlo_folder, monkeypatch, change, value):
     """Each of Karlo's ways changed on our side: the pictures must differ by far more than is tolerated."""
-    ours = DALLE2.from_pretrained(folder)
+    ours = DALLE2.from_pretrained(karlo_folder)
     guidance = (4.0, 8.0)
     if change in ours.sampling and change != "guidance":
         ours.sampling[change] = value
@@ -205,7 +177,7 @@ def test_the_comparison_would_notice(theirs, folder, monkeypatch, change, value)
     else:
         part = ours.prior if change in ("sample_clip", "unit_norm") else ours.upsampler
         setattr(part, change, value)
-    images, expected = both(theirs, ours, monkeypatch, steps=3, count=1, guidance=guidance)
+    images, expected = both(karlo, ours, monkeypatch, steps=3, count=1, guidance=guidance)
     assert difference(images, expected) > 3e-3
 
 
@@ -237,19 +209,19 @@ def test_defaults_are_karlos(ours):
 # ---------------------------------------------------------------------------------------- what else is loaded
 
 
-def test_pickled_weights_give_the_same(theirs, ours, tmp_path):
-    theirs.save_pretrained(tmp_path, safe_serialization=False)
+def test_pickled_weights_give_the_same(karlo, ours, tmp_path):
+    karlo.save_pretrained(tmp_path, safe_serialization=False)
     assert list(tmp_path.rglob("*.bin")) and not list((tmp_path / "decoder").glob("*.safetensors"))
     same(DALLE2.from_pretrained(tmp_path), ours)
 
 
-def test_shards_and_half_precision(theirs, ours, tmp_path):
-    theirs.save_pretrained(tmp_path)
+def test_shards_and_half_precision(karlo, ours, tmp_path):
+    karlo.save_pretrained(tmp_path)
     shutil.rmtree(tmp_path / "decoder")
-    theirs.decoder.save_pretrained(tmp_path / "decoder", max_shard_size="1MB")
+    karlo.decoder.save_pretrained(tmp_path / "decoder", max_shard_size="1MB")
     assert (tmp_path / "decoder" / "diffusion_pytorch_model.safetensors.index.json").is_file()
     shutil.rmtree(tmp_path / "prior")
-    deepcopy(theirs.prior).half().save_pretrained(tmp_path / "prior", variant="fp16")
+    deepcopy(karlo.prior).half().save_pretrained(tmp_path / "prior", variant="fp16")
     loaded = DALLE2.from_pretrained(tmp_path)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     half = {name: x.half().float() for name, x in ours.prior.state_dict().items()}
@@ -262,31 +234,31 @@ def same(one: torch.nn.Module, two: torch.nn.Module) -> None:
     assert one.keys() == two.keys() and not [name for name in one if not torch.equal(one[name], two[name])]
 
 
-def test_dtype_is_that_of_the_call(folder):
-    prior = DiffusionPrior.from_pretrained(folder, dtype=torch.bfloat16)
+def test_dtype_is_that_of_the_call(karlo_folder):
+    prior = DiffusionPrior.from_pretrained(karlo_folder, dtype=torch.bfloat16)
     assert {x.dtype for x in prior.state_dict().values()} == {torch.bfloat16} and not prior.training
 
 
 @pytest.mark.parametrize(("kind", "part"), [(DiffusionPrior, "prior"), (Decoder, "decoder"),
                                             (Upsampler, "upsampler")])  # fmt: skip
-def test_networks_on_their_own(folder, ours, kind, part):
-    same(kind.from_pretrained(folder), getattr(ours, part))
+def test_networks_on_their_own(karlo_folder, ours, kind, part):
+    same(kind.from_pretrained(karlo_folder), getattr(ours, part))
 
 
-def test_a_prior_without_a_pipeline(folder, ours, tmp_path):
+def test_a_prior_without_a_pipeline(karlo_folder, ours, tmp_path):
     """Kandinsky's prior is of this class, too."""
-    shutil.copytree(folder / "prior", tmp_path / "prior")
+    shutil.copytree(karlo_folder / "prior", tmp_path / "prior")
     alone = DiffusionPrior.from_pretrained(tmp_path / "prior")
     same(alone, ours.prior)
-    same(DiffusionPrior.from_pretrained(folder / "prior"), ours.prior)
+    same(DiffusionPrior.from_pretrained(karlo_folder / "prior"), ours.prior)
     with pytest.raises(CheckpointError, match="expected a Decoder or a whole chain, got 'DiffusionPrior'"):
         Decoder.from_pretrained(tmp_path / "prior")
 
 
-def test_the_command_line_describes_it(folder, capsys):
+def test_the_command_line_describes_it(karlo_folder, capsys):
     from dalle2_fast import cli
 
-    assert cli.main(["info", "--checkpoint", str(folder)]) == 0
+    assert cli.main(["info", "--checkpoint", str(karlo_folder)]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("checkpoint:"))
     assert "(diffusers's layout, float32; numbers stored: prior" in line and ", clip " in line
 
@@ -301,7 +273,7 @@ def test_saved_again_as_ours_it_is_the_same(ours, tmp_path):
     assert torch.equal(again("the ring", 1, **options), ours("the ring", 1, **options))
 
 
-def test_a_pipeline_of_image_variations(theirs, ours, monkeypatch, tmp_path):
+def test_a_pipeline_of_image_variations(karlo, ours, monkeypatch, tmp_path):
     """It has an image encoder and no prior; its caption is the empty one."""
     from diffusers import UnCLIPImageVariationPipeline
     from transformers import CLIPImageProcessor
@@ -309,7 +281,7 @@ def test_a_pipeline_of_image_variations(theirs, ours, monkeypatch, tmp_path):
     names = ("decoder", "text_proj", "super_res_first", "super_res_last", "decoder_scheduler",
              "super_res_scheduler", "text_encoder", "tokenizer")
     variations = UnCLIPImageVariationPipeline(
-        **{name: theirs.components[name] for name in names}, image_encoder=tiny_karlo.image_encoder(),
+        **{name: karlo.components[name] for name in names}, image_encoder=tiny_karlo.image_encoder(),
         feature_extractor=CLIPImageProcessor(
             size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, do_normalize=True),
     )  # fmt: skip
@@ -347,9 +319,9 @@ def test_a_pipeline_of_image_variations(theirs, ours, monkeypatch, tmp_path):
 # ----------------------------------------------------------------------------------------- the original files
 
 
-def test_original_files_give_the_same_weights(originals, ours):
+def test_original_files_give_the_same_weights(karlo_originals, ours):
     """Written by walking diffusers' modules in the order in which they run; read by rules."""
-    loaded = DALLE2.from_pretrained(originals)
+    loaded = DALLE2.from_pretrained(karlo_originals)
     for part in ("prior", "decoder", "upsampler"):
         same(getattr(loaded, part), getattr(ours, part))
         one, two = getattr(loaded, part).config, getattr(ours, part).config
@@ -361,8 +333,8 @@ def test_original_files_give_the_same_weights(originals, ours):
     assert loaded.tokenizer.vocab_size == 49408 and loaded.tokenizer.context_length == 77
 
 
-def test_original_files_are_told_apart_by_their_keys(originals, ours, tmp_path):
-    for index, file in enumerate(sorted(originals.iterdir())):
+def test_original_files_are_told_apart_by_their_keys(karlo_originals, ours, tmp_path):
+    for index, file in enumerate(sorted(karlo_originals.iterdir())):
         shutil.copy(file, tmp_path / f"{index}.ckpt")
     same(Decoder.from_pretrained(tmp_path), ours.decoder)
     shutil.copy(tmp_path / "0.ckpt", tmp_path / "again.ckpt")

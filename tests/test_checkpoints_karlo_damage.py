@@ -18,37 +18,10 @@ pytest.importorskip("transformers", reason="needs transformers, whose CLIP the p
 import tiny_karlo  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
-    pipe = tiny_karlo.pipeline(tmp_path_factory.mktemp("tokenizer"))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture(scope="module")
-def folder(theirs, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("karlo")
-    theirs.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def originals(theirs, folder, tmp_path_factory) -> Path:
-    """Karlo's original files with the same weights; its CLIP is that of OpenAI, here one of ours."""
-    from dalle2_fast import CLIP
-
-    place = tiny_karlo.original_files(tmp_path_factory.mktemp("originals"), theirs.components)
-    clip = CLIP(dim_text=64, dim_image=64, dim_latent=64, text_enc_depth=1, text_heads=1, visual_enc_depth=1,
-                visual_heads=1, visual_image_size=16, visual_patch_size=8)
-    state = clip.state_dict() | {"input_resolution": torch.tensor(16)}  # as OpenAI's files tell themselves
-    torch.save(state, place / "ViT-L-14.pt")
-    return place
-
-
 @pytest.fixture
-def copy(folder, tmp_path) -> Path:
+def copy(karlo_folder, tmp_path) -> Path:
     """A copy of the diffusers folder, to be damaged."""
-    return Path(shutil.copytree(folder, tmp_path / "copy"))
+    return Path(shutil.copytree(karlo_folder, tmp_path / "copy"))
 
 
 @pytest.mark.parametrize(("name", "says"), [
@@ -56,17 +29,17 @@ def copy(folder, tmp_path) -> Path:
     ("ViT-L-14_stats.th", "Karlo's statistics is missing, published as ViT-L-14_stats.th"),
     ("ViT-L-14.pt", "Karlo's clip is missing, published as ViT-L-14.pt; got .*decoder .decoder-ckpt"),
 ])  # fmt: skip
-def test_missing_original_files_are_named(originals, tmp_path, name, says):
-    for file in originals.iterdir():
+def test_missing_original_files_are_named(karlo_originals, tmp_path, name, says):
+    for file in karlo_originals.iterdir():
         if file.name != name:
             shutil.copy(file, tmp_path)
     with pytest.raises(FileNotFoundError, match=says):
         DALLE2.from_pretrained(tmp_path)
 
 
-def test_missing_leftover_and_misshapen_original_keys_are_named(originals, tmp_path):
-    file = shutil.copy(originals / "prior-ckpt-step=01000000-of-01000000.ckpt", tmp_path)
-    shutil.copy(originals / "ViT-L-14_stats.th", tmp_path)
+def test_missing_leftover_and_misshapen_original_keys_are_named(karlo_originals, tmp_path):
+    file = shutil.copy(karlo_originals / "prior-ckpt-step=01000000-of-01000000.ckpt", tmp_path)
+    shutil.copy(karlo_originals / "ViT-L-14_stats.th", tmp_path)
     content = torch.load(file, weights_only=True)
     query = content["state_dict"].pop("model.final_ln.bias")
     content["state_dict"]["model.padding_embedding"] = query
@@ -143,14 +116,14 @@ def test_renamed_keys_are_named(copy):
 
 
 @pytest.mark.parametrize("where", ["diffusers", "original", "statistics"])
-def test_a_malicious_pickle_is_refused_and_not_run(copy, originals, tmp_path, where):
+def test_a_malicious_pickle_is_refused_and_not_run(copy, karlo_originals, tmp_path, where):
     proof, evil = tmp_path / "proof", tiny_karlo.Malicious(tmp_path / "proof")
     if where == "diffusers":
         (copy / "decoder" / "diffusion_pytorch_model.safetensors").unlink()
         torch.save({"conv_in.weight": evil}, copy / "decoder" / "diffusion_pytorch_model.bin")
         path = copy
     else:
-        path = Path(shutil.copytree(originals, tmp_path / "evil"))
+        path = Path(shutil.copytree(karlo_originals, tmp_path / "evil"))
         name = "ViT-L-14_stats.th" if where == "statistics" else "improved-sr-ckpt-step=1.2M.ckpt"
         torch.save({"state_dict": {"model_first_steps.out.2.weight": evil}}, path / name)
     with pytest.raises(CheckpointError, match="nothing in it was run"):
