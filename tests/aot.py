@@ -64,14 +64,6 @@ class Resources(NamedTuple):
     mma: int  # tensor-core instructions of any kind, in the PTX
     hgmma: int  # those of them that are wgmma
 
-    @property
-    def has_fp64(self) -> bool:
-        return self.fp64 > 0
-
-    @property
-    def has_hgmma(self) -> bool:
-        return self.hgmma > 0
-
 
 def all_cases() -> dict[str, Case]:
     """The cases of every op, those of aot_cases() in the files aot_cases_<op>.py: {"op: case": case}."""
