@@ -9,8 +9,8 @@ from pathlib import Path
 from dalle2_fast import cli_device
 
 # What goes on to the chain under its own name, and is written into the PNG file.
-SETTINGS = ("steps", "guidance", "prior_steps", "prior_guidance", "upsampler_steps", "upsampler2_steps",
-            "size", "tile", "sampler")  # fmt: skip
+SETTINGS = ("steps", "guidance", "candidates", "prior_steps", "prior_guidance", "upsampler_steps",
+            "upsampler2_steps", "size", "tile", "sampler")  # fmt: skip
 
 
 def add_seed(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +24,13 @@ def add_decoder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance", type=scale, metavar="X", help="how closely the decoder follows what it is told"
     )
+
+
+def add_candidates(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--candidates", type=count, metavar="N",
+        help="pictures drawn for each one asked for: the one that CLIP finds nearest to the caption is kept",
+    )  # fmt: skip
 
 
 def add_prior(parser: argparse.ArgumentParser) -> None:

@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how much of the decoder's way is made from it: 1 forgets the picture (default 0.6)",
     )
     cli_arguments.add_decoder(parser)
+    cli_arguments.add_candidates(parser)
     cli_arguments.add_prior(parser)
     cli_arguments.add_upsamplers(parser)
     cli_arguments.add_sampler(parser)

@@ -142,7 +142,7 @@ def test_a_chain_without_the_part(tmp_path):
 # What a config of the first release had not: each must have a default that means what was meant then.
 YOUNGER = {
     "": ["prior_class", "upsampler2"],
-    "sampling": ["prior_candidates", "negative_prompt", "upsampler2_steps", "tile"],
+    "sampling": ["candidates", "prior_candidates", "negative_prompt", "upsampler2_steps", "tile"],
     "upsampler": ["last_unet", "sample_tile"],
     "decoder": ["inpaint"],
     "clip": ["eos_token_id"],

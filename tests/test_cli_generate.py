@@ -110,6 +110,7 @@ def test_options_arrive(generate, monkeypatch):
         seed=1,
         steps=3,
         guidance=1.5,
+        candidates=None,
         prior_steps=4,
         prior_guidance=2.5,
         upsampler_steps=None,

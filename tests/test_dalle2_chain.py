@@ -12,6 +12,7 @@ from tiny_pipeline import tiny_pipeline
 
 from dalle2_fast import DALLE2, ARPrior, Upsampler
 from dalle2_fast.cli import main
+from dalle2_fast.models.generation import STAGES, Run, candidate_seeds, sample_seed
 
 UNET = dict(in_channels=6, out_channels=3, patch_size=2, channels=(16, 16), layers_per_block=1, num_groups=4,
             attention_levels=())
@@ -52,8 +53,6 @@ def test_every_size_of_the_chain(pipe):
 
 
 def tiny_upsampled(pipe, low_res):
-    from dalle2_fast.models.generation import STAGES, sample_seed
-
     seeds = torch.tensor([sample_seed(sample_seed(0, i), STAGES.index("upsampler")) for i in range(2)])
     return pipe.upsampler.sample(low_res, seeds=seeds, steps=2, sampler="dpm++")
 
@@ -63,6 +62,48 @@ def test_same_seed_same_picture_whatever_the_batch(pipe):
     for options in (dict(num_images=1), dict(num_images=3, batch_size=2)):
         images = pipe("a red ring", seed=5, **options)
         torch.testing.assert_close(images, four[: len(images)], atol=1e-4, rtol=0)
+
+
+def test_the_candidate_nearest_to_the_caption_is_kept(pipe):
+    """Catches: another row's candidate, the farthest one, an upsampled loser, seeds of another image."""
+    captions = ["a red ring", "a blue square"]
+    made = pipe.generate(captions, 2, seed=3, candidates=3)
+    assert made.images.shape == (4, 3, 128, 128) and len(made.sample_seeds) == 4
+    seeds = [own for index in range(2) for own in candidate_seeds(sample_seed(3, index), 3)]
+    for row, caption in enumerate(captions):
+        drawn = [alone(pipe, caption, own) for own in seeds]
+        text = pipe.clip.encode_text(pipe.tokenizer.encode([caption]))[0]
+        cosine = torch.cat([pipe.clip.encode_image(image) for image in drawn]) @ text[0]
+        for index in range(2):
+            best = 3 * index + int(cosine[3 * index : 3 * index + 3].argmax())
+            torch.testing.assert_close(made.low_res[2 * row + index], drawn[best][0], atol=1e-4, rtol=0)
+            assert made.sample_seeds[2 * row + index] == seeds[best]
+    upsampled = pipe.generate(captions, 2, seed=3, candidates=3, batch_size=4)
+    torch.testing.assert_close(upsampled.images, made.images, atol=1e-4, rtol=0)
+    assert torch.equal(pipe.generate(captions, 2, seed=3, candidates=3, size=16).images, made.low_res)
+
+
+def alone(pipe, caption, own):
+    """The decoder's picture of one caption from a sample seed."""
+    run = Run(pipe, 0, [own])
+    with torch.no_grad():
+        image_embed, told = pipe._prior(run, [caption], 1, pipe.sampling)
+        return pipe._draw(run, image_embed, pipe.sampling, 16, **told).low_res
+
+
+def test_more_candidates_begin_with_the_same_ones():
+    assert candidate_seeds(7, 1) == [7] and candidate_seeds(7, 3) == candidate_seeds(7, 5)[:3]
+    stages = {sample_seed(7, index) for index in range(len(STAGES))}
+    assert len({*candidate_seeds(7, 5), *stages}) == 5 + len(STAGES)
+
+
+def test_candidates_need_a_clip_that_sees(pipe):
+    blind = full_chain()
+    blind.clip.visual = None
+    with pytest.raises(ValueError, match="candidates: this chain's CLIP sees no images"):
+        blind("a red ring", 1, candidates=2)
+    with pytest.raises(ValueError, match="candidates: expected at least 1, got 0"):
+        pipe("a red ring", 1, candidates=0)
 
 
 def test_tiles_reach_the_upsamplers(pipe):

@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the scenes, captions and noise (default 0)")
     add("--steps", type=int, help="diffusion steps of the decoder (default, as below: the checkpoint's)")
     add("--guidance", type=float, help="of the decoder")
+    add("--candidates", type=int, help="pictures drawn for each caption: CLIP chooses the one that counts")
     add("--prior-steps", type=int)
     add("--prior-guidance", type=float)
     add("--upsampler-steps", type=int)

@@ -30,7 +30,9 @@ from .upsampling import score_upsampler
 
 SPLITS = ("iid", "comp")
 PARTS = ("clip", "captions", "upsampler")
-SETTINGS = ("steps", "guidance", "prior_steps", "prior_guidance", "upsampler_steps", "sampler")
+SETTINGS = (
+    "steps", "guidance", "candidates", "prior_steps", "prior_guidance", "upsampler_steps", "sampler",
+)  # fmt: skip
 
 
 class Amounts(NamedTuple):

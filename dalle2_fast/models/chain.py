@@ -22,6 +22,7 @@ SAMPLERS = ("ddpm", "ddim", "dpm++")
 SAMPLING = {
     "steps": 25,  # decoder
     "guidance": 3.0,  # decoder
+    "candidates": 1,  # drawn for each image of a caption; the one that CLIP finds nearest to it is kept
     "prior_steps": 25,
     "prior_guidance": 1.0,
     "prior_candidates": 2,  # drawn for each image; the one closest to the caption is kept
@@ -117,10 +118,12 @@ class Chain:
         size: int,
         *,
         kept: tuple[Tensor, Tensor] | None = None,  # image [1, 3, S, S] in [0, 1], mask bool [1, 1, S, S]
+        prompts: list[str] | None = None,
         **for_decoder: Any,
     ) -> Generation:
         """Image embeddings -> images: decoder and, as far as `size` asks for them, upsamplers. kept: every
-        stage keeps this image where the mask is False."""
+        stage keeps this image where the mask is False. prompts: the rows are candidates for images of these
+        captions, side by side; the best of each `candidates` goes on."""
         for_decoder = {"sampler": chosen["sampler"], "cond_scale": chosen["guidance"]} | for_decoder
         if kept is not None:
             image, mask = self._kept(kept, self.decoder.image_size, len(image_embed))
@@ -128,6 +131,11 @@ class Chain:
         low_res = images = run.sample(
             "decoder", steps=chosen["steps"], image_embed=image_embed, **for_decoder
         )
+        if prompts is not None and chosen["candidates"] > 1:
+            best = self._nearest(low_res, prompts, chosen["candidates"])
+            images = low_res = low_res[best]
+            image_embed = image_embed[best]
+            run.keep(best)
         for stage, side in zip(UPSAMPLERS[: self.sizes.index(size)], self.sizes[1:], strict=False):
             for_upsampler = {}
             if kept is not None:
@@ -145,6 +153,16 @@ class Chain:
                 images = torch.where(mask, images, image.to(images))
         return run.made(images, low_res, image_embed)
 
+    def _nearest(self, images: Tensor, prompts: list[str], candidates: int) -> Tensor:
+        """Of each image's candidates the row with the largest cosine between CLIP's embeddings: int64 [B]."""
+        tokens = self.tokenizer.encode(prompts).to(self.device)
+        text = self.clip.encode_text(tokens)[0].float()
+        image = self.clip.encode_image(resized(images, self.clip.image_size)).float()
+        rows = image.unflatten(0, (len(prompts), -1, candidates))
+        cosine = torch.einsum("pncd,pd->pnc", rows, text)
+        first = torch.arange(0, len(images), candidates, device=images.device)
+        return first + cosine.argmax(dim=2).flatten()
+
     def _kept(self, kept: tuple[Tensor, Tensor], side: int, rows: int) -> tuple[Tensor, Tensor]:
         image, mask = resized(kept[0], side), resized_mask(kept[1], side)
         return image.expand(rows, -1, -1, -1), mask.expand(rows, -1, -1, -1)
@@ -160,7 +178,7 @@ def check_sampling(chosen: dict[str, Any]) -> None:
                 raise TypeError(f"negative_prompt: expected a caption, got {value!r}")
         elif name == "tile" and value is None:
             continue
-        elif name.endswith("steps") or name in ("prior_candidates", "tile"):
+        elif name.endswith("steps") or name in ("candidates", "prior_candidates", "tile"):
             at_least_one(name, value)
         elif isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name}: expected a number, got {value!r}")

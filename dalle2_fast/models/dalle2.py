@@ -18,7 +18,15 @@ from dalle2_fast.checkpoints import (
     save_folder,
 )
 from dalle2_fast.models.chain import SAMPLING, UPSAMPLERS, check_sampling
-from dalle2_fast.models.generation import Generation, Progress, Run, at_least_one, choose_seed, sample_seed
+from dalle2_fast.models.generation import (
+    Generation,
+    Progress,
+    Run,
+    at_least_one,
+    candidate_seeds,
+    choose_seed,
+    sample_seed,
+)
 from dalle2_fast.models.manipulations import Manipulations
 from dalle2_fast.models.pictures import as_images, resized, to_pil
 
@@ -118,6 +126,7 @@ class DALLE2(Manipulations, nn.Module):
         generator: torch.Generator | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        candidates: int | None = None,
         prior_steps: int | None = None,
         prior_guidance: float | None = None,
         negative_prompt: str | None = None,
@@ -139,6 +148,8 @@ class DALLE2(Manipulations, nn.Module):
         steps, guidance: of the decoder; prior_steps, prior_guidance: of the prior (an autoregressive one has
             no steps); upsampler_steps, upsampler2_steps: of the upsamplers, which have no guidance. 1 is no
             guidance, more follows the caption more closely.
+        candidates: pictures that the decoder draws for each image; the one that CLIP finds nearest to the
+            caption is kept, and upsampled.
         negative_prompt: a caption that guidance leads away from.
         init_image, strength: let the decoder start from this picture (square, of any size; one, or one a
             prompt), noised, and make the last `strength` in (0, 1] of its steps: 1 forgets the picture.
@@ -160,6 +171,7 @@ class DALLE2(Manipulations, nn.Module):
         chosen = self._chosen(
             steps=steps,
             guidance=guidance,
+            candidates=candidates,
             prior_steps=prior_steps,
             prior_guidance=prior_guidance,
             negative_prompt=negative_prompt,
@@ -171,20 +183,24 @@ class DALLE2(Manipulations, nn.Module):
         self._need_prior()
         if prior_steps is not None and not self.prior.diffuses:
             raise ValueError(f"prior_steps: an autoregressive prior has none, got {prior_steps}")
-        at_least_one("num_images", num_images)
+        if chosen["candidates"] > 1 and self.clip.visual is None:
+            raise ValueError(f"candidates: this chain's CLIP sees no images: 1, got {chosen['candidates']}")
+        rows = at_least_one("num_images", num_images) * chosen["candidates"]  # of a prompt
         seed = choose_seed(seed, generator)
-        seeds = [sample_seed(seed, index) for index in range(num_images)] * len(prompts)
-        run = Run(self, seed, seeds, batch_size=batch_size, progress=progress)
+        seeds = []
+        for index in range(num_images):
+            seeds += candidate_seeds(sample_seed(seed, index), chosen["candidates"])
+        run = Run(self, seed, seeds * len(prompts), batch_size=batch_size, progress=progress)
         for_decoder = {}
         if init_image is not None:
             start = resized(as_images("init_image", init_image, self.device), self.decoder.image_size)
             if len(start) not in (1, len(prompts)):
                 raise ValueError(f"init_image: expected one image or {len(prompts)}, got {len(start)}")
-            start = start.expand(len(prompts), -1, -1, -1).repeat_interleave(num_images, dim=0)
+            start = start.expand(len(prompts), -1, -1, -1).repeat_interleave(rows, dim=0)
             for_decoder = {"init_image": start, "strength": strength}
         with run.evaluating():
-            image_embed, told = self._prior(run, prompts, num_images, chosen)
-            return self._draw(run, image_embed, chosen, size, **for_decoder, **told)
+            image_embed, told = self._prior(run, prompts, rows, chosen)
+            return self._draw(run, image_embed, chosen, size, prompts=prompts, **for_decoder, **told)
 
     # ------------------------------------------------------------------------------------------- checkpoints
 

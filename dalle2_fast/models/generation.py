@@ -44,10 +44,18 @@ class Run:
         progress: Progress = False,
     ) -> None:
         self.pipe, self.seed, self.sample_seeds = pipe, seed, list(sample_seeds)
-        rows = len(self.sample_seeds)
-        batch_size = rows if batch_size is None else at_least_one("batch_size", batch_size)
-        self.batches = [slice(start, start + batch_size) for start in range(0, rows, batch_size)]
+        self.batch_size = batch_size if batch_size is None else at_least_one("batch_size", batch_size)
         self.watch = StageWatch(progress, pipe.device)
+
+    @property
+    def batches(self) -> list[slice]:
+        rows = len(self.sample_seeds)
+        step = self.batch_size or max(1, rows)
+        return [slice(start, start + step) for start in range(0, rows, step)]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone."""
+        self.sample_seeds = [self.sample_seeds[row] for row in rows.tolist()]
 
     def evaluating(self):
         return evaluating(self.pipe)
@@ -92,6 +100,12 @@ def sample_seed(seed: int, index: int) -> int:
     z = (_mix(seed & mask) + (index + 1) * 0x9E3779B97F4A7C15) & mask
     z = _mix(z)
     return z - 2**64 if z >= 2**63 else z
+
+
+def candidate_seeds(seed: int, count: int) -> list[int]:
+    """The seeds of an image's candidates: its own, then others. More candidates never change the first ones,
+    and at negative positions they meet no seed of a stage."""
+    return [seed, *(sample_seed(seed, -candidate) for candidate in range(1, count))]
 
 
 def _mix(z: int) -> int:
