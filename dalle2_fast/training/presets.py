@@ -52,7 +52,7 @@ class Preset:
         return recipe
 
 
-# ------------------------------------------------------------- scenes-cpu: about two and a half hours on one CPU core
+# --------------------------------------------- scenes-cpu: about two and a half hours on one CPU core
 SCENES_CPU = Preset(
     name="scenes-cpu",
     world=dict(
