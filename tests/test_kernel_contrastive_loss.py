@@ -79,6 +79,14 @@ def compare(name, inputs, dtype, slack=1e-6):
     for key in results[2]:
         if dtype != torch.float64:
             assert results[0][key].dtype == results[1][key].dtype, key
+    # A scalar's gradient is a sum that cancels to a 20,000th of its terms ("far", "easy"). How near plain
+    # torch comes to it is luck with one order of the pairs, so its error is the largest of a few orders.
+    for seed in range(4):
+        order = torch.randperm(len(inputs["image_features"]), generator=torch.Generator().manual_seed(seed))
+        shuffled = {key: value[order] if value.dim() else value for key, value in inputs.items()}
+        again = outputs_and_gradients(plain(name), shuffled, dtype, keep_dtype=scalars)
+        for key in (f"d {scalar}" for scalar in scalars):
+            results[1][key] = max(results[1][key], again[key], key=lambda x: (x - results[2][key]).abs())
     assert_close_to_truth(*results, slack=slack)
 
 
