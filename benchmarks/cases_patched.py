@@ -1,7 +1,7 @@
 """Other packages' U-Nets, patched and as they were: a call, or a loss and its gradient by all parameters.
 
 Full sizes, random weights, bfloat16. "unpatched" is a copy of the same network with the same weights, so what
-a row compares is the patch alone; each also compiled. A network whose package is not installed has no rows.
+a row compares is the patch alone; each also compiled.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import copy
 import foreign_unets
 import torch
 from cases_networks import Foreign, shake, squared
-from registry import Case, add, compiled_module, installed, running
+from registry import Case, add, compiled_module, running
 from torch import Tensor, nn
 
 from dalle2_fast.adapters.patch import patch, unpatch
@@ -94,6 +94,7 @@ def add_patched(name: str, batch: int, *, gradient: bool = False) -> None:
             backward=("net",) if gradient else (),
             with_forward=gradient,
             same_bits=False,
+            package=foreign_unets.package(name),
         )
     )
 
@@ -103,6 +104,5 @@ for unet, training_batch in (
     ("karlo decoder", 8), ("karlo upsampler", 1), ("kandinsky 2.2", 8), ("stable diffusion 1.5", 8),
     ("dalle2-pytorch", 8),
 ):  # fmt: skip
-    if installed(foreign_unets.package(unet)):
-        add_patched(unet, 1 if unet == "karlo upsampler" else 2)
-        add_patched(unet, training_batch, gradient=True)
+    add_patched(unet, 1 if unet == "karlo upsampler" else 2)
+    add_patched(unet, training_batch, gradient=True)

@@ -29,6 +29,7 @@ class Case:
     bytes: the least that has to move (every input read once, every output written once); flops: what the
         matrix units have to do. Numbers, or functions that find them when they are needed.
     images: how many one call makes or learns from; 0: the row has no images per second.
+    package: what has to be installed to make the inputs; without it the row is absent.
     device: where it is timed, "cuda" (bfloat16) or "cpu" (float32).
     backward: what is timed is the gradient of `ours` (or of the rival) by these inputs; that by a network is
         the gradient by all its parameters. with_forward: and the call itself.
@@ -51,6 +52,7 @@ class Case:
     bytes: int | Callable[[], int]
     flops: int | Callable[[], int] = 0
     images: int = 0
+    package: str | None = None
     device: str = "cuda"
     backward: tuple[str, ...] = ()
     with_forward: bool = False

@@ -72,6 +72,8 @@ def test_time(name, kind, benchmark, best, request):
             needed = "a CUDA device" if DEVICE == "cpu" else "a machine without a CUDA device"
             ROWS.append(Row(name, kind, absent=f"needs {needed}"))
         pytest.skip(f"is timed on {case.device}")
+    if case.package is not None and not registry.installed(case.package):
+        absent(name, kind, f"{case.package} is not installed")
     function = ours(case, "fused") if kind == "ours" else case.rivals[kind]
     if isinstance(function, str):
         absent(name, kind, function)
