@@ -230,7 +230,8 @@ class Reader:
         Such a hole arises where the inner object's edge has a tone of the background.
         """
         filled, holder = region.clone(), torch.full_like(image, -1)
-        large = region.sum((1, 2)) > 0.5 * LARGE_AREA * region[0].numel() if self.nested else holder > 0
+        area = region.shape[-2] * region.shape[-1]
+        large = region.sum((1, 2)) > 0.5 * LARGE_AREA * area if self.nested else holder > 0
         row, hole = holes(region[large])
         for outer, gap, near in zip(large.nonzero()[row, 0].tolist(), hole, dilate(hole, 3), strict=True):
             within = (image == image[outer]) & (region & gap).flatten(1).any(1)
@@ -282,9 +283,10 @@ class Reader:
         tone = torch.zeros(where.shape)
         tone[where] = place.gather(1, two_tone_color[pool.owner, None])[:, 0].clamp(0, 1)
         # A large object has several stripes, or dots, each of them small: a single large piece is an object.
-        least = 0.6 * LEAST_AREA * where[0].numel()
+        area = where.shape[-2] * where.shape[-1]
+        least = 0.6 * LEAST_AREA * area
         pieces = torch.bincount(find_components(tone > 0.5, least)[0], minlength=len(where))
-        large = pool.pixels > LARGE_AREA * where[0].numel()
+        large = pool.pixels > LARGE_AREA * area
         textured = (two_tone_cost < cost) & ~(large & (pieces == 1))
         color = torch.where(textured, two_tone_color, color)
         fill = torch.full_like(color, SOLID)
