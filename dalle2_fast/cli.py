@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from importlib import import_module
+from typing import NoReturn
 
 from dalle2_fast import __version__
 
@@ -51,8 +52,14 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(_one_line(error), 2)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as for every other error: twenty lines of usage would hide it."""
+        self.exit(2, f"{self.prog}: {message} (options: {self.prog} --help)\n")
+
+
 def _run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="dalle2-fast",
         description="DALL-E 2 in PyTorch: captions to pictures, and the training behind it.",
     )

@@ -24,11 +24,13 @@ def grid(
 
     labels: a line of text under each.
     """
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
     columns = min(columns or math.ceil(math.sqrt(len(pictures))), len(pictures))
     rows = math.ceil(len(pictures) / columns)
     width, height = pictures[0].size
+    if labels is not None:  # a line that is wider than its picture moves the next one on
+        width = max(width, *(math.ceil(ImageFont.load_default().getlength(text)) + 4 for text in labels))
     line = LINE if labels is not None else 0
     size = (columns * (width + GAP) - GAP, rows * (height + line + GAP) - GAP)
     sheet = Image.new("RGB", size, "white")

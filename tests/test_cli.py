@@ -58,13 +58,22 @@ def test_import_is_lazy_and_names_are_there():
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["paint"], ["generate"], ["generate", "a ring", "--no-such-option"]]
+    ("arguments", "line"),
+    [
+        ([], "dalle2-fast: .*COMMAND"),
+        (["paint"], "dalle2-fast: .*'paint'"),
+        (["generate"], "dalle2-fast generate: .*caption"),
+        (["generate", "a ring", "--no-such-option"], "dalle2-fast: .*--no-such-option"),
+        (["generate", "a ring", "--steps", "0"], "dalle2-fast generate: .*--steps: .*at least 1, got '0'"),
+    ],
 )
-def test_wrong_usage(arguments, capsys):
+def test_wrong_usage_is_one_line(arguments, line, capsys):
+    """argparse's own way, a screen of usage with the error below it."""
     with pytest.raises(SystemExit) as end:
         cli.main(arguments)
     assert end.value.code == 2
-    assert "usage: dalle2-fast" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert re.match(line, err) and err.endswith("--help)\n") and err.count("\n") == 1
 
 
 def command_that_raises(monkeypatch, error):

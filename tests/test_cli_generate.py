@@ -240,6 +240,16 @@ def test_grid(count, size):
         assert sheet.getpixel((12, 0)) == (1, 0, 0) and sheet.getpixel((9, 0)) == (255, 255, 255)
 
 
+def test_labels_do_not_run_into_each_other():
+    """Catches: lines under small pictures that are printed over one another."""
+    red, blue = (Image.new("RGB", (16, 16), color) for color in ("red", "blue"))
+    one = cli_picture.grid([red], labels=["of variance 17.7%"])
+    two = cli_picture.grid([red, blue], labels=["of variance 17.7%"] * 2)
+    assert two.width == 2 * one.width + cli_picture.GAP > 100
+    first, second = (two.crop((x, 16, x + one.width, two.height)) for x in (0, one.width + cli_picture.GAP))
+    assert first.tobytes() == second.tobytes() == one.crop((0, 16, one.width, one.height)).tobytes()
+
+
 def test_failed_write_keeps_the_old_picture(tmp_path, monkeypatch):
     path = tmp_path / "x.png"
     cli_picture.save_png(Image.new("RGB", (2, 2), "red"), path, {"caption": "ring é"})
