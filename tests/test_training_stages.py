@@ -338,6 +338,21 @@ def test_an_autoregressive_prior_and_a_second_upsampler_join_the_pipeline(traine
     assert pipeline("a red circle", num_images=2, seed=0, steps=2).shape == (2, 3, 64, 64)
 
 
+def test_a_resumed_run_knows_its_prior(trained, tmp_path, capsys):
+    """Catches: a state that is refused because --prior was not said again, and one that is taken for another
+    prior's because it was said wrongly."""
+    (tmp_path / "clip").symlink_to(trained / "clip")
+    command = ["train", "prior", "--preset", "tiny", "--out", str(tmp_path), "--device", "cpu", "--quiet"]
+    assert main([*command, "--prior", "autoregressive", "--pause-after", "0"]) == 0
+    assert main([*command, "--resume", "--prior", "diffusion"]) == 2
+    assert "cannot resume: its config differs" in capsys.readouterr().err
+    assert main([*command, "--resume", "--pause-after", "-1"]) == 2
+    assert "--pause-after: expected at least 0, got -1.0" in capsys.readouterr().err
+    assert main([*command, "--resume"]) == 0
+    config, _ = load_weights(tmp_path / "prior" / "model.safetensors")
+    assert config["class"] == "ARPrior"
+
+
 def test_a_second_upsampler_is_no_part_of_all(trained):
     assert DALLE2.from_pretrained(trained).upsampler2 is None and not (trained / "upsampler2").exists()
 

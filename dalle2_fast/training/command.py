@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("stage", choices=(*STAGES, *EXTRA_STAGES, "all"),
         help="what to train; all: the first four in order, then the pipeline")
     add("--preset", required=True, help=f"one of {', '.join(PRESETS)}")
-    add("--prior", choices=PRIORS, default="diffusion", help="which prior (default: diffusion)")
+    add("--prior", choices=PRIORS, help="which prior (default: what DIR holds, or else diffusion)")
     add("--out", required=True, type=Path, metavar="DIR", help="folder of the run: one sub-folder a stage")
     add("--resume", action="store_true", help="continue what DIR holds; finished stages are skipped")
     add("--init", type=Path, metavar="FILE", help="start from these STAGE/model.safetensors weights")
@@ -72,10 +72,13 @@ def run(args: argparse.Namespace) -> int:
         if args.threads < 1:
             raise ValueError(f"--threads: expected at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
+    if args.pause_after is not None and not args.pause_after >= 0:
+        raise ValueError(f"--pause-after: expected at least 0, got {args.pause_after}")
     stages = STAGES if args.stage == "all" else (args.stage,)
     if args.stage == "all" and (args.init or args.freeze):
         raise ValueError("--init, --freeze: expected one stage, got all")
-    preset = adjust(choose_prior(get_preset(args.preset), args.prior), stages, minutes=args.minutes,
+    prior = args.prior or (kept_prior(args.out) if args.resume else None) or PRIORS[0]
+    preset = adjust(choose_prior(get_preset(args.preset), prior), stages, minutes=args.minutes,
                     steps=args.steps, batch_size=args.batch_size, learning_rate=args.lr)
     begin = time.monotonic()
     for name in () if args.export else stages:
@@ -91,6 +94,15 @@ def run(args: argparse.Namespace) -> int:
         path = export_pipeline(preset, args.out, dtype=getattr(torch, args.export_dtype))
         print(f"pipeline: {path}")
     return 0
+
+
+def kept_prior(out: Path) -> str | None:
+    """Which prior the state in `out` is of, one of PRIORS; None where there is no whole one to say it."""
+    folder = StageFolder(Path(out) / "prior")
+    if folder.weights_path.exists() or not folder.has_state():
+        return None
+    kind = folder.load_state(torch.device("cpu"))[0].get("config", {}).get("class")
+    return "autoregressive" if kind == "ARPrior" else "diffusion"
 
 
 def choose_device(name: str) -> torch.device:
