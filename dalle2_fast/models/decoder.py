@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..checkpoints import Pretrained
-from ..diffusion.inpainting import check_mask
-from ..diffusion.process import GaussianDiffusion
-from ..diffusion.schedules import make_schedule
-from .conditioning import ConditionProjection
-from .decoder_base import ConditionedDecoder
-from .inputs import check_images, check_probability, coin, resolve_seeds
-from .masks import draw_masks
-from .transformer import TextTransformer
-from .unet import UNet
+from dalle2_fast.checkpoints import Pretrained
+from dalle2_fast.diffusion.inpainting import check_mask
+from dalle2_fast.diffusion.process import GaussianDiffusion
+from dalle2_fast.diffusion.schedules import make_schedule
+from dalle2_fast.models.conditioning import ConditionProjection
+from dalle2_fast.models.decoder_base import ConditionedDecoder
+from dalle2_fast.models.inputs import check_images, check_probability, coin, resolve_seeds
+from dalle2_fast.models.masks import draw_masks
+from dalle2_fast.models.transformer import TextTransformer
+from dalle2_fast.models.unet import UNet
 
 if TYPE_CHECKING:
-    from .clip import CLIP
+    from dalle2_fast.models.clip import CLIP
 
 
 class Decoder(Pretrained, ConditionedDecoder):

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .conditioning import Caption, ConditionProjection
-from .inputs import cat_padded
-from .transformer import TextTransformer
-from .unet import UNet
+from dalle2_fast.models.conditioning import Caption, ConditionProjection
+from dalle2_fast.models.inputs import cat_padded
+from dalle2_fast.models.transformer import TextTransformer
+from dalle2_fast.models.unet import UNet
 
 if TYPE_CHECKING:
-    from .clip import CLIP
+    from dalle2_fast.models.clip import CLIP
 
 
 class ConditionedDecoder(nn.Module):

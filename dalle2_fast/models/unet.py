@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules import GroupNormSiLU
-from .unet_blocks import AttentionBlock, FineLevel, Layout, ResBlock, sinusoidal_embedding
+from dalle2_fast.models.unet_blocks import AttentionBlock, FineLevel, Layout, ResBlock, sinusoidal_embedding
+from dalle2_fast.modules import GroupNormSiLU
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import cross_attention
-from ..modules import GroupNormSiLU
+from dalle2_fast.functional import cross_attention
+from dalle2_fast.modules import GroupNormSiLU
 
 
 def sinusoidal_embedding(time: Tensor, width: int) -> Tensor:
