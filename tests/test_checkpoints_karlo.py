@@ -173,7 +173,7 @@ def test_the_comparison_would_notice(karlo, karlo_folder, monkeypatch, change, v
         ours.sampling[change] = value
     elif change == "guidance":
         chosen = ours._chosen
-        monkeypatch.setattr(ours, "_chosen", lambda **given: chosen(**given) | {"guidance": value})
+        monkeypatch.setattr(ours, "_chosen", lambda size, **given: chosen(size, **given) | {"guidance": value})
     else:
         part = ours.prior if change in ("sample_clip", "unit_norm") else ours.upsampler
         setattr(part, change, value)

@@ -123,6 +123,28 @@ def test_tiles_reach_the_upsamplers(pipe):
         pipe("a red ring", 1, tile=0)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (dict(size=16, upsampler_steps=3), "upsampler_steps: no upsampler makes pictures of 16 x 16, got 3"),
+        (dict(size=32, upsampler2_steps=3), "upsampler2_steps: no upsampler2 makes .* 32 x 32, got 3"),
+        (dict(size=16, tile=64), "tile: no upsampler makes pictures of 16 x 16, got 64"),
+    ],
+)
+def test_settings_without_effect_are_refused(pipe, options, says):
+    """Catches: an option that is taken and changes nothing, of `generate` and of the manipulations."""
+    with pytest.raises(ValueError, match=says):
+        pipe("a red ring", 1, **options)
+    with pytest.raises(ValueError, match=says):
+        pipe.variations(torch.zeros(1, 3, 16, 16), 1, **options)
+
+
+@pytest.mark.parametrize("prompt", [None, 3, ["a red ring", 3]])
+def test_what_is_no_caption_is_named(pipe, prompt):
+    with pytest.raises(TypeError, match="prompt: expected a caption or a list of captions, got"):
+        pipe(prompt, 1)
+
+
 def test_an_autoregressive_prior_has_no_steps(pipe):
     assert pipe("a red ring", 1, seed=0, size=16, prior_guidance=2.0, sampler="ddpm").isfinite().all()
     with pytest.raises(ValueError, match="prior_steps: an autoregressive prior has none, got 3"):

@@ -119,6 +119,7 @@ def _draw(
 ) -> Tensor:
     """The decoder's picture of every caption: float [n, 3, R, R] in [0, 1] on the CPU."""
     texts, images = _texts(tokens), []
+    idle = {"upsampler_steps"} | (set() if pipe.prior.diffuses else {"prior_steps"})
     starts = range(0, len(texts), batch_size)
     for start in tqdm(starts, desc="drawing captions", unit="batch", disable=not progress, leave=False):
         # Within a call, every caption gets the same noise; so every call gets a seed of its own.
@@ -127,7 +128,7 @@ def _draw(
             1,
             seed=mix_seed(seed, start),
             size=pipe.decoder.image_size,
-            **{name: sampling[name] for name in SETTINGS if pipe.prior.diffuses or name != "prior_steps"},
+            **{name: sampling[name] for name in SETTINGS if name not in idle},
         )
         images.append(made.images.cpu())
     return torch.cat(images)

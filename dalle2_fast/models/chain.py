@@ -52,10 +52,18 @@ class Chain:
             raise ValueError(f"size: expected one of {', '.join(map(str, self.sizes))}, got {size!r}")
         return size
 
-    def _chosen(self, **given: Any) -> dict[str, Any]:
-        """The checkpoint's settings, replaced by those that were given."""
-        chosen = self.sampling | {name: value for name, value in given.items() if value is not None}
+    def _chosen(self, size: int | None = None, **given: Any) -> dict[str, Any]:
+        """The checkpoint's settings, replaced by those that were given. ValueError for one of an upsampler
+        that a picture of `size` does not meet: it would change nothing."""
+        given = {name: value for name, value in given.items() if value is not None}
+        chosen = self.sampling | given
         check_sampling(chosen)
+        if size is not None:
+            met = UPSAMPLERS[: self.sizes.index(size)]
+            idle = {f"{stage}_steps" for stage in UPSAMPLERS if stage not in met}
+            for name in (idle if met else idle | {"tile"}) & given.keys():
+                which = f"no {name.removesuffix('_steps')}" if name != "tile" else "no upsampler"
+                raise ValueError(f"{name}: {which} makes pictures of {size} x {size}, got {given[name]}")
         return chosen
 
     def _captions(

@@ -164,11 +164,14 @@ class DALLE2(Manipulations, nn.Module):
         Raises ValueError for an unknown word, an empty or over-long caption and arguments out of range,
         FloatingPointError if the result is not finite (float16 may overflow).
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, (list, tuple)) or not all(isinstance(text, str) for text in prompts):
+            raise TypeError(f"prompt: expected a caption or a list of captions, got {prompt!r}")
         if not prompts:
             raise ValueError("prompt: expected at least one caption, got an empty list")
         size = self._size(size)
         chosen = self._chosen(
+            size,
             steps=steps,
             guidance=guidance,
             candidates=candidates,

@@ -302,7 +302,8 @@ class Manipulations(Chain):
         left = {name: value for name, value in settings.items() if name not in mine}
         if unknown := set(left) - _DECODER_OPTIONS:
             raise TypeError(f"{', '.join(sorted(unknown))}: not an option here")
-        return self._chosen(**mine, **given), self._size(size), left
+        size = self._size(size)
+        return self._chosen(size, **mine, **given), size, left
 
     def _run(
         self, count: int, num_images: int, seed: int | None, generator: torch.Generator | None,
