@@ -250,12 +250,12 @@ def test_own_data(tmp_path, capsys):
                 entry.size = len(data)
                 tar.addfile(entry, io.BytesIO(data))
     preset = PRESETS["tiny"]
-    decoder = dataclasses.replace(preset.decoder, data={})  # objects are known in rendered scenes only
-    preset = dataclasses.replace(preset, decoder=decoder)
     out = tmp_path / "out"
     for stage in STAGES:
         options = dict(shards=str(shard), show_progress=False)
         assert train_stage(stage, preset, out, **options) == "finished"
+    # Where objects are is known of rendered scenes only.
+    assert "foreground_weight 2 is for rendered scenes" in capsys.readouterr().out
     pipeline = DALLE2.from_pretrained(export_pipeline(preset, out))
     assert pipeline("two dogs at the harbour", num_images=1, steps=2, prior_steps=2).shape == (1, 3, 32, 32)
     with pytest.raises(ValueError, match="circle"):

@@ -56,6 +56,7 @@ class SceneStage:
         self, preset: Preset, *, seed: int, device: torch.device, shards: str | None, tokenizer: Tokenizer
     ) -> None:
         self.recipe, self.device, self.tokenizer = preset.recipe(self.name), device, tokenizer
+        self.own_data = shards is not None
         self.prepare()
         self.config = {"model": self.model.config}
         self.model.to(device)
@@ -203,7 +204,8 @@ class DecoderStage(ClipGuidedStage):
     """The decoder on (image, caption, image embedding).
 
     text_encoder: the configuration of a text tower trained from scratch, or "clip": it starts as CLIP's.
-    data["foreground_weight"] weights the error on objects: few of the pixels, but all of the shapes.
+    data["foreground_weight"] weights the error on objects: few of the pixels, but all of the shapes. Own
+    pictures, in which nothing says where the objects are, are weighted evenly, and that is said.
     """
 
     name = "decoder"
@@ -221,6 +223,10 @@ class DecoderStage(ClipGuidedStage):
         self.size = self.model.image_size
         self.resolutions = tuple(dict.fromkeys((self.size, self.clip.image_size)))
         self.weight = self.recipe.data.get("foreground_weight", 1.0)
+        if self.own_data and self.weight != 1.0:
+            print(f"decoder: the preset's foreground_weight {self.weight:g} is for rendered scenes; the "
+                  "pictures of --data are weighted evenly")
+            self.weight = 1.0
 
     def loss(self, batch: dict, generator: torch.Generator) -> Tensor:
         pixel_weight = foreground_weight(batch, self.size, self.weight) if self.weight != 1.0 else None
