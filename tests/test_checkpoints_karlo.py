@@ -173,7 +173,8 @@ def test_the_comparison_would_notice(karlo, karlo_folder, monkeypatch, change, v
         ours.sampling[change] = value
     elif change == "guidance":
         chosen = ours._chosen
-        monkeypatch.setattr(ours, "_chosen", lambda size, **given: chosen(size, **given) | {"guidance": value})
+        told = lambda size, **given: chosen(size, **given) | {"guidance": value}  # noqa: E731
+        monkeypatch.setattr(ours, "_chosen", told)
     else:
         part = ours.prior if change in ("sample_clip", "unit_norm") else ours.upsampler
         setattr(part, change, value)

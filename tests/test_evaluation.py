@@ -117,7 +117,7 @@ def test_an_upsampler_that_knows_the_truth_beats_bicubic_and_bicubic_equals_itse
 # ------------------------------------------------------------------------------------------------ the command
 
 
-def pipeline(world: World | None = WORLD) -> DALLE2:
+def pipeline(world: World | None = WORLD, second: bool = False) -> DALLE2:
     """A whole chain with random weights that takes scene captions."""
     words = WordTokenizer.scenes(world)
     tower = dict(num_tokens=words.vocab_size, context_length=words.context_length, dim=16, depth=1, heads=2)
@@ -137,6 +137,8 @@ def pipeline(world: World | None = WORLD) -> DALLE2:
             words,
             sampling=dict(steps=2, prior_steps=2, upsampler_steps=2, guidance=2.0),
             metadata={} if world is None else {"world": world.to_config()},
+            upsampler2=Upsampler(dict(in_channels=6, attention_levels=(), **unet), image_size=64,
+                                 low_res_size=32) if second else None,
         )  # fmt: skip
 
 
@@ -146,6 +148,14 @@ def checkpoint(tmp_path_factory):
 
 
 SMALL = "--captions 8 --clip-captions 20 --training-captions 100 --pictures 2 --quiet".split()
+
+
+# Catches: a chain with a second upsampler that cannot be scored; the first one is.
+def test_a_second_upsampler_does_not_matter(tmp_path, capsys):
+    path = pipeline(second=True).save_pretrained(tmp_path)
+    command = ["evaluate", "--checkpoint", str(path), *SMALL, "--parts", "upsampler", "--device", "cpu"]
+    assert cli.main(command) == 0
+    assert "PSNR" in capsys.readouterr().out
 
 
 # Catches: anything that breaks between the checkpoint, the scores, the table and the file.

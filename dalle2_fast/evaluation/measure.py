@@ -165,7 +165,7 @@ def _score_upsampler(pipe: DALLE2, world: World, count: int, seed: int, sampling
             sampler=sampling["sampler"],
         )
 
-    low, high = pipe.sizes
+    low, high = pipe.sizes[:2]  # a second upsampler is not measured
     scenes = sample_scenes(count, _generator(seed, "iid", 2), "iid", world)
     return score_upsampler(upsample, scenes, low=low, high=high)
 

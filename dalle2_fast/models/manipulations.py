@@ -348,7 +348,7 @@ class Manipulations(Chain):
     def _world_pictures(self, count: int, seed: int, batch_size: int) -> Iterable[Tensor]:
         from dalle2_fast.data import SceneStream, World
 
-        if "world" not in self.metadata:
+        if self.metadata.get("world") is None:
             raise ValueError("images: expected batches, because the checkpoint names no world, got None")
         size = self.clip.image_size
         stream = SceneStream(World.from_config(self.metadata["world"]), batch_size, (size,), seed)
