@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dalle2_fast import __version__, cli_device
+from dalle2_fast import __version__, _device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,8 +19,8 @@ def run(args: argparse.Namespace) -> int:
     build = build_info() | {"dalle2_fast": __version__}
     for key, value in build.items():
         _print(key.replace("_", " "), _words(value))
-    device = cli_device.choose_device("auto")
-    dtype = str(cli_device.choose_dtype("auto", device)).removeprefix("torch.")
+    device = _device.choose_device("auto")
+    dtype = str(_device.choose_dtype("auto", device)).removeprefix("torch.")
     _print("default", f"{device}, {dtype}")
     path = args.checkpoint or embedded_path()
     try:

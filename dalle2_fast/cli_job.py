@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dalle2_fast import __version__, cli_arguments, cli_device, cli_image, cli_picture
+from dalle2_fast import __version__, _device, cli_arguments, cli_image, cli_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,8 +34,8 @@ class Job:
         cli_picture.check_writable(self.output.parent, "--output")
         if args.individual is not None:
             cli_picture.check_writable(args.individual, "--individual")
-        self.device = cli_device.choose_device(args.device)
-        self.dtype = cli_device.choose_dtype(args.dtype, self.device)
+        self.device = _device.choose_device(args.device)
+        self.dtype = _device.choose_dtype(args.dtype, self.device)
         self.start_up, self.notes = 0.0, []
 
     def load(self) -> DALLE2:

@@ -7,8 +7,7 @@ import json
 import os
 from pathlib import Path
 
-import torch
-
+from dalle2_fast._device import choose_device
 from dalle2_fast.checkpoints import CheckpointError
 from dalle2_fast.data.scenes import held_out_pairs
 from dalle2_fast.data.world import World
@@ -79,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--seed: expected 0 to 2^32 - 1, got {args.seed}")
     if args.output is not None:
         _check_output(args.output)
-    device = _choose_device(args.device)
+    device = choose_device(args.device)
     path = None if args.checkpoint == "embedded" else Path(args.checkpoint)
     pipe = DALLE2.from_pretrained(path, device=device)
     world = _world(pipe)
@@ -120,19 +119,6 @@ def _splits(asked: list[str] | None, world: World) -> tuple[str, ...]:
     if asked and "comp" in asked:
         raise ValueError("--splits: comp is empty: this checkpoint's world has none of the held-out pairs")
     return ("iid",)
-
-
-def _choose_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(f"--device: {name} asked for, but torch sees {count} CUDA device(s)")
-    return device
 
 
 def _check_output(path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dalle2_fast import _backend
+from dalle2_fast._device import choose_device, choose_dtype
 from dalle2_fast.training.folder import StageFolder, TrainingError, load_weights, save_weights, write_beside
 from dalle2_fast.training.presets import (
     EXTRA_STAGES,
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises TrainingError or ValueError for what the user can put right.
     """
-    device = choose_device(args.device)
+    device = choose_device(args.device, ("cpu", "cuda"))
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f"--threads: expected at least 1, got {args.threads}")
@@ -103,28 +103,6 @@ def kept_prior(out: Path) -> str | None:
         return None
     kind = folder.load_state(torch.device("cpu"))[0].get("config", {}).get("class")
     return "autoregressive" if kind == "ARPrior" else "diffusion"
-
-
-def choose_device(name: str) -> torch.device:
-    """auto -> cuda when there is one, else cpu. ValueError for a device that does not exist here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(f"--device: {name} asked for, but torch sees {count} CUDA device(s)")
-    return device
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto | fp32 | bf16 -> what the products are computed in."""
-    fast = device.type == "cuda" or _backend.cpu_has_bfloat16()
-    return torch.bfloat16 if name == "bf16" or (name == "auto" and fast) else torch.float32
 
 
 def train_stage(

@@ -24,27 +24,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def choose_device(name: str) -> torch.device:
-    """ "auto" | "cpu" | "cuda" | "cuda:N" | "mps" -> the device; ValueError if it does not exist here."""
+def choose_device(name: str, kinds: tuple[str, ...] = ("cpu", "cuda", "mps")) -> torch.device:
+    """ "auto" | "cpu" | "cuda" | "cuda:N" | "mps" -> the device; ValueError if it is none of `kinds` or does
+    not exist here."""
     import torch
+
+    wrong = ValueError(f"--device: expected auto, {', '.join(kinds)} or cuda:N, got {name!r}")
 
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device: expected auto, cpu, cuda, cuda:N or mps, got {name!r}") from None
+        raise wrong from None
+    if device.type not in kinds:
+        raise wrong
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise ValueError(
                 f"--device: {name} asked for, but torch {torch.__version__} sees {count} CUDA device(s)"
             )
-    elif device.type == "mps":
-        if not torch.backends.mps.is_available():
-            raise ValueError(f"--device: mps asked for, but torch {torch.__version__} sees no Apple GPU")
-    elif device.type != "cpu":
-        raise ValueError(f"--device: expected auto, cpu, cuda, cuda:N or mps, got {name!r}")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"--device: mps asked for, but torch {torch.__version__} sees no Apple GPU")
     return device
 
 
