@@ -105,7 +105,7 @@ SCENES_CPU = Preset(
         optimisation=Optimisation(batch_size=32, minutes=14, optimizer="muon", learning_rate=1.5e-3,
                                   betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=50, hold=0.4,
                                   decay="linear", ema_decay=0.995, log_steps=20)),
-    sampling=dict(guidance=3.0, candidates=4, sampler="ddim"),
+    sampling=dict(guidance=3.0, prior_guidance=2.0, candidates=4, sampler="ddim"),
     # Neither of the two has been tuned: sizes and lengths are those of their siblings.
     ar_prior=Recipe(
         model=dict(net=dict(dim=128, depth=3, heads=4, num_components=48, num_buckets=128,
