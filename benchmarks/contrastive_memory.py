@@ -139,14 +139,12 @@ def main() -> None:
         loss, implementation, *sizes = arguments.one
         print(json.dumps(measure(loss, implementation, *map(int, sizes))))
         return
-    about = {"machine": machine(), "versions": versions(), "note": arguments.note}
+    about = {"machine": {name: machine()[name] for name in ("cpu", "cores")}, "versions": versions()}
     path, rows = RESULTS / f"{arguments.name}.json", {}
     if arguments.add and path.exists():
         before = json.loads(path.read_text())
         about = {name: before[name] for name in about}
-        for row in before["rows"]:
-            row = {"date": before["date"], "commit": before["commit"], "note": before["note"]} | row
-            rows[key_of(row)] = row
+        rows = {key_of(row): row for row in before["rows"]}
     for loss in arguments.losses:
         for threads in arguments.threads:
             for n in arguments.sizes:

@@ -186,6 +186,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     pipe = DALLE2.from_pretrained(arguments.checkpoint)
+    pipe.sampling["candidates"] = 1  # DALLE2-pytorch chooses among embeddings, not among pictures
     plain, rival = plain_chain(pipe), their_chain(pipe)
     # Text tower and prior are the same modules in the first two; each chain wraps and counts its own.
     plain.prior = copy.deepcopy(pipe.prior)

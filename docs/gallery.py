@@ -31,7 +31,7 @@ GALLERY = {
         "--to", "a yellow square on a black background", "--theta", "0.3", "--frames", "5",
     ],
     "invert": ["invert", "circle.png", "--steps", "50"],
-    "reconstruct": ["reconstruct", "square.png", "--dims", "1,2,4,8,16,128"],
+    "reconstruct": ["reconstruct", "square.png", "--dims", "1,2,4,8,16,192"],
     "inpaint": [
         "inpaint", "circle.png", "a large green square on a navy background", "--box", "0,0,1,0.5",
         "--num-images", "4", "--resample", "3", "--jump", "5",
