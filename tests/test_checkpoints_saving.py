@@ -170,11 +170,16 @@ def test_a_config_of_the_first_release_loads(tmp_path):
     assert torch.equal(loaded("a ring", 1, seed=0), pipe("a ring", 1, seed=0))
 
 
-def test_the_first_releases_checkpoint_loads():
-    """It is the one in the package, written before most options were there."""
-    config = checkpoints.load_config(checkpoints.embedded_path())
-    assert config["format_version"] == 1 and "prior_class" not in config
-    assert DALLE2.from_pretrained().sizes == (64, 256)
+def test_the_first_releases_config_loads(tmp_path):
+    """The config of the first checkpoint that was in the package, written before most options were there."""
+    config = json.loads((Path(__file__).parent / "first_release_config.json").read_text())
+    kinds = {"clip": CLIP, "prior": DiffusionPrior, "decoder": Decoder, "upsampler": Upsampler}
+    parts = {name: kind(**config[name]) for name, kind in kinds.items()}
+    saved = {name: config[name] for name in config if name not in ("format_version", "weights_sha256")}
+    checkpoints.save_folder(tmp_path, saved, checkpoints.join_states(parts))
+    loaded = DALLE2.from_pretrained(tmp_path)
+    assert "prior_class" not in config and loaded.sizes == (64, 256)
+    assert all(same(getattr(loaded, name), part) for name, part in parts.items())
 
 
 def test_an_older_version_is_brought_up_to_date_step_by_step(tmp_path, monkeypatch):
