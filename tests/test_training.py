@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import nn
 
+from dalle2_fast.training import muon
 from dalle2_fast.training.ema import ExponentialMovingAverage
 from dalle2_fast.training.folder import StageFolder, TrainingError, load_weights, save_weights, write_beside
-from dalle2_fast.training.muon import polar_factor
+from dalle2_fast.training.muon import Muon, polar_factor, polar_factors
 from dalle2_fast.training.optimisation import Optimisation, make_optimizers
 from dalle2_fast.training.presets import PRESETS, STAGES, adjust, get_preset
 from dalle2_fast.training.trainer import Trainer, step_seed
@@ -303,6 +304,38 @@ def test_polar_factor_levels_singular_values(shape):
     inner = (left.T @ factor @ right.T).diagonal()
     assert inner[values > 0.05 * values.max()].min() > 0.6
     assert torch.linalg.svdvals(factor).max() < 1.3
+
+
+def test_muon_in_stacks_equals_one_by_one(monkeypatch):
+    """Catches: a stack that mixes up matrices or sides, or has one norm; a stack of two shapes."""
+    shapes = [(12, 40), (40, 12), (12, 4, 5, 2), (12, 40), (16, 16), (40, 3, 2, 2), (16, 16), (7, 9)]
+    draw = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=draw) * 3.0**i for i, shape in enumerate(shapes)]
+    factors = polar_factors([start[i].flatten(1) for i in (0, 1, 2, 3, 5)])
+    for factor, i in zip(factors, (0, 1, 2, 3, 5), strict=True):
+        torch.testing.assert_close(factor, polar_factor(start[i].flatten(1)), rtol=0, atol=1e-6)
+
+    def run(stacked: bool) -> list[torch.Tensor]:
+        with monkeypatch.context() as patch:
+            sizes = []
+            if stacked:
+                patch.setattr(muon, "alone", lambda parameter: False)
+                whole = muon.polar_factors
+                count = lambda matrices: sizes.append(len(matrices)) or whole(matrices)  # noqa: E731
+                patch.setattr(muon, "polar_factors", count)
+            parameters = [nn.Parameter(each.clone()) for each in start]
+            optimizer, noise = Muon(parameters, lr=0.1, weight_decay=0.1), torch.Generator().manual_seed(1)
+            for _ in range(3):
+                for parameter in parameters:
+                    parameter.grad = torch.randn(parameter.shape, generator=noise)
+                parameters[3].grad = None
+                optimizer.step()
+        assert sorted(sizes) == (sorted([4, 2, 1] * 3) if stacked else [])
+        assert all(set(state) == {"momentum"} for state in optimizer.state_dict()["state"].values())
+        return [parameter.detach() for parameter in parameters]
+
+    for one, many in zip(run(False), run(True), strict=True):
+        torch.testing.assert_close(many, one, rtol=1e-6, atol=1e-6)
 
 
 def test_step_seeds_are_distinct():

@@ -170,9 +170,9 @@ def _edit(scenes: Scenes, kind: str, generator: torch.Generator | None, world: W
 
     if kind in _SCENE_ATTRIBUTES:
         key, attribute = _SCENE_ATTRIBUTES[kind]
-        return scenes | {key: another(scenes[key], world.ids(attribute).to(device))}
+        return scenes | {key: another(scenes[key], world.ids(attribute, device))}
     if kind == "change_relation":
-        new = another(scenes["rel"], world.ids("relations").to(device))
+        new = another(scenes["rel"], world.ids("relations", device))
         return scenes | {"rel": torch.where(scene_kind == TWO, new, scenes["rel"])}
     if kind == "change_position":
         # Another row or another column, not both: else the easier of the two is enough.
@@ -187,7 +187,7 @@ def _edit(scenes: Scenes, kind: str, generator: torch.Generator | None, world: W
     key = kind.removeprefix("change_")
     slot = integers(6) % scenes["nobj"].clamp(1, NAMED_OBJECTS)  # 6: a multiple of 1, 2 and 3
     slot = torch.where(scene_kind == COUNT, 0, slot)
-    new = another(scenes[key].gather(1, slot[:, None])[:, 0], world.ids(key + "s").to(device))
+    new = another(scenes[key].gather(1, slot[:, None])[:, 0], world.ids(key + "s", device))
     here = torch.arange(MAX_OBJECTS, device=device)[None] == slot[:, None]
     here |= (scene_kind == COUNT)[:, None] & valid_slots(scenes)
     return scenes | {key: torch.where(here, new[:, None], scenes[key])}

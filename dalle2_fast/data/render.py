@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from .palette import palette
-from .scenes import Scenes
+from .scenes import Scenes, valid_slots
 from .shapes import SIGNED_DISTANCES, geometry
-from .vocabulary import DOTTED, MAX_OBJECTS, SOLID, STRIPED, TEXTURES
+from .vocabulary import DOTTED, SOLID, STRIPED, TEXTURES
 
 TEXTURE_PERIOD = 0.125  # of the canvas
 
 # Scene pixels rendered at once. On a CPU, a quarter of it loses 20 % to the overhead of each operation, and
-# more wins nothing but takes memory. Elsewhere: few launches, some hundred MB.
-CPU_CHUNK_PIXELS, DEVICE_CHUNK_PIXELS = 2**20, 2**22
+# more wins nothing but takes memory. Elsewhere: few launches, about a GB (some 100 bytes
+# a pixel), and a batch of every stage of the presets in one piece.
+CPU_CHUNK_PIXELS, DEVICE_CHUNK_PIXELS = 2**20, 2**23
 
 
 class _Layers(NamedTuple):
@@ -49,7 +50,7 @@ def render(scenes: Scenes, resolution: int = 64) -> Tensor:
 def _render(scenes: Scenes, resolution: int) -> Tensor:
     """One chunk, sorted by falling number of objects."""
     images = _background(scenes, resolution)
-    users = [int((scenes["nobj"] > slot).sum()) for slot in range(MAX_OBJECTS)]  # scenes that use each slot
+    users = valid_slots(scenes).sum(0).tolist()  # scenes that use each slot
 
     def flat(key: str) -> Tensor:  # objects, slot after slot: [N, ...]
         return torch.cat([scenes[key][:count, slot] for slot, count in enumerate(users)])

@@ -111,7 +111,8 @@ def sample_scenes(
         proposals = int((n - found) * (8 if split == "comp" else 1.6)) + 64
         scenes, accepted = _propose(proposals, generator, world, torch.device(device))
         accepted &= in_split(scenes, split)
-        parts.append({key: value[accepted] for key, value in scenes.items()})
+        rows = accepted.nonzero()[:, 0]  # once: a GPU's host waits for it
+        parts.append({key: value[rows] for key, value in scenes.items()})
         found += len(parts[-1]["kind"])
         stale = 0 if len(parts[-1]["kind"]) else stale + 1
         if stale == STALE_ROUNDS and n:
@@ -131,13 +132,13 @@ def _propose(
         return torch.randint(0, high, shape, generator=generator, device=device)
 
     def weighted(attribute: str, count: int) -> Tensor:
-        weights = world.weights(attribute).to(device)
+        weights = world.weights(attribute, device)
         return torch.multinomial(weights, count, replacement=True, generator=generator)
 
     slots, shape_table, colors = MAX_OBJECTS, geometry(device), palette(device)
     kind = weighted("kinds", n)
-    shape = world.ids("shapes").to(device)[integers(len(world.shapes), n, slots)]
-    color = world.ids("colors").to(device)[integers(len(world.colors), n, slots)]
+    shape = world.ids("shapes", device)[integers(len(world.shapes), n, slots)]
+    color = world.ids("colors", device)[integers(len(world.colors), n, slots)]
     fill = weighted("fills", n * slots).view(n, slots)
     size = weighted("sizes", n * slots).view(n, slots)
     rel = torch.where(kind == TWO, weighted("relations", n), -1)
@@ -150,7 +151,7 @@ def _propose(
     for attribute in (shape, color, fill, size):
         attribute.copy_(torch.where(alike, attribute[:, :1], attribute))
     size = torch.where((alike | (kind == THREE)[:, None]) & (size == LARGE), MEDIUM, size)
-    size = torch.where(alike & (nobj > 4)[:, None], world.ids("sizes").min().to(device), size)
+    size = torch.where(alike & (nobj > 4)[:, None], world.ids("sizes", device).min(), size)
 
     # "inside": slot 1 lies in slot 0.
     inside = rel == INSIDE
@@ -181,9 +182,10 @@ def _propose(
     slot_used = torch.arange(slots, device=device)[None] < nobj[:, None]
     visible = (colors.allowed[color, fill] | ~slot_used[..., None]).all(1)  # [n, backgrounds]
     in_world = torch.zeros(len(BACKGROUNDS), dtype=torch.bool, device=device)
-    in_world[world.ids("backgrounds").to(device)] = True
+    in_world[world.ids("backgrounds", device)] = True
     choices = (visible & in_world).float()
-    choices[choices.sum(1) == 0, 0] = 1  # multinomial wants one; refused below
+    # multinomial wants one; refused below
+    choices[:, 0] = torch.where(choices.sum(1) == 0, 1.0, choices[:, 0])
     bg = torch.multinomial(choices, 1, generator=generator)[:, 0]
     btex = weighted("textures", n)
     jitter = dict(
@@ -274,9 +276,9 @@ def is_sound(scenes: Scenes, world: World | None = None) -> Tensor:
     fine = (colors.allowed[color, fill, scenes["bg"][:, None]] | ~used).all(1)
     fine &= (shape_table.fill_visible[shape, size] | (fill == SOLID) | ~used).all(1)
     for attribute, plural in (("shape", "shapes"), ("color", "colors"), ("fill", "fills"), ("size", "sizes")):
-        fine &= ((world.weights(plural).to(device) > 0)[scenes[attribute]] | ~used).all(1)
+        fine &= ((world.weights(plural, device) > 0)[scenes[attribute]] | ~used).all(1)
     for attribute, plural in (("kind", "kinds"), ("bg", "backgrounds"), ("btex", "textures")):
-        fine &= (world.weights(plural).to(device) > 0)[scenes[attribute]]
+        fine &= (world.weights(plural, device) > 0)[scenes[attribute]]
 
     for a, b in ((0, 1), (0, 2), (1, 2)):  # two objects of one look could not be told apart
         same = (shape[:, a] == shape[:, b]) & (color[:, a] == color[:, b])
@@ -288,7 +290,7 @@ def is_sound(scenes: Scenes, world: World | None = None) -> Tensor:
     fits_inside &= (fill[:, :2] == SOLID).all(1) & colors.contrast[color[:, 0], color[:, 1]]
     fine &= fits_inside | ~inside
     fine &= (_pair_extent(shape, size) <= PAIR_EXTENT) | (kind != TWO) | inside
-    relation_exists = (world.weights("relations").to(device) > 0)[scenes["rel"].clamp_min(0)]
+    relation_exists = (world.weights("relations", device) > 0)[scenes["rel"].clamp_min(0)]
     fine &= relation_exists | (kind != TWO)
 
     many_fit = torch.where(scenes["nobj"] > 4, size[:, 0] == SMALL, size[:, 0] <= MEDIUM)

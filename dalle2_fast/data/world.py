@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -37,6 +37,7 @@ class World:
         kinds: Sequence[str] | None = None,
         relations: Sequence[str] | None = None,
     ) -> None:
+        self._on_devices: dict[tuple[str, str, str], torch.Tensor] = {}
         self.shapes = _choice("shapes", shapes, SHAPES)
         self.colors = _choice("colors", colors, COLORS)
         self.fills = _choice("fills", fills, FILLS)
@@ -58,12 +59,27 @@ class World:
             return 'it needs the sizes "small" and "large"'
         return None if "solid" in self.fills else 'it needs the fill "solid"'
 
-    def ids(self, attribute: str) -> torch.Tensor:
+    def ids(self, attribute: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """The chosen names of an attribute ("shapes", "colors", ...) as int64 indices into the full table."""
+        return self._kept(self._ids, attribute, device)
+
+    def weights(self, attribute: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """float32 over the full table: how often a name is drawn, 0 for those outside the world."""
+        return self._kept(self._weights, attribute, device)
+
+    def _kept(self, make: Callable, attribute: str, device: torch.device | str) -> torch.Tensor:
+        """make(attribute) on the device; kept there, because each copy makes the host wait for a GPU."""
+        if torch.device(device).type == "cpu":
+            return make(attribute)
+        key = make.__name__, attribute, str(device)
+        if key not in self._on_devices:
+            self._on_devices[key] = make(attribute).to(device)
+        return self._on_devices[key]
+
+    def _ids(self, attribute: str) -> torch.Tensor:
         return torch.tensor([_TABLES[attribute].index(name) for name in getattr(self, attribute)])
 
-    def weights(self, attribute: str) -> torch.Tensor:
-        """float32 over the full table: how often a name is drawn, 0 for those outside the world."""
+    def _weights(self, attribute: str) -> torch.Tensor:
         chosen = torch.tensor([float(name in getattr(self, attribute)) for name in _TABLES[attribute]])
         return chosen * torch.tensor(_WEIGHTS.get(attribute, (1.0,) * len(chosen)))
 

@@ -11,6 +11,8 @@ a UNet is made of; here a kernel [out, in, kh, kw] counts as the matrix [out, in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,20 +21,21 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def polar_factor(matrix: Tensor, rounds: int = 5) -> Tensor:
-    """About U V^T of matrix = U S V^T, [rows, columns], float32.
+    """About U V^T of matrix = U S V^T, [..., rows, columns] with at most one dimension in front, float32.
 
     The iteration runs on the small Gram matrix: with X_k = M_k X_0 and G_k = X_k X_k^T every M_k is a
     polynomial in G_0, so only the first and the last product touch the long side.
     """
-    if matrix.shape[0] > matrix.shape[1]:
-        return polar_factor(matrix.T, rounds).T
+    if matrix.shape[-2] > matrix.shape[-1]:
+        return polar_factor(matrix.mT, rounds).mT
     a, b, c = QUINTIC
-    start = matrix / matrix.norm().clamp_min(1e-12)
-    gram = start @ start.T
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    add_product = torch.addmm if matrix.ndim == 2 else torch.baddbmm
+    start = matrix / matrix.flatten(-2).norm(dim=-1)[..., None, None].clamp_min(1e-12)
+    gram = start @ start.mT
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     product = None
     for left in reversed(range(rounds)):
-        step = torch.addmm(gram, gram, gram, beta=b, alpha=c).add_(identity, alpha=a)
+        step = add_product(gram, gram, gram, beta=b, alpha=c).add_(identity, alpha=a)
         product = step if product is None else step @ product
         if left:
             gram = step @ gram @ step
@@ -59,13 +62,48 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("closure: Muon takes none")
         for group in self.param_groups:
-            mu = group["momentum"]
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                average = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
-                average.lerp_(parameter.grad, 1 - mu)
-                update = polar_factor(parameter.grad.lerp(average, mu).flatten(1))
-                size = 0.2 * max(update.shape) ** 0.5
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * size)
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for stack in stacks(parameters):
+                self._update(stack, **{name: group[name] for name in ("lr", "momentum", "weight_decay")})
+
+    def _update(self, parameters: list[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
+        """One update of parameters whose matrices have one shape, or that shape on its side."""
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        averages = [self.state[parameter]["momentum"] for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters]
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
+        matrices = [matrix.flatten(1) for matrix in torch._foreach_lerp(gradients, averages, momentum)]
+        updates = polar_factors(matrices)
+        size = 0.2 * max(matrices[0].shape) ** 0.5
+        torch._foreach_mul_(parameters, 1 - lr * weight_decay)
+        updates = [update.view_as(p) for update, p in zip(updates, parameters, strict=True)]
+        torch._foreach_add_(parameters, updates, alpha=-lr * size)
+
+
+def stacks(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Parameters in lists that are updated together: those whose matrices have one shape, or that
+    shape on its side, unless they go alone."""
+    together: dict[tuple, list[Tensor]] = {}
+    for index, parameter in enumerate(parameters):
+        rows, columns = len(parameter), parameter[0].numel()
+        sides = min(rows, columns), max(rows, columns)
+        key = index if alone(parameter) else -1, parameter.device, parameter.dtype, *sides
+        together.setdefault(key, []).append(parameter)
+    return list(together.values())
+
+
+def alone(parameter: Tensor) -> bool:
+    """On a GPU a step of few launches is a short one; on a CPU one matrix at a time is faster."""
+    return parameter.device.type == "cpu"
+
+
+def polar_factors(matrices: list[Tensor]) -> list[Tensor]:
+    """`polar_factor` of each [rows, columns] or [columns, rows], contiguous; several go as one stack."""
+    if len(matrices) == 1:
+        return [polar_factor(matrices[0]).contiguous()]
+    tall = [len(matrix) > matrix.shape[1] for matrix in matrices]
+    wide = [matrix.T if turn else matrix for matrix, turn in zip(matrices, tall, strict=True)]
+    factors = polar_factor(torch.stack(wide))
+    return [(each.T if turn else each).contiguous() for each, turn in zip(factors, tall, strict=True)]
