@@ -81,6 +81,11 @@ int64_t workspace_bytes(int64_t rows, int64_t columns);  // for any of the four
 void lse_epilogue(const Tile& tile, float factor, const float* scale, double* row_lse, double* column_lse,
                   void* workspace, void* stream);
 
+// own[rows] = <image_i, text_i> of features of f16 or bf16, whose rows are `stride` and whose columns `step` elements
+// apart; every addition rounded to the nearest float32.
+void own_products(const void* image, int64_t image_stride, int64_t image_step, const void* text, int64_t text_stride,
+                  int64_t text_step, int64_t rows, int64_t width, DType dtype, float* own, void* stream);
+
 void gradient_epilogue(const Tile& tile, const float* scale, const double* row_lse, const double* column_lse,
                        float row_weight, float column_weight, void* gradient, int64_t gradient_stride,
                        DType gradient_dtype, double* sums /* [1] */, void* workspace, void* stream);

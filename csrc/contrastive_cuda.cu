@@ -124,6 +124,19 @@ void lse_epilogue(const Tile& tile, float factor, const float* scale, double* ro
     launch(merge_about_maximum, all, stream, logits, sums, int(pairs.y), int(pairs.x), row_lse, column_lse);
 }
 
+void own_products(const void* image, int64_t image_stride, int64_t image_step, const void* text, int64_t text_stride,
+                  int64_t text_step, int64_t rows, int64_t width, DType dtype, float* own, void* stream) {
+    auto as = [&](auto typed) {
+        using T = decltype(typed);
+        launch(own_products<T>, dim3(unsigned(blocks_of(rows, WARPS))), stream,
+               Rows<T>{static_cast<const T*>(image), image_stride, image_step},
+               Rows<T>{static_cast<const T*>(text), text_stride, text_step}, rows, width, own);
+    };
+    if (dtype == DType::bf16) as(__nv_bfloat16());
+    else if (dtype == DType::f16) as(__half());
+    else throw std::runtime_error("contrastive loss on CUDA: expected features of float16 or bfloat16");
+}
+
 void gradient_epilogue(const Tile& tile, const float* scale, const double* row_lse, const double* column_lse,
                        float row_weight, float column_weight, void* gradient, int64_t gradient_stride,
                        DType gradient_dtype, double* sums, void* workspace, void* stream) {

@@ -36,6 +36,11 @@ struct Passed<DType> {
 using Address = Passed<void*>::Type;
 
 // A function of contrastive.h as Python calls it: a Tile or Features as their fields, the rest as above.
+template <class R, class... Rest>
+auto flat(R (*call)(Rest...)) {
+    return [call](typename Passed<Rest>::Type... rest) { return call(Passed<Rest>::unpack(rest)...); };
+}
+
 #define TILE "products"_a, "stride"_a, "rows"_a, "columns"_a, "own"_a
 template <class R, class... Rest>
 auto flat(R (*call)(const Tile&, Rest...)) {
@@ -100,6 +105,8 @@ void bind_cuda(py::module_ m) {
     m.def("workspace_bytes", &cuda::workspace_bytes, "rows"_a, "columns"_a);
     m.def("lse_epilogue", flat(&cuda::lse_epilogue), FreeOfPython(), TILE, "factor"_a, "scale"_a, "row_lse"_a,
           "column_lse"_a, "workspace"_a, "stream"_a);
+    m.def("own_products", flat(&cuda::own_products), FreeOfPython(), "image"_a, "image_stride"_a, "image_step"_a,
+          "text"_a, "text_stride"_a, "text_step"_a, "rows"_a, "width"_a, "dtype"_a, "own"_a, "stream"_a);
     m.def("gradient_epilogue", flat(&cuda::gradient_epilogue), FreeOfPython(), TILE, "scale"_a, "row_lse"_a,
           "column_lse"_a, "row_weight"_a, "column_weight"_a, "gradient"_a, "gradient_stride"_a,
           "gradient_dtype"_a, "sums"_a, "workspace"_a, "stream"_a);

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._contrastive_tiles import Cut, OnCpu, OnCuda, Tiles, put_product, wide
@@ -73,7 +74,9 @@ def _lse_of(tiles: Tiles, first: int) -> tuple[Tensor, Tensor, Tensor]:
     else:
         row_lse, column_lse = _running(n, tiles), _running(m, tiles)
         own = torch.full((n,), math.nan, dtype=tiles.dtype, device=row_lse.device)
-        for cut in tiles.over(first):
+        # The tiles that the gradient will have: another shape may get another of cuBLAS's kernels, which rounds
+        # products in another way, and then L - lse of an easy pair, which is small, is not what it was.
+        for cut in tiles.over(first, gradients=True):
             tile = tiles.products(cut)
             tiles.lse(tile, cut.own, 1.0, row_lse[cut.rows], column_lse[cut.columns])
             if -tile.shape[0] < cut.own < tile.shape[1]:
@@ -139,10 +142,23 @@ contrastive_gradient = define(
 )
 
 
+def _above(lse: Tensor, own: Tensor, exact: Tensor) -> Tensor:
+    """lse - own if that logit were `exact` in both: log(1 + (exp(lse - own) - 1) exp(own - exact))."""
+    above = (lse - own).clamp_min(0)
+    log_others = above + (-torch.expm1(-above)).log()  # less own
+    return F.softplus(log_others + (own - exact), threshold=40)
+
+
 @_exactly
 def _loss(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    row_lse, column_lse, own = _lse_of(_tiles(image, text, scale), 0)
-    loss = ((row_lse + column_lse) / 2 - own).mean()
+    tiles = _tiles(image, text, scale)
+    row_lse, column_lse, own = _lse_of(tiles, 0)
+    exact = tiles.own_products()
+    if exact is None:
+        loss = ((row_lse + column_lse) / 2 - own).mean()
+    else:
+        exact = exact.double() * tiles.scale.double()
+        loss = ((_above(row_lse, own, exact) + _above(column_lse, own, exact)) / 2).mean()
     return loss.to(wide(image.dtype)), row_lse, column_lse
 
 
@@ -244,9 +260,11 @@ def _soft(
     """
     tiles = _tiles(image, text, scale)
     n = image.shape[0]
-    row_lse, column_lse, _ = _lse_of(tiles, 0)
-    alike_lse, unused = _running(n, tiles), _running(n, tiles)
-    for cut in tiles.over(0, soft=True):
+    # From the products that tiles.soft sees: those of the kernels for Hopper are cut off elsewhere, and the
+    # loss of an easy pair is L - lse, near 0.
+    row_lse, column_lse, alike_lse, unused = (_running(n, tiles) for _ in range(4))
+    for cut in tiles.over(0, soft=True, gradients=gradients):
+        tiles.lse(tiles.products(cut), cut.own, 1.0, row_lse[cut.rows], column_lse[cut.columns])
         tiles.lse(tiles.alike(cut), cut.own, 0.5, alike_lse[cut.rows], unused[cut.columns])
     total = _Gradients(tiles) if gradients else None
     for cut in tiles.over(0, soft=True, gradients=gradients):

@@ -49,10 +49,11 @@ def library(tmp_path_factory):
     library.gradient.argtypes = [shape] + [c_void_p] * 3 + [c_float] * 2 + [target]
     library.sigmoid.argtypes = [shape] + [c_void_p] * 2 + [target]
     library.soft.argtypes = [shape] + [c_void_p] * 6 + [target]
+    library.own_products.argtypes = ([c_void_p] + [c_int64] * 2) * 2 + [c_int64] * 2 + [c_int, c_void_p]
     library.run_reverse.argtypes = [c_bool, c_void_p]
     library.run_load_misaligned.argtypes = [c_void_p]
     calls = ("lse", "gradient", "sigmoid", "soft")
-    for name in (*calls, "run_reverse", "run_wait_in_half", "run_load_misaligned"):
+    for name in (*calls, "own_products", "run_reverse", "run_wait_in_half", "run_load_misaligned"):
         getattr(library, name).restype = c_char_p
     yield library
     library.set_descending(False)
@@ -196,6 +197,41 @@ def test_lse_goes_on_from_tile_to_tile(library):
     logits = logits_of(products, 30.0)
     torch.testing.assert_close(rows, logits.logsumexp(1), rtol=0, atol=1e-6)
     torch.testing.assert_close(columns, logits.logsumexp(0), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows, columns, own", [(70, 1030, 0), (70, 1030, -9), (20, 30, 5)])
+@pytest.mark.parametrize("scale, lower", [(60.0, 0.0), (300.0, 1.0)])  # 1: about the maximum
+def test_lse_keeps_what_others_add_to_an_own_pair(library, rows, columns, own, scale, lower):
+    # Catches: own pairs in the float32 sum, where 1e-8 beside 1 is rounded away; lost ones; a wrong row's.
+    products = 0.1 * products_of(rows, columns, own)
+    mine = is_own(products, own)
+    products[mine] += 18 / scale
+    products -= lower
+    row_lse, column_lse = Kernels(library, products, own).lse(scale)
+    logits = logits_of(products, scale)
+    for k, lse in ((1, row_lse), (0, column_lse)):
+        at = mine.any(k)
+        others = torch.where(mine, -math.inf, logits).logsumexp(k)
+        pair = torch.where(mine, logits, -math.inf).amax(k)
+        # log(1 + exp(others - pair)), as lse is a float64, to 1e-14
+        truth = F.softplus(others - pair, threshold=100)[at]
+        torch.testing.assert_close((lse - pair)[at], truth, rtol=1e-5, atol=1e-13)
+        torch.testing.assert_close(lse[~at], others[~at], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_own_products(library, dtype):
+    # Catches: a stride taken for another, a lost remainder of the width, sums in 16 bits, a row too many.
+    generator = torch.Generator().manual_seed(0)
+    image, text = (torch.randn(21, 83, generator=generator).to(dtype) for _ in range(2))
+    for one, other in ((image, text), (image.T.contiguous().T, text[:, ::2].repeat_interleave(2, 1)[:, :83])):
+        own = torch.full((22,), 7.0)
+        places = [number for x in (one, other) for number in (x.data_ptr(), *x.stride())]
+        failure = library.own_products(*places, *one.shape, DTYPES[dtype], own.data_ptr())
+        assert failure is None, failure
+        terms = one.double() * other.double()
+        assert bool(((own[:21] - terms.sum(1)).abs() <= 3e-7 * terms.abs().sum(1)).all()) and own[21] == 7
+    assert b"float16 or bfloat16" in library.own_products(*places, 21, 83, 0, own.data_ptr())
 
 
 @pytest.mark.parametrize("rows, columns", [(1, 1), (35, 7), (34, 1027)])

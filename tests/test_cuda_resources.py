@@ -40,11 +40,11 @@ def find_cuobjdump() -> str | None:
 
 def readable(mangled: str) -> str:
     """Of _ZN11dalle2_fast4cuda8epilogueINS0_8ClipRuleE6__halfEEv...: epilogue<ClipRule, __half>."""
-    words = re.match(r"_ZN11dalle2_fast4cuda\d+([a-z_]+?)(?:INS0_\d+(\w+?Rule)E(.+?)EEv|E)", mangled)
-    if words[2] is None:
-        return words[1]
+    kinds = r"f|\d+__\w+?|NS0_7NothingE"
+    words = re.match(rf"_ZN11dalle2_fast4cuda\d+([a-z_]+?)(?:I(?:NS0_\d+(\w+?Rule)E)?({kinds})EEv|E)", mangled)
     kind = {"f": "float", "13__nv_bfloat16": "__nv_bfloat16", "6__half": "__half", "NS0_7NothingE": "Nothing"}
-    return f"{words[1]}<{words[2]}, {kind[words[3]]}>"
+    template = ", ".join(filter(None, (words[2], kind.get(words[3]))))
+    return f"{words[1]}<{template}>" if template else words[1]
 
 
 def machine_code(folder: Path) -> list[Path]:

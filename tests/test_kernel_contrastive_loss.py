@@ -422,6 +422,12 @@ class _Memory:
         *place, factor, scale, row_lse, column_lse, _, _ = arguments
         _C.cpu.lse_epilogue(*place, 0, factor * float(self.number(scale)), row_lse, column_lse, 1)
 
+    def own_products(self, image, image_stride, image_step, text, text_stride, text_step, n, d, code, own, _):
+        assert (image_step, text_step) == (1, 1)
+        dtype = {code: getattr(torch, name) for name, code in _C.DTYPES.items()}[code]
+        image = self.tensor(image, (n, d), image_stride, dtype).float()
+        self.number(own, n).copy_((image * self.tensor(text, (n, d), text_stride, dtype).float()).sum(1))
+
     def gradient_epilogue(self, *arguments):
         *place, scale, rows, columns, weight, other_weight, gradient, stride, code, sums, _, _ = arguments
         tile = self.tensor(place[0], place[2:4], place[1], torch.float32)
@@ -474,3 +480,33 @@ def test_the_gpus_launcher(name, dtype, launcher):
     for key in truth:
         error = (actual[key].double() - truth[key]).norm() / truth[key].norm()
         assert error < (2e-6 if dtype == torch.float32 else 4e-3), (key, error)
+
+
+def test_own_products_that_tensor_cores_cut_off(launcher, monkeypatch):
+    """Catches a loss of the tiles' products, where sums are cut off, not rounded; here by far more."""
+    inputs = inputs_of("contrastive_loss", 90, 64, "easy", 9.0, torch.bfloat16)
+    exact = tiles.OnCuda.products
+
+    def cut_off(self, cut):
+        tile = exact(self, cut)
+        own = self.image[cut.rows, None].float() @ self.text[cut.rows, :, None].float()
+        mine = torch.arange(tile.shape[1]) == torch.arange(tile.shape[0])[:, None] + cut.own
+        return tile.sub_(1e-3 * own[:, 0] * mine)
+
+    monkeypatch.setattr(tiles.OnCuda, "products", cut_off)
+    features = {key: value.bfloat16() if value.dim() else value.float() for key, value in inputs.items()}
+    truth = plain("contrastive_loss")(**{key: value.float().double() for key, value in features.items()})
+    actual = fused("contrastive_loss")(**features)
+    torch.testing.assert_close(actual.double(), truth, rtol=3e-6, atol=0)
+
+
+def test_a_loss_with_other_own_logits():
+    logits = torch.randn(6, 6, dtype=torch.float64) * 3
+    own = logits.diagonal()
+    for exact in (own, own + 1e-5, own - 0.5):
+        wanted = (logits - own.diag() + exact.diag()).logsumexp(1) - exact
+        torch.testing.assert_close(kernel._above(logits.logsumexp(1), own, exact), wanted)
+    far = torch.tensor([0.0, 0.0, 1e5, math.inf, math.nan], dtype=torch.float64)  # less own, which is 0
+    nothing = torch.zeros(5, dtype=torch.float64)
+    expected = torch.tensor([0.0, 0.0, 1e5, math.inf, math.nan], dtype=torch.float64)
+    torch.testing.assert_close(kernel._above(far, nothing, nothing), expected, equal_nan=True)

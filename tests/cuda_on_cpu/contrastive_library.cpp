@@ -81,6 +81,14 @@ const char* soft(const Shape* shape, const float* alike, const float* scale, con
     });
 }
 
+const char* own_products(const void* image, int64_t image_stride, int64_t image_step, const void* text,
+                         int64_t text_stride, int64_t text_step, int64_t rows, int64_t width, int dtype, float* own) {
+    return guarded([&] {
+        cuda::own_products(image, image_stride, image_step, text, text_stride, text_step, rows, width, DType(dtype),
+                           own, nullptr);
+    });
+}
+
 const char* run_reverse(bool barrier, float* values) {
     return guarded([&] {
         cuda_on_cpu::run({1}, {REVERSED}, 0, [&] { barrier ? reverse<true>(values) : reverse<false>(values); });
