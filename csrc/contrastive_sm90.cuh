@@ -544,13 +544,25 @@ struct Gradient {
     const Arguments& at;
     Exchange& exchange;
     float scale, units;
-    float row_factor[2], row_lse[2];
+    float row_factor[2];
     bool within_reach;
 
     __device__ __forceinline__ Gradient(const Arguments& arguments, Exchange& exchange)
         : at(arguments), exchange(exchange) {
         scale = at.scale[0];
         units = shift_units(scale);
+    }
+
+    // Near it L - high is exact, where one float32 of an lse of 1e5 would be off by 0.004.
+    struct Lse {
+        float high, low;
+    };
+    static __device__ __forceinline__ Lse split(double lse) {
+        float high = float(lse);
+        return {high, lse - lse == 0 ? float(lse - high) : 0.0f};
+    }
+    static __device__ __forceinline__ float power_of(float logit, Lse lse) {
+        return fast_exp2(((logit - lse.high) - lse.low) * LOG2E);
     }
 
     // factor = weight exp(shift - lse), and whether it and all exp(L - shift) are floats of full precision:
@@ -566,25 +578,22 @@ struct Gradient {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             int column = thread_of_group() + i * WARPGROUP;
-            float factor = 0, lse = INFINITY;
+            float factor = 0;
+            Lse lse = {INFINITY, 0};
             if (spot.column + column < at.pairs.columns) {
                 double wide = at.column_lse[spot.column + column];
-                lse = float(wide);
+                lse = split(wide);
                 prepare(wide, at.column_weight, factor);
             }
             factors[column] = factor;
-            factors[COLUMNS + column] = lse;
+            factors[COLUMNS + column] = lse.high;
+            factors[2 * COLUMNS + column] = lse.low;
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             int row = spot.row + row_in_group(half);
             row_factor[half] = 0;
-            row_lse[half] = INFINITY;
-            if (row < at.pairs.rows) {
-                double wide = at.row_lse[row];
-                row_lse[half] = float(wide);
-                prepare(wide, at.row_weight, row_factor[half]);
-            }
+            if (row < at.pairs.rows) prepare(at.row_lse[row], at.row_weight, row_factor[half]);
         }
     }
     __device__ __forceinline__ void finish(const Spot& spot, float (&products)[FRAGMENT]) {
@@ -602,8 +611,8 @@ struct Gradient {
     template <bool FAST, bool SPECIAL>
     __device__ __forceinline__ float evaluate(const Spot& spot, float (&products)[FRAGMENT]) {
         const float* factors = exchange[spot.turn][group_of_thread()];
-        const float* lses = factors + COLUMNS;
         float factor = scale * LOG2E, share = 0;
+        Lse row_lse[2];
         int own[2] = {-1, -1};
         float own_gradient[2] = {0, 0};
         bool inside[2] = {true, true};
@@ -612,6 +621,7 @@ struct Gradient {
             for (int half = 0; half < 2; ++half) {
                 int row = spot.row + row_in_group(half);
                 inside[half] = row < at.pairs.rows;
+                row_lse[half] = split(inside[half] ? at.row_lse[row] : INFINITY);
                 own[half] = at.pairs.own_column(spot, half);
                 if (own[half] >= 0) {  // p - 1 without the difference
                     double logit = scale * pick(products, half, own[half]);
@@ -642,8 +652,9 @@ struct Gradient {
                                     (row_factor[half] + factors[column]);
                         } else {
                             float logit = scale * product;
-                            value = at.row_weight * fast_exp2((logit - row_lse[half]) * LOG2E) +
-                                    at.column_weight * fast_exp2((logit - lses[column]) * LOG2E);
+                            Lse lse = {factors[COLUMNS + column], factors[2 * COLUMNS + column]};
+                            value = at.row_weight * power_of(logit, row_lse[half]) +
+                                    at.column_weight * power_of(logit, lse);
                             value = inside[half] && spot.column + column < at.pairs.columns ? value : 0.0f;
                         }
                         if (SPECIAL && column == own[half]) value = own_gradient[half];

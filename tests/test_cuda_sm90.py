@@ -1,6 +1,6 @@
 """csrc/contrastive_sm90.cu without a Hopper GPU: its text runs on modelled hardware (tests/cuda_on_cpu/
 sm90_hardware.h: mbarriers, bulk copies with the 128-byte swizzle, wgmma's fragments), and nvcc, where it is,
-says what it compiles to. It has not run on a GPU yet."""
+says what it compiles to."""
 
 from __future__ import annotations
 
@@ -238,6 +238,19 @@ def test_sums_about_their_maximum(library, kind):
     gradient, _ = kernels.gradient(scale, row_lse, column_lse, 1.0, 1.0)
     truth = (logits - row_lse[:, None]).exp() + (logits - column_lse).exp() - 2 * torch.eye(72)
     assert_near(gradient, truth, 3e-3)
+
+
+def test_gradient_of_logits_of_any_size(library):
+    """Catches an lse rounded to one float: of logits of 1e6 that is up to 0.06, or 6 % of an exponential."""
+    generator = torch.Generator().manual_seed(0)
+    # Integers: products, and logits at scale 16, are exact whatever the order of a sum.
+    image, text = (torch.randint(-100, 101, (72, 64), generator=generator).bfloat16() for _ in range(2))
+    logits = 16 * truth_of(image, text, 0)[0]
+    row_lse, column_lse = (logits.amax(k) + torch.linspace(0.1, 1, 72, dtype=torch.float64) for k in (1, 0))
+    assert row_lse.min() > 5e5
+    gradient, _ = small(library, image, text).gradient(16.0, row_lse, column_lse, 1.0, 1.0)
+    truth = (logits - row_lse[:, None]).exp() + (logits - column_lse).exp() - 2 * torch.eye(72)
+    torch.testing.assert_close(gradient.double(), truth, rtol=2**-8, atol=1e-6)
 
 
 def test_easy_pairs_keep_their_gradient(library):
