@@ -149,11 +149,12 @@ def replayable(case: Case, function: Callable, inputs: Inputs) -> tuple[Callable
         torch.cuda.synchronize()
         seconds = start.elapsed_time(end) * 1e-3
         if seconds >= GRAPH_SECONDS:
-            return functools.partial(_replay, graph), repeats * len(jobs)
+            return functools.partial(_replay, graph, jobs), repeats * len(jobs)
         repeats *= max(2, int(1.2 * GRAPH_SECONDS / max(seconds, 1e-6)))
 
 
-def _replay(graph: torch.cuda.CUDAGraph) -> None:
+def _replay(graph: torch.cuda.CUDAGraph, _jobs: list[Callable]) -> None:
+    """_jobs hold the tensors that the graph reads: without them the next capture gives their memory back."""
     graph.replay()
     torch.cuda.synchronize()
 
