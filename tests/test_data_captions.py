@@ -320,6 +320,20 @@ def test_stream_is_a_function_of_seed_and_step():
     assert first[0]["negatives"].shape == (16, 2, 36) and first[0]["negative_mask"].shape == (16, 2)
 
 
+def test_batches_made_together_are_cut_from_one():
+    """Catches: a batch of the block before; rows of one tensor beside those of another."""
+    options = dict(resolutions=(16,), seed=3, negatives=2)
+    together, whole = SceneStream(batch_size=4, at_once=3, **options), SceneStream(batch_size=12, **options)
+    for step in (4, 2, 3, 4):
+        batch, expected = together.batch(step), whole.batch(step // 3)
+        rows = slice(step % 3 * 4, step % 3 * 4 + 4)
+        assert torch.equal(batch["images"][16], expected["images"][16][rows])
+        for key in ("tokens", "negatives", "negative_mask"):
+            assert torch.equal(batch[key], expected[key][rows])
+        for key, value in expected["scenes"].items():
+            assert torch.equal(batch["scenes"][key], value[rows])
+
+
 def test_negatives_do_not_change_the_batch():
     plain, hard = SceneStream(None, 16, (16,)).batch(5), SceneStream(None, 16, (16,), negatives=True).batch(5)
     assert "negatives" not in plain
@@ -335,6 +349,8 @@ def test_stream_of_a_world_and_split():
         SceneStream(world, 8, (8,)).batch(0)
     with pytest.raises(ValueError, match="batch_size: expected an int >= 1, got 0"):
         SceneStream(world, 0)
+    with pytest.raises(ValueError, match="at_once: expected an int >= 1, got 0"):
+        SceneStream(world, at_once=0)
 
 
 def test_mixed_seeds_differ():

@@ -18,9 +18,8 @@ from .vocabulary import DOTTED, SOLID, STRIPED, TEXTURES
 TEXTURE_PERIOD = 0.125  # of the canvas
 
 # Scene pixels rendered at once. On a CPU, a quarter of it loses 20 % to the overhead of each operation, and
-# more wins nothing but takes memory. Elsewhere: few launches, about a GB (some 100 bytes
-# a pixel), and a batch of every stage of the presets in one piece.
-CPU_CHUNK_PIXELS, DEVICE_CHUNK_PIXELS = 2**20, 2**23
+# more wins nothing but takes memory. Elsewhere: few launches, and some 100 bytes a pixel, 3 GB.
+CPU_CHUNK_PIXELS, DEVICE_CHUNK_PIXELS = 2**20, 2**25
 
 
 class _Layers(NamedTuple):

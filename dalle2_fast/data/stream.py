@@ -19,7 +19,9 @@ class SceneStream:
 
     resolutions: of the pictures, all of the same scenes. split: see `sample_scenes`.
     negatives: how many hard-negative captions per picture (True: 3, False: none). canonical, drop: see
-    `make_captions`. The same seed gives different batches on different kinds of devices.
+    `make_captions`. at_once: how many neighbouring batches are made together; a batch is some thousand
+    launches whatever its size, which a GPU should not wait for each time. The same seed gives different batches
+    on different kinds of devices, and with another at_once.
     """
 
     def __init__(
@@ -34,25 +36,41 @@ class SceneStream:
         negatives: int | bool = False,
         canonical: bool = False,
         drop: float = 1.0,
+        at_once: int = 1,
     ) -> None:
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size: expected an int >= 1, got {batch_size!r}")
+        for name, value in (("batch_size", batch_size), ("at_once", at_once)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
         self.world, self.batch_size = world or World(), batch_size
         self.resolutions, self.seed, self.split = tuple(resolutions), seed, split
         self.device = torch.device(device)
         self.negatives = 3 if negatives is True else int(negatives)
         self.canonical, self.drop = canonical, drop
         self.tokenizer = WordTokenizer.scenes(self.world)
+        self.at_once = at_once
+        self._block: tuple[int, dict] | None = None  # the last batches made together, and their number
 
     def batch(self, step: int) -> dict:
         """images {resolution: float32 [B, 3, R, R] in [0, 1]}, tokens int64 [B, 36], scenes (see scenes.py);
         with negatives also negatives int64 [B, K, 36] and negative_mask bool [B, K], False: do not use.
         """
-        generator = torch.Generator(self.device).manual_seed(mix_seed(self.seed, step))
-        scenes = sample_scenes(self.batch_size, generator, self.split, self.world, self.device)
-        phrasing = draw_phrasing(
-            self.batch_size, generator, self.device, drop=self.drop, canonical=self.canonical
-        )
+        number, place = divmod(step, self.at_once)
+        if self.at_once == 1:
+            return self._make(number, self.batch_size)
+        if self._block is None or self._block[0] != number:
+            self._block = None  # its memory is given back first
+            self._block = number, self._make(number, self.at_once * self.batch_size)
+        rows = slice(place * self.batch_size, (place + 1) * self.batch_size)
+
+        def part(value):
+            return {key: part(each) for key, each in value.items()} if isinstance(value, dict) else value[rows]
+
+        return part(self._block[1])
+
+    def _make(self, number: int, size: int) -> dict:
+        generator = torch.Generator(self.device).manual_seed(mix_seed(self.seed, number))
+        scenes = sample_scenes(size, generator, self.split, self.world, self.device)
+        phrasing = draw_phrasing(size, generator, self.device, drop=self.drop, canonical=self.canonical)
         batch = dict(
             images={resolution: render(scenes, resolution) for resolution in self.resolutions},
             tokens=compose(scenes, phrasing),
