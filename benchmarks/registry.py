@@ -36,6 +36,7 @@ class Case:
     checked: the outputs a rival must agree on, None for all; not those with noise of its own.
     own_weights: rivals that are built with weights of their own: they must give as many finite numbers as we
         do, which ones cannot be compared.
+    slack: what ours may be off by, of its size, beside 1.5 times plain torch's error.
     same_bits: two calls of ours must give equal bits; not where torch's own convolutions do not.
     wall: launching is part of the time: no graph, `calls` calls in a row.
     make_check: as make without `tiny`, smaller, where the truth at full size would not fit: what the check
@@ -58,6 +59,7 @@ class Case:
     with_forward: bool = False
     checked: tuple[int, ...] | None = None
     own_weights: tuple[str, ...] = ()
+    slack: float = 1e-6
     same_bits: bool = True
     wall: bool = False
     calls: int = 50
