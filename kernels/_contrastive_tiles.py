@@ -209,8 +209,8 @@ class OnCuda(Tiles):
                     self.sm90 = None
 
     def own_products(self) -> Tensor | None:
-        """Tensor cores do not round a sum, they cut it off, after every 16 terms: at D = 512 the product of an
-        own pair is too small by 6e-7 of itself."""
+        """Tensor cores do not round a sum, they cut it off, after every 16 terms: at D = 512 an own pair's
+        product is too small by 6e-7 of itself."""
         if self.image.dtype not in (torch.float16, torch.bfloat16):
             return None
         own = self.scale.new_empty(self.image.shape[0])

@@ -74,8 +74,8 @@ def _lse_of(tiles: Tiles, first: int) -> tuple[Tensor, Tensor, Tensor]:
     else:
         row_lse, column_lse = _running(n, tiles), _running(m, tiles)
         own = torch.full((n,), math.nan, dtype=tiles.dtype, device=row_lse.device)
-        # The tiles that the gradient will have: another shape may get another of cuBLAS's kernels, which rounds
-        # products in another way, and then L - lse of an easy pair, which is small, is not what it was.
+        # The tiles that the gradient will have: another shape may get another of cuBLAS's kernels, which may
+        # round products in another way, and then L - lse of an easy pair, which is small, is not what it was.
         for cut in tiles.over(first, gradients=True):
             tile = tiles.products(cut)
             tiles.lse(tile, cut.own, 1.0, row_lse[cut.rows], column_lse[cut.columns])

@@ -41,7 +41,8 @@ def find_cuobjdump() -> str | None:
 def readable(mangled: str) -> str:
     """Of _ZN11dalle2_fast4cuda8epilogueINS0_8ClipRuleE6__halfEEv...: epilogue<ClipRule, __half>."""
     kinds = r"f|\d+__\w+?|NS0_7NothingE"
-    words = re.match(rf"_ZN11dalle2_fast4cuda\d+([a-z_]+?)(?:I(?:NS0_\d+(\w+?Rule)E)?({kinds})EEv|E)", mangled)
+    arguments = rf"I(?:NS0_\d+(\w+?Rule)E)?({kinds})EEv"
+    words = re.match(rf"_ZN11dalle2_fast4cuda\d+([a-z_]+?)(?:{arguments}|E)", mangled)
     kind = {"f": "float", "13__nv_bfloat16": "__nv_bfloat16", "6__half": "__half", "NS0_7NothingE": "Nothing"}
     template = ", ".join(filter(None, (words[2], kind.get(words[3]))))
     return f"{words[1]}<{template}>" if template else words[1]
