@@ -43,8 +43,10 @@ for name in "$@"; do
         "$python" -m dalle2_fast.cli info
         ;;
     tests)  # those that run the kernels where there is a GPU, and those that only a GPU can run
-        stage tests 300 "$python" -m pytest -q -m "not gpu" tests/test_kernel_*.py tests/test_ops_*.py \
-            tests/test_graphs.py tests/test_benchmarks.py
+        workers=()  # most of the time is compiling: on an H200 150 s with ten of pytest-xdist's workers
+        "$python" -c "import xdist" 2>/dev/null && workers=(-n 10)
+        stage tests 300 "$python" -m pytest -q "${workers[@]}" -m "not gpu" tests/test_kernel_*.py \
+            tests/test_ops_*.py tests/test_graphs.py tests/test_benchmarks.py
         stage tests-gpu 120 "$python" -m pytest -q -m gpu tests
         ;;
     quick)
