@@ -16,23 +16,34 @@ from torch import Tensor
 
 from ._planes import memory_format
 
-# Values that a program keeps in registers from its first read to its last write: 80 float32 a thread with 16
-# warps, which compiles to at most 128 registers without a spill (tests/aot_cases_group_norm_silu.py).
-RESIDENT_LANES = 40960
+# Values that a program keeps in registers from its first read to its last write: 64 a thread with 16 warps,
+# which compiles without a spill (tests/aot_cases_group_norm_silu.py). On an H200 a slab of 40960 in bfloat16
+# took 124 us so, alone on its multiprocessor, and 107 read twice (64, 320, 64, 64).
+RESIDENT_LANES = 32768
 RESIDENT_LANES_BACKWARD = 16384  # of x and of dy, 32 values of each a thread
 RESIDENT_TILES = 20  # they are unrolled; more would only lengthen the code
 
-# A tile of the kernels that walk through a slab: 32 values a thread, so that programs share a processor and
-# one loads while another computes. Backward has two inputs and two running sums: fewer values a thread.
-CHUNK_LANES, CHUNK_WARPS = 8192, 8
-LOOPED_LANES, LOOPED_WARPS = 8192, 16
+# A tile of the forward kernel that reads a slab twice, 16 values a thread so that two programs share a
+# multiprocessor and both slabs its L1, and the most values of a slab. On an H200 (64, 320, 64, 64) took 107 us
+# in bfloat16; 114 in tiles of 4096, 112 with 32 warps, 124 to 137 with 4 and 8: too many slabs for L1.
+FORWARD_LANES, FORWARD_WARPS = 8192, 16
+FORWARD_MOST = 65536
+# A tile of the kernels that walk through a chunk: programs share a processor, one loads, another computes.
+CHUNK_LANES, CHUNK_WARPS = 4096, 8
+# Backward has two inputs and two sums. On an H200 (64, 320, 64, 64) took 205 us, 226 in tiles of 8192.
+LOOPED_LANES, LOOPED_WARPS = 4096, 16
 SUM_LANES, SUM_WARPS = 4096, 8
 # x and dy of one program that reads them twice: with a program or two on each of 132 processors (or 108 of an
 # A100, 128 of a 4090) they stay within 40 to 72 MB of L2.
 LOOPED_BYTES = 256 * 1024
 
-PROGRAMS_PER_PROCESSOR = 16  # of a kernel over chunks: 4 waves of 4, so that the last one's gap is small
+# Of a kernel over chunks: waves enough for the last one's gap to be small. On an H200 in NCHW
+# (8, 320, 256, 256) took 3 to 9 % less with 32 than with 8 in six tilings of seven; in channels_last
+# (64, 320, 64, 64), where a program takes longer to begin and to end, 1 to 24 % more in all seven. A program of
+# a single tile would do little else.
+ROW_PROGRAMS, COLUMN_PROGRAMS, LEAST_TILES = 32, 8, 2
 MOST_CHUNKS = 128  # partial results of a slab that the second kernel merges at once
+MERGED_MOMENTS = 512  # the same, times groups
 MERGED_VALUES = 4096  # the same, times channels, for the sums of the backward pass
 # Arguments of kernels that change with the batch, the device or how a caller stores its FiLM embedding: no
 # kernel is compiled again because one of them becomes 1 or divisible by 16.
@@ -117,11 +128,18 @@ def _row_tiles(width: int, count: int, length: int, lanes: int, warps: int) -> T
 # -------------------------------------------------------------------------- channels adjacent (channels_last)
 
 
-def _column_groups(width: int, count: int, itemsize: int, most_channels: int, several: float = 0.0) -> int:
-    """How many groups a program takes, so that it reads whole sectors in wide vectors with few idle lanes.
+def _few_groups(width: int, count: int, itemsize: int) -> int:
+    """The fewest groups whose channels fill a sector and part at multiples of 4 bytes, of those programs that
+    take whole slabs: the more programs there are, the more processors have work at batch 2. Sectors that two
+    programs share come from L2 twice, from memory once."""
+    groups = 1
+    while groups < count and (groups * width * itemsize < SECTOR or groups * width * itemsize % 4):
+        groups += 1
+    return groups
 
-    several: what it costs, in reads of the tensor, that sums over several groups take more barriers than one.
-    """
+
+def _column_groups(width: int, count: int, itemsize: int, most_channels: int) -> int:
+    """How many groups a program takes, so that it reads whole sectors in wide vectors with few idle lanes."""
     best, least = 1, None
     for groups in range(1, count + 1):
         covered = groups * width
@@ -133,7 +151,7 @@ def _column_groups(width: int, count: int, itemsize: int, most_channels: int, se
         sectors = (run + SECTOR - aligned) / run
         idle = channels * divide_up(count, groups) / (width * count)
         vector = min(math.gcd(aligned, 16), 16)
-        cost = sectors + idle + 0.25 * (16 // vector).bit_length() + (several if groups > 1 else 0.0)
+        cost = sectors + idle + 0.25 * (16 // vector).bit_length()
         if least is None or cost < least - 1e-9:
             best, least = groups, cost
     return best
@@ -165,13 +183,26 @@ def resident_tiles(
         warps = _warps(width * length)
         tiles = _row_tiles(width, count, length, 256 * warps, warps)
     else:
-        most_channels = most_lanes // power_of_two(length)
-        groups = _column_groups(width, count, itemsize, most_channels, several=0.75)
+        groups = _few_groups(width, count, itemsize)
         warps = _warps(power_of_two(groups * width) * power_of_two(length))
         tiles = _column_tiles(width, count, length, groups, 256 * warps, warps)
     if tiles.lanes > most_lanes or tiles.count > RESIDENT_TILES:
         return None
     return tiles
+
+
+@lru_cache(maxsize=4096)
+def forward_tiles(
+    width: int, count: int, length: int, channels_adjacent: bool, itemsize: int, lanes: int, warps: int,
+    most_lanes: int,
+) -> Tiles | None:  # fmt: skip
+    """Tiles of `lanes` for a program that reads slabs twice; None where they are too large to stay near."""
+    if channels_adjacent:
+        groups = _few_groups(width, count, itemsize)
+        tiles = _column_tiles(width, count, length, groups, lanes, warps)
+    else:
+        tiles = _row_tiles(width, count, length, lanes, warps)
+    return tiles if tiles.lanes <= most_lanes else None
 
 
 @lru_cache(maxsize=4096)
@@ -205,11 +236,18 @@ def sum_tiles(
     return _row_tiles(channels, 1, length, min(lanes, power_of_two(channels) * power_of_two(length)), warps)
 
 
-def chunks(tiles: int, slabs: int, device: torch.device, most: int) -> tuple[int, int]:
+def chunks(
+    tiles: int, slabs: int, device: torch.device, most: int, channels_adjacent: bool
+) -> tuple[int, int]:
     """(chunks, tiles of a chunk): a slab's tiles shared among programs so that the processors are busy."""
-    wanted = divide_up(PROGRAMS_PER_PROCESSOR * processors(device), slabs)
-    each = divide_up(tiles, min(wanted, most, tiles))
+    programs = (COLUMN_PROGRAMS if channels_adjacent else ROW_PROGRAMS) * processors(device)
+    each = divide_up(tiles, min(divide_up(programs, slabs), most, divide_up(tiles, LEAST_TILES)))
     return divide_up(tiles, each), each
+
+
+def merged_chunks(tiles: Tiles) -> int:
+    """The most chunks whose moments the second kernel merges, a power of two."""
+    return min(power_of_two(tiles.count), MOST_CHUNKS, max(MERGED_MOMENTS // power_of_two(tiles.groups), 1))
 
 
 @lru_cache(maxsize=64)

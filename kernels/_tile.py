@@ -47,12 +47,22 @@ def leads_group(row, first_channel, channels, WIDTH: tl.constexpr, GROUPS: tl.co
 
 @triton.jit
 def load_pivot(
-    x, row, first_channel, channels, channel_stride, WIDTH: tl.constexpr, GROUPS: tl.constexpr
+    x, row, first_channel, channels, positions, channel_stride, position_stride,
+    WIDTH: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """For each row, the first element of its group, in the dtype of x."""
+    """For each row, a number near the mean of its group, float32: the mean of up to 32 values of the group's
+    first channel, spread over its positions. One value alone may be a corner unlike all others.
+    """
+    SAMPLES: tl.constexpr = 32 if GROUPS == 1 else 8
+    every = tl.arange(0, SAMPLES)
+    position = tl.minimum(every * tl.cdiv(positions, SAMPLES), positions - 1).to(tl.int64) * position_stride
+    if GROUPS == 1:
+        mean = tl.sum(tl.load(x + position).to(tl.float32), axis=0) / SAMPLES
+        return tl.zeros(row.shape, tl.float32) + mean
     origin = tl.minimum(row // WIDTH, GROUPS - 1) * WIDTH
+    at = origin.to(tl.int64)[:, None] * channel_stride + position[None, :]
     exists = first_channel + origin < channels
-    return tl.load(x + origin.to(tl.int64) * channel_stride, mask=exists, other=0.0)
+    return tl.sum(tl.load(x + at, mask=exists[:, None], other=0.0).to(tl.float32), axis=1) / SAMPLES
 
 
 @triton.jit
@@ -80,6 +90,29 @@ def over_group(value, row, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
     member = (row // WIDTH)[:, None] == tl.arange(0, PADDED)[None, :]
     total = tl.sum(tl.where(member, value[:, None], 0.0), axis=0)
     return tl.sum(tl.where(member, total[None, :], 0.0), axis=1)
+
+
+@triton.jit
+def add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def add_triples(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def of_groups(first, second, third, row, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
+    """For each channel, three numbers of its group: [groups, padded to a power of two] -> [channels]. Numbers
+    past the last group must be finite."""
+    member = (row // WIDTH)[:, None] == tl.arange(0, first.shape[0])[None, :]
+    if GROUPS == 1:
+        member = tl.full([row.shape[0], 1], 1, tl.int1)  # rows past the group, too
+    first = tl.where(member, first[None, :], 0.0)
+    second = tl.where(member, second[None, :], 0.0)
+    third = tl.where(member, third[None, :], 0.0)
+    return tl.reduce((first, second, third), 1, add_triples)
 
 
 @triton.jit
@@ -150,7 +183,7 @@ def gain_and_offset(
 def store_normalised(y, at, value, pivot, mean, rstd, gain, offset, inside, SILU: tl.constexpr):
     """act((value - pivot - mean) rstd gain + offset), mean less the pivot; all but value by channel."""
     slope = rstd * gain
-    z = (value.to(tl.float32) - pivot.to(tl.float32)[:, None]) * slope[:, None]
+    z = (value.to(tl.float32) - pivot[:, None]) * slope[:, None]
     z += (offset - mean * slope)[:, None]
     if SILU:
         z = silu(z)

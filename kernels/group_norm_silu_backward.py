@@ -155,7 +155,9 @@ def _input_gradient(dy, x, mean, rstd, dx, sums, weight, bias, scale, shift, sil
         plan.power_of_two(sum_tiles.position_tiles), max(plan.MERGED_VALUES // merge_channels, 1)
     )
     sum_blocks = samples * sum_tiles.channel_tiles
-    sum_chunks, each = plan.chunks(sum_tiles.position_tiles, sum_blocks, x.device, merge_chunks)
+    sum_chunks, each = plan.chunks(
+        sum_tiles.position_tiles, sum_blocks, x.device, merge_chunks, source.channels_adjacent
+    )
     partial = sums.new_empty((2, samples, channels, sum_chunks))
     sums_kernel[(sum_blocks * sum_chunks,)](
         dy, source.tensor, mean, rstd, partial, *affine, *sizes, strides[0], *strides[2:], *dy_strides,
@@ -164,7 +166,7 @@ def _input_gradient(dy, x, mean, rstd, dx, sums, weight, bias, scale, shift, sil
         num_warps=sum_tiles.warps, **constants,
     )  # fmt: skip
     blocks = samples * plan.divide_up(groups, tiles.groups)
-    chunks, each = plan.chunks(tiles.count, blocks, x.device, tiles.count)
+    chunks, each = plan.chunks(tiles.count, blocks, x.device, tiles.count, source.channels_adjacent)
     input_gradient_kernel[(blocks * chunks,)](
         dy, source.tensor, mean, rstd, dx, partial, sums, *affine, *sizes, *strides, *dy_strides,
         sum_chunks, chunks, each,
