@@ -51,12 +51,19 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(base, value, row, rows, stride_row, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_tile(
+    base, value, row, rows, stride_row, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, CHECKED: tl.constexpr
+):  # fmt: skip
     """Rows of a tensor whose columns are adjacent, rounded once."""
     column = tl.arange(0, BLOCK_D)
     address = base + row.to(tl.int64)[:, None] * stride_row + column[None, :]
-    inside = (row[:, None] < rows) & (column[None, :] < WIDTH)
-    tl.store(address, value.to(base.dtype.element_ty), mask=inside)
+    value = value.to(base.dtype.element_ty)
+    if CHECKED:
+        tl.store(address, value, mask=(row[:, None] < rows) & (column[None, :] < WIDTH))
+    elif WIDTH < BLOCK_D:
+        tl.store(address, value, mask=column[None, :] < WIDTH)
+    else:
+        tl.store(address, value)
 
 
 @triton.jit
@@ -69,11 +76,12 @@ def attended(mask, stride_mask, key, keys):
 
 
 @triton.jit
-def softmax(q, k_0, k_1, attend_0, attend_1, scale, PRECISION: tl.constexpr):
+def softmax(q, k_0, k_1, attend_0, attend_1, scale, CHECKED_KEYS: tl.constexpr, PRECISION: tl.constexpr):
     """p_0, p_1 = exp2(scale (s - max s)) of both parts of the keys, their sum, and scale max s."""
     s_0 = tl.dot(q, tl.trans(k_0), input_precision=PRECISION)
     s_1 = tl.dot(q, tl.trans(k_1), input_precision=PRECISION)
-    s_0 = tl.where(attend_0[None, :], s_0, float("-inf"))
+    if CHECKED_KEYS:
+        s_0 = tl.where(attend_0[None, :], s_0, float("-inf"))
     s_1 = tl.where(attend_1[None, :], s_1, float("-inf"))
     top = tl.maximum(tl.max(s_0, 1), tl.max(s_1, 1))
     shift = tl.where(top == float("-inf"), 0.0, top) * scale
@@ -116,6 +124,15 @@ def key_parts(keys: int) -> tuple[int, int]:
     they cost that of 64 + 16 and 64 + 32.
     """
     return next(parts for parts in KEY_PARTS if keys <= sum(parts))
+
+
+def short_checks(queries: int, rows: int, keys: int, masked: bool) -> dict[str, bool]:
+    """What the short form checks in every tile; without both, 449 instructions in the place of 536 (sm_90).
+
+    CHECKED_KEYS: not all of the first part of the keys may be attended to.
+    CHECKED_ROWS: the last tile reaches past the last query.
+    """
+    return {"CHECKED_KEYS": masked or keys < key_parts(keys)[0], "CHECKED_ROWS": queries % rows != 0}
 
 
 def is_resident(keys: int, image_keys: int | None, width: int, itemsize: int) -> bool:

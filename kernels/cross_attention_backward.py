@@ -1,11 +1,8 @@
 """With P = softmax(scale q k^T) and g = d out:  dV = P^T g,  dP = g v^T,  dS = P (dP - delta),
 delta = sum_keys(P dP) = sum_columns(out g),  dQ = scale dS k,  dK = scale dS^T q.
 
-Short contexts (at most 128 keys, D <= 64, 16 bits): one kernel. P is recomputed whole, so delta is a sum over
-registers (no saved statistics, no pass over out), dQ is stored once, and dK and dV stay in registers while a
-program walks over query tiles. Bytes: q, g and dQ once, 6 T D per head.
-
-All else: one kernel for dQ (and delta), one per key pair for dK and dV, from the saved log-sum-exp.
+Short contexts (at most 128 keys, D <= 64, 16 bits) are in _short_backward.py. All else: one kernel for dQ
+(and delta), one per key pair for dK and dV, from the saved log-sum-exp.
 
 A context has few keys, so one program per key block would leave the GPU empty: `parts` programs share the
 queries of a (batch, head), each writes its float32 sums, and a last kernel adds them in a fixed order. No
@@ -20,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _attention
-from ._attention import VARYING, attended, inverse, load_tile, place, softmax, store_tile
+from ._attention import VARYING, attended, load_tile, place, store_tile
+from ._short_backward import short_backward
 
 
 @triton.jit
@@ -28,73 +26,9 @@ def _store_sums(out, partial, value, part, parts, size, base, key, keys, row_str
                 BLOCK_D: tl.constexpr):  # fmt: skip
     """A gradient of keys: final if this program saw all queries, else its own slot of `partial`."""
     if parts == 1:
-        store_tile(out + base, value, key, keys, row_stride, WIDTH, BLOCK_D)
+        store_tile(out + base, value, key, keys, row_stride, WIDTH, BLOCK_D, True)
     else:
-        store_tile(partial + part * size + base, value, key, keys, row_stride, WIDTH, BLOCK_D)
-
-
-@triton.jit(do_not_specialize=VARYING)
-def _short_backward_kernel(
-    dq, dk, dv, partial_k, partial_v, grad, q, k, v, mask, scale, softmax_scale,
-    heads, queries, keys, parts, size,
-    g_batch, g_head, g_row, g_column, q_batch, q_head, q_row, q_column,
-    k_batch, k_head, k_row, k_column, v_batch, v_head, v_row, v_column, mask_batch, mask_key,
-    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
-    KEYS_0: tl.constexpr, KEYS_1: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Query tiles part, part + parts, ... of one (batch, head). scale = softmax_scale * log2(e)."""
-    part, batch, head, pair = place(tl.program_id(0), parts, heads)
-    grad += batch * g_batch + head * g_head
-    q += batch * q_batch + head * q_head
-    k += batch * k_batch + head * k_head
-    v += batch * v_batch + head * v_head
-    out_row = heads.to(tl.int64) * WIDTH
-    dq += batch * queries * out_row + head * WIDTH
-    if mask is not None:
-        mask += batch * mask_batch
-
-    key_0 = tl.arange(0, KEYS_0)
-    key_1 = KEYS_0 + tl.arange(0, KEYS_1)
-    k_0 = load_tile(k, key_0, keys, k_row, k_column, WIDTH, BLOCK_D, True)
-    k_1 = load_tile(k, key_1, keys, k_row, k_column, WIDTH, BLOCK_D, True)
-    v_0 = load_tile(v, key_0, keys, v_row, v_column, WIDTH, BLOCK_D, True)
-    v_1 = load_tile(v, key_1, keys, v_row, v_column, WIDTH, BLOCK_D, True)
-    attend_0 = attended(mask, mask_key, key_0, keys)
-    attend_1 = attended(mask, mask_key, key_1, keys)
-    # Transposed: their rows are then the columns of a head, and 16 keys still fill a matrix instruction.
-    dk_0 = tl.zeros((BLOCK_D, KEYS_0), tl.float32)
-    dk_1 = tl.zeros((BLOCK_D, KEYS_1), tl.float32)
-    dv_0 = tl.zeros((BLOCK_D, KEYS_0), tl.float32)
-    dv_1 = tl.zeros((BLOCK_D, KEYS_1), tl.float32)
-
-    for tile in range(part, tl.cdiv(queries, BLOCK_T), parts):
-        row = tile * BLOCK_T + tl.arange(0, BLOCK_T)
-        q_tile = load_tile(q, row, queries, q_row, q_column, WIDTH, BLOCK_D, True)
-        g_tile = load_tile(grad, row, queries, g_row, g_column, WIDTH, BLOCK_D, True)
-        p_0, p_1, total, shift = softmax(q_tile, k_0, k_1, attend_0, attend_1, scale, PRECISION)
-        factor = inverse(total)
-        p_0 *= factor[:, None]
-        p_1 *= factor[:, None]
-        dv_0 = tl.dot(tl.trans(g_tile), p_0.to(g_tile.dtype), dv_0, input_precision=PRECISION)
-        dv_1 = tl.dot(tl.trans(g_tile), p_1.to(g_tile.dtype), dv_1, input_precision=PRECISION)
-        dp_0 = tl.dot(g_tile, tl.trans(v_0), input_precision=PRECISION)
-        dp_1 = tl.dot(g_tile, tl.trans(v_1), input_precision=PRECISION)
-        delta = tl.sum(p_0 * dp_0, 1) + tl.sum(p_1 * dp_1, 1)
-        ds_0 = (p_0 * (dp_0 - delta[:, None])).to(q_tile.dtype)
-        ds_1 = (p_1 * (dp_1 - delta[:, None])).to(q_tile.dtype)
-        dk_0 = tl.dot(tl.trans(q_tile), ds_0, dk_0, input_precision=PRECISION)
-        dk_1 = tl.dot(tl.trans(q_tile), ds_1, dk_1, input_precision=PRECISION)
-        dq_tile = tl.dot(ds_0, k_0, input_precision=PRECISION)
-        dq_tile = tl.dot(ds_1, k_1, dq_tile, input_precision=PRECISION)
-        store_tile(dq, dq_tile * softmax_scale, row, queries, out_row, WIDTH, BLOCK_D)
-
-    base = batch * keys * out_row + head * WIDTH
-    _store_sums(dk, partial_k, tl.trans(dk_0) * softmax_scale, part, parts, size, base, key_0, keys, out_row,
-                WIDTH, BLOCK_D)  # fmt: skip
-    _store_sums(dk, partial_k, tl.trans(dk_1) * softmax_scale, part, parts, size, base, key_1, keys, out_row,
-                WIDTH, BLOCK_D)  # fmt: skip
-    _store_sums(dv, partial_v, tl.trans(dv_0), part, parts, size, base, key_0, keys, out_row, WIDTH, BLOCK_D)
-    _store_sums(dv, partial_v, tl.trans(dv_1), part, parts, size, base, key_1, keys, out_row, WIDTH, BLOCK_D)
+        store_tile(partial + part * size + base, value, key, keys, row_stride, WIDTH, BLOCK_D, True)
 
 
 @triton.jit
@@ -179,7 +113,7 @@ def _queries_kernel(
         )  # fmt: skip
     out_row = heads.to(tl.int64) * WIDTH
     dq += batch * queries * out_row + head * WIDTH
-    store_tile(dq, result * softmax_scale, row, queries, out_row, WIDTH, BLOCK_D)
+    store_tile(dq, result * softmax_scale, row, queries, out_row, WIDTH, BLOCK_D, True)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -245,23 +179,11 @@ def _sum_parts_kernel(dk, dv, partial_k, partial_v, parts, size, BLOCK: tl.const
     tl.store(dv + element, sum_v.to(dv.dtype.element_ty), mask=inside)
 
 
-def _launch_config(
-    kernel: str, keys: int, width: int, itemsize: int, capability: tuple[int, int]
-) -> dict[str, int]:
-    """Of the kernels "short", "queries" and "keys", by the registers that tests/aot.py reads."""
+def _launch_config(kernel: str, width: int, itemsize: int, capability: tuple[int, int]) -> dict[str, int]:
+    """Of the kernels "queries" and "keys", by the registers that tests/aot.py reads."""
     block_d = _attention.padded(width)
     wide = block_d > 64
     config = {"WIDTH": width, "BLOCK_D": block_d, "num_stages": 2}
-    if kernel == "short":
-        keys_0, keys_1 = _attention.key_parts(keys)
-        # One program of 8 warps has a multiprocessor's registers to itself. wgmma wants 16 queries a warp,
-        # which 231 registers (64 + 16 keys) and 245 (64 + 32) hold. With 128 keys, and with mma.sync, more
-        # than 32 queries spill; with D = 32, whose products divide badly among warps, more than 16. On
-        # sm_100, where the sums are not in registers, 128 queries spill and 64 do not.
-        rows = 16
-        if block_d == 64:
-            rows = {9: 128 if keys_0 + keys_1 <= 96 else 32, 10: 64}.get(capability[0], 32)
-        return config | {"KEYS_0": keys_0, "KEYS_1": keys_1, "BLOCK_T": rows, "num_warps": 8}
     if itemsize == 4:  # three products in the place of one: three times the operands
         rows, keys_of_tile = (64, 32) if kernel == "queries" else (32, 64)
         if wide:
@@ -315,31 +237,15 @@ def cross_attention_backward(
         )
         return tuple(gradient.zero_() for gradient in gradients)
     q, scale, sign = _attention.positive_scale(q, softmax_scale)
-    run = _short if out is None else _long
     with torch.cuda.device_of(q):
-        gradients = run(grad, q, context_k, context_v, context_mask, image_k, image_v, out, lse, scale)
+        if out is None:
+            dq, dk, dv = short_backward(grad, q, context_k, context_v, context_mask, scale)
+            gradients = (dq, dk, dv, q.new_empty(0), q.new_empty(0))
+        else:
+            gradients = _long(grad, q, context_k, context_v, context_mask, image_k, image_v, out, lse, scale)
     if sign != 1.0:
         gradients[0].mul_(sign)
     return gradients
-
-
-def _short(grad, q, k, v, mask, image_k, image_v, out, lse, softmax_scale):
-    b, h, t, d = q.shape
-    s = k.shape[2]
-    capability = _attention.capability(q)
-    config = _launch_config("short", s, d, q.itemsize, capability)
-    parts = _attention.split(b * h, triton.cdiv(t, config["BLOCK_T"]), capability, resident=1, overhead=1.5)
-    dq = _attention.empty_heads(b, h, t, d, q)
-    dk, dv, partial_k, partial_v = _key_gradients(k, parts)
-    _short_backward_kernel[(b * h * parts,)](
-        dq, dk, dv, partial_k, partial_v, grad, q, k, v, mask,
-        softmax_scale * _attention.LOG2_E, softmax_scale, h, t, s, parts, dk.numel(),
-        *_attention.strides(grad), *_attention.strides(q), *_attention.strides(k), *_attention.strides(v),
-        *_attention.mask_strides(mask), **config, PRECISION=_attention.precision(q.dtype),
-        **_attention.COMPILE,
-    )  # fmt: skip
-    _sum_parts(dk, dv, partial_k, partial_v, parts)
-    return dq, dk, dv, q.new_empty(0), q.new_empty(0)
 
 
 def _long(grad, q, context_k, context_v, context_mask, image_k, image_v, out, lse, softmax_scale):
@@ -352,7 +258,7 @@ def _long(grad, q, context_k, context_v, context_mask, image_k, image_v, out, ls
     dq = _attention.empty_heads(b, h, t, d, q)
     delta = torch.empty_like(lse)
 
-    config = _launch_config("queries", s, d, q.itemsize, capability)
+    config = _launch_config("queries", d, q.itemsize, capability)
     image = (None, None, (0,) * 8)
     if t2:
         image = (image_k, image_v, (*_attention.strides(image_k), *_attention.strides(image_v)))
@@ -365,7 +271,7 @@ def _long(grad, q, context_k, context_v, context_mask, image_k, image_v, out, ls
     )  # fmt: skip
 
     gradients = []
-    config = _launch_config("keys", s, d, q.itemsize, capability)
+    config = _launch_config("keys", d, q.itemsize, capability)
     for k, v, mask in ((context_k, context_v, context_mask), (image_k, image_v, None)):
         if k is None:
             gradients += [q.new_empty(0), q.new_empty(0)]

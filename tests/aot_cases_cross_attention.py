@@ -16,6 +16,7 @@ from launches import Launch, as_case, recorded_in
 # float16 is as bfloat16.
 _SHAPES = {
     "cross S77 D64": ((4096, 77, 0, 64), False, torch.bfloat16, True),
+    "cross S77 D64, odd": ((1001, 77, 0, 64), False, torch.bfloat16, True),
     "cross S81 D64 masked": ((1024, 81, 0, 64), True, torch.bfloat16, True),
     "cross S128 D64": ((1024, 128, 0, 64), False, torch.bfloat16, True),
     "cross S78 D32": ((1024, 78, 0, 32), True, torch.bfloat16, True),
@@ -33,7 +34,7 @@ _SHAPES = {
 
 
 def _launches(shape, masked: bool, dtype: torch.dtype, capability: tuple[int, int]) -> list[Launch]:
-    from dalle2_fast.kernels import _attention, cross_attention, cross_attention_backward
+    from dalle2_fast.kernels import _attention, _short_backward, cross_attention, cross_attention_backward
 
     t, s, t2, d = shape
     b, h = 2, 10
@@ -45,7 +46,7 @@ def _launches(shape, masked: bool, dtype: torch.dtype, capability: tuple[int, in
     image = (rows(t2), rows(t2)) if t2 else (None, None)
     inputs = (rows(t), rows(s), rows(s), mask, *image)
     patched = mock.patch.object(_attention, "capability", lambda x: capability)
-    with patched, recorded_in(cross_attention, cross_attention_backward) as found:
+    with patched, recorded_in(cross_attention, cross_attention_backward, _short_backward) as found:
         out, lse = cross_attention._forward(*inputs, 0.125)
         saved = None if lse.numel() == 0 else out
         cross_attention_backward.cross_attention_backward(rows(t), *inputs, saved, lse, 0.125)
@@ -56,7 +57,7 @@ def _case(name: str, launch: Launch, hot: bool) -> Case:
     from dalle2_fast.kernels._attention import VARYING
 
     case = as_case(name, launch, VARYING)
-    adds = launch.name == "_sum_parts_kernel"
+    adds = launch.name.startswith("_sum_")
     low = any(kind in ("*fp16", "*bf16") for kind in case.signature.values())
     hgmma = low and not adds and case.constexprs["BLOCK_D"] >= 64
     return case._replace(hot=hot or adds, hgmma=hgmma)

@@ -56,7 +56,10 @@ def compare(inputs, dtype, device, function=fused, plain=formula):
     truth = outputs_and_gradients(plain, inputs, torch.float64)
     yardstick = outputs_and_gradients(plain, inputs, dtype)
     actual = outputs_and_gradients(function, inputs, dtype)
-    assert_close_to_truth(actual, yardstick, truth)
+    # On a GPU three tf32 products stand for one in float32, and tensor cores cut off what they add up: d q of
+    # 1500 keys of D = 128 is off by 3.3e-6, plain torch by 0.8e-6 (H200).
+    slack = 4e-6 if dtype == torch.float32 and device == "cuda" else 1e-6
+    assert_close_to_truth(actual, yardstick, truth, slack=slack)
     assert all(value.dtype == dtype for value in actual.values())
     return actual
 
@@ -258,17 +261,18 @@ def test_head_width_too_large_for_the_kernel(kernel_device):
     assert functional.cross_attention(q, q, q).shape == q.shape
 
 
-@settings(max_examples=8, deadline=None)
+# On a GPU every example compiles kernels of its own, and a test there is one of many with the same claim.
+@settings(max_examples=3 if torch.cuda.is_available() else 8, deadline=None)
 @given(
     sizes=st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 40), st.integers(2, 90)),
-    image_keys=st.sampled_from([0, 0, 1, 21]),
+    image_keys=st.sampled_from([0, 0, 2, 21]),  # with one key alone, dq is 0: see test_one_key
     width=st.sampled_from([8, 16, 20]),
     layout=st.permutations([0, 1, 2, 3]),
     masked=st.booleans(),
 )
 def test_any_shape_and_layout(kernel_device, sizes, image_keys, width, layout, masked):
     inputs = make(*sizes, image_keys, width, masked=masked)
-    if masked:  # with one key, dq is 0 and what is computed is rounding: see test_one_key
+    if masked:
         inputs["context_mask"][:-1, :2] = True
     back = [layout.index(axis) for axis in range(4)]
     for name, x in inputs.items():
