@@ -24,8 +24,8 @@ RESIDENT_LANES_BACKWARD = 16384  # of x and of dy, 32 values of each a thread
 RESIDENT_TILES = 20  # they are unrolled; more would only lengthen the code
 
 # A tile of the forward kernel that reads a slab twice, 16 values a thread so that two programs share a
-# multiprocessor and both slabs its L1, and the most values of a slab. On an H200 (64, 320, 64, 64) took 107 us
-# in bfloat16; 114 in tiles of 4096, 112 with 32 warps, 124 to 137 with 4 and 8: too many slabs for L1.
+# multiprocessor and both slabs its L1, and the most values of a slab. On an H200 (64, 320, 64, 64) took 107
+# us in bfloat16; 114 in tiles of 4096, 112 with 32 warps, 124 to 137 with 4 and 8: too many slabs for L1.
 FORWARD_LANES, FORWARD_WARPS = 8192, 16
 FORWARD_MOST = 65536
 # A tile of the kernels that walk through a chunk: programs share a processor, one loads, another computes.
@@ -37,10 +37,10 @@ SUM_LANES, SUM_WARPS = 4096, 8
 # A100, 128 of a 4090) they stay within 40 to 72 MB of L2.
 LOOPED_BYTES = 256 * 1024
 
-# Of a kernel over chunks: waves enough for the last one's gap to be small. On an H200 in NCHW
-# (8, 320, 256, 256) took 3 to 9 % less with 32 than with 8 in six tilings of seven; in channels_last
-# (64, 320, 64, 64), where a program takes longer to begin and to end, 1 to 24 % more in all seven. A program of
-# a single tile would do little else.
+# Of a kernel over chunks: waves enough for the last one's gap to be small. On an H200 in NCHW (8, 320, 256,
+# 256) took 3 to 9 % less with 32 than with 8 in six tilings of seven; in channels_last (64, 320, 64, 64),
+# where a program takes longer to begin and to end, 1 to 24 % more in all seven. A program of a single tile
+# would do little else.
 ROW_PROGRAMS, COLUMN_PROGRAMS, LEAST_TILES = 32, 8, 2
 MOST_CHUNKS = 128  # partial results of a slab that the second kernel merges at once
 MERGED_MOMENTS = 512  # the same, times groups

@@ -1,9 +1,10 @@
 """y = act((x - mean) rstd weight (1 + scale) + bias (1 + scale) + shift), mean and rstd over a sample's group
 
-Group norm, an optional scale and shift per sample (FiLM) and SiLU. One kernel where a group's slab fits into
-the registers of a program (1 read and 1 write, 4 bytes an element in bfloat16) or into the nearer caches (a
-second read, of L1 or L2); two where it does not (the second read of L2, where the tensor fits into that). Every
-sum, also of squares, is of x less a number near the slab's mean: a mean of 1e3 with sigma 1 costs no accuracy.
+Group norm, an optional scale and shift per sample (FiLM) and SiLU. One kernel where a group's slab fits
+into the registers of a program (1 read and 1 write, 4 bytes an element in bfloat16) or into the nearer
+caches (a second read, of L1 or L2); two where it does not (the second read of L2, where the tensor fits
+into that). Every sum, also of squares, is of x less a number near the slab's mean: a mean of 1e3 with sigma
+1 costs no accuracy.
 
 The op runs in the dtype of x, also under autocast; the maths is float32, rounded once. Its gradient is in
 group_norm_silu_backward.py. What a program covers is decided in _norm_plan.py, where the nouns are explained.
