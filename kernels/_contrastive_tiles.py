@@ -84,15 +84,23 @@ class Tiles:
         self.image, self.text = image, text
         self.sums = torch.zeros(3, dtype=torch.float64, device=image.device)
 
-    def over(self, first: int, *, soft: bool = False, gradients: bool = False) -> Iterator[Cut]:
-        """The tiles; `soft`: each with one of a second matrix, I I^T + T T^T."""
+    def over(self, loss: str, first: int, gradients: bool = False) -> Iterator[Cut]:
+        """The tiles, of a size for the `loss`: "clip", "sigmoid" or "soft"."""
         n, m = self.image.shape[0], self.text.shape[0]
         apart = gradients and self.gradient_dtype != self.dtype
-        each = (1 + soft) * self.dtype.itemsize + apart * self.gradient_dtype.itemsize
-        self._shape = tile_shape(n, m, each, self.budget, self.most_columns)
+        matrices = self.matrices(loss)
+        each = matrices * self.dtype.itemsize + apart * self.gradient_dtype.itemsize
+        self._shape = tile_shape(n, m, each or 1, *self.limits(matrices))
         self._matrices = {}
         self._apart = apart
         return cuts(n, m, first, self._shape)
+
+    def matrices(self, loss: str) -> int:
+        """How many of products are stored; "soft" has a second one, I I^T + T T^T."""
+        return 2 if loss == "soft" else 1
+
+    def limits(self, matrices: int) -> tuple[int, int]:
+        return self.budget, self.most_columns
 
     def room(self, name: str, dtype: torch.dtype, cut: Cut) -> Tensor:
         """What the tiles of one kind share, made when first asked for."""
@@ -187,6 +195,9 @@ class OnCuda(Tiles):
     """
 
     budget, most_columns = 256 << 20, 16384  # 2730 rows in half precision: a product that fills any GPU
+    # 8192 x 8192 where G is all that is stored: its products at D = 512 are 128 blocks of 128 x 256, for the
+    # 132 multiprocessors of an H100 or H200. Computed, not measured.
+    budget_of_gradients, most_columns_of_gradients = 128 << 20, 8192
     dtype = torch.float32
 
     def __init__(self, image: Tensor, text: Tensor, scale: Tensor):
@@ -207,6 +218,16 @@ class OnCuda(Tiles):
             with torch.cuda.device_of(image):
                 if self.sm90.obstacle(*self._features(everything)) is not None:
                     self.sm90 = None
+
+    def matrices(self, loss: str) -> int:
+        # The kernel for the sigmoid loss knows no gain.
+        alone = loss == "clip" or (loss == "sigmoid" and self.gain == 1)
+        return 0 if alone and self.sm90 is not None else super().matrices(loss)
+
+    def limits(self, matrices: int) -> tuple[int, int]:
+        if matrices > 0:
+            return super().limits(matrices)
+        return self.budget_of_gradients, self.most_columns_of_gradients
 
     def own_products(self) -> Tensor | None:
         """Tensor cores do not round a sum, they cut it off, after every 16 terms: at D = 512 an own pair's
@@ -258,14 +279,16 @@ class OnCuda(Tiles):
         )  # fmt: skip
         return out
 
-    def sigmoid(self, cut, bias, gradient) -> Tensor:
+    def sigmoid(self, cut, bias, gradient) -> Tensor | None:
         numbers = _addresses(self.scale, bias)
-        if self.sm90 is not None and self.gain == 1:
-            out = self.gradients(cut)
+        if self.matrices("sigmoid") == 0:
+            out = self.gradients(cut) if gradient else None
             target = (out.data_ptr(), out.stride(0)) if gradient else (0, 0)
+            features = self._features(cut)
+            rows, columns, width = features[4:7]
             self._launch(
-                self.sm90.sigmoid, *self._features(cut), *numbers, *target, self.sums.data_ptr(),
-                scratch=self.sm90.workspace_bytes(*out.shape, self.image.shape[1]),
+                self.sm90.sigmoid, *features, *numbers, *target, self.sums.data_ptr(),
+                scratch=self.sm90.workspace_bytes(rows, columns, width),
             )  # fmt: skip
             return out
         tile = self.products(cut)

@@ -76,7 +76,7 @@ def _lse_of(tiles: Tiles, first: int) -> tuple[Tensor, Tensor, Tensor]:
         own = torch.full((n,), math.nan, dtype=tiles.dtype, device=row_lse.device)
         # The tiles that the gradient will have: another shape may get another of cuBLAS's kernels, which may
         # round products in another way, and then L - lse of an easy pair, which is small, is not what it was.
-        for cut in tiles.over(first, gradients=True):
+        for cut in tiles.over("clip", first, gradients=True):
             tile = tiles.products(cut)
             tiles.lse(tile, cut.own, 1.0, row_lse[cut.rows], column_lse[cut.columns])
             if -tile.shape[0] < cut.own < tile.shape[1]:
@@ -119,7 +119,7 @@ def _gradient(
     tiles = _tiles(image, text, scale)
     gradients = _Gradients(tiles)
     largest = max(abs(row_weight), abs(column_weight)) or 1.0
-    for cut in tiles.over(first, gradients=True):
+    for cut in tiles.over("clip", first, gradients=True):
         tile = tiles.gradient(cut, row_lse, column_lse, row_weight / largest, column_weight / largest)
         gradients.add(cut, tile)
     factor = largest if grad is None else largest * grad.to(tiles.dtype)
@@ -221,7 +221,7 @@ def _sigmoid(
     n = image.shape[0]
     bias = bias.to(tiles.dtype)
     total = _Gradients(tiles) if gradients else None
-    for cut in tiles.over(-n if negatives_only else first, gradients=gradients):
+    for cut in tiles.over("sigmoid", -n if negatives_only else first, gradients):
         tile = tiles.sigmoid(cut, bias, gradients)
         if gradients:
             total.add(cut, tile)
@@ -263,11 +263,11 @@ def _soft(
     # From the products that tiles.soft sees: those of the kernels for Hopper are cut off elsewhere, and the
     # loss of an easy pair is L - lse, near 0.
     row_lse, column_lse, alike_lse, unused = (_running(n, tiles) for _ in range(4))
-    for cut in tiles.over(0, soft=True, gradients=gradients):
+    for cut in tiles.over("soft", 0, gradients):
         tiles.lse(tiles.products(cut), cut.own, 1.0, row_lse[cut.rows], column_lse[cut.columns])
         tiles.lse(tiles.alike(cut), cut.own, 0.5, alike_lse[cut.rows], unused[cut.columns])
     total = _Gradients(tiles) if gradients else None
-    for cut in tiles.over(0, soft=True, gradients=gradients):
+    for cut in tiles.over("soft", 0, gradients):
         rows, columns, _ = cut
         tile = tiles.soft(
             cut, row_lse[rows], column_lse[columns], alike_lse[rows], alike_lse[columns], gradients

@@ -515,3 +515,26 @@ def test_a_loss_with_other_own_logits():
     nothing = torch.zeros(5, dtype=torch.float64)
     expected = torch.tensor([0.0, 0.0, 1e5, math.inf, math.nan], dtype=torch.float64)
     torch.testing.assert_close(kernel._above(far, nothing, nothing), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("n", [300, 32768])
+def test_tiles_hold_what_is_stored(n, launcher, monkeypatch):
+    """Catches tiles as small as if products were stored beside G where Hopper's kernels make none, and tiles
+    too large where they are stored after all: the kernel for the sigmoid loss knows no gain for float16."""
+    import dalle2_fast
+
+    hopper = SimpleNamespace(obstacle=lambda *_: None)
+    monkeypatch.setattr(tiles.OnCuda, "budget", 256 << 20)
+    monkeypatch.setattr(tiles.OnCuda, "most_columns", 16384)
+    for dtype, loss, fused, bytes_each in (
+        (torch.bfloat16, "clip", hopper, 2), (torch.float16, "clip", hopper, 2),
+        (torch.bfloat16, "clip", None, 6), (torch.bfloat16, "sigmoid", hopper, 2), (torch.float16, "sigmoid", hopper, 6),
+        (torch.bfloat16, "soft", hopper, 10),
+    ):  # fmt: skip
+        dalle2_fast._C.sm90 = fused
+        on_cuda = tiles.OnCuda(*torch.zeros(2, n, 8, dtype=dtype), torch.tensor(1.0))
+        on_cuda.over(loss, 0, gradients=True)
+        rows, columns = on_cuda._shape
+        most = (128 if bytes_each == 2 else 256) << 20
+        assert rows * columns * bytes_each <= most, (dtype, loss)
+        assert n == 300 or rows * columns * bytes_each > 0.75 * most, (dtype, loss)
