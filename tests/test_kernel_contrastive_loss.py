@@ -528,7 +528,8 @@ def test_tiles_hold_what_is_stored(n, launcher, monkeypatch):
     monkeypatch.setattr(tiles.OnCuda, "most_columns", 16384)
     for dtype, loss, fused, bytes_each in (
         (torch.bfloat16, "clip", hopper, 2), (torch.float16, "clip", hopper, 2),
-        (torch.bfloat16, "clip", None, 6), (torch.bfloat16, "sigmoid", hopper, 2), (torch.float16, "sigmoid", hopper, 6),
+        (torch.bfloat16, "clip", None, 6),
+        (torch.bfloat16, "sigmoid", hopper, 2), (torch.float16, "sigmoid", hopper, 6),
         (torch.bfloat16, "soft", hopper, 10),
     ):  # fmt: skip
         dalle2_fast._C.sm90 = fused
