@@ -50,19 +50,21 @@ def load_pivot(
     x, row, first_channel, channels, positions, channel_stride, position_stride,
     WIDTH: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """For each row, a number near the mean of its group, float32: the mean of up to 32 values of the group's
-    first channel, spread over its positions. One value alone may be a corner unlike all others.
+    """For each row, a number near the mean of its group, float32: the mean of 32 values of the group's first
+    channel, spread over its positions; of 4 where groups are several. One alone may be a corner, unlike all.
     """
-    SAMPLES: tl.constexpr = 32 if GROUPS == 1 else 8
-    every = tl.arange(0, SAMPLES)
-    position = tl.minimum(every * tl.cdiv(positions, SAMPLES), positions - 1).to(tl.int64) * position_stride
     if GROUPS == 1:
-        mean = tl.sum(tl.load(x + position).to(tl.float32), axis=0) / SAMPLES
+        position = tl.minimum(tl.arange(0, 32) * tl.cdiv(positions, 32), positions - 1).to(tl.int64)
+        mean = tl.sum(tl.load(x + position * position_stride).to(tl.float32), axis=0) / 32
         return tl.zeros(row.shape, tl.float32) + mean
     origin = tl.minimum(row // WIDTH, GROUPS - 1) * WIDTH
-    at = origin.to(tl.int64)[:, None] * channel_stride + position[None, :]
     exists = first_channel + origin < channels
-    return tl.sum(tl.load(x + at, mask=exists[:, None], other=0.0).to(tl.float32), axis=1) / SAMPLES
+    total = tl.zeros(row.shape, tl.float32)
+    for sample in tl.static_range(4):  # each thread for its rows: no barrier, which x would wait for
+        position = tl.minimum(sample * tl.cdiv(positions, 4), positions - 1)
+        at = origin.to(tl.int64) * channel_stride + position.to(tl.int64) * position_stride
+        total += tl.load(x + at, mask=exists, other=0.0).to(tl.float32)
+    return total / 4
 
 
 @triton.jit
