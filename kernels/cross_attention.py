@@ -183,8 +183,8 @@ def _launch_config(
         rows, warps = 32 if wide else 64, 2 if wide else 4
     else:
         # Each program reads all keys: large tiles halve that traffic; small ones, of which three run at once,
-        # fill the GPU where there would be few large ones. On sm_90 a third stage lets the fetch run ahead, and
-        # 128 keys at a time take a fifth less instructions than 64 (495 for 128, 309 for 64).
+        # fill the GPU where there would be few large ones. On sm_90 a third stage lets the fetch run ahead,
+        # and 128 keys at a time take a fifth less instructions than 64 (495 for 128, 309 for 64).
         hopper = capability[0] == 9 and not wide
         waves = pairs * triton.cdiv(queries, 128) / _attention.multiprocessors(capability)
         rows, warps = (128, 8) if wide or waves > 3 else (64, 4)
