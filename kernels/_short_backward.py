@@ -137,6 +137,7 @@ def short_backward(
     capability = _attention.capability(q)
     config = _launch_config(s, d, capability)
     checks = _attention.short_checks(t, config["BLOCK_T"], s, mask is not None)
+    checks["CHECKED_ROWS"] |= mask is not None  # without, 64 + 32 masked keys spill (sm_90, Triton 3.9)
     parts = _attention.split(b * h, triton.cdiv(t, config["BLOCK_T"]), capability, resident=1, overhead=1.0)
     keys = config["KEYS_0"] + config["KEYS_1"]
     dq = _attention.empty_heads(b, h, t, d, q)
