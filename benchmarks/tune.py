@@ -178,8 +178,12 @@ def variations() -> Iterator[tuple[str, str, list[Change]]]:
         yield case, f"chunks of {lanes} lanes, {warps} warps", constant(
             _norm_plan, CHUNK_LANES=lanes, CHUNK_WARPS=warps
         )
-    for lanes in (8192, 16384):
+    for lanes in (8192, 16384, 32768):
         yield case, f"resident up to {lanes}", constant(_norm_plan, RESIDENT_LANES=lanes)
+    for lanes, warps in ((4096, 8), (4096, 16), (16384, 32)):
+        yield case, f"read twice in tiles of {lanes}, {warps} warps", constant(
+            _norm_plan, FORWARD_LANES=lanes, FORWARD_WARPS=warps
+        )
     yield case, "read twice up to 32768", constant(_norm_plan, FORWARD_MOST=32768)
     yield case, "read twice up to 131072", constant(_norm_plan, FORWARD_MOST=131072)
     for groups in (2, 4):
