@@ -17,8 +17,8 @@ from torch import Tensor
 from ._planes import memory_format
 
 # Values that a program keeps in registers from its first read to its last write: 40 a thread with 16 warps;
-# with 64 a few spill in channels_last (960 channels at 32x32, Triton 3.9). On an H200 a slab of 40960 took 124
-# us so, alone on its multiprocessor, and 107 read twice ((64, 320, 64, 64), bfloat16).
+# with 64 a few spill in channels_last (960 channels at 32x32, Triton 3.9). On an H200 a slab of 40960 took
+# 124 us so, alone on its multiprocessor, and 107 read twice ((64, 320, 64, 64), bfloat16).
 RESIDENT_LANES = 20480
 RESIDENT_LANES_BACKWARD = 16384  # of x and of dy, 32 values of each a thread
 RESIDENT_TILES = 20  # they are unrolled; more would only lengthen the code
