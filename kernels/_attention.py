@@ -195,10 +195,6 @@ def positive_scale(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float, 
     return q * sign, abs(scale) or 1.0, sign
 
 
-def multiprocessors(capability: tuple[int, int]) -> int:
-    return _MULTIPROCESSORS.get(capability, 108)
-
-
 @functools.lru_cache(maxsize=1024)
 def split(pairs: int, tiles: int, capability: tuple[int, int], resident: int, overhead: float) -> int:
     """How many programs share the tiles of one (batch, head).
@@ -206,7 +202,7 @@ def split(pairs: int, tiles: int, capability: tuple[int, int], resident: int, ov
     Programs run in waves of multiprocessors * resident. The choice minimises waves * (tiles of a program +
     overhead); overhead, in tiles, is what a program does besides them (fetch the keys, write its sums).
     """
-    slots = multiprocessors(capability) * resident
+    slots = _MULTIPROCESSORS.get(capability, 108) * resident
     cost = {}
     for parts in range(1, min(tiles, 64) + 1):
         waves = triton.cdiv(pairs * parts, slots)

@@ -159,7 +159,7 @@ def _long_forward_kernel(
 
 
 def _launch_config(
-    short: bool, pairs: int, queries: int, keys: int, width: int, itemsize: int, capability: tuple[int, int]
+    short: bool, queries: int, keys: int, width: int, itemsize: int, capability: tuple[int, int]
 ) -> dict[str, int]:
     """Tile sizes, warps and stages, by the registers and the shared memory that tests/aot.py reads.
 
@@ -182,14 +182,14 @@ def _launch_config(
         config["BLOCK_S"] = 16 if wide else 32
         rows, warps = 32 if wide else 64, 2 if wide else 4
     else:
-        # Each program reads all keys: large tiles halve that traffic; small ones, of which three run at once,
-        # fill the GPU where there would be few large ones. On sm_90 a third stage lets the fetch run ahead,
-        # and 128 keys at a time take a fifth less instructions than 64 (495 for 128, 309 for 64).
-        hopper = capability[0] == 9 and not wide
-        waves = pairs * triton.cdiv(queries, 128) / _attention.multiprocessors(capability)
-        rows, warps = (128, 8) if wide or waves > 3 else (64, 4)
-        config["BLOCK_S"] = 128 if hopper and rows == 128 else 64
-        config["num_stages"] = 3 if hopper else 2
+        # Each program reads all keys: large tiles halve that traffic, small ones fill the GPU where the image
+        # is small (16x16 tokens and less). The batch decides nothing. On sm_90 two programs of 128 queries and
+        # 4 warps run at once, one of 8 warps alone (255 and 180 registers); a third stage lets the fetch run
+        # ahead.
+        config["BLOCK_S"] = 64
+        rows, warps = (128, 8) if queries > 256 or wide else (64, 4)
+        if capability[0] == 9 and not wide:
+            warps, config["num_stages"] = 4, 3
     return config | {"BLOCK_T": rows, "num_warps": warps}
 
 
@@ -211,7 +211,7 @@ def _forward(
     scale *= _attention.LOG2_E
     short = _attention.is_resident(s, t2, d, q.itemsize)
     capability = _attention.capability(q)
-    config = _launch_config(short, b * h, t, s, d, q.itemsize, capability)
+    config = _launch_config(short, t, s, d, q.itemsize, capability)
     config["PRECISION"] = _attention.precision(q.dtype)
     common = (
         *_attention.strides(q), *_attention.strides(context_k), *_attention.strides(context_v),

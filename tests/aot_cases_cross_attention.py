@@ -24,7 +24,6 @@ _SHAPES = {
     "cross S128 D128": ((1024, 128, 0, 128), True, torch.bfloat16, False),
     "cross S77 D64 float32": ((1024, 77, 0, 64), True, torch.float32, False),
     "unCLIP D64": ((1024, 81, 1024, 64), True, torch.bfloat16, True),
-    "unCLIP D64 64x64": ((4096, 81, 4096, 64), True, torch.bfloat16, True),
     "unCLIP D64 8x8": ((64, 81, 64, 64), True, torch.bfloat16, True),
     "unCLIP D32": ((1024, 81, 1024, 32), True, torch.bfloat16, True),
     "unCLIP D128": ((1024, 81, 1024, 128), True, torch.bfloat16, False),
