@@ -183,8 +183,9 @@ def _launch_config(
         rows, warps = 32 if wide else 64, 2 if wide else 4
     else:
         # Each program reads all keys: large tiles halve that traffic, small ones fill the GPU where the image
-        # is small (16x16 tokens and less). The batch decides nothing. On sm_90 two programs of 128 queries and
-        # 4 warps run at once, of 8 warps one (255 and 180 registers); a third stage lets the fetch run ahead.
+        # is small (16x16 tokens and less). The batch decides nothing. On sm_90 two programs of 128 queries
+        # and 4 warps run at once, of 8 warps one (255 and 180 registers); a third stage lets the fetch run
+        # ahead.
         config["BLOCK_S"] = 64
         rows, warps = (128, 8) if queries > 256 or wide else (64, 4)
         if capability[0] == 9 and not wide:
