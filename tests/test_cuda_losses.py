@@ -77,7 +77,8 @@ def yardsticks(name, inputs, dtype):
              for key, factor in sums.items() if key[2:] in inputs}  # fmt: skip
     if dtype != torch.float32:
         gain = 1024 if dtype == torch.float16 else 1  # as in kernels/_contrastive_tiles.py
-        rounded = (gain * gradient).to(dtype).double() / gain
+        # With soft targets G is a difference, taken in float32, of parts much larger than it.
+        rounded = (gain * (gradient + 2e-7 * size)).to(dtype).double() / gain
         found["d image_features"] = (share * scale * rounded @ text).to(dtype)
         found["d text_features"] = (share * scale * rounded.T @ image).to(dtype)
     return found
