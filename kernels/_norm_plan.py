@@ -24,12 +24,13 @@ RESIDENT_LANES_BACKWARD = 16384  # of x and of dy, 32 values of each a thread
 RESIDENT_TILES = 20  # they are unrolled; more would only lengthen the code
 
 # A tile of the forward kernel that reads a slab twice, 16 values a thread so that two programs share a
-# multiprocessor and both slabs its L1, and the most values of a slab. On an H200 (64, 320, 64, 64) took 107
-# us in bfloat16; 114 in tiles of 4096, 112 with 32 warps, 124 to 137 with 4 and 8: too many slabs for L1.
+# multiprocessor and both slabs its L1, and the most values of a slab. On an H200 (64, 320, 64, 64) took 100
+# us in bfloat16; in a sweep where it took 106, 110 in tiles of 4096, 113 with 32 warps, 117 to 126 with 8.
 FORWARD_LANES, FORWARD_WARPS = 8192, 16
 FORWARD_MOST = 65536
-# A tile of the kernels that walk through a chunk: programs share a processor, one loads, another computes.
-CHUNK_LANES, CHUNK_WARPS = 4096, 8
+# A tile of the kernels that walk through a chunk: programs share a processor, one loads, another computes. On
+# an H200 in channels_last (64, 320, 64, 64) took 184 us; 233 with 8 warps, 231 in tiles of 2048.
+CHUNK_LANES, CHUNK_WARPS = 4096, 4
 # Backward has two inputs and two sums. On an H200 (64, 320, 64, 64) took 205 us, 226 in tiles of 8192.
 LOOPED_LANES, LOOPED_WARPS = 4096, 16
 SUM_LANES, SUM_WARPS = 4096, 8
@@ -38,10 +39,9 @@ SUM_LANES, SUM_WARPS = 4096, 8
 LOOPED_BYTES = 256 * 1024
 
 # Of a kernel over chunks: waves enough for the last one's gap to be small. On an H200 in NCHW (8, 320, 256,
-# 256) took 3 to 9 % less with 32 than with 8 in six tilings of seven; in channels_last (64, 320, 64, 64),
-# where a program takes longer to begin and to end, 1 to 24 % more in all seven. A program of a single tile
-# would do little else.
-ROW_PROGRAMS, COLUMN_PROGRAMS, LEAST_TILES = 32, 8, 2
+# 256) took 261 us with 64, 263 with 32, 270 with 16; in channels_last (64, 320, 64, 64), where a program takes
+# longer to begin and to end, 184 with 8, 187 with 16. A program of a single tile would do little else.
+ROW_PROGRAMS, COLUMN_PROGRAMS, LEAST_TILES = 64, 8, 2
 MOST_CHUNKS = 128  # partial results of a slab that the second kernel merges at once
 MERGED_MOMENTS = 512  # the same, times groups
 MERGED_VALUES = 4096  # the same, times channels, for the sums of the backward pass

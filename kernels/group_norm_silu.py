@@ -148,7 +148,7 @@ def _looped_kernel(
         position = tile % POSITION_TILES * POSITIONS + column
         inside = inside_tile(channel, GROUPS * WIDTH, first_channel, channels, position, positions, EXACT)
         at = tile_offset(channel, position, channel_stride, position_stride, WIDE)
-        value = tl.load(x + at, mask=inside, other=0.0, eviction_policy="evict_last")
+        value = tl.load(x + at, mask=inside, other=0.0)
         centred = tl.where(inside, value.to(tl.float32) - pivot[:, None], 0.0)
         total += centred
         squares += centred * centred
