@@ -139,12 +139,18 @@ def summary(results: list[tuple[str, dict]], folder: str) -> str:
                       if other["case"] == row["case"] and other["ours_is_faster"] is not None]  # fmt: skip
             versus = ", ".join(f"{one['implementation']} {one['ours_is_faster']:.2f}" for one in rivals)
             rate = f"{row['images_per_second']:.3g}" if row["images_per_second"] else ""
-            lines.append(f"| {row['case']} | {row['seconds'] * 1e3:.4g} | {rate} | {versus} |")
+            lines.append(f"| {row['case']} | {milliseconds(row['seconds'])} | {rate} | {versus} |")
         lines.append("")
         pictures = [f"[{kind}]({folder}/{name}-{kind}.png)" for kind in result["plots"]]
         if pictures:
             lines += [f"Plots: {', '.join(pictures)}.", ""]
     return "\n".join(lines)
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits, and never a power of ten."""
+    value = seconds * 1e3
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def write_readme(path: Path, folder: Path) -> None:
