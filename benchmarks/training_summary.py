@@ -39,13 +39,16 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("logs", nargs="+", metavar="STAGE=LOG.jsonl")
     parser.add_argument("--note", default="", help="what a reader must know, e.g. what else the machine did")
+    parser.add_argument("--trained-on", metavar="DEVICE", help="default: this machine's CPU")
     arguments = parser.parse_args()
     stages: dict[str, list[dict]] = {}
     for item in arguments.logs:
         stage, _, log = item.partition("=")
         stages.setdefault(stage, []).append(summary(Path(log)))
     where = machine()
-    about = {"machine": {"cpu": where["cpu"], "cores": where["cores"]}, "versions": versions(),
+    here = {"cpu": where["cpu"], "cores": where["cores"]}
+    elsewhere = arguments.trained_on and {"device": arguments.trained_on}
+    about = {"machine": elsewhere or here, "versions": None if elsewhere else versions(),
              "note": arguments.note}
     print(save(f"training-{arguments.name}", {**about, "stages": stages}))
 
