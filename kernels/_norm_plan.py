@@ -39,8 +39,8 @@ SUM_LANES, SUM_WARPS = 4096, 8
 LOOPED_BYTES = 256 * 1024
 
 # Of a kernel over chunks: waves enough for the last one's gap to be small. On an H200 in NCHW (8, 320, 256,
-# 256) took 261 us with 64, 263 with 32, 270 with 16; in channels_last (64, 320, 64, 64), where a program takes
-# longer to begin and to end, 184 with 8, 187 with 16. A program of a single tile would do little else.
+# 256) took 261 us with 64, 263 with 32, 270 with 16; in channels_last (64, 320, 64, 64), where a program
+# takes longer to begin and to end, 184 with 8, 187 with 16. A program of a single tile would do little else.
 ROW_PROGRAMS, COLUMN_PROGRAMS, LEAST_TILES = 64, 8, 2
 MOST_CHUNKS = 128  # partial results of a slab that the second kernel merges at once
 MERGED_MOMENTS = 512  # the same, times groups

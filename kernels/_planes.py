@@ -79,8 +79,8 @@ def tile_config(positions: int) -> tuple[int, int]:
     """(elements of a tile, warps) of an element-wise kernel, by the positions of a channel.
 
     4 elements a thread where a sample is small, so that a few samples fill more of the device; 16 where there
-    is enough of it: two loads of 16 bytes of bfloat16 (H200, a step of 64 pictures of 3x256x256: 42 us, with 8
-    elements 46). The batch decides nothing.
+    is enough of it: two loads of 16 bytes of bfloat16 (H200, a step of 64 pictures of 3x256x256: 42 us, with
+    8 elements 46). The batch decides nothing.
     """
     return (512, 4) if positions <= 65536 else (2048, 4)
 

@@ -276,8 +276,8 @@ _SUBSET_KEYS = 4096
 def _config(elements: int) -> tuple[bool, int, int]:
     """(RESIDENT, TILE, warps) for samples of so many elements.
 
-    Resident: the sample in one tile, at most 32 keys a thread. Otherwise tiles of 32 a thread: 237 us on an H200
-    for 64 samples of 3x256x256, 247 with 16 a thread. The batch decides nothing.
+    Resident: the sample in one tile, at most 32 keys a thread. Otherwise tiles of 32 a thread: 237 us on an
+    H200 for 64 samples of 3x256x256, 247 with 16 a thread. The batch decides nothing.
     """
     if elements <= _RESIDENT_KEYS:
         tile = max(128, triton.next_power_of_2(elements))

@@ -49,6 +49,16 @@ def test_networks_and_jobs_of_other_packages_do_the_same(name):
             check(case, kind, rival, inputs)
 
 
+def test_what_is_varied_is_there():
+    """Catches a variation of a constant, a kernel's text or a case that has been renamed or taken away."""
+    pytest.importorskip("triton")
+    import tune
+
+    for name, _, changes in tune.variations():
+        assert name in CASES
+        assert all(hasattr(place, attribute) for place, attribute, _ in changes)
+
+
 def test_both_pipelines_evaluate_the_same_rows():
     """Catches a rival that is asked for fewer steps, pictures or no guidance."""
     pytest.importorskip("diffusers", reason="diffusers is not installed")

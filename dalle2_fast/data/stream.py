@@ -20,8 +20,8 @@ class SceneStream:
     resolutions: of the pictures, all of the same scenes. split: see `sample_scenes`.
     negatives: how many hard-negative captions per picture (True: 3, False: none). canonical, drop: see
     `make_captions`. at_once: how many neighbouring batches are made together; a batch is some thousand
-    launches whatever its size, which a GPU should not wait for each time. The same seed gives different batches
-    on different kinds of devices, and with another at_once.
+    launches whatever its size, which a GPU should not wait for each time. The same seed gives different
+    batches on different kinds of devices, and with another at_once.
     """
 
     def __init__(
@@ -63,7 +63,9 @@ class SceneStream:
         rows = slice(place * self.batch_size, (place + 1) * self.batch_size)
 
         def part(value):
-            return {key: part(each) for key, each in value.items()} if isinstance(value, dict) else value[rows]
+            if isinstance(value, dict):
+                return {key: part(each) for key, each in value.items()}
+            return value[rows]
 
         return part(self._block[1])
 

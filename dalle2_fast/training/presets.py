@@ -127,11 +127,11 @@ SCENES_CPU = Preset(
 )
 
 # ------------------- scenes-gpu: the full world, ten minutes on one Hopper GPU; 40 MB in bf16 in all
-# The checkpoint in the package was made so on an H200 (pretrained/scenes/training): clip beside upsampler, then
-# decoder beside prior. Its decoder then went on in two more rounds with batches of 768, the last after a part of
-# the weights had been lost: 9.6 minutes and 1.5 million pictures in all, which one run of this recipe
-# should see in five, since scenes are made several batches at once. Optimiser, decay, focus and
-# dropped conditions are those of scenes-cpu. Averages are over the last 3 to 5 % of the steps.
+# The checkpoint in the package was made so on an H200 (pretrained/scenes/training): clip beside upsampler,
+# then decoder beside prior. Its decoder then went on in two more rounds with batches of 768, the last after a
+# part of the weights had been lost: 9.6 minutes and 1.5 million pictures in all, which one run of this recipe
+# should see in five, since scenes are made several batches at once. Optimiser, decay, focus and dropped
+# conditions are those of scenes-cpu. Averages are over the last 3 to 5 % of the steps.
 SCENES_GPU = Preset(
     name="scenes-gpu",
     world={},

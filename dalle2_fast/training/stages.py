@@ -39,8 +39,8 @@ def load_stage(out: Path, name: str, device: torch.device | str = "cpu") -> nn.M
     return model.to(device).eval().requires_grad_(False)
 
 
-# Made together on a GPU: 0.8 GB of pictures. While each step made its own scenes, a step of 384 of scenes-gpu's
-# decoder took 120 ms on an H200, and one of 1024 of its prior, a tenth of the work, 110 ms.
+# Made together on a GPU: 0.8 GB of pictures. While each step made its own scenes, a step of 384 of
+# scenes-gpu's decoder took 135 ms on an H200, and one of 1024 of its prior, a tenth of the work, 70.
 SCENES_AT_ONCE, PIXELS_AT_ONCE = 8192, 2**26
 
 
