@@ -1,7 +1,7 @@
 // M2: the contrastive losses on Hopper, product and epilogue in one kernel (TMA, mbarrier, wgmma).
 // contrastive.h has the interface, contrastive_sm90.cuh the kernels.
 //
-// Its text also runs on the CPU, in tests/test_cuda_sm90.py; the times below are computed, not measured.
+// Its text also runs on the CPU, in tests/test_cuda_sm90.py. The times below are computed, but for the last line.
 //
 // n images, M texts, width d:
 //   FLOPs        2 n M d each for lse, gradient, sigmoid; torch's two products of a gradient: 4 n M d more
@@ -19,6 +19,7 @@
 //   gradient       1.4 to 1.8     2.8 to 3.2    (writing 2.1 GB: 0.45 of it)
 //   torch's two    2.8 to 3.3     5.6 to 6.4
 //   together       5.6 to 6.8     11.2 to 12.7  (wanted: 8 and 14)
+//   measured       7.97           14.4          (2026-11-26; benchmarks/results/nvidia-h200.md)
 #include "contrastive_sm90.cuh"
 
 #include <algorithm>

@@ -196,7 +196,7 @@ class OnCuda(Tiles):
 
     budget, most_columns = 256 << 20, 16384  # 2730 rows in half precision: a product that fills any GPU
     # 8192 x 8192 where G is all that is stored: its products at D = 512 are 128 blocks of 128 x 256, for the
-    # 132 multiprocessors of an H100 or H200. Computed, not measured.
+    # 132 multiprocessors of an H100 or H200. There N = 32768 took 8.04 ms; with 256 MB 7.95, with 64 MB 8.49.
     budget_of_gradients, most_columns_of_gradients = 128 << 20, 8192
     dtype = torch.float32
 
