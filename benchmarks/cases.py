@@ -1,7 +1,7 @@
 """The ops' rows of the registry: every row of the kernels' acceptance table, at shapes of real models.
 
-The call of apex follows its documentation and has not been run where this was written: the check before the time
-has to pass first.
+The call of apex follows its documentation and has not been run where this was written: the check before the
+time has to pass first.
 """
 
 from __future__ import annotations
