@@ -76,6 +76,22 @@ def attended(mask, stride_mask, key, keys):
 
 
 @triton.jit
+def load_context(
+    k, v, mask, keys, k_row, k_column, v_row, v_column, mask_key,
+    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, KEYS_0: tl.constexpr, KEYS_1: tl.constexpr,
+):  # fmt: skip
+    """Both parts of a short context, k_0, k_1, v_0, v_1, and which of their keys may be attended to."""
+    key_0 = tl.arange(0, KEYS_0)
+    key_1 = KEYS_0 + tl.arange(0, KEYS_1)
+    k_0 = load_tile(k, key_0, keys, k_row, k_column, WIDTH, BLOCK_D, True)
+    k_1 = load_tile(k, key_1, keys, k_row, k_column, WIDTH, BLOCK_D, True)
+    v_0 = load_tile(v, key_0, keys, v_row, v_column, WIDTH, BLOCK_D, True)
+    v_1 = load_tile(v, key_1, keys, v_row, v_column, WIDTH, BLOCK_D, True)
+    attend_0 = attended(mask, mask_key, key_0, keys)
+    return k_0, k_1, v_0, v_1, attend_0, attended(mask, mask_key, key_1, keys)
+
+
+@triton.jit
 def softmax(q, k_0, k_1, attend_0, attend_1, scale, CHECKED_KEYS: tl.constexpr, PRECISION: tl.constexpr):
     """p_0, p_1 = exp2(scale (s - max s)) of both parts of the keys, their sum, and scale max s."""
     s_0 = tl.dot(q, tl.trans(k_0), input_precision=PRECISION)

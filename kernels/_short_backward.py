@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _attention
-from ._attention import VARYING, attended, inverse, load_tile, place, softmax, store_tile
+from ._attention import VARYING, inverse, load_context, load_tile, place, softmax, store_tile
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -41,14 +41,9 @@ def _short_backward_kernel(
     if mask is not None:
         mask += batch * mask_batch
 
-    key_0 = tl.arange(0, KEYS_0)
-    key_1 = KEYS_0 + tl.arange(0, KEYS_1)
-    k_0 = load_tile(k, key_0, keys, k_row, k_column, WIDTH, BLOCK_D, True)
-    k_1 = load_tile(k, key_1, keys, k_row, k_column, WIDTH, BLOCK_D, True)
-    v_0 = load_tile(v, key_0, keys, v_row, v_column, WIDTH, BLOCK_D, True)
-    v_1 = load_tile(v, key_1, keys, v_row, v_column, WIDTH, BLOCK_D, True)
-    attend_0 = attended(mask, mask_key, key_0, keys)
-    attend_1 = attended(mask, mask_key, key_1, keys)
+    k_0, k_1, v_0, v_1, attend_0, attend_1 = load_context(
+        k, v, mask, keys, k_row, k_column, v_row, v_column, mask_key, WIDTH, BLOCK_D, KEYS_0, KEYS_1
+    )
     # Transposed: their rows are then the columns of a head, and 16 keys still fill a matrix instruction.
     dk_0 = tl.zeros((BLOCK_D, KEYS_0), tl.float32)
     dk_1 = tl.zeros((BLOCK_D, KEYS_1), tl.float32)
@@ -78,6 +73,8 @@ def _short_backward_kernel(
         dq_tile = tl.dot(ds_1, k_1, dq_tile, input_precision=PRECISION)
         store_tile(dq, dq_tile * softmax_scale, row, queries, out_row, WIDTH, BLOCK_D, CHECKED_ROWS)
 
+    key_0 = tl.arange(0, KEYS_0)
+    key_1 = KEYS_0 + tl.arange(0, KEYS_1)
     at = tl.program_id(0).to(tl.int64) * (BLOCK_D * (KEYS_0 + KEYS_1))
     at += tl.arange(0, BLOCK_D)[:, None] * (KEYS_0 + KEYS_1)
     tl.store(sums_k + at + key_0[None, :], dk_0)

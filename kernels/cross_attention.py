@@ -26,7 +26,17 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _attention
-from ._attention import VARYING, attended, inverse, load_tile, log_sum, place, softmax, store_tile
+from ._attention import (
+    VARYING,
+    attended,
+    inverse,
+    load_context,
+    load_tile,
+    log_sum,
+    place,
+    softmax,
+    store_tile,
+)
 from ._op import define, differentiate
 from .cross_attention_backward import cross_attention_backward, fake_backward
 
@@ -50,14 +60,9 @@ def _short_forward_kernel(
     if mask is not None:
         mask += batch * mask_batch
 
-    key_0 = tl.arange(0, KEYS_0)
-    key_1 = KEYS_0 + tl.arange(0, KEYS_1)
-    k_0 = load_tile(k, key_0, keys, k_row, k_column, WIDTH, BLOCK_D, True)
-    k_1 = load_tile(k, key_1, keys, k_row, k_column, WIDTH, BLOCK_D, True)
-    v_0 = load_tile(v, key_0, keys, v_row, v_column, WIDTH, BLOCK_D, True)
-    v_1 = load_tile(v, key_1, keys, v_row, v_column, WIDTH, BLOCK_D, True)
-    attend_0 = attended(mask, mask_key, key_0, keys)
-    attend_1 = attended(mask, mask_key, key_1, keys)
+    k_0, k_1, v_0, v_1, attend_0, attend_1 = load_context(
+        k, v, mask, keys, k_row, k_column, v_row, v_column, mask_key, WIDTH, BLOCK_D, KEYS_0, KEYS_1
+    )
 
     for tile in range(part, tl.cdiv(queries, BLOCK_T), parts):
         row = tile * BLOCK_T + tl.arange(0, BLOCK_T)

@@ -321,20 +321,12 @@ def _forward(
     sizes = (num_groups, channels, source.positions)
     strides = (source.sample_stride, y.stride(0), source.channel_stride, source.position_stride)
     with torch.cuda.device_of(x):
-        tiles = plan.resident_tiles(*shape, plan.RESIDENT_LANES)
+        kernel, tiles = _resident_kernel, plan.resident_tiles(*shape, plan.RESIDENT_LANES)
+        if tiles is None:
+            kernel = _looped_kernel
+            tiles = plan.forward_tiles(*shape, plan.FORWARD_LANES, plan.FORWARD_WARPS, plan.FORWARD_MOST)
         if tiles is not None:
-            _resident_kernel[(samples * plan.divide_up(num_groups, tiles.groups),)](
-                source.tensor, y, mean, rstd, *affine, *sizes, *strides,
-                WIDE=source.wide, WIDTH=width, GROUPS=tiles.groups,
-                CHANNELS=tiles.channels, POSITIONS=tiles.positions,
-                CHANNEL_TILES=tiles.channel_tiles, POSITION_TILES=tiles.position_tiles, EXACT=tiles.exact,
-                SILU=silu, num_warps=tiles.warps,
-            )  # fmt: skip
-            return y, mean, rstd
-
-        tiles = plan.forward_tiles(*shape, plan.FORWARD_LANES, plan.FORWARD_WARPS, plan.FORWARD_MOST)
-        if tiles is not None:
-            _looped_kernel[(samples * plan.divide_up(num_groups, tiles.groups),)](
+            kernel[(samples * plan.divide_up(num_groups, tiles.groups),)](
                 source.tensor, y, mean, rstd, *affine, *sizes, *strides,
                 WIDE=source.wide, WIDTH=width, GROUPS=tiles.groups,
                 CHANNELS=tiles.channels, POSITIONS=tiles.positions,
