@@ -43,7 +43,7 @@ for name in "$@"; do
         "$python" -m dalle2_fast.cli info
         ;;
     tests)  # those that run the kernels where there is a GPU, and those that only a GPU can run
-        workers=()  # most of the time is compiling: on an H200 150 s with ten of pytest-xdist's workers
+        workers=()  # most of the time is compiling, which pytest-xdist's workers share
         "$python" -c "import xdist" 2>/dev/null && workers=(-n 10)
         stage tests 300 "$python" -m pytest -q "${workers[@]}" -m "not gpu" tests/test_kernel_*.py \
             tests/test_ops_*.py tests/test_graphs.py tests/test_benchmarks.py

@@ -45,11 +45,12 @@ def main() -> None:
     for item in arguments.logs:
         stage, _, log = item.partition("=")
         stages.setdefault(stage, []).append(summary(Path(log)))
-    where = machine()
-    here = {"cpu": where["cpu"], "cores": where["cores"]}
-    elsewhere = arguments.trained_on and {"device": arguments.trained_on}
-    about = {"machine": elsewhere or here, "versions": None if elsewhere else versions(),
-             "note": arguments.note}
+    if arguments.trained_on is not None:
+        about = {"machine": {"device": arguments.trained_on}}
+    else:
+        where = machine()
+        about = {"machine": {"cpu": where["cpu"], "cores": where["cores"]}, "versions": versions()}
+    about["note"] = arguments.note
     print(save(f"training-{arguments.name}", {**about, "stages": stages}))
 
 

@@ -172,7 +172,7 @@ SCENES_GPU = Preset(
         optimisation=Optimisation(batch_size=256, minutes=1.5, optimizer="muon", learning_rate=1.5e-3,
                                   betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=100, hold=0.4,
                                   decay="linear", ema_decay=0.99)),
-    # For a laptop's CPU: on two cores four pictures take 4 s so, 6.7 with 25 steps of DDIM.
+    # For a laptop's CPU (benchmarks/results/main_job.json): the decoder's steps are most of the time.
     sampling=dict(steps=12, prior_steps=12, guidance=3.0, prior_guidance=2.0, candidates=2, sampler="dpm++"),
     # Neither of the two has been trained yet.
     ar_prior=Recipe(
