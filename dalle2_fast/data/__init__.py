@@ -1,15 +1,15 @@
 """The procedural captioned scenes, the tokenizers, and streams of batches."""
 
-from .bpe import BPETokenizer
-from .captions import compose, draw_phrasing, make_captions, stated
-from .negatives import NEGATIVE_KINDS, hard_negatives, sample_negatives
-from .render import render
-from .scenes import SPLITS, sample_scenes
-from .stream import SceneStream
-from .tokenizer import Tokenizer, WordTokenizer, tokenizer_from_config
-from .webdata import WebDatasetStream
-from .words import scene_words
-from .world import World
+from dalle2_fast.data.bpe import BPETokenizer
+from dalle2_fast.data.captions import compose, draw_phrasing, make_captions, stated
+from dalle2_fast.data.negatives import NEGATIVE_KINDS, hard_negatives, sample_negatives
+from dalle2_fast.data.render import render
+from dalle2_fast.data.scenes import SPLITS, sample_scenes
+from dalle2_fast.data.stream import SceneStream
+from dalle2_fast.data.tokenizer import Tokenizer, WordTokenizer, tokenizer_from_config
+from dalle2_fast.data.webdata import WebDatasetStream
+from dalle2_fast.data.words import scene_words
+from dalle2_fast.data.world import World
 
 __all__ = [
     "BPETokenizer",

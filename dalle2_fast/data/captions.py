@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .scenes import Scenes
-from .vocabulary import (
+from dalle2_fast.data.scenes import Scenes
+from dalle2_fast.data.vocabulary import (
     BACKGROUND_PHRASES,
     BACKGROUNDS,
     BOS,

@@ -19,9 +19,9 @@ import math
 import torch
 from torch import Tensor
 
-from .palette import palette
-from .shapes import JITTER_DEGREES, geometry
-from .vocabulary import (
+from dalle2_fast.data.palette import palette
+from dalle2_fast.data.shapes import JITTER_DEGREES, geometry
+from dalle2_fast.data.vocabulary import (
     ABOVE,
     BACKGROUNDS,
     COLORS,
@@ -38,7 +38,7 @@ from .vocabulary import (
     THREE,
     TWO,
 )
-from .world import OUTER_SHAPES, World
+from dalle2_fast.data.world import OUTER_SHAPES, World
 
 Scenes = dict[str, Tensor]
 

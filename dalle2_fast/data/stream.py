@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from .captions import compose, draw_phrasing
-from .negatives import sample_negatives
-from .render import render
-from .scenes import sample_scenes
-from .tokenizer import WordTokenizer
-from .world import World
+from dalle2_fast.data.captions import compose, draw_phrasing
+from dalle2_fast.data.negatives import sample_negatives
+from dalle2_fast.data.render import render
+from dalle2_fast.data.scenes import sample_scenes
+from dalle2_fast.data.tokenizer import WordTokenizer
+from dalle2_fast.data.world import World
 
 
 class SceneStream:

@@ -18,8 +18,7 @@ from dalle2_fast.data.captions import make_captions
 from dalle2_fast.data.scenes import Scenes, sample_scenes
 from dalle2_fast.data.vocabulary import WORD_TO_ID, WORDS
 from dalle2_fast.data.world import World
-
-from .reader import Reading
+from dalle2_fast.evaluation.reader import Reading
 
 
 def shuffle_pictures(reading: Reading, kind: Tensor) -> Reading:

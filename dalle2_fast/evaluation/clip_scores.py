@@ -12,8 +12,7 @@ from dalle2_fast.data.negatives import NEGATIVE_KINDS, contradicts, hard_negativ
 from dalle2_fast.data.render import render
 from dalle2_fast.data.scenes import Scenes
 from dalle2_fast.data.world import World
-
-from .scores import Tally
+from dalle2_fast.evaluation.scores import Tally
 
 # Sums over the edits that test one thing.
 GROUPS = {"binding": ("swap_colors", "swap_shapes"), "relation": ("change_relation", "swap_objects")}

@@ -20,13 +20,12 @@ from dalle2_fast.data.scenes import sample_scenes
 from dalle2_fast.data.stream import mix_seed
 from dalle2_fast.data.tokenizer import WordTokenizer
 from dalle2_fast.data.world import World
+from dalle2_fast.evaluation.baselines import nearest_training_scenes, shuffle_pictures
+from dalle2_fast.evaluation.clip_scores import score_clip
+from dalle2_fast.evaluation.reader import Reader
+from dalle2_fast.evaluation.scores import ATTRIBUTES, score_captions
+from dalle2_fast.evaluation.upsampling import score_upsampler
 from dalle2_fast.models.dalle2 import DALLE2
-
-from .baselines import nearest_training_scenes, shuffle_pictures
-from .clip_scores import score_clip
-from .reader import Reader
-from .scores import ATTRIBUTES, score_captions
-from .upsampling import score_upsampler
 
 SPLITS = ("iid", "comp")
 PARTS = ("clip", "captions", "upsampler")

@@ -25,9 +25,8 @@ from dalle2_fast.data.palette import SHADOW, palette, rgb_to_lab
 from dalle2_fast.data.shapes import geometry
 from dalle2_fast.data.vocabulary import DOTTED, SOLID, STRIPED, TEXTURES
 from dalle2_fast.data.world import World
-
-from .components import dilate, erode, find_components, holes
-from .templates import Templates, disc_to_shape_radius
+from dalle2_fast.evaluation.components import dilate, erode, find_components, holes
+from dalle2_fast.evaluation.templates import Templates, disc_to_shape_radius
 
 SIDE = 64  # all pictures are brought to it: more pixels would not decide anything, and less are too few
 SLOTS = 8  # objects kept per picture, the largest ones

@@ -14,8 +14,7 @@ from torch import Tensor
 from dalle2_fast.data.scenes import Scenes
 from dalle2_fast.data.shapes import geometry
 from dalle2_fast.data.vocabulary import COUNT, KINDS
-
-from .reader import CELL, ROOM, Reading
+from dalle2_fast.evaluation.reader import CELL, ROOM, Reading
 
 ATTRIBUTES = (
     "count", "color", "shape", "binding", "fill", "size", "position", "relation", "background", "texture",
