@@ -40,7 +40,7 @@ for name in "$@"; do
     build)
         nvidia-smi
         stage build 120 env DALLE2_FAST_NATIVE=cuda "$python" setup.py build_ext --inplace
-        "$python" -m dalle2_fast.cli info
+        "$python" -m dalle2_fast info
         ;;
     tests)  # those that run the kernels where there is a GPU, and those that only a GPU can run
         workers=()  # most of the time is compiling, which pytest-xdist's workers share

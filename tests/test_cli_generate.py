@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from tiny_pipeline import tiny_pipeline
 
-from dalle2_fast import DALLE2, _backend, cli, cli_picture
+from dalle2_fast import DALLE2, _backend, cli
+from dalle2_fast.cli import picture as cli_picture
 
 
 @pytest.fixture(scope="module")

@@ -54,8 +54,7 @@ def module_name(path: Path) -> tuple[str, ...]:
 
 
 def room(module: tuple[str, ...]) -> str:
-    name = module[1] if len(module) > 1 else "__init__"
-    return "cli" if name.startswith("cli_") else name
+    return module[1] if len(module) > 1 else "__init__"
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from dalle2_fast import cli_arguments, cli_image, cli_picture
-from dalle2_fast.cli_job import Job
+from dalle2_fast.cli import arguments, picture
+from dalle2_fast.cli import image as cli_image
+from dalle2_fast.cli.job import Job
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,16 +18,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="numbers of components (default: 1, 4, 16, ... and all of them)",
     )  # fmt: skip
     parser.add_argument(
-        "--pca-images", type=cli_arguments.count, default=2048, metavar="N",
+        "--pca-images", type=arguments.count, default=2048, metavar="N",
         help="find the components from N pictures of the checkpoint's own world (default 2048)",
     )  # fmt: skip
     parser.add_argument(
         "--pca-folder", type=Path, metavar="DIR", help="find them from the pictures in this folder instead"
     )
-    cli_arguments.add_seed(parser)
-    cli_arguments.add_decoder(parser)
-    cli_arguments.add_upsamplers(parser)
-    cli_arguments.add_output(parser, "IMAGE-reconstructed")
+    arguments.add_seed(parser)
+    arguments.add_decoder(parser)
+    arguments.add_upsamplers(parser)
+    arguments.add_output(parser, "IMAGE-reconstructed")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,11 +48,11 @@ def run(args: argparse.Namespace) -> int:
     pictures = to_pil(resized(image, job.size)) + to_pil(made.images)
     labels = ["source", *(f"{count}: {pca.explained(count):.1%} of variance" for count in dims)]
     texts = {"image": args.image.name, "dims": ", ".join(map(str, dims))}
-    return job.write(pictures, made.seconds, texts=texts, labels=labels, columns=cli_picture.WIDEST)
+    return job.write(pictures, made.seconds, texts=texts, labels=labels, columns=picture.WIDEST)
 
 
 def _dims(text: str) -> list[int]:
-    return [cli_arguments.count_or_none(part) for part in text.split(",")]
+    return [arguments.count_or_none(part) for part in text.split(",")]
 
 
 def _files(folder: Path) -> list[Path]:

@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dalle2_fast import __version__, _device, cli_arguments, cli_image, cli_picture
+from dalle2_fast import __version__, _device
+from dalle2_fast.cli import arguments
+from dalle2_fast.cli import image as cli_image
+from dalle2_fast.cli import picture as cli_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -64,7 +67,7 @@ class Job:
     def shared(self) -> dict[str, object]:
         """Seed, settings and progress, as every method of the chain takes them."""
         common = dict(seed=self.seed, batch_size=self.args.batch_size, progress=not self.args.quiet)
-        return common | cli_arguments.settings(self.args)
+        return common | arguments.settings(self.args)
 
     def write(
         self,
@@ -77,7 +80,7 @@ class Job:
         columns: int | None = None,
     ) -> int:
         """Write the grid (and single pictures), print where it is and what it took; the exit code."""
-        given = cli_arguments.settings(self.args).items()
+        given = arguments.settings(self.args).items()
         settings = self.pipe.sampling | {name: value for name, value in given if value is not None}
         settings |= {"device": self.device.type, "dtype": self._dtype}
         texts = texts | {"seed": self.seed, "settings": json.dumps(settings)}

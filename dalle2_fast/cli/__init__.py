@@ -17,17 +17,19 @@ from dalle2_fast import __version__
 # command -> (module with add_arguments(parser) and run(args) -> int, what it does). A module is imported only
 # for its own command.
 COMMANDS = {
-    "generate": ("dalle2_fast.cli_generate", "draw pictures from a caption"),
-    "variations": ("dalle2_fast.cli_variations", "draw other pictures of the same content"),
-    "interpolate": ("dalle2_fast.cli_interpolate", "draw the way from one picture to another"),
-    "text-diff": ("dalle2_fast.cli_text_diff", "change a picture by the difference of two captions"),
-    "inpaint": ("dalle2_fast.cli_inpaint", "repaint a part of a picture"),
-    "invert": ("dalle2_fast.cli_invert", "find the noise that draws a picture"),
-    "reconstruct": ("dalle2_fast.cli_reconstruct", "draw a picture from a few components of its embedding"),
-    "vocabulary": ("dalle2_fast.cli_vocabulary", "list the words that a checkpoint knows"),
-    "info": ("dalle2_fast.cli_info", "versions, backends and the checkpoint"),
-    "train": ("dalle2_fast.training.command", "train CLIP, prior, decoder and upsampler"),
-    "evaluate": ("dalle2_fast.evaluation.command", "score a checkpoint against captions and baselines"),
+    "generate": ("dalle2_fast.cli.generate", "draw pictures from a caption"),
+    "variations": ("dalle2_fast.cli.editing.variations", "draw other pictures of the same content"),
+    "interpolate": ("dalle2_fast.cli.editing.interpolate", "draw the way from one picture to another"),
+    "text-diff": ("dalle2_fast.cli.editing.text_diff", "change a picture by the difference of two captions"),
+    "inpaint": ("dalle2_fast.cli.editing.inpaint", "repaint a part of a picture"),
+    "invert": ("dalle2_fast.cli.editing.invert", "find the noise that draws a picture"),
+    "reconstruct": (
+        "dalle2_fast.cli.editing.reconstruct", "draw a picture from a few components of its embedding",
+    ),
+    "vocabulary": ("dalle2_fast.cli.vocabulary", "list the words that a checkpoint knows"),
+    "info": ("dalle2_fast.cli.info", "versions, backends and the checkpoint"),
+    "train": ("dalle2_fast.cli.train", "train CLIP, prior, decoder and upsampler"),
+    "evaluate": ("dalle2_fast.cli.evaluate", "score a checkpoint against captions and baselines"),
 }
 # TypeError is not among them: out of a command line it is a fault of the program and deserves its traceback.
 USER_ERRORS = (ValueError, OSError, FloatingPointError, ImportError)
@@ -100,7 +102,3 @@ def _one_line(error: Exception) -> str:
 def _fail(message: str, code: int) -> int:
     print(f"dalle2-fast: {message}", file=sys.stderr)
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

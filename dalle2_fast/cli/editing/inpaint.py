@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dalle2_fast import cli_arguments, cli_image, cli_picture
-from dalle2_fast.cli_job import Job
+from dalle2_fast.cli import arguments, picture
+from dalle2_fast.cli import image as cli_image
+from dalle2_fast.cli.job import Job
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,21 +25,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="repaint a box; its left, top, right and bottom, each a part of the side: 0.5,0,1,1",
     )  # fmt: skip
     parser.add_argument(
-        "--num-images", type=cli_arguments.count, default=4, metavar="N", help="pictures (default 4)"
+        "--num-images", type=arguments.count, default=4, metavar="N", help="pictures (default 4)"
     )
     parser.add_argument(
-        "--resample", type=cli_arguments.count, default=1, metavar="N",
+        "--resample", type=arguments.count, default=1, metavar="N",
         help="go through each stretch of steps N times, for fewer seams (default 1; RePaint: 10)",
     )  # fmt: skip
     parser.add_argument(
-        "--jump", type=cli_arguments.count, default=10, metavar="N", help="steps of a stretch (default 10)"
+        "--jump", type=arguments.count, default=10, metavar="N", help="steps of a stretch (default 10)"
     )
-    cli_arguments.add_seed(parser)
-    cli_arguments.add_decoder(parser)
-    cli_arguments.add_prior(parser)
-    cli_arguments.add_upsamplers(parser)
-    cli_arguments.add_sampler(parser)
-    cli_arguments.add_output(parser, "IMAGE-inpainted")
+    arguments.add_seed(parser)
+    arguments.add_decoder(parser)
+    arguments.add_prior(parser)
+    arguments.add_upsamplers(parser)
+    arguments.add_sampler(parser)
+    arguments.add_output(parser, "IMAGE-inpainted")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,11 +74,11 @@ def run(args: argparse.Namespace) -> int:
     pictures = to_pil(torch.cat([shown, grey])) + to_pil(made.images)
     labels = ["source", "to be repainted", *["repainted"] * args.num_images]
     texts = {"image": args.image.name, "caption": args.caption or ""}
-    return job.write(pictures, made.seconds, texts=texts, labels=labels, columns=cli_picture.WIDEST)
+    return job.write(pictures, made.seconds, texts=texts, labels=labels, columns=picture.WIDEST)
 
 
 def _box(text: str) -> tuple[float, ...]:
-    parts = tuple(cli_arguments.share(part) for part in text.split(","))
+    parts = tuple(arguments.share(part) for part in text.split(","))
     if len(parts) != 4 or parts[0] >= parts[2] or parts[1] >= parts[3]:
         raise argparse.ArgumentTypeError(
             f"expected left,top,right,bottom with left < right and top < bottom, got {text!r}"

@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dalle2_fast import cli_arguments, cli_image, cli_picture
-from dalle2_fast.cli_job import Job
+from dalle2_fast.cli import arguments
+from dalle2_fast.cli import image as cli_image
+from dalle2_fast.cli import picture as cli_picture
+from dalle2_fast.cli.job import Job
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("first", type=Path, help="the picture to begin with")
     parser.add_argument("second", type=Path, help="the picture to end with")
     parser.add_argument(
-        "--frames", type=cli_arguments.count, default=6, metavar="N", help="pictures, at least 2 (default 6)"
+        "--frames", type=arguments.count, default=6, metavar="N", help="pictures, at least 2 (default 6)"
     )
     parser.add_argument(
         "--noise", choices=("fixed", "slerp"), default="fixed",
@@ -21,21 +23,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "without guidance by default",
     )  # fmt: skip
     parser.add_argument(
-        "--inversion-steps", type=cli_arguments.count, default=50, metavar="N",
+        "--inversion-steps", type=arguments.count, default=50, metavar="N",
         help="to find the pictures' noise with --noise slerp (default 50)",
     )  # fmt: skip
     parser.add_argument("--caption", help="a caption for the decoder (default: the pictures alone decide)")
-    cli_arguments.add_seed(parser)
-    cli_arguments.add_decoder(parser)
-    cli_arguments.add_upsamplers(parser)
-    cli_arguments.add_output(parser, "FIRST-SECOND")
+    arguments.add_seed(parser)
+    arguments.add_decoder(parser)
+    arguments.add_upsamplers(parser)
+    arguments.add_output(parser, "FIRST-SECOND")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.frames < 2:
         raise ValueError(f"--frames: expected at least 2, got {args.frames}")
     if args.noise == "slerp":
-        cli_arguments.start_from_own_noise(args)
+        arguments.start_from_own_noise(args)
     job = Job(args, f"{args.first.stem}-{args.second.stem}")
     opened = [cli_image.open_image(getattr(args, name), name) for name in ("first", "second")]
     pipe = job.load()

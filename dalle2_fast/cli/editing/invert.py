@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dalle2_fast import cli_arguments, cli_image, cli_picture
-from dalle2_fast.cli_job import Job
+from dalle2_fast.cli import arguments
+from dalle2_fast.cli import image as cli_image
+from dalle2_fast.cli import picture as cli_picture
+from dalle2_fast.cli.job import Job
 
 SHOWN = 256  # side of a picture in the grid: the decoder's are small
 
@@ -14,20 +16,20 @@ SHOWN = 256  # side of a picture in the grid: the decoder's are small
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", type=Path, help="the picture to find the noise of")
     parser.add_argument(
-        "--steps", type=cli_arguments.count, default=50, metavar="N",
+        "--steps", type=arguments.count, default=50, metavar="N",
         help="there, and as many back (default 50, at least 2)",
     )  # fmt: skip
     parser.add_argument(
-        "--guidance", type=cli_arguments.scale, default=1.0, metavar="X",
+        "--guidance", type=arguments.scale, default=1.0, metavar="X",
         help="on both ways (default 1: none)",
     )  # fmt: skip
     parser.add_argument(
-        "--refine", type=cli_arguments.count_or_none, default=0, metavar="N",
+        "--refine", type=arguments.count_or_none, default=0, metavar="N",
         help="make each step N times again, nearer to one that leads back (default 0)",
     )  # fmt: skip
     parser.add_argument("--caption", help="a caption for the decoder (default: the picture alone decides)")
-    cli_arguments.add_seed(parser)
-    cli_arguments.add_output(parser, "IMAGE-inverted")
+    arguments.add_seed(parser)
+    arguments.add_output(parser, "IMAGE-inverted")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,34 +5,35 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dalle2_fast import cli_arguments, cli_image, cli_picture
-from dalle2_fast.cli_job import Job
+from dalle2_fast.cli import arguments, picture
+from dalle2_fast.cli import image as cli_image
+from dalle2_fast.cli.job import Job
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", type=Path, help="the picture to vary")
     parser.add_argument(
-        "--num-images", type=cli_arguments.count, default=4, metavar="N", help="variations (default 4)"
+        "--num-images", type=arguments.count, default=4, metavar="N", help="variations (default 4)"
     )
     parser.add_argument(
-        "--eta", type=cli_arguments.share, default=1.0, metavar="X",
+        "--eta", type=arguments.share, default=1.0, metavar="X",
         help="how random DDIM is, 0 to 1 (default 1)",
     )  # fmt: skip
     parser.add_argument(
-        "--inversion-steps", type=cli_arguments.count, metavar="N",
+        "--inversion-steps", type=arguments.count, metavar="N",
         help="start from the picture's own noise, found with N steps, without guidance by default (default: "
         "from other noise each time)",
     )  # fmt: skip
     parser.add_argument("--caption", help="a caption for the decoder (default: the picture alone decides)")
-    cli_arguments.add_seed(parser)
-    cli_arguments.add_decoder(parser)
-    cli_arguments.add_upsamplers(parser)
-    cli_arguments.add_output(parser, "IMAGE-variations")
+    arguments.add_seed(parser)
+    arguments.add_decoder(parser)
+    arguments.add_upsamplers(parser)
+    arguments.add_output(parser, "IMAGE-variations")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.inversion_steps is not None:
-        cli_arguments.start_from_own_noise(args)
+        arguments.start_from_own_noise(args)
     job = Job(args, f"{args.image.stem}-variations")
     opened = cli_image.open_image(args.image, "image")
     pipe = job.load()
@@ -46,4 +47,4 @@ def run(args: argparse.Namespace) -> int:
     pictures = to_pil(resized(image, job.size)) + to_pil(made.images)
     labels = ["source", *(f"variation {index + 1}" for index in range(args.num_images))]
     texts = {"image": args.image.name, "eta": args.eta}
-    return job.write(pictures, made.seconds, texts=texts, labels=labels, columns=cli_picture.WIDEST)
+    return job.write(pictures, made.seconds, texts=texts, labels=labels, columns=picture.WIDEST)

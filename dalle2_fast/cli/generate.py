@@ -5,31 +5,32 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dalle2_fast import cli_arguments, cli_image, cli_picture
-from dalle2_fast.cli_job import Job
+from dalle2_fast.cli import arguments, picture
+from dalle2_fast.cli import image as cli_image
+from dalle2_fast.cli.job import Job
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("caption", help='what to draw, e.g. "a large red circle above a small blue square"')
     parser.add_argument(
-        "--num-images", type=cli_arguments.count, default=4, metavar="N", help="pictures (default 4)"
+        "--num-images", type=arguments.count, default=4, metavar="N", help="pictures (default 4)"
     )
-    cli_arguments.add_seed(parser)
+    arguments.add_seed(parser)
     parser.add_argument(
         "--init-image", type=Path, metavar="FILE", help="a picture for the decoder to start from; shown first"
     )
     parser.add_argument(
         "--strength",
-        type=cli_arguments.strength,
+        type=arguments.strength,
         metavar="X",
         help="how much of the decoder's way is made from it: 1 forgets the picture (default 0.6)",
     )
-    cli_arguments.add_decoder(parser)
-    cli_arguments.add_candidates(parser)
-    cli_arguments.add_prior(parser)
-    cli_arguments.add_upsamplers(parser)
-    cli_arguments.add_sampler(parser)
-    cli_arguments.add_output(parser, "CAPTION")
+    arguments.add_decoder(parser)
+    arguments.add_candidates(parser)
+    arguments.add_prior(parser)
+    arguments.add_upsamplers(parser)
+    arguments.add_sampler(parser)
+    arguments.add_output(parser, "CAPTION")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,6 +53,6 @@ def run(args: argparse.Namespace) -> int:
     if opened is not None:
         source = to_pil(resized(image, job.size))
         labels = ["start", *[f"strength {strength:g}"] * len(pictures)]
-        columns = cli_picture.WIDEST
+        columns = picture.WIDEST
     texts = {"caption": args.caption}
     return job.write(source + pictures, made.seconds, texts=texts, labels=labels, columns=columns)

@@ -1,0 +1,7 @@
+"""`python -m dalle2_fast ...` is `dalle2-fast ...`."""
+
+import sys
+
+from dalle2_fast.cli import main
+
+sys.exit(main())
