@@ -65,7 +65,7 @@ def karlo_decoder() -> Pairs:
 
 
 def karlo_text_proj() -> Pairs:
-    from dalle2_fast.models.conditioning import Caption
+    from dalle2_fast.models.decoder.conditioning import Caption
 
     theirs, ours = Karlo.both()
     for normal, _, mask in draws():

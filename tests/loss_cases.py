@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle2_fast.losses import ClipLoss, SigLipLoss, SoftClipLoss
-from dalle2_fast.models.clip import CLIP
+from dalle2_fast.models.clip.model import CLIP
 
 N, D, SCALE, BIAS = 3, 5, 9.0, -4.0  # N pairs in each process
 CLIP_MODES = list(itertools.product(("clip",), (False, True), (False, True)))  # local_loss, gather_with_grad

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalle2_fast import Decoder, Upsampler, _backend, functional
-from dalle2_fast.models.unet import AttentionBlock, UNet
+from dalle2_fast.models.unet.model import AttentionBlock, UNet
 from dalle2_fast.modules import GroupNormSiLU
 
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from dalle2_fast import ARPrior, DiffusionPrior
-from dalle2_fast.models.ar_prior import ARPriorNetwork, draw
-from dalle2_fast.models.prior_base import best_candidate, candidate_seeds
+from dalle2_fast.models.prior.autoregressive import ARPriorNetwork, draw
+from dalle2_fast.models.prior.base import best_candidate, candidate_seeds
 
 EMBED, TEXT, LENGTH, KEPT, BUCKETS, DOTS = 24, 20, 9, 6, 16, 8
 NET = dict(

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dalle2_fast.models.clip import CLIP
+from dalle2_fast.models.clip.model import CLIP
 from dalle2_fast.models.transformer import TextTransformer, Transformer, token_lengths
 
 SMALL = dict(

@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-from dalle2_fast.models.clip import CLIP
-from dalle2_fast.models.conditioning import Caption, ConditionProjection
-from dalle2_fast.models.decoder import Decoder
+from dalle2_fast.models.clip.model import CLIP
+from dalle2_fast.models.decoder.conditioning import Caption, ConditionProjection
+from dalle2_fast.models.decoder.model import Decoder
 
 UNET = dict(
     in_channels=3,

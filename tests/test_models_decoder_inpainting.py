@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_models_decoder import UNET, batch, fixed, small_decoder
 
-from dalle2_fast.models.decoder import Decoder
-from dalle2_fast.models.masks import draw_masks
+from dalle2_fast.models.decoder.masks import draw_masks
+from dalle2_fast.models.decoder.model import Decoder
 
 MASK = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
 MASK[..., 4:12, 6:] = True

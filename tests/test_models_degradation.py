@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from dalle2_fast.models import degradation
-from dalle2_fast.models.degradation import bsr, gaussian_blur
-from dalle2_fast.models.degradation_jpeg import jpeg
+from dalle2_fast.models.upsampler import degradation
+from dalle2_fast.models.upsampler.degradation import bsr, gaussian_blur
+from dalle2_fast.models.upsampler.jpeg import jpeg
 
 
 def fixed(seed: int = 0) -> torch.Generator:

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from tiny_pipeline import tiny_pipeline
 
-from dalle2_fast.models.clip import CLIP
-from dalle2_fast.models.decoder import Decoder
-from dalle2_fast.models.prior import DiffusionPrior
-from dalle2_fast.models.upsampler import Upsampler
+from dalle2_fast.models.clip.model import CLIP
+from dalle2_fast.models.decoder.model import Decoder
+from dalle2_fast.models.prior.diffusion import DiffusionPrior
+from dalle2_fast.models.upsampler.model import Upsampler
 
 UNET = dict(channels=(16, 16), layers_per_block=1, patch_size=2, num_groups=8)
 CONVOLUTIONS = UNET | dict(in_channels=6, out_channels=3, attention_levels=(), film=False, cross_dim=None)

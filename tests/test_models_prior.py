@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from gaussian_data import DEVIATION, MEAN, exact_net
 
 from dalle2_fast.diffusion import GaussianDiffusion, make_schedule
-from dalle2_fast.models.clip import CLIP
-from dalle2_fast.models.prior import DiffusionPrior, DiffusionPriorNetwork
+from dalle2_fast.models.clip.model import CLIP
+from dalle2_fast.models.prior.diffusion import DiffusionPrior, DiffusionPriorNetwork
 
 EMBED, TEXT, LENGTH = 24, 20, 9
 NET = dict(dim=32, depth=2, heads=4, dim_head=8, embed_dim=EMBED, text_dim=TEXT, context_length=LENGTH)

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dalle2_fast.models.degradation import gaussian_blur
-from dalle2_fast.models.upsampler import Upsampler
+from dalle2_fast.models.upsampler.degradation import gaussian_blur
+from dalle2_fast.models.upsampler.model import Upsampler
 
 UNET = dict(
     in_channels=6,

@@ -12,10 +12,10 @@ from dalle2_fast.models.pictures import resized, resized_mask
 
 if TYPE_CHECKING:
     from dalle2_fast.data.tokenizer import Tokenizer
-    from dalle2_fast.models.ar_prior import ARPrior
-    from dalle2_fast.models.clip import CLIP
-    from dalle2_fast.models.decoder import Decoder
-    from dalle2_fast.models.prior import DiffusionPrior
+    from dalle2_fast.models.clip.model import CLIP
+    from dalle2_fast.models.decoder.model import Decoder
+    from dalle2_fast.models.prior.autoregressive import ARPrior
+    from dalle2_fast.models.prior.diffusion import DiffusionPrior
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
 # What a call uses when it says nothing; a checkpoint may carry its own values under "sampling" in its config.

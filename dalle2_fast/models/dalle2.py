@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dalle2_fast.data.tokenizer import Tokenizer
-    from dalle2_fast.models.ar_prior import ARPrior
-    from dalle2_fast.models.clip import CLIP
-    from dalle2_fast.models.decoder import Decoder
-    from dalle2_fast.models.prior import DiffusionPrior
-    from dalle2_fast.models.upsampler import Upsampler
+    from dalle2_fast.models.clip.model import CLIP
+    from dalle2_fast.models.decoder.model import Decoder
+    from dalle2_fast.models.prior.autoregressive import ARPrior
+    from dalle2_fast.models.prior.diffusion import DiffusionPrior
+    from dalle2_fast.models.upsampler.model import Upsampler
 
 PARTS = ("clip", "prior", "decoder", *UPSAMPLERS)
 
@@ -247,11 +247,11 @@ class DALLE2(Manipulations, nn.Module):
         missing, left over or of another shape.
         """
         from dalle2_fast.data.tokenizer import tokenizer_from_config
-        from dalle2_fast.models.ar_prior import ARPrior
-        from dalle2_fast.models.clip import CLIP
-        from dalle2_fast.models.decoder import Decoder
-        from dalle2_fast.models.prior import DiffusionPrior
-        from dalle2_fast.models.upsampler import Upsampler
+        from dalle2_fast.models.clip.model import CLIP
+        from dalle2_fast.models.decoder.model import Decoder
+        from dalle2_fast.models.prior.autoregressive import ARPrior
+        from dalle2_fast.models.prior.diffusion import DiffusionPrior
+        from dalle2_fast.models.upsampler.model import Upsampler
 
         checkpoint = open_checkpoint(path, revision=revision)
         path, config = checkpoint.path, checkpoint.config

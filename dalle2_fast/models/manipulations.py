@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dalle2_fast.models.chain import Chain
 from dalle2_fast.models.generation import Generation, Progress, Run, at_least_one, choose_seed, sample_seed
-from dalle2_fast.models.pca import PCA
 from dalle2_fast.models.pictures import as_images, as_mask, resized
+from dalle2_fast.models.prior.pca import PCA
 from dalle2_fast.models.slerp import slerp
 
 if TYPE_CHECKING:

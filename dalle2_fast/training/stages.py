@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle2_fast.data import SceneStream, Tokenizer, WordTokenizer, World, render
-from dalle2_fast.models.ar_prior import ARPrior
-from dalle2_fast.models.clip import CLIP
-from dalle2_fast.models.decoder import Decoder
-from dalle2_fast.models.prior import DiffusionPrior
-from dalle2_fast.models.upsampler import Upsampler
+from dalle2_fast.models.clip.model import CLIP
+from dalle2_fast.models.decoder.model import Decoder
+from dalle2_fast.models.prior.autoregressive import ARPrior
+from dalle2_fast.models.prior.diffusion import DiffusionPrior
+from dalle2_fast.models.upsampler.model import Upsampler
 from dalle2_fast.training.folder import TrainingError, load_weights
 from dalle2_fast.training.presets import Preset
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from dalle2_fast.diffusion.process import GaussianDiffusion
 from dalle2_fast.diffusion.schedules import make_schedule
-from dalle2_fast.models.clip import CLIP
+from dalle2_fast.models.clip.model import CLIP
 from dalle2_fast.models.inputs import coin
-from dalle2_fast.models.prior_base import Caption, CaptionedPrior, best_candidate
-from dalle2_fast.models.prior_network import DiffusionPriorNetwork
+from dalle2_fast.models.prior.base import Caption, CaptionedPrior, best_candidate
+from dalle2_fast.models.prior.diffusion_network import DiffusionPriorNetwork
 
 
 class DiffusionPrior(CaptionedPrior):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle2_fast.models.unet_blocks import AttentionBlock, FineLevel, Layout, ResBlock, sinusoidal_embedding
+from dalle2_fast.models.unet.blocks import AttentionBlock, FineLevel, Layout, ResBlock, sinusoidal_embedding
 from dalle2_fast.modules import GroupNormSiLU
 
 

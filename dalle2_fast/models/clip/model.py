@@ -25,8 +25,8 @@ from dalle2_fast.checkpoints.hub import locate
 from dalle2_fast.checkpoints.pretrained import Pretrained
 from dalle2_fast.checkpoints.weights import unfilled
 from dalle2_fast.functional import contrastive_loss
+from dalle2_fast.models.clip.resnet import ModifiedResNet
 from dalle2_fast.models.inputs import check_images
-from dalle2_fast.models.resnet import ModifiedResNet
 from dalle2_fast.models.transformer import TextTransformer, Transformer
 from dalle2_fast.modules import GroupNormSiLU
 

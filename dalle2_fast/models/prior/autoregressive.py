@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle2_fast.functional import sample_noise
-from dalle2_fast.models.ar_prior_network import ARPriorNetwork
-from dalle2_fast.models.clip import CLIP
+from dalle2_fast.models.clip.model import CLIP
 from dalle2_fast.models.inputs import coin
-from dalle2_fast.models.pca import PCA
-from dalle2_fast.models.prior_base import Caption, CaptionedPrior, best_candidate
+from dalle2_fast.models.prior.autoregressive_network import ARPriorNetwork
+from dalle2_fast.models.prior.base import Caption, CaptionedPrior, best_candidate
+from dalle2_fast.models.prior.pca import PCA
 
 
 class ARPrior(CaptionedPrior):

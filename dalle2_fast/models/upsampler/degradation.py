@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle2_fast.models.degradation_jpeg import jpeg
+from dalle2_fast.models.upsampler.jpeg import jpeg
 
 # Orders and sizes are choices of the host, drawn anew for each of so many parts of a batch.
 _PARTS = 8

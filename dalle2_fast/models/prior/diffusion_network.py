@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle2_fast.models.transformer import Transformer
-from dalle2_fast.models.unet_blocks import sinusoidal_embedding
+from dalle2_fast.models.unet.blocks import sinusoidal_embedding
 
 TAIL = 3  # positions behind the caption: time, noised embedding, query
 

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle2_fast.models.conditioning import Caption, ConditionProjection
+from dalle2_fast.models.decoder.conditioning import Caption, ConditionProjection
 from dalle2_fast.models.inputs import cat_padded
 from dalle2_fast.models.transformer import TextTransformer
-from dalle2_fast.models.unet import UNet
+from dalle2_fast.models.unet.model import UNet
 
 if TYPE_CHECKING:
-    from dalle2_fast.models.clip import CLIP
+    from dalle2_fast.models.clip.model import CLIP
 
 
 class ConditionedDecoder(nn.Module):

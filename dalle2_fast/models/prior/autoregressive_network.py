@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle2_fast.models.prior_network import CaptionPrefix, Prefix, pack
+from dalle2_fast.models.prior.diffusion_network import CaptionPrefix, Prefix, pack
 from dalle2_fast.models.transformer import Transformer
 
 

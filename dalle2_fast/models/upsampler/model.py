@@ -19,11 +19,11 @@ from dalle2_fast.checkpoints import Pretrained
 from dalle2_fast.diffusion.process import GaussianDiffusion
 from dalle2_fast.diffusion.schedules import make_schedule
 from dalle2_fast.functional import add_noise, sample_noise
-from dalle2_fast.models.degradation import DEGRADATIONS
 from dalle2_fast.models.inputs import check_images, check_probability, coin, resolve_seeds
-from dalle2_fast.models.unet import UNet
-from dalle2_fast.models.unet_blocks import sinusoidal_embedding
-from dalle2_fast.models.upsampler_tiles import Tiles
+from dalle2_fast.models.unet.blocks import sinusoidal_embedding
+from dalle2_fast.models.unet.model import UNet
+from dalle2_fast.models.upsampler.degradation import DEGRADATIONS
+from dalle2_fast.models.upsampler.tiles import Tiles
 
 # unCLIP's own two, appendix C: their losses are on crops of a quarter of the side, their samplers DDIM.
 # Upsampler(**UNCLIP_256) has 700 million parameters, Upsampler(**UNCLIP_1024) 300 million.

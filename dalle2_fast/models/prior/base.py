@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle2_fast.checkpoints import Pretrained
-from dalle2_fast.models.clip import CLIP
+from dalle2_fast.models.clip.model import CLIP
 from dalle2_fast.models.inputs import cat_padded, check_probability, resolve_seeds
-from dalle2_fast.models.prior_network import Prefix
+from dalle2_fast.models.prior.diffusion_network import Prefix
 
 Caption = tuple[Tensor, Tensor | None, Tensor | None]  # embedding, encodings, mask
 

@@ -18,15 +18,15 @@ from dalle2_fast.checkpoints import Pretrained
 from dalle2_fast.diffusion.inpainting import check_mask
 from dalle2_fast.diffusion.process import GaussianDiffusion
 from dalle2_fast.diffusion.schedules import make_schedule
-from dalle2_fast.models.conditioning import ConditionProjection
-from dalle2_fast.models.decoder_base import ConditionedDecoder
+from dalle2_fast.models.decoder.base import ConditionedDecoder
+from dalle2_fast.models.decoder.conditioning import ConditionProjection
+from dalle2_fast.models.decoder.masks import draw_masks
 from dalle2_fast.models.inputs import check_images, check_probability, coin, resolve_seeds
-from dalle2_fast.models.masks import draw_masks
 from dalle2_fast.models.transformer import TextTransformer
-from dalle2_fast.models.unet import UNet
+from dalle2_fast.models.unet.model import UNet
 
 if TYPE_CHECKING:
-    from dalle2_fast.models.clip import CLIP
+    from dalle2_fast.models.clip.model import CLIP
 
 
 class Decoder(Pretrained, ConditionedDecoder):

@@ -1,0 +1,5 @@
+"""The decoder, from an image embedding and a caption to an image, and what conditions it."""
+
+from dalle2_fast.models.decoder.model import Decoder
+
+__all__ = ["Decoder"]
