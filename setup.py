@@ -247,7 +247,7 @@ native = Extension(
 setup(
     # pretrained/ is data, not code: without the exclusion its folders would be listed as packages.
     packages=find_namespace_packages(include=["dalle2_fast*"], exclude=["dalle2_fast.pretrained*"]),
-    package_data={"dalle2_fast": ["pretrained/**", "data/clip_merges.*"]},
+    package_data={"dalle2_fast": ["pretrained/**", "data/text/clip_merges.*"]},
     include_package_data=False,
     ext_modules=[] if NATIVE == "none" else [native],
     cmdclass={"build_ext": NinjaBuild},

@@ -20,7 +20,7 @@ from timing import parameters
 from torch import Tensor, nn
 
 from dalle2_fast import CLIP, DALLE2, Decoder, DiffusionPrior, Upsampler
-from dalle2_fast.data.tokenizer import BPETokenizer, WordTokenizer
+from dalle2_fast.data.text.tokenizer import BPETokenizer, WordTokenizer
 
 CAPTION = "a large red circle above a small blue square"
 # What a call of UnCLIPPipeline uses when it says nothing.

@@ -4,7 +4,7 @@ The public names below are imported on first use (PEP 562), so `import dalle2_fa
 `dalle2-fast --help` never waits for torch.
 """
 
-from importlib import import_module
+from dalle2_fast._lazy import attach
 
 __version__ = "0.1.0"
 
@@ -17,7 +17,7 @@ _HOMES = {
     "UNet": "dalle2_fast.models.unet",
     "Decoder": "dalle2_fast.models.decoder",
     "Upsampler": "dalle2_fast.models.upsampler",
-    "DALLE2": "dalle2_fast.models.dalle2",
+    "DALLE2": "dalle2_fast.pipeline",
     "ClipLoss": "dalle2_fast.losses",
     "SigLipLoss": "dalle2_fast.losses",
     "SoftClipLoss": "dalle2_fast.losses",
@@ -27,16 +27,5 @@ _HOMES = {
     "unpatch": "dalle2_fast.adapters.patch",
 }
 
-__all__ = ["__version__", *sorted(_HOMES)]
-
-
-def __getattr__(name):
-    if name not in _HOMES:
-        raise AttributeError(f"module 'dalle2_fast' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = value  # the next look-up does not come here
-    return value
-
-
-def __dir__():
-    return sorted(set(globals()) | set(__all__))
+__getattr__, __dir__, __all__ = attach(__name__, _HOMES)
+__all__ = ["__version__", *__all__]

@@ -47,8 +47,8 @@ def render_sources(folder: Path, size: int = 256) -> None:
     import torch
 
     from dalle2_fast.data import World, render
-    from dalle2_fast.data.scenes import sample_scenes
-    from dalle2_fast.models.pictures import to_pil
+    from dalle2_fast.data.images import to_pil
+    from dalle2_fast.data.synthetic.scenes import sample_scenes
 
     for name, (chosen, seed) in SOURCES.items():
         world = World(kinds=["one"], fills=["solid"], textures=["plain"], **chosen)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from tiny_pipeline import WORDS, tiny_pipeline
 
-from dalle2_fast import __version__, _backend, _device, cli
+from dalle2_fast import __version__, _backend, cli
 from dalle2_fast.cli import info, vocabulary
+from dalle2_fast.pipeline import device
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -185,23 +186,23 @@ def test_every_command_has_the_two_functions():
 )
 def test_unknown_device(name, says):
     with pytest.raises(ValueError, match=says):
-        _device.choose_device(name)
+        device.choose_device(name)
 
 
 def test_cuda_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert _device.choose_device("auto").type == "cpu"
+    assert device.choose_device("auto").type == "cpu"
     with pytest.raises(ValueError, match="--device: cuda asked for, but torch .* sees 0 CUDA device"):
-        _device.choose_device("cuda")
+        device.choose_device("cuda")
 
 
 @pytest.mark.parametrize(("hardware", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_dtype_on_the_cpu(monkeypatch, hardware, expected):
     """Emulated bfloat16 is 50 times slower than float32: the default must look at the hardware."""
     monkeypatch.setattr(_backend, "cpu_has_bfloat16", lambda: hardware)
-    assert _device.choose_dtype("auto", torch.device("cpu")) == expected
-    assert _device.choose_dtype("fp32", torch.device("cpu")) == torch.float32
-    assert _device.choose_dtype("bf16", torch.device("cpu")) == torch.bfloat16
+    assert device.choose_dtype("auto", torch.device("cpu")) == expected
+    assert device.choose_dtype("fp32", torch.device("cpu")) == torch.float32
+    assert device.choose_dtype("bf16", torch.device("cpu")) == torch.bfloat16
 
 
 def test_cpu_capability_agrees_with_the_system():

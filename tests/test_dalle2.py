@@ -9,8 +9,8 @@ import torch
 from tiny_pipeline import tiny_pipeline
 
 from dalle2_fast import DALLE2, DiffusionPrior, Upsampler
-from dalle2_fast.data.tokenizer import WordTokenizer
-from dalle2_fast.models.dalle2 import sample_seed, to_pil
+from dalle2_fast.data.text.tokenizer import WordTokenizer
+from dalle2_fast.pipeline.dalle2 import sample_seed, to_pil
 
 
 @pytest.fixture(scope="module")

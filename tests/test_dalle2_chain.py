@@ -12,7 +12,7 @@ from tiny_pipeline import tiny_pipeline
 
 from dalle2_fast import DALLE2, ARPrior, Upsampler
 from dalle2_fast.cli import main
-from dalle2_fast.models.generation import STAGES, Run, candidate_seeds, sample_seed
+from dalle2_fast.pipeline.generation import STAGES, Run, candidate_seeds, sample_seed
 
 UNET = dict(in_channels=6, out_channels=3, patch_size=2, channels=(16, 16), layers_per_block=1, num_groups=4,
             attention_levels=())

@@ -20,7 +20,7 @@ from tiny_pipeline import tiny_pipeline
 
 from dalle2_fast import CLIP, DALLE2, DiffusionPrior, cli
 from dalle2_fast.data import BPETokenizer, WordTokenizer, tokenizer_from_config
-from dalle2_fast.data.bpe import byte_letters, clean, clip_merges
+from dalle2_fast.data.text.bpe import byte_letters, clean, clip_merges
 from dalle2_fast.models.transformer import token_lengths
 
 CASES = json.loads((Path(__file__).parent / "bpe_expected.json").read_text(encoding="utf-8"))

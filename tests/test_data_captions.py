@@ -7,14 +7,19 @@ import json
 import pytest
 import torch
 
-from dalle2_fast.data import vocabulary as v
-from dalle2_fast.data.captions import compose, draw_phrasing, make_captions, stated
-from dalle2_fast.data.negatives import NEGATIVE_KINDS, contradicts, hard_negatives, sample_negatives
-from dalle2_fast.data.scenes import has_held_out_pair, has_held_out_relation, is_sound, sample_scenes
-from dalle2_fast.data.stream import SceneStream, mix_seed
-from dalle2_fast.data.tokenizer import WordTokenizer, split_words
-from dalle2_fast.data.words import scene_words
-from dalle2_fast.data.world import World
+from dalle2_fast.data.synthetic import vocabulary as v
+from dalle2_fast.data.synthetic.captions import compose, draw_phrasing, make_captions, stated
+from dalle2_fast.data.synthetic.negatives import NEGATIVE_KINDS, contradicts, hard_negatives, sample_negatives
+from dalle2_fast.data.synthetic.scenes import (
+    has_held_out_pair,
+    has_held_out_relation,
+    is_sound,
+    sample_scenes,
+)
+from dalle2_fast.data.synthetic.stream import SceneStream, mix_seed
+from dalle2_fast.data.synthetic.words import scene_words
+from dalle2_fast.data.synthetic.world import World
+from dalle2_fast.data.text.tokenizer import WordTokenizer, split_words
 
 TOKENIZER = WordTokenizer.scenes()
 

@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 
-from dalle2_fast.data import vocabulary as v
-from dalle2_fast.data.palette import palette, rgb_to_lab
-from dalle2_fast.data.render import render
-from dalle2_fast.data.scenes import (
+from dalle2_fast.data.synthetic import vocabulary as v
+from dalle2_fast.data.synthetic.palette import palette, rgb_to_lab
+from dalle2_fast.data.synthetic.rendering import render
+from dalle2_fast.data.synthetic.scenes import (
     has_held_out_pair,
     has_held_out_relation,
     held_out_pairs,
@@ -17,8 +17,8 @@ from dalle2_fast.data.scenes import (
     sample_scenes,
     valid_slots,
 )
-from dalle2_fast.data.shapes import AREAS, CALIBRATION, SIGNED_DISTANCES, calibrate
-from dalle2_fast.data.world import World
+from dalle2_fast.data.synthetic.shapes import AREAS, CALIBRATION, SIGNED_DISTANCES, calibrate
+from dalle2_fast.data.synthetic.world import World
 
 DISCRETE = ("kind", "nobj", "shape", "color", "fill", "size", "rel", "pos", "bg", "btex")
 
@@ -225,7 +225,7 @@ def test_pictures_do_not_depend_on_their_batch(monkeypatch):
     together = render(scenes, 32)
     single = [{key: value[i : i + 1] for key, value in scenes.items()} for i in range(30)]
     alone = torch.cat([render(scene, 32) for scene in single])
-    monkeypatch.setattr(sys.modules["dalle2_fast.data.render"], "CPU_CHUNK_PIXELS", 4 * 32**2)
+    monkeypatch.setattr(sys.modules["dalle2_fast.data.synthetic.rendering"], "CPU_CHUNK_PIXELS", 4 * 32**2)
     torch.testing.assert_close(render(scenes, 32), together, atol=1e-6, rtol=0)
     torch.testing.assert_close(alone, together, atol=1e-6, rtol=0)
 

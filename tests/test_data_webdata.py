@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle2_fast.data.tokenizer import WordTokenizer
-from dalle2_fast.data.webdata import WebDatasetStream, expand_shards, to_square
+from dalle2_fast.data.shards import WebDatasetStream, expand_shards, to_square
+from dalle2_fast.data.text.tokenizer import WordTokenizer
 
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 

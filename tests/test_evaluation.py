@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from dalle2_fast import CLIP, DALLE2, Decoder, DiffusionPrior, Upsampler, cli
-from dalle2_fast.data.captions import compose, draw_phrasing, make_captions
-from dalle2_fast.data.render import render
-from dalle2_fast.data.scenes import has_held_out_pair, sample_scenes
-from dalle2_fast.data.tokenizer import WordTokenizer
-from dalle2_fast.data.vocabulary import WORDS
-from dalle2_fast.data.world import World
+from dalle2_fast.data.synthetic.captions import compose, draw_phrasing, make_captions
+from dalle2_fast.data.synthetic.rendering import render
+from dalle2_fast.data.synthetic.scenes import has_held_out_pair, sample_scenes
+from dalle2_fast.data.synthetic.vocabulary import WORDS
+from dalle2_fast.data.synthetic.world import World
+from dalle2_fast.data.text.tokenizer import WordTokenizer
 from dalle2_fast.evaluation.baselines import _bag, nearest_training_scenes
 from dalle2_fast.evaluation.clip_scores import score_clip
 from dalle2_fast.evaluation.measure import Amounts, evaluate

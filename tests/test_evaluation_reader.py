@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dalle2_fast.data.captions import draw_phrasing, make_captions, stated
-from dalle2_fast.data.palette import palette
-from dalle2_fast.data.render import render
-from dalle2_fast.data.scenes import sample_scenes
-from dalle2_fast.data.vocabulary import BACKGROUNDS, COUNT, ONE, RELATIONS, TWO
-from dalle2_fast.data.world import World
+from dalle2_fast.data.synthetic.captions import draw_phrasing, make_captions, stated
+from dalle2_fast.data.synthetic.palette import palette
+from dalle2_fast.data.synthetic.rendering import render
+from dalle2_fast.data.synthetic.scenes import sample_scenes
+from dalle2_fast.data.synthetic.vocabulary import BACKGROUNDS, COUNT, ONE, RELATIONS, TWO
+from dalle2_fast.data.synthetic.world import World
 from dalle2_fast.evaluation.baselines import shuffle_pictures
 from dalle2_fast.evaluation.components import holes, label_components
 from dalle2_fast.evaluation.reader import Reader

@@ -20,28 +20,29 @@ PACKAGE = ROOT / "dalle2_fast"
 
 # room -> the rooms it may import. A room is a file or folder directly in dalle2_fast/.
 ARROWS = {
+    "_lazy": set(),
     "reference": set(),
     "_check": set(),
     "_C": set(),
     "kernels": {"_C"},
     "_native": {"_C"},
     "_backend": {"kernels", "_native", "_C"},
-    "_device": {"_backend"},
     "functional": {"reference", "_check", "_backend"},
     "modules": {"functional", "_check"},
     "_across_processes": {"_backend"},
     "losses": {"_across_processes", "functional", "_check"},
     "diffusion": {"functional", "_check"},
-    "data": {"_check"},
+    "data": {"_check", "_lazy"},
     "checkpoints": {"_check", "data"},
-    "models": {"modules", "functional", "_check", "diffusion", "data", "checkpoints"},
-    "evaluation": {"models", "diffusion", "data", "checkpoints", "_device"},
-    "training": {"evaluation", "models", "diffusion", "data", "checkpoints", "functional", "_device"},
+    "models": {"_lazy", "modules", "functional", "_check", "diffusion", "data", "checkpoints"},
+    "pipeline": {"_lazy", "models", "data", "checkpoints", "_backend"},
+    "evaluation": {"pipeline", "models", "diffusion", "data", "checkpoints"},
+    "training": {"evaluation", "pipeline", "models", "diffusion", "data", "checkpoints", "functional"},
     "adapters": {"models", "modules", "functional", "diffusion"},
-    "cli": {"__init__", "training", "evaluation", "models", "data", "checkpoints", "_backend", "_device"},
+    "cli": {"__init__", "training", "evaluation", "pipeline", "models", "data", "checkpoints", "_backend"},
     "__main__": {"cli"},
-    "__init__": {"models", "modules", "losses", "functional", "diffusion", "data", "checkpoints", "_backend",
-                 "adapters"},  # fmt: skip
+    "__init__": {"_lazy", "pipeline", "models", "modules", "losses", "functional", "diffusion", "data",
+                 "checkpoints", "_backend", "adapters"},  # fmt: skip
 }
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 

@@ -8,9 +8,9 @@ from PIL import Image
 from tiny_pipeline import tiny_pipeline
 
 from dalle2_fast import DALLE2, Upsampler
-from dalle2_fast.models.pictures import as_images, as_mask, from_pil, resized_mask, to_pil
+from dalle2_fast.data.images import as_images, as_mask, from_pil, resized_mask, to_pil
 from dalle2_fast.models.prior.pca import PCA
-from dalle2_fast.models.slerp import slerp
+from dalle2_fast.pipeline.slerp import slerp
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ def test_wheel_holds_every_module_and_the_data_and_nothing_else(tree, wheel):
     modules = {str(path.relative_to(tree)) for path in (tree / "dalle2_fast").rglob("*.py")}
     modules |= {f"dalle2_fast/{path.relative_to(tree)}" for path in (tree / "kernels").rglob("*.py")}
     assert "dalle2_fast/kernels/_op.py" in modules
-    merges = {f"dalle2_fast/data/clip_merges.{name}" for name in ("txt.gz", "LICENSE.txt")}
+    merges = {f"dalle2_fast/data/text/clip_merges.{name}" for name in ("txt.gz", "LICENSE.txt")}
     assert contents(wheel) == modules | merges | {DATA}
 
 

@@ -27,7 +27,7 @@ def shaken(module: nn.Module, scale: float = 0.05) -> nn.Module:
 
 def tokenizer_folder(folder: Path) -> Path:
     """A byte-pair vocabulary of ten merges, as Hugging Face writes it."""
-    from dalle2_fast.data.bpe import BPETokenizer
+    from dalle2_fast.data.text.bpe import BPETokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     ours = BPETokenizer(LENGTH, MERGES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dalle2_fast import CLIP, DALLE2, Decoder, DiffusionPrior, Upsampler
-from dalle2_fast.data.tokenizer import WordTokenizer
+from dalle2_fast.data.text.tokenizer import WordTokenizer
 
 WORDS = ("a", "red", "blue", "ring", "square", "above")
 

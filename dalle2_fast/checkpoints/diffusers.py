@@ -119,7 +119,7 @@ def read_pipeline(folder: Path, parts: Collection[str]) -> tuple[dict[str, Part]
 
 
 def _tokenizer(folder: Path) -> dict[str, Any]:
-    from dalle2_fast.data.bpe import BPETokenizer
+    from dalle2_fast.data.text.bpe import BPETokenizer
 
     length = read_json(folder / "text_encoder" / "config.json").get("max_position_embeddings", 77)
     try:

@@ -6,7 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
-from dalle2_fast import _device
+from dalle2_fast.pipeline import device
 
 # What goes on to the chain under its own name, and is written into the PNG file.
 SETTINGS = ("steps", "guidance", "candidates", "prior_steps", "prior_guidance", "upsampler_steps",
@@ -60,7 +60,7 @@ def add_output(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--batch-size", type=count, metavar="N", help="at most N pictures at a time, to save memory"
     )
-    _device.add_arguments(parser)
+    device.add_arguments(parser)
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: the one in the package")
     parser.add_argument(
         "--output", type=Path, metavar="FILE.png", help=f"the grid (default: {default}-SEED.png here)"

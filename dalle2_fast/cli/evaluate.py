@@ -7,13 +7,13 @@ import json
 import os
 from pathlib import Path
 
-from dalle2_fast._device import choose_device
 from dalle2_fast.checkpoints import CheckpointError
-from dalle2_fast.data.scenes import held_out_pairs
-from dalle2_fast.data.world import World
+from dalle2_fast.data.synthetic.scenes import held_out_pairs
+from dalle2_fast.data.synthetic.world import World
 from dalle2_fast.evaluation.measure import FULL, PARTS, QUICK, SETTINGS, SPLITS, Amounts, evaluate
 from dalle2_fast.evaluation.report import print_report
-from dalle2_fast.models.dalle2 import DALLE2
+from dalle2_fast.pipeline.dalle2 import DALLE2
+from dalle2_fast.pipeline.device import choose_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

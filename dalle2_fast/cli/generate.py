@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     job = Job(args, args.caption)
     opened = cli_image.open_image(args.init_image, "--init-image") if args.init_image is not None else None
     pipe = job.load()
-    from dalle2_fast.models.pictures import resized, to_pil
+    from dalle2_fast.data.images import resized, to_pil
 
     start, source, labels, columns = {}, [], None, None
     if opened is not None:

@@ -34,7 +34,7 @@ def square(picture: Image, path: Path, side: int) -> tuple[Tensor, str | None]:
 
     side: the size at which the chain looks at it; it does the resizing.
     """
-    from dalle2_fast.models.pictures import from_pil, is_transparent, middle_square
+    from dalle2_fast.data.images import from_pil, is_transparent, middle_square
 
     whole = from_pil(picture)
     image = middle_square(whole)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dalle2_fast import __version__, _device
+from dalle2_fast import __version__
+from dalle2_fast.pipeline import device as _device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,16 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dalle2_fast import __version__, _device
+from dalle2_fast import __version__
 from dalle2_fast.cli import arguments
 from dalle2_fast.cli import image as cli_image
 from dalle2_fast.cli import picture as cli_picture
+from dalle2_fast.pipeline import device
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from dalle2_fast.models.dalle2 import DALLE2
+    from dalle2_fast.pipeline.dalle2 import DALLE2
 
 
 class Job:
@@ -37,13 +38,13 @@ class Job:
         cli_picture.check_writable(self.output.parent, "--output")
         if args.individual is not None:
             cli_picture.check_writable(args.individual, "--individual")
-        self.device = _device.choose_device(args.device)
-        self.dtype = _device.choose_dtype(args.dtype, self.device)
+        self.device = device.choose_device(args.device)
+        self.dtype = device.choose_dtype(args.dtype, self.device)
         self.start_up, self.notes = 0.0, []
 
     def load(self) -> DALLE2:
         from dalle2_fast import _backend
-        from dalle2_fast.models.dalle2 import DALLE2
+        from dalle2_fast.pipeline.dalle2 import DALLE2
 
         emulated = self.device.type == "cpu" and not _backend.cpu_has_bfloat16()
         if self.args.dtype in ("bf16", "fp16") and emulated:

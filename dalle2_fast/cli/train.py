@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dalle2_fast._device import choose_device, choose_dtype
+from dalle2_fast.pipeline.device import choose_device, choose_dtype
 from dalle2_fast.training.folder import StageFolder, TrainingError, load_weights, save_weights, write_beside
 from dalle2_fast.training.presets import (
     EXTRA_STAGES,
@@ -207,7 +207,7 @@ def run_tokenizer(preset: Preset, out: Path, shards: str | None, kind: str | Non
         return WordTokenizer.scenes(World(**preset.world))
     if kind == "clip":
         return BPETokenizer()
-    from dalle2_fast.data.webdata import WebDatasetStream  # needs the extra "train"
+    from dalle2_fast.data.shards import WebDatasetStream  # needs the extra "train"
 
     return WebDatasetStream(shards, 1).tokenizer
 
@@ -215,7 +215,7 @@ def run_tokenizer(preset: Preset, out: Path, shards: str | None, kind: str | Non
 def export_pipeline(preset: Preset, out: Path, *, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Assemble the finished stages of `out` into a pipeline: out/config.json, out/model.safetensors."""
     from dalle2_fast.data import World
-    from dalle2_fast.models.dalle2 import DALLE2
+    from dalle2_fast.pipeline.dalle2 import DALLE2
     from dalle2_fast.training.stages import load_stage
 
     there = [name for name in EXTRA_STAGES if (Path(out) / name / "model.safetensors").exists()]

@@ -1,33 +1,27 @@
-"""The procedural captioned scenes, the tokenizers, and streams of batches."""
+"""The synthetic captioned scenes, the tokenizers, and streams of batches; each imported on first use."""
 
-from dalle2_fast.data.bpe import BPETokenizer
-from dalle2_fast.data.captions import compose, draw_phrasing, make_captions, stated
-from dalle2_fast.data.negatives import NEGATIVE_KINDS, hard_negatives, sample_negatives
-from dalle2_fast.data.render import render
-from dalle2_fast.data.scenes import SPLITS, sample_scenes
-from dalle2_fast.data.stream import SceneStream
-from dalle2_fast.data.tokenizer import Tokenizer, WordTokenizer, tokenizer_from_config
-from dalle2_fast.data.webdata import WebDatasetStream
-from dalle2_fast.data.words import scene_words
-from dalle2_fast.data.world import World
+from dalle2_fast._lazy import attach
 
-__all__ = [
-    "BPETokenizer",
-    "NEGATIVE_KINDS",
-    "SPLITS",
-    "SceneStream",
-    "Tokenizer",
-    "WebDatasetStream",
-    "WordTokenizer",
-    "World",
-    "compose",
-    "draw_phrasing",
-    "hard_negatives",
-    "make_captions",
-    "render",
-    "sample_negatives",
-    "sample_scenes",
-    "scene_words",
-    "stated",
-    "tokenizer_from_config",
-]
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "BPETokenizer": "dalle2_fast.data.text.bpe",
+        "NEGATIVE_KINDS": "dalle2_fast.data.synthetic.negatives",
+        "SPLITS": "dalle2_fast.data.synthetic.scenes",
+        "SceneStream": "dalle2_fast.data.synthetic.stream",
+        "Tokenizer": "dalle2_fast.data.text.tokenizer",
+        "WebDatasetStream": "dalle2_fast.data.shards",
+        "WordTokenizer": "dalle2_fast.data.text.tokenizer",
+        "World": "dalle2_fast.data.synthetic.world",
+        "compose": "dalle2_fast.data.synthetic.captions",
+        "draw_phrasing": "dalle2_fast.data.synthetic.captions",
+        "hard_negatives": "dalle2_fast.data.synthetic.negatives",
+        "make_captions": "dalle2_fast.data.synthetic.captions",
+        "render": "dalle2_fast.data.synthetic.rendering",
+        "sample_negatives": "dalle2_fast.data.synthetic.negatives",
+        "sample_scenes": "dalle2_fast.data.synthetic.scenes",
+        "scene_words": "dalle2_fast.data.synthetic.words",
+        "stated": "dalle2_fast.data.synthetic.captions",
+        "tokenizer_from_config": "dalle2_fast.data.text.tokenizer",
+    },
+)

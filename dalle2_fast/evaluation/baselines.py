@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle2_fast.data import vocabulary
-from dalle2_fast.data.captions import make_captions
-from dalle2_fast.data.scenes import Scenes, sample_scenes
-from dalle2_fast.data.vocabulary import WORD_TO_ID, WORDS
-from dalle2_fast.data.world import World
+from dalle2_fast.data.synthetic import vocabulary
+from dalle2_fast.data.synthetic.captions import make_captions
+from dalle2_fast.data.synthetic.scenes import Scenes, sample_scenes
+from dalle2_fast.data.synthetic.vocabulary import WORD_TO_ID, WORDS
+from dalle2_fast.data.synthetic.world import World
 from dalle2_fast.evaluation.reader import Reading
 
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dalle2_fast.data.captions import compose, draw_phrasing, stated
-from dalle2_fast.data.negatives import NEGATIVE_KINDS, contradicts, hard_negatives
-from dalle2_fast.data.render import render
-from dalle2_fast.data.scenes import Scenes
-from dalle2_fast.data.world import World
+from dalle2_fast.data.synthetic.captions import compose, draw_phrasing, stated
+from dalle2_fast.data.synthetic.negatives import NEGATIVE_KINDS, contradicts, hard_negatives
+from dalle2_fast.data.synthetic.rendering import render
+from dalle2_fast.data.synthetic.scenes import Scenes
+from dalle2_fast.data.synthetic.world import World
 from dalle2_fast.evaluation.scores import Tally
 
 # Sums over the edits that test one thing.

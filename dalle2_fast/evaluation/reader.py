@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle2_fast.data.palette import SHADOW, palette, rgb_to_lab
-from dalle2_fast.data.shapes import geometry
-from dalle2_fast.data.vocabulary import DOTTED, SOLID, STRIPED, TEXTURES
-from dalle2_fast.data.world import World
+from dalle2_fast.data.synthetic.palette import SHADOW, palette, rgb_to_lab
+from dalle2_fast.data.synthetic.shapes import geometry
+from dalle2_fast.data.synthetic.vocabulary import DOTTED, SOLID, STRIPED, TEXTURES
+from dalle2_fast.data.synthetic.world import World
 from dalle2_fast.evaluation.components import dilate, erode, find_components, holes
 from dalle2_fast.evaluation.templates import Templates, disc_to_shape_radius
 

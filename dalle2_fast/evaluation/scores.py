@@ -11,9 +11,9 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
-from dalle2_fast.data.scenes import Scenes
-from dalle2_fast.data.shapes import geometry
-from dalle2_fast.data.vocabulary import COUNT, KINDS
+from dalle2_fast.data.synthetic.scenes import Scenes
+from dalle2_fast.data.synthetic.shapes import geometry
+from dalle2_fast.data.synthetic.vocabulary import COUNT, KINDS
 from dalle2_fast.evaluation.reader import CELL, ROOM, Reading
 
 ATTRIBUTES = (

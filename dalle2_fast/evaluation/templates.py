@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle2_fast.data.shapes import AREAS, JITTER_DEGREES, SIGNED_DISTANCES, geometry
+from dalle2_fast.data.synthetic.shapes import AREAS, JITTER_DEGREES, SIGNED_DISTANCES, geometry
 
 GRID = 32  # samples along each side; 24 costs 1 % of the shapes of small objects
 REACH = 1.75  # half side of the grid in radii of the disc of equal area; the crescent reaches 1.62

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle2_fast.data.render import render
-from dalle2_fast.data.scenes import Scenes
+from dalle2_fast.data.synthetic.rendering import render
+from dalle2_fast.data.synthetic.scenes import Scenes
 
 
 def psnr(images: Tensor, truth: Tensor) -> Tensor:

@@ -1,30 +1,19 @@
-"""The models of unCLIP, each imported on first use."""
+"""The networks of unCLIP, each imported on first use."""
 
-from importlib import import_module
+from dalle2_fast._lazy import attach
 
-_HOMES = {
-    "CLIP": "clip",
-    "TextTransformer": "transformer",
-    "DiffusionPrior": "prior",
-    "DiffusionPriorNetwork": "prior",
-    "ARPrior": "prior",
-    "ARPriorNetwork": "prior",
-    "UNet": "unet",
-    "Decoder": "decoder",
-    "Upsampler": "upsampler",
-    "DALLE2": "dalle2",
-}
-
-__all__ = sorted(_HOMES)
-
-
-def __getattr__(name):
-    if name not in _HOMES:
-        raise AttributeError(f"module 'dalle2_fast.models' has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__():
-    return sorted(set(globals()) | set(__all__))
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "CLIP": "dalle2_fast.models.clip",
+        "TextTransformer": "dalle2_fast.models.transformer",
+        "DiffusionPrior": "dalle2_fast.models.prior",
+        "DiffusionPriorNetwork": "dalle2_fast.models.prior",
+        "ARPrior": "dalle2_fast.models.prior",
+        "ARPriorNetwork": "dalle2_fast.models.prior",
+        "UNet": "dalle2_fast.models.unet",
+        "Decoder": "dalle2_fast.models.decoder",
+        "Upsampler": "dalle2_fast.models.upsampler",
+        "DALLE2": "dalle2_fast.pipeline",
+    },
+)

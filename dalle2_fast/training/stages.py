@@ -69,7 +69,7 @@ class SceneStage:
         def stream(batch_size: int, split: str, offset: int):
             common = dict(resolutions=self.resolutions, seed=seed * 16 + offset, device=device)
             if shards is not None:
-                from dalle2_fast.data.webdata import WebDatasetStream  # needs the extra "train"
+                from dalle2_fast.data.shards import WebDatasetStream  # needs the extra "train"
 
                 return WebDatasetStream(shards, batch_size, tokenizer=tokenizer, **common)
             at_once = 1

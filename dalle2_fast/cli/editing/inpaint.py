@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     pipe = job.load()
     import torch
 
-    from dalle2_fast.models.pictures import as_mask, from_pil, middle_square, resized, resized_mask, to_pil
+    from dalle2_fast.data.images import as_mask, from_pil, middle_square, resized, resized_mask, to_pil
 
     image = job.square(opened, args.image)
     if mask is not None:

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     job = Job(args, f"{args.first.stem}-{args.second.stem}")
     opened = [cli_image.open_image(getattr(args, name), name) for name in ("first", "second")]
     pipe = job.load()
-    from dalle2_fast.models.pictures import resized, to_pil
+    from dalle2_fast.data.images import resized, to_pil
 
     first, second = (
         job.square(picture, path)

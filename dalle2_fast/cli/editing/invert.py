@@ -38,8 +38,8 @@ def run(args: argparse.Namespace) -> int:
     job = Job(args, f"{args.image.stem}-inverted")
     opened = cli_image.open_image(args.image, "image")
     pipe = job.load()
+    from dalle2_fast.data.images import to_pil
     from dalle2_fast.evaluation.upsampling import psnr
-    from dalle2_fast.models.pictures import to_pil
 
     image = job.square(opened, args.image, pipe.decoder.image_size)
     options = dict(batch_size=args.batch_size, progress=not args.quiet)

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     opened = cli_image.open_image(args.image, "image")
     files = None if args.pca_folder is None else _files(args.pca_folder)
     pipe = job.load()
-    from dalle2_fast.models.pictures import resized, to_pil
+    from dalle2_fast.data.images import resized, to_pil
 
     width = pipe.clip.dim_latent
     dims = args.dims or [*(4**power for power in range(8) if 4**power < width), width]
@@ -69,7 +69,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _batches(files: list[Path], side: int) -> Iterator:
-    from dalle2_fast.models.pictures import from_pil, middle_square, resized
+    from dalle2_fast.data.images import from_pil, middle_square, resized
 
     for path in files:
         yield resized(middle_square(from_pil(cli_image.open_image(path, "--pca-folder"))), side)

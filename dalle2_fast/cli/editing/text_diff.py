@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     job = Job(args, f"{args.image.stem}-{args.target}")
     opened = cli_image.open_image(args.image, "image")
     pipe = job.load()
-    from dalle2_fast.models.pictures import resized, to_pil
+    from dalle2_fast.data.images import resized, to_pil
 
     image = job.square(opened, args.image)
     made = pipe.text_diff(

@@ -24,9 +24,9 @@ from dalle2_fast.checkpoints.folder import CheckpointError, embedded_path
 from dalle2_fast.checkpoints.hub import locate
 from dalle2_fast.checkpoints.pretrained import Pretrained
 from dalle2_fast.checkpoints.weights import unfilled
+from dalle2_fast.data.images import check_images
 from dalle2_fast.functional import contrastive_loss
 from dalle2_fast.models.clip.resnet import ModifiedResNet
-from dalle2_fast.models.inputs import check_images
 from dalle2_fast.models.transformer import TextTransformer, Transformer
 from dalle2_fast.modules import GroupNormSiLU
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from dalle2_fast.checkpoints import Pretrained
+from dalle2_fast.data.images import check_images
 from dalle2_fast.diffusion.inpainting import check_mask
 from dalle2_fast.diffusion.process import GaussianDiffusion
 from dalle2_fast.diffusion.schedules import make_schedule
 from dalle2_fast.models.decoder.base import ConditionedDecoder
 from dalle2_fast.models.decoder.conditioning import ConditionProjection
 from dalle2_fast.models.decoder.masks import draw_masks
-from dalle2_fast.models.inputs import check_images, check_probability, coin, resolve_seeds
+from dalle2_fast.models.inputs import check_probability, coin, resolve_seeds
 from dalle2_fast.models.transformer import TextTransformer
 from dalle2_fast.models.unet.model import UNet
 

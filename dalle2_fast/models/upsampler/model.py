@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle2_fast.checkpoints import Pretrained
+from dalle2_fast.data.images import check_images
 from dalle2_fast.diffusion.process import GaussianDiffusion
 from dalle2_fast.diffusion.schedules import make_schedule
 from dalle2_fast.functional import add_noise, sample_noise
-from dalle2_fast.models.inputs import check_images, check_probability, coin, resolve_seeds
+from dalle2_fast.models.inputs import check_probability, coin, resolve_seeds
 from dalle2_fast.models.unet.blocks import sinusoidal_embedding
 from dalle2_fast.models.unet.model import UNet
 from dalle2_fast.models.upsampler.degradation import DEGRADATIONS

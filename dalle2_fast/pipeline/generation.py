@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dalle2_fast.models.watch import StageWatch
+from dalle2_fast.pipeline.progress import StageWatch
 
 STAGES = ("text", "prior", "decoder", "upsampler", "upsampler2")
 Progress = bool | Callable[[str, Iterable, int | None], Iterable]

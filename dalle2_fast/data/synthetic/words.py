@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dalle2_fast.data import vocabulary as v
-from dalle2_fast.data.world import World
+from dalle2_fast.data.synthetic import vocabulary as v
+from dalle2_fast.data.synthetic.world import World
 
 
 def scene_words(world: World | None = None) -> tuple[str, ...]:

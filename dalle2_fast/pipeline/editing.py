@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle2_fast.models.chain import Chain
-from dalle2_fast.models.generation import Generation, Progress, Run, at_least_one, choose_seed, sample_seed
-from dalle2_fast.models.pictures import as_images, as_mask, resized
+from dalle2_fast.data.images import as_images, as_mask, resized
 from dalle2_fast.models.prior.pca import PCA
-from dalle2_fast.models.slerp import slerp
+from dalle2_fast.pipeline.chain import Chain
+from dalle2_fast.pipeline.generation import Generation, Progress, Run, at_least_one, choose_seed, sample_seed
+from dalle2_fast.pipeline.slerp import slerp
 
 if TYPE_CHECKING:
     from PIL.Image import Image

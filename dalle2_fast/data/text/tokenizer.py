@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from dalle2_fast.data.bpe import BPETokenizer
-from dalle2_fast.data.vocabulary import BOS, EOS, MAX_LENGTH, PAD, SPECIALS, UNK, WORDS
-from dalle2_fast.data.words import scene_words
-from dalle2_fast.data.world import World
+from dalle2_fast.data.synthetic.vocabulary import BOS, EOS, MAX_LENGTH, PAD, SPECIALS, UNK, WORDS
+from dalle2_fast.data.synthetic.words import scene_words
+from dalle2_fast.data.synthetic.world import World
+from dalle2_fast.data.text.bpe import BPETokenizer
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")  # letters and digits, joined by - or '
 

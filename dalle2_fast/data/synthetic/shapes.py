@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dalle2_fast.data.vocabulary import SHAPES, SIZES
+from dalle2_fast.data.synthetic.vocabulary import SHAPES, SIZES
 
 
 def _length(x: Tensor, y: Tensor) -> Tensor:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from dalle2_fast.data.captions import compose, draw_phrasing
-from dalle2_fast.data.negatives import sample_negatives
-from dalle2_fast.data.render import render
-from dalle2_fast.data.scenes import sample_scenes
-from dalle2_fast.data.tokenizer import WordTokenizer
-from dalle2_fast.data.world import World
+from dalle2_fast.data.synthetic.captions import compose, draw_phrasing
+from dalle2_fast.data.synthetic.negatives import sample_negatives
+from dalle2_fast.data.synthetic.rendering import render
+from dalle2_fast.data.synthetic.scenes import sample_scenes
+from dalle2_fast.data.synthetic.world import World
+from dalle2_fast.data.text.tokenizer import WordTokenizer
 
 
 class SceneStream:

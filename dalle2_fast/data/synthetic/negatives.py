@@ -14,10 +14,21 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
-from dalle2_fast.data.captions import NAMED_OBJECTS, Phrasing, compose, draw_phrasing, stated
-from dalle2_fast.data.scenes import SPLITS, Scenes, in_split, is_sound, valid_slots
-from dalle2_fast.data.vocabulary import ABOVE, BELOW, COUNT, INSIDE, LEFT, MAX_OBJECTS, ONE, RIGHT, THREE, TWO
-from dalle2_fast.data.world import World
+from dalle2_fast.data.synthetic.captions import NAMED_OBJECTS, Phrasing, compose, draw_phrasing, stated
+from dalle2_fast.data.synthetic.scenes import SPLITS, Scenes, in_split, is_sound, valid_slots
+from dalle2_fast.data.synthetic.vocabulary import (
+    ABOVE,
+    BELOW,
+    COUNT,
+    INSIDE,
+    LEFT,
+    MAX_OBJECTS,
+    ONE,
+    RIGHT,
+    THREE,
+    TWO,
+)
+from dalle2_fast.data.synthetic.world import World
 
 # Every kind with its weight when kinds are drawn: what is hard to learn often. With weights of 1 and 2 a CLIP
 # that had seen 106k pictures told top from bottom, but not left from right (column of one object, by a linear

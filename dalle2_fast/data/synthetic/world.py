@@ -6,7 +6,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from dalle2_fast.data.vocabulary import BACKGROUNDS, COLORS, FILLS, KINDS, RELATIONS, SHAPES, SIZES, TEXTURES
+from dalle2_fast.data.synthetic.vocabulary import (
+    BACKGROUNDS,
+    COLORS,
+    FILLS,
+    KINDS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+)
 
 FILL_WEIGHTS = (0.6, 0.2, 0.2)
 RELATION_WEIGHTS = (1.0, 1.0, 1.0, 1.0, 0.6)

@@ -17,8 +17,10 @@ from dalle2_fast.checkpoints import (
     open_checkpoint,
     save_folder,
 )
-from dalle2_fast.models.chain import SAMPLING, UPSAMPLERS, check_sampling
-from dalle2_fast.models.generation import (
+from dalle2_fast.data.images import as_images, resized, to_pil
+from dalle2_fast.pipeline.chain import SAMPLING, UPSAMPLERS, check_sampling
+from dalle2_fast.pipeline.editing import Manipulations
+from dalle2_fast.pipeline.generation import (
     Generation,
     Progress,
     Run,
@@ -27,13 +29,11 @@ from dalle2_fast.models.generation import (
     choose_seed,
     sample_seed,
 )
-from dalle2_fast.models.manipulations import Manipulations
-from dalle2_fast.models.pictures import as_images, resized, to_pil
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from dalle2_fast.data.tokenizer import Tokenizer
+    from dalle2_fast.data.text.tokenizer import Tokenizer
     from dalle2_fast.models.clip.model import CLIP
     from dalle2_fast.models.decoder.model import Decoder
     from dalle2_fast.models.prior.autoregressive import ARPrior
@@ -246,7 +246,7 @@ class DALLE2(Manipulations, nn.Module):
         CheckpointError (a ValueError) for a damaged, truncated or unknown one, naming the keys that are
         missing, left over or of another shape.
         """
-        from dalle2_fast.data.tokenizer import tokenizer_from_config
+        from dalle2_fast.data.text.tokenizer import tokenizer_from_config
         from dalle2_fast.models.clip.model import CLIP
         from dalle2_fast.models.decoder.model import Decoder
         from dalle2_fast.models.prior.autoregressive import ARPrior

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dalle2_fast.data.palette import palette
-from dalle2_fast.data.scenes import Scenes, valid_slots
-from dalle2_fast.data.shapes import SIGNED_DISTANCES, geometry
-from dalle2_fast.data.vocabulary import DOTTED, SOLID, STRIPED, TEXTURES
+from dalle2_fast.data.synthetic.palette import palette
+from dalle2_fast.data.synthetic.scenes import Scenes, valid_slots
+from dalle2_fast.data.synthetic.shapes import SIGNED_DISTANCES, geometry
+from dalle2_fast.data.synthetic.vocabulary import DOTTED, SOLID, STRIPED, TEXTURES
 
 TEXTURE_PERIOD = 0.125  # of the canvas
 

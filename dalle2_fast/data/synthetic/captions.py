@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dalle2_fast.data.scenes import Scenes
-from dalle2_fast.data.vocabulary import (
+from dalle2_fast.data.synthetic.scenes import Scenes
+from dalle2_fast.data.synthetic.vocabulary import (
     BACKGROUND_PHRASES,
     BACKGROUNDS,
     BOS,

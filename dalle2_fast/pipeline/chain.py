@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dalle2_fast.models.generation import Generation, Run, at_least_one
-from dalle2_fast.models.pictures import resized, resized_mask
+from dalle2_fast.data.images import resized, resized_mask
+from dalle2_fast.pipeline.generation import Generation, Run, at_least_one
 
 if TYPE_CHECKING:
-    from dalle2_fast.data.tokenizer import Tokenizer
+    from dalle2_fast.data.text.tokenizer import Tokenizer
     from dalle2_fast.models.clip.model import CLIP
     from dalle2_fast.models.decoder.model import Decoder
     from dalle2_fast.models.prior.autoregressive import ARPrior

@@ -10,10 +10,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle2_fast.models.inputs import check_images
-
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+def check_images(
+    name: str,
+    images: Tensor,
+    channels: int,
+    size: tuple[int, int] | None = None,  # (H, W), None = any
+    batch: int | None = None,
+    check_range: bool = True,
+) -> None:
+    """Raise unless `images` is a floating-point [B, channels, H, W] with values in [0, 1].
+
+    Looking at the values makes the host wait for a GPU; a training loop that trusts its data turns it off.
+    """
+    expected = f"[B, {channels}, H, W]" + (f" with H, W = {size[0]}, {size[1]}" if size else "")
+    expected += f" and B = {batch}" if batch is not None else ""
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        came = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(
+            f"{name}: expected a floating-point tensor {expected} with values in [0, 1], got {came}"
+        )
+    shape = tuple(images.shape)
+    if (
+        len(shape) != 4
+        or shape[1] != channels
+        or size not in (None, shape[2:])
+        or batch not in (None, shape[0])
+    ):
+        raise ValueError(f"{name}: expected {expected}, got {shape}")
+    if check_range and images.numel():
+        low, high = (value.item() for value in images.detach().aminmax())
+        if not (low >= 0.0 and high <= 1.0):  # written so that NaN fails, too
+            raise ValueError(f"{name}: expected values in [0, 1], got {low:.4g} to {high:.4g}")
 
 
 def to_pil(images: Tensor) -> list[Image]:

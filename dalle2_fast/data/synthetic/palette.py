@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dalle2_fast.data.vocabulary import BACKGROUNDS, COLORS, FILLS, SOLID
+from dalle2_fast.data.synthetic.vocabulary import BACKGROUNDS, COLORS, FILLS, SOLID
 
 COLOR_RGB_255 = (
     (220, 40, 40), (245, 140, 25), (250, 220, 40), (45, 160, 60), (40, 205, 215), (45, 85, 220),

@@ -19,9 +19,9 @@ import math
 import torch
 from torch import Tensor
 
-from dalle2_fast.data.palette import palette
-from dalle2_fast.data.shapes import JITTER_DEGREES, geometry
-from dalle2_fast.data.vocabulary import (
+from dalle2_fast.data.synthetic.palette import palette
+from dalle2_fast.data.synthetic.shapes import JITTER_DEGREES, geometry
+from dalle2_fast.data.synthetic.vocabulary import (
     ABOVE,
     BACKGROUNDS,
     COLORS,
@@ -38,7 +38,7 @@ from dalle2_fast.data.vocabulary import (
     THREE,
     TWO,
 )
-from dalle2_fast.data.world import OUTER_SHAPES, World
+from dalle2_fast.data.synthetic.world import OUTER_SHAPES, World
 
 Scenes = dict[str, Tensor]
 

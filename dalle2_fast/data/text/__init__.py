@@ -1,0 +1,1 @@
+"""Tokenizers: one token per word, or the byte pairs of CLIP."""
