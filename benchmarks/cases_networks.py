@@ -192,8 +192,8 @@ def diffusers_unet(net: UNet, **changes) -> nn.Module:
 
 
 def take_unet(net: UNet, theirs: nn.Module) -> None:
-    from dalle2_fast.checkpoints.renaming import translate
-    from dalle2_fast.checkpoints.unet_keys import diffusers_rules
+    from dalle2_fast.checkpoints.formats.renaming import translate
+    from dalle2_fast.checkpoints.formats.unet_keys import diffusers_rules
 
     net.load_state_dict(translate(theirs.state_dict(), diffusers_rules(net.config), "diffusers"))
 
@@ -218,8 +218,8 @@ def diffusers_prior(net: DiffusionPriorNetwork) -> nn.Module:
 
 
 def take_prior(net: DiffusionPriorNetwork, theirs: nn.Module) -> None:
-    from dalle2_fast.checkpoints.diffusers import prior_rules
-    from dalle2_fast.checkpoints.renaming import translate
+    from dalle2_fast.checkpoints.formats.diffusers import prior_rules
+    from dalle2_fast.checkpoints.formats.renaming import translate
 
     # Statistics of the embeddings, which in ours the DiffusionPrior around the net has.
     both = translate(theirs.state_dict(), prior_rules(net.config["depth"]), "diffusers")

@@ -34,8 +34,8 @@ from timing import commit, parameters, versions  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from dalle2_fast import _backend  # noqa: E402
 from dalle2_fast.adapters.patch import patch, unpatch  # noqa: E402
+from dalle2_fast.ops import _dispatch  # noqa: E402
 
 JSON = ROOT / "benchmarks" / "results" / "launches_patched.json"
 BATCH = 2  # one image with guidance
@@ -93,7 +93,7 @@ def count(run: Callable[[], object], fake: FakeTensorMode) -> dict:
 
 
 def measure(name: str) -> dict:
-    assert _backend._ask(torch.device("cpu")) is None  # the kernels are loaded
+    assert _dispatch._ask(torch.device("cpu")) is None  # the kernels are loaded
     torch.set_default_dtype(torch.bfloat16)  # a parameter without data cannot be cast
     with FakeTensorMode() as fake:
         net = foreign_unets.build(name).eval()
@@ -111,7 +111,7 @@ def measure(name: str) -> dict:
     for state in ("before", "after"):
         report = patch(net) if state == "after" else None
         for kind, run in (("forward", forward), ("forward and backward", both)):
-            with mock.patch.object(_backend, "use_reference", lambda impl, *tensors: False):
+            with mock.patch.object(_dispatch, "use_reference", lambda impl, *tensors: False):
                 rows[kind][state] = count(run, fake)
     skipped = dict(report.skipped)
     unpatch(net)

@@ -21,7 +21,7 @@ from timing import parameters
 from torch import nn
 
 from dalle2_fast import CLIP
-from dalle2_fast.checkpoints.clip_options import from_open_clip
+from dalle2_fast.checkpoints.formats.clip_options import from_open_clip
 from dalle2_fast.data import BPETokenizer
 
 CAPTIONS = ["a photo of a cat", "stop!!!", "", "two dogs on a bench, 1950s, \N{SNOWMAN}"]

@@ -137,14 +137,14 @@ def drawer(device: str, dtype: torch.dtype) -> Callable[..., Tensor]:
 @contextlib.contextmanager
 def running(impl: str) -> Iterator[None]:
     """Our networks choose their ops by themselves; here with impl="reference" none of them is fused."""
-    from dalle2_fast import _backend
+    from dalle2_fast.ops import _dispatch
 
     if impl != "reference":
         yield
         return
     with (
-        mock.patch.object(_backend, "use_reference", lambda *_: True),
-        mock.patch.object(_backend, "use_native", lambda *_: False),
+        mock.patch.object(_dispatch, "use_reference", lambda *_: True),
+        mock.patch.object(_dispatch, "use_native", lambda *_: False),
     ):
         yield
 

@@ -22,7 +22,7 @@ _HOMES = {
     "SigLipLoss": "dalle2_fast.losses",
     "SoftClipLoss": "dalle2_fast.losses",
     "GroupNormSiLU": "dalle2_fast.modules",
-    "build_info": "dalle2_fast._backend",
+    "build_info": "dalle2_fast.ops._dispatch",
     "patch": "dalle2_fast.adapters.patch",
     "unpatch": "dalle2_fast.adapters.patch",
 }

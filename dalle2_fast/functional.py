@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dalle2_fast import _backend, _check, reference
+from dalle2_fast import reference
+from dalle2_fast.ops import _checks, _dispatch
 
 __all__ = [
     "add_noise",
@@ -60,8 +61,8 @@ def group_norm_silu(
 
     Source: Wu and He, 1803.08494 (group norm); Dhariwal and Nichol, 2105.05233, equation 4 (scale and shift).
     """
-    _check.group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, activation)
-    if _backend.use_reference(impl, x):
+    _checks.group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, activation)
+    if _dispatch.use_reference(impl, x):
         return reference.group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, activation)
     return torch.ops.dalle2_fast.group_norm_silu(
         x, num_groups, weight, bias, float(eps), scale, shift, activation == "silu"
@@ -101,11 +102,11 @@ def cross_attention(
 
     Source: Vaswani et al., 1706.03762; the joint softmax over text and image keys: GLIDE, 2112.10741.
     """
-    _check.cross_attention(q, context_k, context_v, context_mask, image_k, image_v, softmax_scale)
+    _checks.cross_attention(q, context_k, context_v, context_mask, image_k, image_v, softmax_scale)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     tensors = (q, context_k, context_v, image_k, image_v)
-    if _backend.use_reference(impl, *tensors) or _attention_needs_reference(impl, *tensors, context_mask):
+    if _dispatch.use_reference(impl, *tensors) or _attention_needs_reference(impl, *tensors, context_mask):
         return reference.cross_attention(
             q, context_k, context_v, context_mask, image_k, image_v, softmax_scale
         )
@@ -162,10 +163,10 @@ def sample_noise(
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
     if device is not None:
-        _check.tensor("seeds", seeds)
+        _checks.tensor("seeds", seeds)
         seeds = seeds.to(device)
-    _check.sample_noise(seeds, step, shape, dtype)
-    if _backend.use_reference("auto", torch.empty(0, dtype=dtype, device=seeds.device)):
+    _checks.sample_noise(seeds, step, shape, dtype)
+    if _dispatch.use_reference("auto", torch.empty(0, dtype=dtype, device=seeds.device)):
         return reference.sample_noise(seeds, step, tuple(shape), dtype)
     return torch.ops.dalle2_fast.sample_noise(seeds, *_tensor_or_number(step), tuple(shape), dtype)
 
@@ -204,8 +205,8 @@ def add_noise(
 
     Source: Kingma et al., 2107.00630, equation 1.
     """
-    _check.add_noise(x0, alpha, sigma, noise, seeds, step)
-    if _backend.use_reference(impl, x0, noise):
+    _checks.add_noise(x0, alpha, sigma, noise, seeds, step)
+    if _dispatch.use_reference(impl, x0, noise):
         if noise is None:
             noise = reference.sample_noise(seeds, step, tuple(x0.shape), x0.dtype)
         return reference.add_noise(x0, alpha, sigma, noise), noise
@@ -273,13 +274,13 @@ def diffusion_step(
     equation 12; Lu et al., 2211.01095, algorithm 2; Ho and Salimans, 2207.12598; Lin et al., 2305.08891,
     section 3.4; Saharia et al., 2205.11487, section 2.3.
     """
-    _check.diffusion_step(
+    _checks.diffusion_step(
         x, model_output, table, step, seeds, guidance, guidance_rescale, prediction, clip, dynamic_threshold,
         learned_range, previous_x0,
     )  # fmt: skip
     inputs = (x, model_output, table, guidance, previous_x0)
     tracked = _is_tracked(*inputs)
-    if _backend.use_reference(impl, x, model_output, previous_x0) or (tracked and impl == "auto"):
+    if _dispatch.use_reference(impl, x, model_output, previous_x0) or (tracked and impl == "auto"):
         return reference.diffusion_step(
             x, model_output, table, step, seeds, guidance, guidance_rescale, prediction, clip,
             dynamic_threshold, learned_range, previous_x0,
@@ -323,8 +324,8 @@ def contrastive_loss(
 
     Source: Radford et al., 2103.00020, figure 3.
     """
-    _check.contrastive(image_features, text_features, logit_scale, logit_bias)
-    if not _backend.use_native(impl, image_features, text_features):
+    _checks.contrastive(image_features, text_features, logit_scale, logit_bias)
+    if not _dispatch.use_native(impl, image_features, text_features):
         return reference.contrastive_loss(image_features, text_features, logit_scale, logit_bias)
     scale = _scalar(logit_scale, image_features)
     loss = torch.ops.dalle2_fast.contrastive_loss(image_features, text_features, scale)[0]
@@ -347,10 +348,10 @@ def sigmoid_loss(
 
     Source: Zhai et al., 2303.15343, equation 1.
     """
-    _check.contrastive(image_features, text_features, logit_scale, logit_bias)
+    _checks.contrastive(image_features, text_features, logit_scale, logit_bias)
     if logit_bias is None:
         raise TypeError("logit_bias: expected a number or a scalar tensor, got None")
-    if not _backend.use_native(impl, image_features, text_features):
+    if not _dispatch.use_native(impl, image_features, text_features):
         return reference.sigmoid_loss(image_features, text_features, logit_scale, logit_bias)
     tracked = _is_tracked(image_features, text_features, logit_scale, logit_bias)
     scale, bias = _scalar(logit_scale, image_features), _scalar(logit_bias, image_features)
@@ -370,8 +371,8 @@ def soft_contrastive_loss(
     gradient: otherwise features could lower the loss by moving the targets. Arguments, dtypes and errors as
     `contrastive_loss`.
     """
-    _check.contrastive(image_features, text_features, logit_scale)
-    if not _backend.use_native(impl, image_features, text_features):
+    _checks.contrastive(image_features, text_features, logit_scale)
+    if not _dispatch.use_native(impl, image_features, text_features):
         return reference.soft_contrastive_loss(image_features, text_features, logit_scale)
     tracked = _is_tracked(image_features, text_features, logit_scale)
     scale = _scalar(logit_scale, image_features)

@@ -1,7 +1,7 @@
 """What the distributed losses are asked to do in W processes, and the truth about it from one process.
 
 `truth` plays the W processes of open_clip in one, by autograd on the whole batch: what a process has gathered
-without gradient is detached. No collective, nothing of `dalle2_fast.losses`.
+without gradient is detached. No collective, nothing of `dalle2_fast.losses.clip_loss`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle2_fast.losses import ClipLoss, SigLipLoss, SoftClipLoss
+from dalle2_fast.losses.clip_loss import ClipLoss, SigLipLoss, SoftClipLoss
 from dalle2_fast.models.clip.model import CLIP
 
 N, D, SCALE, BIAS = 3, 5, 9.0, -4.0  # N pairs in each process

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed", "dalle2_fast.losses", "loss_cases"])
+_context.set_forkserver_preload(["torch.distributed", "dalle2_fast.losses.clip_loss", "loss_cases"])
 
 
 def run(

@@ -16,8 +16,8 @@ from tiny_pipeline import tiny_pipeline
 
 from dalle2_fast import CLIP
 from dalle2_fast.checkpoints import CheckpointError
-from dalle2_fast.checkpoints.clip_layouts import HUGGING_FACE, NATIVE, export
-from dalle2_fast.checkpoints.clip_options import from_hugging_face, from_open_clip, from_shapes, ratio
+from dalle2_fast.checkpoints.formats.clip_layouts import HUGGING_FACE, NATIVE, export
+from dalle2_fast.checkpoints.formats.clip_options import from_hugging_face, from_open_clip, from_shapes, ratio
 
 
 def assert_same(one: CLIP, other: CLIP) -> None:
@@ -191,7 +191,7 @@ def test_our_own_formats(tmp_path):
 
 def test_what_training_leaves(tmp_path):
     """The finished stage of `dalle2-fast train clip`, which has a stem that no shapes would explain."""
-    from dalle2_fast.training.folder import save_weights
+    from dalle2_fast.training.state import save_weights
 
     clip = small(visual_kind="conv_vit")
     save_weights(tmp_path / "model.safetensors", {"model": clip.config, "steps": 1}, clip.state_dict())

@@ -15,7 +15,7 @@ import torch
 from clip_cases import NAMED
 
 from dalle2_fast import CLIP
-from dalle2_fast.checkpoints.clip_options import SIXTEEN_HEADS, from_open_clip
+from dalle2_fast.checkpoints.formats.clip_options import SIXTEEN_HEADS, from_open_clip
 from dalle2_fast.models.clip.model import OPENAI_MEAN, OPENAI_STD
 
 TOKENS = 60  # the last two are begin and end

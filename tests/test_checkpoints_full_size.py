@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from dalle2_fast import CLIP, Decoder, DiffusionPrior, Upsampler
-from dalle2_fast.checkpoints import diffusers as layout
-from dalle2_fast.checkpoints import karlo
-from dalle2_fast.checkpoints.clip_options import from_hugging_face
+from dalle2_fast.checkpoints.formats import diffusers as layout
+from dalle2_fast.checkpoints.formats import karlo
+from dalle2_fast.checkpoints.formats.clip_options import from_hugging_face
 
 pytest.importorskip("diffusers", reason="needs diffusers, whose Karlo is the oracle")
 

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from tiny_pipeline import tiny_pipeline
 
-from dalle2_fast import DALLE2, _backend, cli
+from dalle2_fast import DALLE2, cli
 from dalle2_fast.cli import picture as cli_picture
+from dalle2_fast.ops import _dispatch
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +214,7 @@ def test_damaged_checkpoint(generate, checkpoint, tmp_path):
 
 
 def test_emulated_dtype_is_said(generate, monkeypatch):
-    monkeypatch.setattr(_backend, "cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr(_dispatch, "cpu_has_bfloat16", lambda: False)
     code, printed, err = generate("--dtype", "bf16", "--quiet", "--num-images", "1")
     assert code == 0 and "bfloat16" in printed["device"]
     assert err == "note: this CPU computes bf16 in software; fp32 is faster\n"

@@ -11,7 +11,7 @@ from gaussian_data import DEVIATION, MEAN, exact_net
 from torch import Tensor
 
 from dalle2_fast.diffusion import GaussianDiffusion, make_schedule
-from dalle2_fast.diffusion.bound import discretised_normal_nll
+from dalle2_fast.diffusion.vlb import discretised_normal_nll
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 

@@ -11,9 +11,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dalle2_fast import Decoder, Upsampler, _backend, functional
+from dalle2_fast import Decoder, Upsampler, functional
 from dalle2_fast.models.unet.model import AttentionBlock, UNet
 from dalle2_fast.modules import GroupNormSiLU
+from dalle2_fast.ops import _dispatch
 
 
 class CountOps(TorchDispatchMode):
@@ -35,8 +36,8 @@ class CountOps(TorchDispatchMode):
 def fused(monkeypatch, kernel_device):
     """Every op takes the fused path, on whatever device and dtype."""
 
-    assert _backend._ask(torch.device(kernel_device)) is None
-    monkeypatch.setattr(_backend, "use_reference", lambda impl, *tensors: False)
+    assert _dispatch._ask(torch.device(kernel_device)) is None
+    monkeypatch.setattr(_dispatch, "use_reference", lambda impl, *tensors: False)
 
 
 UNFUSED = ("native_group_norm", "native_layer_norm", "var_mean", "_softmax", "attention")
@@ -113,7 +114,7 @@ def test_the_fused_decoder_draws_the_references_image(fused, monkeypatch, kernel
         image = draw()
     for op in ("group_norm_silu", "cross_attention", "diffusion_step"):
         assert mode.counts[f"dalle2_fast::{op}"] > 0
-    monkeypatch.setattr(_backend, "use_reference", lambda impl, *tensors: True)
+    monkeypatch.setattr(_dispatch, "use_reference", lambda impl, *tensors: True)
     torch.testing.assert_close(image, draw(), atol=1e-4, rtol=0)
 
 

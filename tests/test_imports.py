@@ -21,28 +21,25 @@ PACKAGE = ROOT / "dalle2_fast"
 # room -> the rooms it may import. A room is a file or folder directly in dalle2_fast/.
 ARROWS = {
     "_lazy": set(),
-    "reference": set(),
-    "_check": set(),
     "_C": set(),
+    "reference": set(),
     "kernels": {"_C"},
-    "_native": {"_C"},
-    "_backend": {"kernels", "_native", "_C"},
-    "functional": {"reference", "_check", "_backend"},
-    "modules": {"functional", "_check"},
-    "_across_processes": {"_backend"},
-    "losses": {"_across_processes", "functional", "_check"},
-    "diffusion": {"functional", "_check"},
-    "data": {"_check", "_lazy"},
-    "checkpoints": {"_check", "data"},
-    "models": {"_lazy", "modules", "functional", "_check", "diffusion", "data", "checkpoints"},
-    "pipeline": {"_lazy", "models", "data", "checkpoints", "_backend"},
+    "ops": {"kernels", "_C"},
+    "functional": {"ops", "reference"},
+    "modules": {"functional", "ops"},
+    "losses": {"functional", "ops"},
+    "diffusion": {"functional", "ops"},
+    "data": {"ops", "_lazy"},
+    "checkpoints": {"ops", "data"},
+    "models": {"modules", "functional", "ops", "diffusion", "data", "checkpoints", "_lazy"},
+    "pipeline": {"models", "ops", "data", "checkpoints", "_lazy"},
     "evaluation": {"pipeline", "models", "diffusion", "data", "checkpoints"},
     "training": {"evaluation", "pipeline", "models", "diffusion", "data", "checkpoints", "functional"},
     "adapters": {"models", "modules", "functional", "diffusion"},
-    "cli": {"__init__", "training", "evaluation", "pipeline", "models", "data", "checkpoints", "_backend"},
+    "cli": {"training", "evaluation", "pipeline", "models", "data", "checkpoints", "ops", "__init__"},
     "__main__": {"cli"},
-    "__init__": {"_lazy", "pipeline", "models", "modules", "losses", "functional", "diffusion", "data",
-                 "checkpoints", "_backend", "adapters"},  # fmt: skip
+    "__init__": {"pipeline", "models", "modules", "losses", "functional", "diffusion", "data", "checkpoints",
+                 "ops", "adapters", "_lazy"},  # fmt: skip
 }
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 

@@ -30,7 +30,7 @@ from loss_cases import (
 )
 
 from dalle2_fast import functional
-from dalle2_fast.losses import ClipLoss, SigLipLoss, SoftClipLoss
+from dalle2_fast.losses.clip_loss import ClipLoss, SigLipLoss, SoftClipLoss
 
 WORLDS = (1, 2, 4)
 _answers = {}

@@ -13,7 +13,8 @@ import pytest
 import torch
 from truth import assert_close_to_truth
 
-from dalle2_fast import _backend, functional
+from dalle2_fast import functional
+from dalle2_fast.ops import _dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = torch.arange(2)
@@ -103,19 +104,19 @@ def test_fused_raises_where_the_native_module_cannot_run(op, monkeypatch):
         contrastive(op, "fused", device="meta")
     with pytest.raises(RuntimeError, match='impl="fused": no kernel takes torch.float8_e5m2'):
         contrastive(op, "fused", dtype=torch.float8_e5m2)
-    monkeypatch.setattr(_backend._native, "ABSENT", "the native module is not here")
-    monkeypatch.setattr(_backend, "_native_obstacles", {})
+    monkeypatch.setattr(_dispatch._native, "ABSENT", "the native module is not here")
+    monkeypatch.setattr(_dispatch, "_native_obstacles", {})
     with pytest.raises(RuntimeError, match='impl="fused": the native module is not here'):
         contrastive(op, "fused")
     assert contrastive(op, "auto") == contrastive(op, "reference")
-    monkeypatch.setattr(_backend, "LEAST_LOGITS", 0)
+    monkeypatch.setattr(_dispatch, "LEAST_LOGITS", 0)
     assert contrastive(op, "auto") == contrastive(op, "reference")
 
 
 def on_cuda(monkeypatch, dtype=torch.float16, capability=(9, 0)):
     """A tensor that says it is on a GPU of this capability, in a torch that says it has CUDA."""
     properties = SimpleNamespace(name="Some GPU", major=capability[0], minor=capability[1])
-    monkeypatch.setattr(_backend, "_obstacles", {})
+    monkeypatch.setattr(_dispatch, "_obstacles", {})
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
@@ -124,36 +125,36 @@ def on_cuda(monkeypatch, dtype=torch.float16, capability=(9, 0)):
 
 def test_auto_is_fused_on_a_gpu_only(monkeypatch, kernel_device):
     cpu = torch.zeros(1)
-    assert _backend.use_reference("auto", cpu) and _backend.use_reference("reference", cpu)
+    assert _dispatch.use_reference("auto", cpu) and _dispatch.use_reference("reference", cpu)
     half = on_cuda(monkeypatch)
-    assert not _backend.use_reference("auto", half) and not _backend.use_reference("fused", half, None)
-    assert _backend.use_reference("reference", half)
-    assert _backend.use_reference("auto", half, on_cuda(monkeypatch, torch.float64))
+    assert not _dispatch.use_reference("auto", half) and not _dispatch.use_reference("fused", half, None)
+    assert _dispatch.use_reference("reference", half)
+    assert _dispatch.use_reference("auto", half, on_cuda(monkeypatch, torch.float64))
 
 
 def test_what_stands_in_the_way_on_a_gpu(monkeypatch):
     old = on_cuda(monkeypatch, capability=(7, 5))
-    assert _backend.use_reference("auto", old)
+    assert _dispatch.use_reference("auto", old)
     with pytest.raises(RuntimeError, match="need compute capability 8.0, Some GPU has 7.5"):
-        _backend.use_reference("fused", old)
+        _dispatch.use_reference("fused", old)
     monkeypatch.setattr(torch.version, "cuda", None)  # ROCm calls its devices cuda as well
-    monkeypatch.setattr(_backend, "_obstacles", {})
-    assert _backend.use_reference("auto", old)
+    monkeypatch.setattr(_dispatch, "_obstacles", {})
+    assert _dispatch.use_reference("auto", old)
     with pytest.raises(RuntimeError, match="for NVIDIA GPUs"):
-        _backend.use_reference("fused", old)
-    monkeypatch.setattr(_backend, "_HAS_TRITON", False)
-    assert _backend.use_reference("auto", on_cuda(monkeypatch))
+        _dispatch.use_reference("fused", old)
+    monkeypatch.setattr(_dispatch, "_HAS_TRITON", False)
+    assert _dispatch.use_reference("auto", on_cuda(monkeypatch))
     with pytest.raises(RuntimeError, match="triton, which is not installed"):
-        _backend.use_reference("fused", torch.zeros(1))
+        _dispatch.use_reference("fused", torch.zeros(1))
 
 
 def test_fused_on_the_cpu_is_the_interpreter(monkeypatch):
-    monkeypatch.setattr(_backend, "_HAS_TRITON", True)
-    monkeypatch.setattr(_backend, "_INTERPRETED", False)
-    monkeypatch.setattr(_backend, "_obstacles", {})
+    monkeypatch.setattr(_dispatch, "_HAS_TRITON", True)
+    monkeypatch.setattr(_dispatch, "_INTERPRETED", False)
+    monkeypatch.setattr(_dispatch, "_obstacles", {})
     with pytest.raises(RuntimeError, match="no kernel runs on device cpu; TRITON_INTERPRET=1"):
-        _backend.use_reference("fused", torch.zeros(1))
-    assert _backend.use_reference("auto", torch.zeros(1))
+        _dispatch.use_reference("fused", torch.zeros(1))
+    assert _dispatch.use_reference("auto", torch.zeros(1))
 
 
 LAZY = """
@@ -173,9 +174,9 @@ def test_triton_is_imported_when_a_kernel_is_first_used(kernel_device):
 
 
 def test_build_info_is_json_and_complete():
-    info = json.loads(json.dumps(_backend.build_info()))
+    info = json.loads(json.dumps(_dispatch.build_info()))
     assert info["torch"] == torch.__version__
-    kernels, losses = set(info["kernels"]), set(_backend.LOSSES)
+    kernels, losses = set(info["kernels"]), set(_dispatch.LOSSES)
     assert bool(kernels & set(info["fused_ops"])) == (info["why_not_fused"] is None)
     assert set(info["fused_ops"]) <= kernels | losses <= set(functional.__all__)
     if not info["devices"]:  # with a GPU it depends on what the module was built for

@@ -16,7 +16,8 @@ import torch
 from launches import Launch, recorded
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dalle2_fast import _backend, functional
+from dalle2_fast import functional
+from dalle2_fast.ops import _dispatch
 
 BATCHES = (1, 2, 3, 7, 16, 33, 64)
 
@@ -150,8 +151,8 @@ def test_nothing_waits_for_the_device(name, kernel_device, monkeypatch):
     a number that is sent to the device (lift_fresh is torch.tensor of a number)."""
     if kernel_device != "cpu":
         pytest.skip("there is a GPU, where the ops are captured in CUDA graphs")
-    assert _backend._ask(torch.device("cpu")) is None
-    monkeypatch.setattr(_backend, "use_reference", lambda impl, *tensors: False)
+    assert _dispatch._ask(torch.device("cpu")) is None
+    monkeypatch.setattr(_dispatch, "use_reference", lambda impl, *tensors: False)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which the meta device has not
     with recorded() as launches, torch.device("meta"), InsideOurOps(implementations()) as mode:
         CALLS[name](3)

@@ -17,10 +17,10 @@ from torch import nn
 
 from dalle2_fast.training import muon
 from dalle2_fast.training.ema import ExponentialMovingAverage
-from dalle2_fast.training.folder import StageFolder, TrainingError, load_weights, save_weights, write_beside
 from dalle2_fast.training.muon import Muon, polar_factor, polar_factors
-from dalle2_fast.training.optimisation import Optimisation, make_optimizers
+from dalle2_fast.training.optimisers import Optimisation, make_optimizers
 from dalle2_fast.training.presets import PRESETS, STAGES, adjust, get_preset
+from dalle2_fast.training.state import StageFolder, TrainingError, load_weights, save_weights, write_beside
 from dalle2_fast.training.trainer import Trainer, step_seed
 
 

@@ -16,9 +16,9 @@ from dalle2_fast.cli import main
 from dalle2_fast.cli.train import export_pipeline, load_initial, train_stage
 from dalle2_fast.data import World, render, sample_scenes
 from dalle2_fast.models import CLIP, DALLE2, ARPrior, Decoder, DiffusionPrior, Upsampler
-from dalle2_fast.training.folder import TrainingError, load_weights, save_weights
 from dalle2_fast.training.presets import PRESETS, STAGES, choose_prior
 from dalle2_fast.training.stages import foreground_weight, make_stage, psnr, random_crops
+from dalle2_fast.training.state import TrainingError, load_weights, save_weights
 
 
 @pytest.fixture(scope="module")

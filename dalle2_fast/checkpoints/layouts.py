@@ -20,8 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dalle2_fast.checkpoints.clip import ClipSource, read_clip
-from dalle2_fast.checkpoints.diffusers import SAMPLING, Part, read_pipeline, read_prior
 from dalle2_fast.checkpoints.folder import (
     CONFIG_FILE,
     construct,
@@ -29,8 +27,10 @@ from dalle2_fast.checkpoints.folder import (
     load_config,
     load_folder,
 )
+from dalle2_fast.checkpoints.formats.clip import ClipSource, read_clip
+from dalle2_fast.checkpoints.formats.diffusers import SAMPLING, Part, read_pipeline, read_prior
+from dalle2_fast.checkpoints.formats.karlo import find_originals, read_original
 from dalle2_fast.checkpoints.hub import locate
-from dalle2_fast.checkpoints.karlo import find_originals, read_original
 from dalle2_fast.checkpoints.weights import build, reject_leftovers, unfilled
 
 PARTS = ("clip", "prior", "decoder", "upsampler", "upsampler2")

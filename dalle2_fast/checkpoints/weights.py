@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dalle2_fast.checkpoints.folder import CheckpointError, construct
-from dalle2_fast.checkpoints.renaming import listed
+from dalle2_fast.checkpoints.formats.renaming import listed
 
 
 def join_states(parts: Mapping[str, nn.Module | None]) -> dict[str, Tensor]:

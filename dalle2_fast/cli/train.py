@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from dalle2_fast.pipeline.device import choose_device, choose_dtype
-from dalle2_fast.training.folder import StageFolder, TrainingError, load_weights, save_weights, write_beside
 from dalle2_fast.training.presets import (
     EXTRA_STAGES,
     PRESETS,
@@ -24,6 +23,7 @@ from dalle2_fast.training.presets import (
     choose_prior,
     get_preset,
 )
+from dalle2_fast.training.state import StageFolder, TrainingError, load_weights, save_weights, write_beside
 
 if TYPE_CHECKING:
     from dalle2_fast.data import Tokenizer

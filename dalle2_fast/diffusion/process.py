@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from dalle2_fast import functional
-from dalle2_fast.diffusion import bound, losses, samplers
+from dalle2_fast.diffusion import sampler_tables, vlb
 from dalle2_fast.diffusion.sampling import INITIAL_NOISE, Net, Sampling, check_data, per_sample, wide_dtype
 from dalle2_fast.diffusion.schedules import Schedule
+from dalle2_fast.diffusion.weighting import PREDICTIONS, WEIGHTINGS, loss_weight
 
 
 class GaussianDiffusion(Sampling):
@@ -23,8 +24,8 @@ class GaussianDiffusion(Sampling):
     variance: of DDPM's noise: "fixed_small", "fixed_large", or "learned_range": then the network returns 2C
         channels whose second half places the log variance between the two (2102.09672, equation 15). Needs
         discrete times.
-    weighting: of the loss over time, see `losses.loss_weight`: "simple" is the error of epsilon, "x0" that of
-        x0, "v" that of v, "min_snr" that of x0 times min(SNR, min_snr_gamma), each whatever the network
+    weighting: of the loss over time, see `loss_weight`: "simple" is the error of epsilon, "x0" that of x0,
+        "v" that of v, "min_snr" that of x0 times min(SNR, min_snr_gamma), each whatever the network
         predicts; "uniform" is the plain error of what it predicts.
     max_weight: bounds the weight on the network's own error. The weights "v" and "simple" on a network that
         predicts x0 grow without limit as the noise vanishes.
@@ -53,9 +54,9 @@ class GaussianDiffusion(Sampling):
             came = type(schedule).__name__
             raise TypeError(f"schedule: expected a Schedule (see make_schedule), got {came}")
         for name, value, choices in (
-            ("prediction", prediction, losses.PREDICTIONS),
-            ("variance", variance, samplers.VARIANCES),
-            ("weighting", weighting, losses.WEIGHTINGS),
+            ("prediction", prediction, PREDICTIONS),
+            ("variance", variance, sampler_tables.VARIANCES),
+            ("weighting", weighting, WEIGHTINGS),
         ):
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
@@ -119,7 +120,7 @@ class GaussianDiffusion(Sampling):
         At t = 0 the mean is x0, the variance 0, and the log variance that of t = 1 (its own is minus
         infinity). Ho et al., 2006.11239, equations 6 and 7.
         """
-        a, b, log_var_min, _ = bound.single_step(self.schedule, t, x0)
+        a, b, log_var_min, _ = vlb.single_step(self.schedule, t, x0)
         first = per_sample(t.to(x0.device) == 0, x0)
         return a * x_t + b * x0, log_var_min.exp().masked_fill(first, 0.0), log_var_min
 
@@ -197,7 +198,7 @@ class GaussianDiffusion(Sampling):
         squared = (output.to(wide) - target) ** 2
         if pixel_weight is not None:
             squared = squared * pixel_weight
-        weight = losses.loss_weight(
+        weight = loss_weight(
             self.schedule.log_snr(t), self.prediction, self.weighting, self.min_snr_gamma, self.max_weight
         )
         loss = weight.to(wide) * squared.flatten(1).mean(1)
@@ -225,7 +226,7 @@ class GaussianDiffusion(Sampling):
         predicted_x0 = self.predict_x0(x_t, t, output)
         if clip is not None:
             predicted_x0 = predicted_x0.clamp(-clip, clip)
-        return bound.step_term(self.schedule, self.variance, x0, x_t, t, predicted_x0, range_position, levels)
+        return vlb.step_term(self.schedule, self.variance, x0, x_t, t, predicted_x0, range_position, levels)
 
     @torch.no_grad()
     def vlb_bits_per_dim(
@@ -254,6 +255,6 @@ class GaussianDiffusion(Sampling):
             x_t, _ = functional.add_noise(x0, alpha, sigma, seeds=seeds, step=step)
             output, range_position = self._split(net(x_t, self.schedule.net_time(t)), x_t)
             terms.append(self._step_term(x0, x_t, t, output, range_position, clip, levels))
-        prior = bound.prior_term(self.schedule, x0.to(wide_dtype(x0.dtype)))
+        prior = vlb.prior_term(self.schedule, x0.to(wide_dtype(x0.dtype)))
         terms = torch.stack(terms, dim=1)
         return {"total": prior + terms.sum(1), "prior": prior, "terms": terms}

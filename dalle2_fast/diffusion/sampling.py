@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from dalle2_fast import _check, functional
-from dalle2_fast.diffusion import samplers
+from dalle2_fast import functional
+from dalle2_fast.diffusion import sampler_tables
 from dalle2_fast.diffusion.inpainting import Inpainting, other_seeds, visits
 from dalle2_fast.diffusion.schedules import Schedule
+from dalle2_fast.ops import _checks
 
 Net = Callable[[Tensor, Tensor], Tensor]
 Progress = Callable[..., Iterable] | bool | None
@@ -86,7 +87,7 @@ class Sampling:
             TypeError, ValueError: an argument has the wrong type, shape or range.
         """
         batch, channels, *_ = shape = _check_shape(shape)
-        _check.seeds_and_step(seeds, 0, batch)
+        _checks.seeds_and_step(seeds, 0, batch)
         device = seeds.device if device is None else torch.device(device)
         times = self.times(steps, spacing)
         if x0_error is not None:
@@ -94,7 +95,7 @@ class Sampling:
                 expected = f"[timesteps] = ({self.schedule.timesteps},)"
                 raise ValueError(f"x0_error: expected {expected}, got {tuple(x0_error.shape)}")
             x0_error = x0_error.cpu()[times]
-        table = samplers.sampler_table(
+        table = sampler_tables.sampler_table(
             self.schedule, times, sampler, variance=self.variance, eta=eta, x0_error=x0_error
         )
         start = 0 if start is None else start
@@ -151,7 +152,7 @@ class Sampling:
 
     def times(self, steps: int, spacing: str = "time") -> Tensor:
         """The falling times at which `sample` calls the network, [steps]."""
-        return samplers.step_times(self.schedule, steps, spacing)
+        return sampler_tables.step_times(self.schedule, steps, spacing)
 
     @torch.no_grad()
     def invert(
@@ -182,8 +183,8 @@ class Sampling:
         if isinstance(refine, bool) or not isinstance(refine, int) or refine < 0:
             raise ValueError(f"refine: expected an int of at least 0, got {refine!r}")
         times = self.times(steps).flip(0)
-        table = samplers.inversion_table(self.schedule, times)
-        ends, keeps = samplers.inversion_ends(self.schedule, times)
+        table = sampler_tables.inversion_table(self.schedule, times)
+        ends, keeps = sampler_tables.inversion_ends(self.schedule, times)
         rows, net_times, table = self._on_device(times, table, x0.shape[0], x0.device, x0.dtype)
         ends, x = ends.to(table), x0  # state 0 is the data
         for step in _with_progress(range(len(times)), progress):

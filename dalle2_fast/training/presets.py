@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from dalle2_fast.training.optimisation import Optimisation
+from dalle2_fast.training.optimisers import Optimisation
 
 STAGES = ("clip", "prior", "decoder", "upsampler")
 EXTRA_STAGES = ("upsampler2",)  # trained on request only, and part of the pipeline when they are there

@@ -15,8 +15,8 @@ from dalle2_fast.models.decoder.model import Decoder
 from dalle2_fast.models.prior.autoregressive import ARPrior
 from dalle2_fast.models.prior.diffusion import DiffusionPrior
 from dalle2_fast.models.upsampler.model import Upsampler
-from dalle2_fast.training.folder import TrainingError, load_weights
 from dalle2_fast.training.presets import Preset
+from dalle2_fast.training.state import TrainingError, load_weights
 
 MODELS: dict[str, type[nn.Module]] = {
     "clip": CLIP, "prior": DiffusionPrior, "decoder": Decoder, "upsampler": Upsampler,

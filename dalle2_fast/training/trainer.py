@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from dalle2_fast.training.ema import ExponentialMovingAverage
-from dalle2_fast.training.folder import StageFolder, TrainingError
-from dalle2_fast.training.optimisation import Optimisation, make_optimizers
+from dalle2_fast.training.optimisers import Optimisation, make_optimizers
+from dalle2_fast.training.state import StageFolder, TrainingError
 
 
 class Stage(Protocol):

@@ -15,12 +15,12 @@ from typing import Any
 
 from torch import Tensor
 
-from dalle2_fast.checkpoints.diffusers import SAMPLING, Part, text_proj_rules
 from dalle2_fast.checkpoints.folder import CheckpointError
-from dalle2_fast.checkpoints.renaming import Rules, Taken, by_part, same, translate, under
-from dalle2_fast.checkpoints.tensor_files import SUFFIXES, read_torch, state_dict
-from dalle2_fast.checkpoints.torchscript import is_torchscript
-from dalle2_fast.checkpoints.unet_keys import original_rules
+from dalle2_fast.checkpoints.formats.diffusers import SAMPLING, Part, text_proj_rules
+from dalle2_fast.checkpoints.formats.renaming import Rules, Taken, by_part, same, translate, under
+from dalle2_fast.checkpoints.formats.tensor_files import SUFFIXES, read_torch, state_dict
+from dalle2_fast.checkpoints.formats.torchscript import is_torchscript
+from dalle2_fast.checkpoints.formats.unet_keys import original_rules
 
 HEAD_DIM = 64
 IMAGE_SIZE, LOW_RES_SIZE = 256, 64

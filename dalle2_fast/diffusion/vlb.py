@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from dalle2_fast.diffusion import samplers
+from dalle2_fast.diffusion import sampler_tables
 from dalle2_fast.diffusion.schedules import Schedule
 
 # Learned variance: v is meant in [-1, 1]. Far outside, exp(-log_var) overflows and 0 * inf is NaN. Up to here
@@ -33,7 +33,7 @@ def single_step(schedule: Schedule, t: Tensor, like: Tensor) -> tuple[Tensor, Te
 
     def coefficients(t: Tensor) -> tuple[Tensor, ...]:
         before = schedule.log_snr((t - 1).clamp(min=0)).masked_fill(t == 0, torch.inf)
-        return samplers.transition(schedule.log_snr(t), before)
+        return sampler_tables.transition(schedule.log_snr(t), before)
 
     a, b, log_var_min, log_var_max = coefficients(t)
     log_var_min = coefficients(t.clamp(min=1))[2] if schedule.timesteps > 1 else log_var_max

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dalle2_fast.checkpoints.folder import CheckpointError
-from dalle2_fast.checkpoints.torchscript import is_torchscript, read_torchscript
+from dalle2_fast.checkpoints.formats.torchscript import is_torchscript, read_torchscript
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dalle2_fast.checkpoints.clip_layouts import Layout
 from dalle2_fast.checkpoints.folder import CheckpointError
+from dalle2_fast.checkpoints.formats.clip_layouts import Layout
 
 # Vision Transformers that have 16 heads where the custom of 64 a head would give more: H, g, G, e.
 SIXTEEN_HEADS = (1280, 1408, 1664, 1792)

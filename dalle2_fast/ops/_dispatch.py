@@ -10,7 +10,7 @@ import platform
 import torch
 from torch import Tensor
 
-from dalle2_fast import _native
+from dalle2_fast.ops import _native
 
 KERNELS = ("group_norm_silu", "cross_attention", "diffusion_step", "add_noise", "sample_noise")
 LOSSES = ("contrastive_loss", "soft_contrastive_loss", "sigmoid_loss")  # in dalle2_fast._C

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dalle2_fast.checkpoints.renaming import Rules, by_part, same, stacked, without_kernel
+from dalle2_fast.checkpoints.formats.renaming import Rules, by_part, same, stacked, without_kernel
 
 
 @dataclass(frozen=True)

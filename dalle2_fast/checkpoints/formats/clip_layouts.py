@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dalle2_fast.checkpoints.folder import CheckpointError
-from dalle2_fast.checkpoints.renaming import listed
+from dalle2_fast.checkpoints.formats.renaming import listed
 
 PROJECTIONS = ("text_projection", "visual.proj")
 TOP = {

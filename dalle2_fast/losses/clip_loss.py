@@ -28,7 +28,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dalle2_fast import _across_processes, _check, functional
+from dalle2_fast import functional
+from dalle2_fast.losses import distributed
+from dalle2_fast.ops import _checks
 
 __all__ = ["ClipLoss", "SigLipLoss", "SoftClipLoss"]
 
@@ -62,7 +64,7 @@ class _DistributedLoss(nn.Module):
         self._check_group()
         problem = None
         try:
-            _check.contrastive(image, text, scale, bias)
+            _checks.contrastive(image, text, scale, bias)
         except (TypeError, ValueError) as error:
             problem = error
         self._check_agreement(image, mode, problem)
@@ -105,7 +107,7 @@ class _DistributedLoss(nn.Module):
             mine = (*image.shape, dtype, mode)
             if device.type == "cuda" and mine == self._agreed:
                 return
-        theirs = _across_processes.gather(torch.tensor([mine], dtype=torch.int64, device=device))
+        theirs = distributed.gather(torch.tensor([mine], dtype=torch.int64, device=device))
         if problem is not None:
             raise problem
         name = type(self).__name__
@@ -180,7 +182,7 @@ class ClipLoss(_DistributedLoss):
             image, text, scale, bias = self._prepare(
                 image_features, text_features, logit_scale, logit_bias, mode
             )
-            loss = _across_processes.ContrastiveLoss.apply(
+            loss = distributed.ContrastiveLoss.apply(
                 image, text, scale, self.local_loss, self.gather_with_grad, self.impl
             )
             loss = loss if bias is None else loss + 0 * bias
@@ -208,8 +210,8 @@ class SoftClipLoss(ClipLoss):
             image_features, text_features, logit_scale, logit_bias = self._prepare(
                 image_features, text_features, logit_scale, logit_bias, int(self.gather_with_grad)
             )
-            image_features = _across_processes.Gather.apply(image_features, self.gather_with_grad)
-            text_features = _across_processes.Gather.apply(text_features, self.gather_with_grad)
+            image_features = distributed.Gather.apply(image_features, self.gather_with_grad)
+            text_features = distributed.Gather.apply(text_features, self.gather_with_grad)
         loss = functional.soft_contrastive_loss(image_features, text_features, logit_scale, impl=self.impl)
         loss = loss if logit_bias is None else loss + 0 * torch.as_tensor(logit_bias).reshape(())
         return {"contrastive_loss": loss} if output_dict else loss
@@ -266,5 +268,5 @@ class SigLipLoss(_DistributedLoss):
             mode = _EXCHANGES.index(self.dist_impl)
             arguments = self._prepare(image_features, text_features, logit_scale, logit_bias, mode)
             tracked = torch.is_grad_enabled() and any(value.requires_grad for value in arguments)
-            loss = _across_processes.SigmoidLoss.apply(*arguments, self.dist_impl, tracked, self.impl)
+            loss = distributed.SigmoidLoss.apply(*arguments, self.dist_impl, tracked, self.impl)
         return {"contrastive_loss": loss} if output_dict else loss

@@ -15,7 +15,7 @@ def _why_absent() -> str | None:
     places = [str(Path(entry or ".").resolve() / "dalle2_fast") for entry in sys.path]
     found = PathFinder.find_spec("dalle2_fast._C", places)
     if found is not None and found.origin is not None:
-        here, there = Path(__file__).parent, Path(found.origin).parent
+        here, there = Path(__file__).parent.parent, Path(found.origin).parent
         return (
             f"the sources in {here} hide the installed package in {there}, which has the native module "
             "dalle2_fast._C: run from another folder, or `pip install -e .` in the sources"

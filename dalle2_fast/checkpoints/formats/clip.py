@@ -13,16 +13,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dalle2_fast.checkpoints.clip_layouts import HUGGING_FACE, NATIVE, Layout, convert, find_layout
-from dalle2_fast.checkpoints.clip_options import (
+from dalle2_fast.checkpoints.folder import CheckpointError, load_folder
+from dalle2_fast.checkpoints.formats.clip_layouts import HUGGING_FACE, NATIVE, Layout, convert, find_layout
+from dalle2_fast.checkpoints.formats.clip_options import (
     KINDS,
     from_hugging_face,
     from_open_clip,
     from_shapes,
     image_statistics,
 )
-from dalle2_fast.checkpoints.folder import CheckpointError, load_folder
-from dalle2_fast.checkpoints.tensor_files import find_tensors, read_json, read_tensors
+from dalle2_fast.checkpoints.formats.tensor_files import find_tensors, read_json, read_tensors
 from dalle2_fast.checkpoints.weights import reject_leftovers
 
 HUGGING_FACE_FILES = (

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dalle2_fast import _backend
+from dalle2_fast.ops import _dispatch
 
 _EVERYONE = -1  # the owner of a block with the texts of all processes
 
@@ -233,7 +233,7 @@ def _pass_on(block: Tensor, step: int) -> Callable[[], Tensor]:
 
 def _contrastive_lse(image, texts, scale, first, impl) -> tuple[Tensor, Tensor, Tensor]:
     """row_lse [n], column_lse [N] of these rows alone, and the logits L[i, first + i] [n]."""
-    if _backend.use_native(impl, image, texts):
+    if _dispatch.use_native(impl, image, texts):
         return torch.ops.dalle2_fast.contrastive_lse(image, texts, scale, first)
     with torch.autocast(image.device.type, enabled=False):
         logits = scale * (image.to(scale.dtype) @ texts.to(scale.dtype).T)
@@ -245,7 +245,7 @@ def _contrastive_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d_image in its dtype, d_texts and d_scale of grad times: row_weight sum (row_lse[i] - L[i, first + i])
     over these rows, and their part in column_weight sum (column_lse[j] - L[image of j, j]) over all texts."""
-    if _backend.use_native(impl, image, texts):
+    if _dispatch.use_native(impl, image, texts):
         return torch.ops.dalle2_fast.contrastive_gradient(
             image, texts, scale, row_lse, column_lse, first, row_weight, column_weight, grad
         )
@@ -265,7 +265,7 @@ def _sigmoid_loss(
     image, texts, scale, bias, first, negatives_only, gradients, impl
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss of these rows, divided by n, and d_image, d_texts, d_scale, d_bias."""
-    if _backend.use_native(impl, image, texts):
+    if _dispatch.use_native(impl, image, texts):
         return torch.ops.dalle2_fast.sigmoid_loss(
             image, texts, scale, bias, first, negatives_only, gradients
         )

@@ -1,0 +1,1 @@
+"""The layouts in which other projects publish weights, one module each, and what those modules share."""
