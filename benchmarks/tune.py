@@ -35,16 +35,13 @@ import registry  # noqa: E402
 import torch  # noqa: E402
 from clock import ours, replayable, results_of  # noqa: E402
 
-from dalle2_fast.kernels import (  # noqa: E402
-    _attention,
-    _contrastive_tiles,
-    _norm_plan,
-    _short_backward,
-    cross_attention,
-    diffusion_statistics,
-    diffusion_step,
-    group_norm_silu,
-)
+from dalle2_fast.kernels.contrastive import _tiles  # noqa: E402
+from dalle2_fast.kernels.cross_attention import _common, _short_backward  # noqa: E402
+from dalle2_fast.kernels.cross_attention import forward as cross_attention  # noqa: E402
+from dalle2_fast.kernels.diffusion import _statistics  # noqa: E402
+from dalle2_fast.kernels.diffusion import step as diffusion_step  # noqa: E402
+from dalle2_fast.kernels.group_norm_silu import _plan  # noqa: E402
+from dalle2_fast.kernels.group_norm_silu import forward as group_norm_silu  # noqa: E402
 
 ROUNDS = 10
 TOLERANCE = 0.02  # of the norm: another configuration rounds elsewhere, it does not compute something else
@@ -89,7 +86,7 @@ def config(place, only: str | None = None, **values) -> list[Change]:
 def shared_out(of: int, parts: int | None = None, **values) -> list[Change]:
     """Another idea of how many programs of attention run at once and what starting one costs, or of `parts`,
     their number for each (batch, head). Of the launcher that says `resident=of`: 2 forward, 1 backward."""
-    split = _attention.split
+    split = _common.split
 
     def changed(pairs, tiles, capability, resident, overhead):
         usual = dict(resident=resident, overhead=overhead)
@@ -97,10 +94,10 @@ def shared_out(of: int, parts: int | None = None, **values) -> list[Change]:
             return parts
         return split(pairs, tiles, capability, **(usual | (values if resident == of else {})))
 
-    return [Change(_attention, "split", changed)]
+    return [Change(_common, "split", changed)]
 
 
-_WARPS = _norm_plan._warps
+_WARPS = _plan._warps
 
 
 def said(place, kernel: str, *texts: tuple[str, str]) -> list[Change]:
@@ -132,18 +129,18 @@ def variations() -> Iterator[tuple[str, str, list[Change]]]:
             yield case, f"{registers} registers", options(*looped, maxnreg=registers)
         for lanes, warps in ((2048, 8), (4096, 8), (4096, 16), (8192, 8), (8192, 32), (16384, 32)):
             yield case, f"{lanes} lanes, {warps} warps", constant(
-                _norm_plan, FORWARD_LANES=lanes, FORWARD_WARPS=warps
+                _plan, FORWARD_LANES=lanes, FORWARD_WARPS=warps
             )
         yield case, "4096 lanes, 16 warps, 40 registers", constant(
-            _norm_plan, FORWARD_LANES=4096, FORWARD_WARPS=16
+            _plan, FORWARD_LANES=4096, FORWARD_WARPS=16
         ) + options(*looped, maxnreg=40)
-        yield case, "resident", constant(_norm_plan, RESIDENT_LANES=40960)
+        yield case, "resident", constant(_plan, RESIDENT_LANES=40960)
     case = "norm silu forward channels_last"
     for lanes, warps in ((2048, 4), (2048, 8), (4096, 4), (4096, 8), (8192, 8), (8192, 16)):
         for programs in (4, 8, 16):
             if (lanes, warps, programs) != (4096, 4, 8):
                 yield case, f"{lanes} lanes, {warps} warps, {programs} programs", constant(
-                    _norm_plan, CHUNK_LANES=lanes, CHUNK_WARPS=warps, COLUMN_PROGRAMS=programs
+                    _plan, CHUNK_LANES=lanes, CHUNK_WARPS=warps, COLUMN_PROGRAMS=programs
                 )
     yield case, "moments in 64 registers", options(group_norm_silu, "_moments_kernel", maxnreg=64)
     yield case, "moments, loop not unrolled", said(
@@ -152,7 +149,7 @@ def variations() -> Iterator[tuple[str, str, list[Change]]]:
     for groups in (2, 4, 8):
         for lanes, warps in ((4096, 8), (8192, 16)):
             yield case, f"read twice by one program, {groups} groups, {lanes} lanes, {warps} warps", constant(
-                _norm_plan, _few_groups=lambda width, count, itemsize, groups=groups: groups,
+                _plan, _few_groups=lambda width, count, itemsize, groups=groups: groups,
                 FORWARD_MOST=1 << 20, FORWARD_LANES=lanes, FORWARD_WARPS=warps,
             )  # fmt: skip
     case = "norm silu forward upsampler"
@@ -160,40 +157,40 @@ def variations() -> Iterator[tuple[str, str, list[Change]]]:
         for programs in (16, 32, 64):
             if (lanes, warps, programs) != (4096, 4, 64):
                 yield case, f"{lanes} lanes, {warps} warps, {programs} programs", constant(
-                    _norm_plan, CHUNK_LANES=lanes, CHUNK_WARPS=warps, ROW_PROGRAMS=programs
+                    _plan, CHUNK_LANES=lanes, CHUNK_WARPS=warps, ROW_PROGRAMS=programs
                 )
     yield case, "2048 lanes, 4 warps, loop unrolled 4 times", constant(
-        _norm_plan, CHUNK_LANES=2048, CHUNK_WARPS=4
+        _plan, CHUNK_LANES=2048, CHUNK_WARPS=4
     ) + said(group_norm_silu, "_moments_kernel", ("loop_unroll_factor=2", "loop_unroll_factor=4"))
     case = "norm film silu backward"
     for lanes, warps in ((2048, 4), (2048, 8), (4096, 8), (8192, 16)):
         yield case, f"looped, {lanes} lanes, {warps} warps", constant(
-            _norm_plan, LOOPED_LANES=lanes, LOOPED_WARPS=warps
+            _plan, LOOPED_LANES=lanes, LOOPED_WARPS=warps
         )
     case = "norms of the decoder, batch 2"
     for programs in (2, 4, 16):
-        yield case, f"{programs} programs", constant(_norm_plan, COLUMN_PROGRAMS=programs)
+        yield case, f"{programs} programs", constant(_plan, COLUMN_PROGRAMS=programs)
     for merged in (128, 1024):
-        yield case, f"{merged} moments merged", constant(_norm_plan, MERGED_MOMENTS=merged)
+        yield case, f"{merged} moments merged", constant(_plan, MERGED_MOMENTS=merged)
     for lanes, warps in ((2048, 8), (8192, 8)):
         yield case, f"chunks of {lanes} lanes, {warps} warps", constant(
-            _norm_plan, CHUNK_LANES=lanes, CHUNK_WARPS=warps
+            _plan, CHUNK_LANES=lanes, CHUNK_WARPS=warps
         )
     for lanes in (8192, 16384, 32768):
-        yield case, f"resident up to {lanes}", constant(_norm_plan, RESIDENT_LANES=lanes)
+        yield case, f"resident up to {lanes}", constant(_plan, RESIDENT_LANES=lanes)
     for lanes, warps in ((4096, 8), (4096, 16), (16384, 32)):
         yield case, f"read twice in tiles of {lanes}, {warps} warps", constant(
-            _norm_plan, FORWARD_LANES=lanes, FORWARD_WARPS=warps
+            _plan, FORWARD_LANES=lanes, FORWARD_WARPS=warps
         )
-    yield case, "read twice up to 32768", constant(_norm_plan, FORWARD_MOST=32768)
-    yield case, "read twice up to 131072", constant(_norm_plan, FORWARD_MOST=131072)
+    yield case, "read twice up to 32768", constant(_plan, FORWARD_MOST=32768)
+    yield case, "read twice up to 131072", constant(_plan, FORWARD_MOST=131072)
     for groups in (2, 4):
         yield case, f"{groups} groups a program", constant(
-            _norm_plan, _few_groups=lambda width, count, itemsize, groups=groups: groups
+            _plan, _few_groups=lambda width, count, itemsize, groups=groups: groups
         )
     for factor in (2, 4):
         yield case, f"a {factor}th of the values a thread", [
-            Change(_norm_plan, "_warps", lambda lanes, factor=factor: min(32, _WARPS(lanes) * factor))
+            Change(_plan, "_warps", lambda lanes, factor=factor: min(32, _WARPS(lanes) * factor))
         ]
 
     for case in ("cross-attention forward", "cross-attention forward masked"):
@@ -204,7 +201,7 @@ def variations() -> Iterator[tuple[str, str, list[Change]]]:
         for parts in (3, 5, 10, 13, 16):
             yield case, f"{parts} parts", shared_out(2, parts)
         yield case, "all checks", constant(
-            _attention, short_checks=lambda *sizes: {"CHECKED_KEYS": True, "CHECKED_ROWS": True}
+            _common, short_checks=lambda *sizes: {"CHECKED_KEYS": True, "CHECKED_ROWS": True}
         )
     case = "cross-attention forward and backward"
     for rows, warps, stages in ((128, 8, 2), (128, 8, 4), (64, 8, 2), (64, 8, 3)):
@@ -231,7 +228,7 @@ def variations() -> Iterator[tuple[str, str, list[Change]]]:
             )
     for tile, warps in ((4096, 8), (4096, 16), (8192, 8), (8192, 32), (16384, 16), (16384, 32)):
         yield "diffusion step, dynamic threshold, batch 64", f"statistics of {tile}, {warps} warps", constant(
-            diffusion_statistics, _config=lambda elements, both=(tile, warps): (False, *both)
+            _statistics, _config=lambda elements, both=(tile, warps): (False, *both)
         )
 
     # Last, for an earlier form of this kernel made an illegal memory access so (one stage, Triton 3.6).
@@ -246,7 +243,7 @@ def variations() -> Iterator[tuple[str, str, list[Change]]]:
             (256, 16384), (256, 8192), (128, 16384), (64, 8192), (32, 4096), (512, 32768),
         ):  # fmt: skip
             yield case, f"gradients of {megabytes} MB, {columns} columns", constant(
-                _contrastive_tiles.OnCuda,
+                _tiles.OnCuda,
                 budget_of_gradients=megabytes << 20,
                 most_columns_of_gradients=columns,
             )
@@ -257,8 +254,8 @@ def changed(changes: list[Change]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for place, name, value in changes:
             stack.enter_context(mock.patch.object(place, name, value))
-        for cached in (_norm_plan.resident_tiles, _norm_plan.forward_tiles, _norm_plan.chunk_tiles,
-                       _norm_plan.sum_tiles):  # fmt: skip
+        for cached in (_plan.resident_tiles, _plan.forward_tiles, _plan.chunk_tiles,
+                       _plan.sum_tiles):  # fmt: skip
             cached.cache_clear()
             stack.callback(cached.cache_clear)
         yield

@@ -1,6 +1,6 @@
 // The contrastive losses: what Python calls on one tile of the matrix of products.
 //
-// kernels/contrastive_loss.py loops over tiles of P[i, j] = <image_i, text_j>, which torch's matrix product puts
+// kernels/contrastive/loss.py loops over tiles of P[i, j] = <image_i, text_j>, which torch's matrix product puts
 // into a bounded workspace (float32, or float64 for float64 features). An epilogue reads a tile once and reduces
 // it, or turns it into the gradient G = dLoss/dLogits, from which torch's matrix products make dI and dT.
 //

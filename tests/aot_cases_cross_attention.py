@@ -34,7 +34,9 @@ _SHAPES = {
 
 
 def _launches(shape, masked: bool, dtype: torch.dtype, capability: tuple[int, int]) -> list[Launch]:
-    from dalle2_fast.kernels import _attention, _short_backward, cross_attention, cross_attention_backward
+    from dalle2_fast.kernels.cross_attention import _common, _short_backward
+    from dalle2_fast.kernels.cross_attention import backward as cross_attention_backward
+    from dalle2_fast.kernels.cross_attention import forward as cross_attention
 
     t, s, t2, d = shape
     b, h = 2, 10
@@ -45,7 +47,7 @@ def _launches(shape, masked: bool, dtype: torch.dtype, capability: tuple[int, in
     mask = torch.empty(b, s, dtype=torch.bool, device="meta") if masked else None
     image = (rows(t2), rows(t2)) if t2 else (None, None)
     inputs = (rows(t), rows(s), rows(s), mask, *image)
-    patched = mock.patch.object(_attention, "capability", lambda x: capability)
+    patched = mock.patch.object(_common, "capability", lambda x: capability)
     with patched, recorded_in(cross_attention, cross_attention_backward, _short_backward) as found:
         out, lse = cross_attention._forward(*inputs, 0.125)
         saved = None if lse.numel() == 0 else out
@@ -54,7 +56,7 @@ def _launches(shape, masked: bool, dtype: torch.dtype, capability: tuple[int, in
 
 
 def _case(name: str, launch: Launch, hot: bool) -> Case:
-    from dalle2_fast.kernels._attention import VARYING
+    from dalle2_fast.kernels.cross_attention._common import VARYING
 
     case = as_case(name, launch, VARYING)
     adds = launch.name.startswith("_sum_")

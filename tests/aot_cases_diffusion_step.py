@@ -45,9 +45,11 @@ _STEPS = {
 
 def launches(function, *args) -> list[Launch]:
     """Each launch that `function` makes."""
-    from dalle2_fast.kernels import add_noise, diffusion_statistics, diffusion_step
+    from dalle2_fast.kernels.diffusion import _statistics
+    from dalle2_fast.kernels.diffusion import noise as add_noise
+    from dalle2_fast.kernels.diffusion import step as diffusion_step
 
-    with recorded_in(diffusion_statistics, diffusion_step, add_noise) as found:
+    with recorded_in(_statistics, diffusion_step, add_noise) as found:
         function(*args)
     return found
 
@@ -57,7 +59,7 @@ def step_launches(
     quantile=None, clip=None, seeds=True, previous=False, prediction="epsilon",
 ) -> list[Launch]:  # fmt: skip
     """The launches of one step. x, output: dtypes; nhwc: the output's layout."""
-    from dalle2_fast.kernels import diffusion_step
+    from dalle2_fast.kernels.diffusion import step as diffusion_step
 
     state = torch.empty(2, *shape, dtype=_DTYPES[x], device="meta")
     rows, channels = 4 if guided else 2, shape[0] * (2 if learned_range else 1)
@@ -74,7 +76,7 @@ def step_launches(
 
 
 def aot_cases() -> list[Case]:
-    from dalle2_fast.kernels import add_noise
+    from dalle2_fast.kernels.diffusion import noise as add_noise
 
     cases = []
     for name, (shape, options) in _STEPS.items():

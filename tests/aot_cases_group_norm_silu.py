@@ -45,7 +45,8 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def launches(function, *args) -> list[Launch]:
     """Each launch that `function` makes."""
-    from dalle2_fast.kernels import group_norm_silu, group_norm_silu_backward
+    from dalle2_fast.kernels.group_norm_silu import backward as group_norm_silu_backward
+    from dalle2_fast.kernels.group_norm_silu import forward as group_norm_silu
 
     with recorded_in(group_norm_silu, group_norm_silu_backward) as found:
         function(*args)
@@ -55,13 +56,14 @@ def launches(function, *args) -> list[Launch]:
 def _cases(
     name: str, found: list[Launch], hot: bool = True, capabilities: tuple[int, ...] = _EVERY
 ) -> list[Case]:
-    from dalle2_fast.kernels._norm_plan import VARYING
+    from dalle2_fast.kernels.group_norm_silu._plan import VARYING
 
     return [as_case(name, launch, VARYING, hot=hot, capabilities=capabilities) for launch in found]
 
 
 def aot_cases() -> list[Case]:
-    from dalle2_fast.kernels import group_norm_silu, group_norm_silu_backward
+    from dalle2_fast.kernels.group_norm_silu import backward as group_norm_silu_backward
+    from dalle2_fast.kernels.group_norm_silu import forward as group_norm_silu
 
     forward, backward = group_norm_silu._forward, group_norm_silu_backward._backward
     cases = []

@@ -114,8 +114,8 @@ def test_no_configuration_compiled_now(wrong, fresh):
 def launched_kernels() -> set[tuple[str, str]]:
     """(module, function) of each function in kernels/ whose name ends in _kernel."""
     return {
-        (path.stem, node.name)
-        for path in (ROOT / "kernels").glob("*.py")
+        (".".join(path.relative_to(ROOT / "kernels").with_suffix("").parts), node.name)
+        for path in (ROOT / "kernels").rglob("*.py")
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
     }
@@ -126,7 +126,7 @@ def test_every_kernel_has_a_case_for_every_gpu(cases):
     covered: dict[tuple[str, str], set[int]] = {}
     for case in cases.values():
         function = function_of(case.kernel)
-        key = (function.__module__.rpartition(".")[2], function.__name__)
+        key = (function.__module__.removeprefix("dalle2_fast.kernels."), function.__name__)
         covered.setdefault(key, set()).update(case.capabilities)
     assert launched_kernels() == set(covered)
     assert {key: has for key, has in covered.items() if has != set(CAPABILITIES)} == {}

@@ -76,7 +76,7 @@ def yardsticks(name, inputs, dtype):
     found = {key: share * ((gradient * factor).sum() + 2e-7 * (size * factor).abs().sum())
              for key, factor in sums.items() if key[2:] in inputs}  # fmt: skip
     if dtype != torch.float32:
-        gain = 1024 if dtype == torch.float16 else 1  # as in kernels/_contrastive_tiles.py
+        gain = 1024 if dtype == torch.float16 else 1  # as in kernels/contrastive/_tiles.py
         # With soft targets G is a difference, taken in float32, of parts much larger than it.
         rounded = (gain * (gradient + 2e-7 * size)).to(dtype).double() / gain
         found["d image_features"] = (share * scale * rounded @ text).to(dtype)

@@ -18,8 +18,8 @@ from dalle2_fast import functional, reference
 
 _C = pytest.importorskip("dalle2_fast._C")
 
-from dalle2_fast.kernels import _contrastive_tiles as tiles  # noqa: E402
-from dalle2_fast.kernels import contrastive_loss as kernel  # noqa: E402
+from dalle2_fast.kernels.contrastive import _tiles as tiles  # noqa: E402
+from dalle2_fast.kernels.contrastive import loss as kernel  # noqa: E402
 
 OPS = torch.ops.dalle2_fast
 LOSSES = {

@@ -36,14 +36,14 @@ SHAPES = [
 def short_form_in_float32(kernel_device):
     """Low precision hides small errors of a formula. The short form has no float32 for want of registers, of
     which the interpreter has enough; image keys and long contexts still take the long form."""
-    from dalle2_fast.kernels import _attention
+    from dalle2_fast.kernels.cross_attention import _common
 
     def is_resident(keys, image_keys, width, itemsize):
         return not image_keys and keys <= 128
 
     with pytest.MonkeyPatch.context() as patch:
         if kernel_device == "cpu":
-            patch.setattr(_attention, "is_resident", is_resident)
+            patch.setattr(_common, "is_resident", is_resident)
         yield
 
 
@@ -75,9 +75,9 @@ def test_is_close_to_truth(shape, masked, dtype, kernel_device):
 @pytest.mark.parametrize("image_keys", [0, 20])
 def test_any_split_of_the_queries(parts, image_keys, kernel_device, monkeypatch):
     # Catches: a tile of queries lost or counted twice, sums of programs that overwrite each other.
-    from dalle2_fast.kernels import _attention
+    from dalle2_fast.kernels.cross_attention import _common
 
-    monkeypatch.setattr(_attention, "split", lambda *args, **kwargs: parts)
+    monkeypatch.setattr(_common, "split", lambda *args, **kwargs: parts)
     compare(make(1, 1, 200, 20, image_keys, 16), torch.float32, kernel_device)
 
 
@@ -282,7 +282,7 @@ def test_any_shape_and_layout(kernel_device, sizes, image_keys, width, layout, m
 
 
 def test_split_shares_the_tiles():
-    from dalle2_fast.kernels._attention import split
+    from dalle2_fast.kernels.cross_attention._common import split
 
     for capability in ((8, 0), (9, 0), (7, 7)):
         for pairs in (1, 20, 160, 640):

@@ -17,7 +17,10 @@ pytest.importorskip("triton")
 
 from aot_cases_diffusion_step import step_launches  # noqa: E402
 
-from dalle2_fast.kernels import _planes, add_noise, diffusion_statistics, diffusion_step  # noqa: E402
+from dalle2_fast.kernels import _planes  # noqa: E402
+from dalle2_fast.kernels.diffusion import _statistics  # noqa: E402
+from dalle2_fast.kernels.diffusion import noise as add_noise  # noqa: E402
+from dalle2_fast.kernels.diffusion import step as diffusion_step  # noqa: E402
 
 SEEDS = [3, -4, 2**40 + 5]
 TABLE = torch.tensor(  # alpha, sigma, a, b, c, std, log_var_min, log_var_max; the last row adds no noise
@@ -155,7 +158,7 @@ def limits(x0, quantile, kernel_device):
     x = torch.zeros_like(x0)
     _, planes = _planes.arrange([x, x0])
     row = (TABLE.to(kernel_device), None, 0)
-    statistics = diffusion_statistics.sample_statistics(
+    statistics = _statistics.sample_statistics(
         x, x0, planes, row, (None, 0.0, 0), 0.0, quantile, 0.0, "sample", False
     )
     return statistics[:, 1].cpu()
@@ -170,7 +173,7 @@ def test_limit_when_the_subset_misleads(kernel_device):
     # All elements of the subset are small, so the bounds that it gives lie below the wanted rank.
     n = 20000
     x0 = 1 + draw(1, n).abs()
-    index = torch.arange(diffusion_statistics._SUBSET_KEYS)
+    index = torch.arange(_statistics._SUBSET_KEYS)
     index = (((index * 0x9E3779B9) & 0xFFFFFFFF) * n) >> 32
     x0[0, index] = 1e-3 * draw(len(index), seed=1)
     assert torch.equal(limits(x0.to(kernel_device), 0.8, kernel_device), quantiles(x0, 0.8))

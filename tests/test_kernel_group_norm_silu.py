@@ -28,9 +28,9 @@ def poison():
 
 @pytest.fixture
 def plan(kernel_device):
-    from dalle2_fast.kernels import _norm_plan
+    from dalle2_fast.kernels.group_norm_silu import _plan
 
-    return _norm_plan
+    return _plan
 
 
 @pytest.fixture
@@ -281,7 +281,7 @@ FAKE = ("test_schema", "test_faketensor")
 @pytest.mark.parametrize("layout", [NCHW, NHWC])
 def test_opcheck(kernel_device, layout):
     # Catches: a wrong schema, fakes that lie about shape, dtype or strides, an untraceable gradient.
-    import dalle2_fast.kernels.group_norm_silu  # noqa: F401
+    import dalle2_fast.kernels.group_norm_silu.forward  # noqa: F401
 
     inputs = {name: value.requires_grad_() for name, value in make((1, 4, 2, 2), kernel_device).items()}
     x = inputs["x"].detach().to(memory_format=layout).requires_grad_()
@@ -332,7 +332,8 @@ def test_launches(kernel_device):
     # Catches: a model's shape that fell off its path. One launch is 1 read and 1 write.
     from aot_cases_group_norm_silu import launches
 
-    from dalle2_fast.kernels import group_norm_silu, group_norm_silu_backward
+    from dalle2_fast.kernels.group_norm_silu import backward as group_norm_silu_backward
+    from dalle2_fast.kernels.group_norm_silu import forward as group_norm_silu
 
     def names(channels, side, layout=NCHW, dtype=BF16):
         x = torch.empty(2, channels, side, side, dtype=dtype, device="meta").to(memory_format=layout)

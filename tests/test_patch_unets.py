@@ -139,8 +139,8 @@ def test_the_count_of_launches(kernel_device, monkeypatch):
         x = torch.empty(2, 3, 16, 16)
     before = launches_patched.count(lambda: net(x), fake)
     patch(net)
-    assert launches_patched._backend._ask(torch.device(kernel_device)) is None  # the kernels are loaded
-    monkeypatch.setattr(launches_patched._backend, "use_reference", lambda impl, *tensors: False)
+    assert launches_patched._dispatch._ask(torch.device(kernel_device)) is None  # the kernels are loaded
+    monkeypatch.setattr(launches_patched._dispatch, "use_reference", lambda impl, *tensors: False)
     after = launches_patched.count(lambda: net(x), fake)
     assert before == dict(launches=3, of_ours={}, counted_once_each={"native_group_norm": 1})
     assert after == dict(launches=2, of_ours={"_resident_kernel": 1}, counted_once_each={})

@@ -104,7 +104,7 @@ def _ask_native(device: torch.device) -> str | None:
         obstacle = _ask_gpu(device)
         if obstacle is not None:
             return obstacle
-    import dalle2_fast.kernels.contrastive_loss  # noqa: F401
+    import dalle2_fast.kernels.contrastive.loss  # noqa: F401
 
     return None
 
@@ -134,10 +134,10 @@ def _ask(device: torch.device) -> str | None:
         hint = "TRITON_INTERPRET=1, set before dalle2_fast is imported, interprets them on the CPU"
         return f"no kernel runs on device cpu; {hint}"
     # Statements, not importlib: torch.compile can trace them.
-    import dalle2_fast.kernels.add_noise
-    import dalle2_fast.kernels.cross_attention
-    import dalle2_fast.kernels.diffusion_step
-    import dalle2_fast.kernels.group_norm_silu  # noqa: F401
+    import dalle2_fast.kernels.cross_attention.forward
+    import dalle2_fast.kernels.diffusion.noise
+    import dalle2_fast.kernels.diffusion.step
+    import dalle2_fast.kernels.group_norm_silu.forward  # noqa: F401
 
     return None
 

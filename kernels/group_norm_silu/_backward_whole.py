@@ -1,6 +1,6 @@
 """The gradient of group_norm_silu where one program takes a whole slab, from registers or the nearer caches.
 
-The formulas are in group_norm_silu_backward.py, which launches these kernels.
+The formulas are in backward.py, which launches these kernels.
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import _norm_plan as plan
-from ._tile import (
+from .._tile import (
     gain_and_offset,
     inside_block,
     inside_tile,
@@ -20,6 +19,7 @@ from ._tile import (
     store_input_gradient,
     tile_offset,
 )
+from . import _plan as plan
 
 # ---------------------------------------------------------------------------------------------- the slab fits
 

@@ -22,11 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import add_noise  # noqa: F401  registers the other ops of a diffusion process with this one
-from ._op import define
-from ._planes import arrange, check_size, count_tiles, memory_format, tile_config
-from ._tile import philox_normal
-from .diffusion_statistics import guide, predict_x0, sample_statistics
+from .._op import define
+from .._planes import arrange, check_size, count_tiles, memory_format, tile_config
+from .._tile import philox_normal
+from . import noise as add_noise  # noqa: F401  registers the other ops of a diffusion process with this one
+from ._statistics import guide, predict_x0, sample_statistics
 
 
 @triton.jit

@@ -7,7 +7,7 @@ operations in all, against 12 where each direction has logits of its own.
 
 Rows may be a process's own part of the batch: n local rows against all m texts, `first` the index of the text
 of row 0. The maths is float32 (float64 for float64 features), also under autocast, and equal calls give equal
-bits. The tiles and what a device does with them are in _contrastive_tiles.py, the maths in csrc/.
+bits. The tiles and what a device does with them are in _tiles.py, the maths in csrc/.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._contrastive_tiles import Cut, OnCpu, OnCuda, Tiles, put_product, wide
-from ._op import define, differentiate
+from .._op import define, differentiate
+from ._tiles import Cut, OnCpu, OnCuda, Tiles, put_product, wide
 
 
 def _exactly(run: Callable) -> Callable:

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _attention
-from ._attention import VARYING, attended, load_tile, place, store_tile
+from . import _common
+from ._common import VARYING, attended, load_tile, place, store_tile
 from ._short_backward import short_backward
 
 
@@ -181,7 +181,7 @@ def _sum_parts_kernel(dk, dv, partial_k, partial_v, parts, size, BLOCK: tl.const
 
 def _launch_config(kernel: str, width: int, itemsize: int, capability: tuple[int, int]) -> dict[str, int]:
     """Of the kernels "queries" and "keys", by the registers that tests/aot.py reads."""
-    block_d = _attention.padded(width)
+    block_d = _common.padded(width)
     wide = block_d > 64
     config = {"WIDTH": width, "BLOCK_D": block_d, "num_stages": 2}
     if itemsize == 4:  # three products in the place of one: three times the operands
@@ -203,8 +203,8 @@ def _key_gradients(k: Tensor, parts: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     b, h, s, d = k.shape
     shape = (parts, b, s, h, d) if parts > 1 else (0,)
     return (
-        _attention.empty_heads(b, h, s, d, k),
-        _attention.empty_heads(b, h, s, d, k),
+        _common.empty_heads(b, h, s, d, k),
+        _common.empty_heads(b, h, s, d, k),
         k.new_empty(shape, dtype=torch.float32),
         k.new_empty(shape, dtype=torch.float32),
     )
@@ -214,7 +214,7 @@ def _sum_parts(dk: Tensor, dv: Tensor, partial_k: Tensor, partial_v: Tensor, par
     if parts > 1 and dk.numel() > 0:
         block = 512  # 4 float32 numbers, 16 bytes, per thread of 4 warps; 1024 spill
         _sum_parts_kernel[(triton.cdiv(dk.numel(), block),)](
-            dk, dv, partial_k, partial_v, parts, dk.numel(), BLOCK=block, **_attention.COMPILE
+            dk, dv, partial_k, partial_v, parts, dk.numel(), BLOCK=block, **_common.COMPILE
         )
 
 
@@ -236,7 +236,7 @@ def cross_attention_backward(
             grad, q, context_k, context_v, context_mask, image_k, image_v, out, lse, softmax_scale
         )
         return tuple(gradient.zero_() for gradient in gradients)
-    q, scale, sign = _attention.positive_scale(q, softmax_scale)
+    q, scale, sign = _common.positive_scale(q, softmax_scale)
     with torch.cuda.device_of(q):
         if out is None:
             dq, dk, dv = short_backward(grad, q, context_k, context_v, context_mask, scale)
@@ -251,23 +251,23 @@ def cross_attention_backward(
 def _long(grad, q, context_k, context_v, context_mask, image_k, image_v, out, lse, softmax_scale):
     b, h, t, d = q.shape
     s, t2 = context_k.shape[2], 0 if image_k is None else image_k.shape[2]
-    scale = softmax_scale * _attention.LOG2_E
-    precision = _attention.precision(q.dtype)
-    capability = _attention.capability(q)
-    q_strides, g_strides = _attention.strides(q), _attention.strides(grad)
-    dq = _attention.empty_heads(b, h, t, d, q)
+    scale = softmax_scale * _common.LOG2_E
+    precision = _common.precision(q.dtype)
+    capability = _common.capability(q)
+    q_strides, g_strides = _common.strides(q), _common.strides(grad)
+    dq = _common.empty_heads(b, h, t, d, q)
     delta = torch.empty_like(lse)
 
     config = _launch_config("queries", d, q.itemsize, capability)
     image = (None, None, (0,) * 8)
     if t2:
-        image = (image_k, image_v, (*_attention.strides(image_k), *_attention.strides(image_v)))
+        image = (image_k, image_v, (*_common.strides(image_k), *_common.strides(image_v)))
     _queries_kernel[(b * h * triton.cdiv(t, config["BLOCK_T"]),)](
         dq, delta, grad, out, lse, q, context_k, context_v, context_mask, image[0], image[1],
-        scale, softmax_scale, h, t, s, t2, *g_strides, *_attention.strides(out), *q_strides,
-        *_attention.strides(context_k), *_attention.strides(context_v),
-        *_attention.mask_strides(context_mask), *image[2],
-        **config, PRECISION=precision, **_attention.COMPILE,
+        scale, softmax_scale, h, t, s, t2, *g_strides, *_common.strides(out), *q_strides,
+        *_common.strides(context_k), *_common.strides(context_v),
+        *_common.mask_strides(context_mask), *image[2],
+        **config, PRECISION=precision, **_common.COMPILE,
     )  # fmt: skip
 
     gradients = []
@@ -279,16 +279,16 @@ def _long(grad, q, context_k, context_v, context_mask, image_k, image_v, out, ls
         keys = k.shape[2]
         blocks = triton.cdiv(keys, config["BLOCK_S"])
         tiles = triton.cdiv(t, config["BLOCK_T"])
-        parts = _attention.split(b * h * blocks, tiles, capability, resident=2, overhead=1.5)
+        parts = _common.split(b * h * blocks, tiles, capability, resident=2, overhead=1.5)
         dk, dv, partial_k, partial_v = _key_gradients(k, parts)
         gradients += [dk, dv]
         if keys == 0:
             continue
         _keys_kernel[(b * h * blocks * parts,)](
             dk, dv, partial_k, partial_v, grad, lse, delta, q, k, v, mask, scale, softmax_scale,
-            h, t, keys, parts, dk.numel(), *g_strides, *q_strides, *_attention.strides(k),
-            *_attention.strides(v), *_attention.mask_strides(mask), **config, PRECISION=precision,
-            **_attention.COMPILE,
+            h, t, keys, parts, dk.numel(), *g_strides, *q_strides, *_common.strides(k),
+            *_common.strides(v), *_common.mask_strides(mask), **config, PRECISION=precision,
+            **_common.COMPILE,
         )  # fmt: skip
         _sum_parts(dk, dv, partial_k, partial_v, parts)
     return dq, *gradients
@@ -296,6 +296,6 @@ def _long(grad, q, context_k, context_v, context_mask, image_k, image_v, out, ls
 
 def fake_backward(grad, q, context_k, context_v, context_mask, image_k, image_v, out, lse, softmax_scale):
     return tuple(
-        q.new_empty(0) if x is None else _attention.empty_heads(*x.shape, x)
+        q.new_empty(0) if x is None else _common.empty_heads(*x.shape, x)
         for x in (q, context_k, context_v, image_k, image_v)
     )

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._planes import memory_format
+from .._planes import memory_format
 
 # Values that a program keeps in registers from its first read to its last write: 40 a thread with 16 warps;
 # with 64 a few spill in channels_last (960 channels at 32x32, Triton 3.9). On an H200 a slab of 40960 took

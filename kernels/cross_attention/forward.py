@@ -13,7 +13,7 @@ Scores, softmax and sums are float32; probabilities are rounded to the dtype of 
 query that may attend to no key gives zeros, and zero gradients. float16, bfloat16 or float32, D <= 128: the
 op runs in the dtype of its inputs, which must agree; under autocast the public function casts q, k and v to
 the autocast dtype. Float32 products follow torch.set_float32_matmul_precision. The result is laid out as
-[B, T, H, D], so that merging the heads is a view. The gradient is in cross_attention_backward.py.
+[B, T, H, D], so that merging the heads is a view. The gradient is in backward.py.
 
 Source: Vaswani et al., 1706.03762; the online softmax: Milakov and Gimelshein, 1805.02867.
 """
@@ -25,8 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _attention
-from ._attention import (
+from .._op import define, differentiate
+from . import _common
+from ._common import (
     VARYING,
     attended,
     inverse,
@@ -37,8 +38,7 @@ from ._attention import (
     softmax,
     store_tile,
 )
-from ._op import define, differentiate
-from .cross_attention_backward import cross_attention_backward, fake_backward
+from .backward import cross_attention_backward, fake_backward
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -170,11 +170,11 @@ def _launch_config(
 
     Warps take 16 queries each: more of them than BLOCK_T / 16 would repeat each other's work.
     """
-    block_d = _attention.padded(width)
+    block_d = _common.padded(width)
     wide = block_d > 64
     config = {"WIDTH": width, "BLOCK_D": block_d, "num_stages": 2}
     if short:
-        keys_0, keys_1 = _attention.key_parts(keys)
+        keys_0, keys_1 = _common.key_parts(keys)
         config |= {"KEYS_0": keys_0, "KEYS_1": keys_1}
         # Bound by memory: small programs, four to a multiprocessor (94 registers, 52 KiB for 64 + 16 keys).
         # Two stages leave a fetch no time to run ahead: 69 us, three 56, four 67; and three with 128 queries
@@ -182,7 +182,7 @@ def _launch_config(
         # of 8 warps, and 99 KiB of shared memory do not hold 128 of its queries.
         if capability[0] == 9 and not wide:
             config["num_stages"] = 3
-        rows, warps = (64, 4) if not wide else (64 if capability in _attention.SMALL else 128, 8)
+        rows, warps = (64, 4) if not wide else (64 if capability in _common.SMALL else 128, 8)
     elif itemsize == 4:  # three products in the place of one: three times the operands
         config["BLOCK_S"] = 16 if wide else 32
         rows, warps = 32 if wide else 64, 2 if wide else 4
@@ -212,49 +212,49 @@ def _forward(
     out, lse = _fake_forward(q, context_k, context_v, context_mask, image_k, image_v, softmax_scale)
     if out.numel() == 0:
         return out, lse
-    q, scale, _ = _attention.positive_scale(q, softmax_scale)
-    scale *= _attention.LOG2_E
-    short = _attention.is_resident(s, t2, d, q.itemsize)
-    capability = _attention.capability(q)
+    q, scale, _ = _common.positive_scale(q, softmax_scale)
+    scale *= _common.LOG2_E
+    short = _common.is_resident(s, t2, d, q.itemsize)
+    capability = _common.capability(q)
     config = _launch_config(short, t, s, d, q.itemsize, capability)
-    config["PRECISION"] = _attention.precision(q.dtype)
+    config["PRECISION"] = _common.precision(q.dtype)
     common = (
-        *_attention.strides(q), *_attention.strides(context_k), *_attention.strides(context_v),
-        *_attention.mask_strides(context_mask),
+        *_common.strides(q), *_common.strides(context_k), *_common.strides(context_v),
+        *_common.mask_strides(context_mask),
     )  # fmt: skip
     tiles = triton.cdiv(t, config["BLOCK_T"])
     with torch.cuda.device_of(q):
         if short:
             # Four run at once, but in two waves of a model of two they end closer together: 56.3 us against
             # 57.0 (H200, B16 H10 T4096 S77 D64).
-            parts = _attention.split(b * h, tiles, capability, resident=2, overhead=1.0)
-            checks = _attention.short_checks(t, config["BLOCK_T"], s, context_mask is not None)
+            parts = _common.split(b * h, tiles, capability, resident=2, overhead=1.0)
+            checks = _common.short_checks(t, config["BLOCK_T"], s, context_mask is not None)
             _short_forward_kernel[(b * h * parts,)](
                 out, lse if lse.numel() > 0 else None, q, context_k, context_v, context_mask, scale,
-                h, t, s, parts, *common, **config, **checks, **_attention.COMPILE,
+                h, t, s, parts, *common, **config, **checks, **_common.COMPILE,
             )  # fmt: skip
         else:
             image_strides = (0,) * 8
             if t2:
-                image_strides = (*_attention.strides(image_k), *_attention.strides(image_v))
+                image_strides = (*_common.strides(image_k), *_common.strides(image_v))
             else:
                 image_k = image_v = None
             _long_forward_kernel[(b * h * tiles,)](
                 out, lse, q, context_k, context_v, context_mask, image_k, image_v, scale, h, t, s, t2,
-                *common, *image_strides, **config, **_attention.COMPILE,
+                *common, *image_strides, **config, **_common.COMPILE,
             )  # fmt: skip
     return out, lse
 
 
 def _is_recomputed(q: Tensor, context_k: Tensor, image_k: Tensor | None) -> bool:
     image_keys = None if image_k is None else image_k.shape[2]
-    return _attention.is_recomputed(context_k.shape[2], image_keys, q.shape[3], q.itemsize)
+    return _common.is_recomputed(context_k.shape[2], image_keys, q.shape[3], q.itemsize)
 
 
 def _fake_forward(q, context_k, context_v, context_mask, image_k, image_v, softmax_scale):
     b, h, t, d = q.shape
     rows = 0 if _is_recomputed(q, context_k, image_k) else t
-    return _attention.empty_heads(b, h, t, d, q), q.new_empty((b, h, rows), dtype=torch.float32)
+    return _common.empty_heads(b, h, t, d, q), q.new_empty((b, h, rows), dtype=torch.float32)
 
 
 _KEYS = "Tensor context_k, Tensor context_v, Tensor? context_mask, Tensor? image_k, Tensor? image_v"

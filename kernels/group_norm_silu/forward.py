@@ -7,7 +7,7 @@ into that). Every sum, also of squares, is of x less a number near the slab's me
 1 costs no accuracy.
 
 The op runs in the dtype of x, also under autocast; the maths is float32, rounded once. Its gradient is in
-group_norm_silu_backward.py. What a program covers is decided in _norm_plan.py, where the nouns are explained.
+backward.py. What a program covers is decided in _plan.py, where the nouns are explained.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _norm_plan as plan
-from ._op import define, differentiate
-from ._tile import (
+from .._op import define, differentiate
+from .._tile import (
     add_pairs,
     gain_and_offset,
     inside_block,
@@ -32,7 +31,8 @@ from ._tile import (
     store_normalised,
     tile_offset,
 )
-from .group_norm_silu_backward import group_norm_silu_backward
+from . import _plan as plan
+from .backward import group_norm_silu_backward
 
 
 @triton.jit

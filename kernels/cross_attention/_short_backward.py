@@ -3,7 +3,7 @@
 P is recomputed whole, so delta is a sum over registers (no saved statistics, no pass over out), dQ is stored
 once, and dK and dV stay in registers while a program walks over query tiles. Bytes: q, g and dQ once, 6 T D
 per head. `parts` programs share the queries of a (batch, head); each writes its float32 sums, and a last
-kernel adds them in a fixed order. The formulas are those of cross_attention_backward.py.
+kernel adds them in a fixed order. The formulas are those of backward.py.
 """
 
 from __future__ import annotations
@@ -13,8 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _attention
-from ._attention import VARYING, inverse, load_context, load_tile, place, softmax, store_tile
+from . import _common
+from ._common import (
+    VARYING,
+    inverse,
+    load_context,
+    load_tile,
+    place,
+    softmax,
+    store_tile,
+)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -106,8 +114,8 @@ def _sum_short_kernel(
 
 def _launch_config(keys: int, width: int, capability: tuple[int, int]) -> dict[str, int]:
     """By the registers that tests/aot.py reads."""
-    block_d = _attention.padded(width)
-    keys_0, keys_1 = _attention.key_parts(keys)
+    block_d = _common.padded(width)
+    keys_0, keys_1 = _common.key_parts(keys)
     # One program of 8 warps has a multiprocessor's registers to itself. wgmma wants 16 queries a warp,
     # which 216 registers (64 + 16 keys) and 255 (64 + 32, masked) hold, with a third stage, so that the
     # fetch of q and g runs ahead. With 128 keys, and with mma.sync, more than 32 queries spill; with
@@ -131,24 +139,24 @@ def short_backward(
     """Gradients of q, k and v."""
     b, h, t, d = q.shape
     s = k.shape[2]
-    capability = _attention.capability(q)
+    capability = _common.capability(q)
     config = _launch_config(s, d, capability)
-    checks = _attention.short_checks(t, config["BLOCK_T"], s, mask is not None)
+    checks = _common.short_checks(t, config["BLOCK_T"], s, mask is not None)
     checks["CHECKED_ROWS"] |= mask is not None  # without, 64 + 32 masked keys spill (sm_90, Triton 3.9)
-    parts = _attention.split(b * h, triton.cdiv(t, config["BLOCK_T"]), capability, resident=1, overhead=1.0)
+    parts = _common.split(b * h, triton.cdiv(t, config["BLOCK_T"]), capability, resident=1, overhead=1.0)
     keys = config["KEYS_0"] + config["KEYS_1"]
-    dq = _attention.empty_heads(b, h, t, d, q)
-    dk, dv = _attention.empty_heads(b, h, s, d, k), _attention.empty_heads(b, h, s, d, k)
+    dq = _common.empty_heads(b, h, t, d, q)
+    dk, dv = _common.empty_heads(b, h, s, d, k), _common.empty_heads(b, h, s, d, k)
     sums_k, sums_v = q.new_empty((2, b * h * parts, config["BLOCK_D"], keys), dtype=torch.float32)
     _short_backward_kernel[(b * h * parts,)](
-        dq, sums_k, sums_v, grad, q, k, v, mask, softmax_scale * _attention.LOG2_E, softmax_scale,
-        h, t, s, parts, *_attention.strides(grad), *_attention.strides(q), *_attention.strides(k),
-        *_attention.strides(v), *_attention.mask_strides(mask), **config, **checks,
-        PRECISION=_attention.precision(q.dtype), **_attention.COMPILE,
+        dq, sums_k, sums_v, grad, q, k, v, mask, softmax_scale * _common.LOG2_E, softmax_scale,
+        h, t, s, parts, *_common.strides(grad), *_common.strides(q), *_common.strides(k),
+        *_common.strides(v), *_common.mask_strides(mask), **config, **checks,
+        PRECISION=_common.precision(q.dtype), **_common.COMPILE,
     )  # fmt: skip
     block = 16  # divides the number of keys in every slot; of 77 keys 3 are then padding
     _sum_short_kernel[(b * h * triton.cdiv(s, block),)](
         dk, dv, sums_k, sums_v, softmax_scale, h, s, parts,
-        WIDTH=d, BLOCK_D=config["BLOCK_D"], KEYS=keys, BLOCK=block, **_attention.COMPILE,
+        WIDTH=d, BLOCK_D=config["BLOCK_D"], KEYS=keys, BLOCK=block, **_common.COMPILE,
     )  # fmt: skip
     return dq, dk, dv

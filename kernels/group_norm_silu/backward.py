@@ -20,10 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _norm_plan as plan
-from ._norm_backward_chunks import input_gradient_kernel, sums_kernel
-from ._norm_backward_whole import looped_backward_kernel, resident_backward_kernel
-from ._op import define, differentiate
+from .._op import define, differentiate
+from . import _plan as plan
+from ._backward_chunks import input_gradient_kernel, sums_kernel
+from ._backward_whole import (
+    looped_backward_kernel,
+    resident_backward_kernel,
+)
 
 # ---------------------------------------------------------------------------------------- parameter gradients
 
