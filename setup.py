@@ -3,7 +3,7 @@
 `dalle2_fast/kernels` is a relative symlink to `kernels/`, and `kernels/` has no `__init__.py`, so the
 namespace search below finds it as `dalle2_fast.kernels` in a wheel, an sdist and an editable install alike.
 A `package_dir` mapping breaks one of those cases, and an `__init__.py` in the top-level `kernels/` would hide
-the package of that name from every program that runs in this folder. tests/test_packaging.py holds each case.
+the package of that name from every program that runs in this folder. tests/packaging holds each case.
 
 `dalle2_fast._C` is built from csrc/ with ninja: every .cpp, and every .cu where there is nvcc. It takes raw
 pointers, so it needs no torch at build time. After an edit: `python setup.py build_ext --inplace`. These

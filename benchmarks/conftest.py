@@ -28,14 +28,14 @@ def pytest_configure(config):
         if threads < 1:
             raise pytest.UsageError(f"--threads: expected at least 1, got {threads}")
         torch.set_num_threads(threads)
-    import registry
+    from benchmarks.cases import registry
 
     registry.QUICK = config.getoption("quick", False)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config, machine_info):
-    from timing import machine, versions
+    from benchmarks.timing.provenance import machine, versions
 
     machine_info["dalle2_fast"] = machine() | {
         "versions": versions(*RIVALS),
@@ -49,7 +49,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     """pytest-benchmark writes what was timed; what was not is part of the result, too."""
-    from rows import ROWS
+    from benchmarks.timing.rows import ROWS
 
     output_json["dalle2_fast_absent"] = [row.to_json() for row in ROWS if row.absent]
 
@@ -65,7 +65,7 @@ def _nvidia_smi() -> dict | None:
 
 
 def pytest_terminal_summary(terminalreporter):
-    from rows import ROWS
+    from benchmarks.timing.rows import ROWS
 
     if not ROWS:
         return

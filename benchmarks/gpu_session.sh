@@ -45,8 +45,8 @@ for name in "$@"; do
     tests)  # those that run the kernels where there is a GPU, and those that only a GPU can run
         workers=()  # most of the time is compiling, which pytest-xdist's workers share
         "$python" -c "import xdist" 2>/dev/null && workers=(-n 10)
-        stage tests 300 "$python" -m pytest -q "${workers[@]}" -m "not gpu" tests/test_kernel_*.py \
-            tests/test_ops_*.py tests/test_graphs.py tests/test_benchmarks.py
+        stage tests 300 "$python" -m pytest -q "${workers[@]}" -m "not gpu" tests/kernels \
+            tests/ops tests/benchmarks
         stage tests-gpu 120 "$python" -m pytest -q -m gpu tests
         ;;
     quick)
@@ -59,12 +59,12 @@ for name in "$@"; do
         ;;
     profile)
         latest=$(ls -t "$out"/full.json "$out"/quick.json 2>/dev/null | head -n 1)
-        stage profile 150 "$python" benchmarks/profile_rows.py "${latest:-$out/quick.json}" --output "$out/profiles"
+        stage profile 150 "$python" -m benchmarks.timing.profile_rows "${latest:-$out/quick.json}" --output "$out/profiles"
         ;;
     report)
         runs=()
         for run in quick full; do [ -s "$out/$run.json" ] && runs+=("$out/$run.json"); done
-        stage report 60 "$python" -m benchmarks.report "${runs[@]}"
+        stage report 60 "$python" -m benchmarks.timing.report "${runs[@]}"
         ;;
     *)
         echo "$name: expected build, tests, quick, full, profile or report" >&2

@@ -1,6 +1,7 @@
 """Time every case of the registry against its rivals on this device.
 
-    pytest benchmarks/ --benchmark-only --benchmark-json=run.json && python -m benchmarks.report run.json
+    pytest benchmarks/ --benchmark-only --benchmark-json=run.json
+    python -m benchmarks.timing.report run.json
     pytest benchmarks/ --benchmark-only --quick                     # every row once, 8 minutes at most
     pytest benchmarks/ --benchmark-only -k "norm and ours"          # --threads 2: of a CPU
 
@@ -21,9 +22,18 @@ import torch
 
 pytest.importorskip("pytest_benchmark", reason='pytest-benchmark is not installed: pip install -e ".[bench]"')
 
-import registry
-from clock import NotTimed, ceilings, check, launches, ours, peak_bytes, repeatable, replayable
-from rows import ROWS, Row
+from benchmarks.cases import registry
+from benchmarks.timing.clock import (
+    NotTimed,
+    ceilings,
+    check,
+    launches,
+    ours,
+    peak_bytes,
+    repeatable,
+    replayable,
+)
+from benchmarks.timing.rows import ROWS, Row
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = registry.load()

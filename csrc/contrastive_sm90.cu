@@ -1,7 +1,7 @@
 // M2: the contrastive losses on Hopper, product and epilogue in one kernel (TMA, mbarrier, wgmma).
 // contrastive.h has the interface, contrastive_sm90.cuh the kernels.
 //
-// Its text also runs on the CPU, in tests/test_cuda_sm90.py. The times below are computed, but for the last line.
+// Its text also runs on the CPU, in tests/csrc/test_sm90.py. The times below are computed, but for the last line.
 //
 // n images, M texts, width d:
 //   FLOPs        2 n M d each for lse, gradient, sigmoid; torch's two products of a gradient: 4 n M d more

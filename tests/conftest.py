@@ -34,7 +34,7 @@ def kernel_device() -> str:
         pytest.skip("needs triton")
     if torch.cuda.is_available():
         return "cuda"
-    import interpreter_bf16
+    from tests.support import interpreter_bf16
 
     interpreter_bf16.mend()
     return "cpu"
@@ -43,7 +43,7 @@ def kernel_device() -> str:
 @pytest.fixture(scope="session")
 def karlo(tmp_path_factory):
     """diffusers' pipeline with a scaled-down Karlo; never changed."""
-    import tiny_karlo
+    from tests.support import tiny_karlo
 
     pipe = tiny_karlo.pipeline(tmp_path_factory.mktemp("tokenizer"))
     pipe.set_progress_bar_config(disable=True)
@@ -60,9 +60,8 @@ def karlo_folder(karlo, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def karlo_originals(karlo, tmp_path_factory) -> Path:
     """Karlo's original files with the same weights; its CLIP is that of OpenAI, here one of ours."""
-    import tiny_karlo
-
     from dalle2_fast import CLIP
+    from tests.support import tiny_karlo
 
     place = tiny_karlo.original_files(tmp_path_factory.mktemp("originals"), karlo.components)
     clip = CLIP(dim_text=64, dim_image=64, dim_latent=64, text_enc_depth=1, text_heads=1, visual_enc_depth=1,

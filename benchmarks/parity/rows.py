@@ -1,0 +1,62 @@
+"""What the rows of parity.py are, before and after they are measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from benchmarks.timing.provenance import commit, versions
+
+Pairs = Iterator[tuple[Tensor, Tensor]]  # (ours, theirs)
+NETWORK, CHAIN = 1e-5, 1e-3  # bounds of the norm of the difference over the norm
+
+
+@dataclass
+class Row:
+    network: str
+    source: str  # whose network it is compared with
+    needs: tuple[str, ...]  # packages
+    parameters: int  # of the published size
+    measure: Callable[[], Pairs]
+    bound: float = NETWORK
+
+
+@dataclass
+class Measured:
+    network: str
+    source: str
+    parameters: int
+    relative_difference: float  # |ours - theirs| / |theirs|, norms, the largest of all outputs
+    largest_element: float  # max |ours - theirs| / max |theirs|
+    bound: float
+    date: str
+    commit: str
+    versions: dict[str, str | None] = field(default_factory=dict)
+
+
+def on_meta(make: Callable[..., torch.nn.Module], **options) -> torch.nn.Module:
+    with torch.device("meta"):
+        return make(**options)
+
+
+@torch.no_grad()
+def measure(row: Row) -> Measured:
+    """RuntimeError if an output is not finite or says nothing: no difference is reported for it."""
+    norm = element = 0.0
+    for ours, theirs in row.measure():
+        finite = torch.isfinite(ours).all() and torch.isfinite(theirs).all()
+        if ours.shape != theirs.shape or not finite or not theirs.abs().max() > 0:
+            raise RuntimeError(f"{row.network}: outputs {tuple(ours.shape)} and {tuple(theirs.shape)}")
+        difference = (ours - theirs).double()
+        norm = max(norm, (difference.norm() / theirs.double().norm()).item())
+        element = max(element, (difference.abs().max() / theirs.abs().max()).item())
+    distributions = {"open_clip": "open_clip_torch", "clip": "clip-anytorch"}
+    packages = (distributions.get(name, name) for name in row.needs)
+    return Measured(
+        row.network, row.source, row.parameters, float(f"{norm:.3g}"), float(f"{element:.3g}"), row.bound,
+        time.strftime("%Y-%m-%d"), commit(), versions(*packages),
+    )  # fmt: skip

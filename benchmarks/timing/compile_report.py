@@ -1,0 +1,197 @@
+"""What can be said of the kernels without a GPU: launches, bytes by construction, compiled resources.
+
+    python -m benchmarks.timing.compile_report      writes benchmarks/results/compile_resources.json and .md
+
+Every launch configuration of every kernel is compiled for six GPUs, about a second each; only what changed
+since the last report is compiled again. tests/kernels/test_aot.py refuses a report that is out of date.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"  # so that the ops' launchers run on the CPU, where launches are counted
+
+ROOT = Path(__file__).resolve().parents[2]
+
+import torch  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+from benchmarks.cases import ops as rows_of_ops  # noqa: E402, F401  (they join the registry)
+from benchmarks.cases.registry import CASES, Case  # noqa: E402
+from benchmarks.timing.clock import ours, prepare, timed_job  # noqa: E402
+from benchmarks.timing.provenance import commit, versions  # noqa: E402
+from tests.support.aot.compile import (  # noqa: E402
+    CAPABILITIES,
+    Resources,
+    all_cases,
+    compile_cases,
+    fingerprint,
+    function_of,
+)
+from tests.support.launches import recorded  # noqa: E402
+
+JSON = ROOT / "benchmarks" / "results" / "compile_resources.json"
+CHUNK = 40  # compiles between two writes of the file
+
+
+# -------------------------------------------------------------------------------------------------- resources
+
+
+def load() -> dict:
+    return json.loads(JSON.read_text()) if JSON.exists() else {"cases": {}}
+
+
+def save(cases: dict, launches: dict) -> dict:
+    report = {
+        "what": list(Resources._fields),
+        "commit": commit(),
+        "versions": versions("triton"),
+        "launches": launches,
+        "cases": cases,
+    }
+    text = json.dumps(report, indent=1)
+    one_line = re.sub(r"\[[\d\s,]+\]", lambda numbers: " ".join(numbers[0].split()), text)
+    JSON.write_text(one_line + "\n")
+    return report
+
+
+def update(launches: dict) -> dict:
+    """Compile what is new and write the file, every few compiles, so that an interrupted run is not lost."""
+    report = load()
+    known = {entry["fingerprint"]: entry["resources"] for entry in report["cases"].values()}
+    if report.get("versions", {}).get("triton") != version("triton"):
+        known = {}
+    done, missing = {}, []
+    for name, case in all_cases().items():
+        key = fingerprint(case)
+        found = {str(sm): known.get(key, {}).get(str(sm)) for sm in case.capabilities}
+        done[name] = {
+            "fingerprint": key,
+            "kernel": function_of(case.kernel).__name__,
+            "hot": case.hot,
+            "resources": {sm: numbers for sm, numbers in found.items() if numbers is not None},
+        }
+        missing += [case._replace(capabilities=(int(sm),)) for sm in found if found[sm] is None]
+    for start in range(0, len(missing), CHUNK):
+        print(f"{start} of {len(missing)} compiled", file=sys.stderr, flush=True)
+        for (name, sm), resources in compile_cases(missing[start : start + CHUNK]).items():
+            done[name]["resources"][str(sm)] = list(resources)
+        save(done, launches)
+    return save(done, launches)
+
+
+# ----------------------------------------------------------------------------------------- launches and bytes
+
+
+class CountOps(TorchDispatchMode):
+    """Ops that make or change data: about as many as plain PyTorch launches kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        view = any(value.alias_info is not None for value in op._schema.returns) and not op._schema.is_mutable
+        name = op._schema.name
+        self.count += name.startswith("aten::") and not view and "empty" not in name and "view" not in name
+        return op(*args, **(kwargs or {}))
+
+
+def launches_of(case: Case, function: Callable) -> list[tuple[str, int]]:
+    """(kernel, bytes of its tensors) of each launch at the real size. Nothing runs, no memory is touched."""
+    inputs = {
+        key: None if value is None else torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+        for key, value in case.make("meta", torch.bfloat16, False).items()
+    }
+    with recorded() as launches:
+        job = timed_job(case, function, *prepare(case, inputs))
+        launches.clear()  # the forward pass that a row of a gradient alone needs before it
+        job()
+    return [(launch.name, sum(map(_bytes, (*launch.args, *launch.kwargs.values())))) for launch in launches]
+
+
+def _bytes(value: object) -> int:
+    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
+
+
+def count_launches() -> dict[str, dict]:
+    counts = {}
+    for name, case in CASES.items():
+        found = launches_of(case, ours(case, "fused"))
+        with FakeTensorMode():
+            inputs = case.make("cpu", torch.bfloat16, False)
+            job = timed_job(case, case.rivals["eager"], *prepare(case, inputs))
+            with CountOps() as mode:
+                job()
+        kernels: dict[str, int] = {}
+        for kernel, _ in found:
+            kernels[kernel] = kernels.get(kernel, 0) + 1
+        moved = sum(size for _, size in found)
+        counts[name] = {"kernels": kernels, "bytes": moved, "floor": case.bytes, "eager_ops": mode.count}
+    return counts
+
+
+# ---------------------------------------------------------------------------------------------------- as text
+
+
+def as_text(report: dict) -> str:
+    used = report["versions"]
+    lines = [
+        "# The kernels without a GPU: launches, bytes, compiled resources",
+        "",
+        f"Written by `benchmarks/timing/compile_report.py` with Triton {used['triton']}, "
+        f"torch {used['torch']}.",
+        "Nothing here is a time.",
+        "",
+        "## Launches and bytes by construction",
+        "",
+        "Shapes of the acceptance table in bfloat16, as configured for an H100. Bytes: every tensor that a",
+        "launch is given, once per launch. At least: every input read and every output written once. Ops of",
+        "eager: those of plain PyTorch that make or change data.",
+        "",
+        "| case | launches | kernels | MB | MB at least | ops of eager |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in report["launches"].items():
+        kernels = ", ".join(f"{count} x {kernel}" for kernel, count in row["kernels"].items())
+        lines.append(
+            f"| {name} | {sum(row['kernels'].values())} | {kernels} | {row['bytes'] / 1e6:.1f} "
+            f"| {row['floor'] / 1e6:.1f} | {row['eager_ops']} |"
+        )
+    lines += [
+        "",
+        "## Compiled resources",
+        "",
+        "Registers a thread on " + ", ".join(f"sm_{sm}" for sm in CAPABILITIES) + "; - where it is not used.",
+        "Instructions that use local memory (spills) follow in brackets. Shared memory is the most of them,",
+        "in KiB. wgmma: instructions on sm_90. Bold: time matters there, no spill is allowed.",
+        "",
+        "| case | registers | shared | wgmma |",
+        "|---|---|---|---|",
+    ]
+    for name, entry in report["cases"].items():
+        resources = {sm: Resources(*numbers) for sm, numbers in entry["resources"].items()}
+        registers = " / ".join(_registers(resources.get(str(sm))) for sm in CAPABILITIES)
+        shared = max((one.shared for one in resources.values()), default=0) / 1024
+        wgmma = resources["90"].hgmma if "90" in resources else "-"
+        title = f"**{name}**" if entry["hot"] else name
+        lines.append(f"| {title} | {registers} | {shared:.1f} | {wgmma} |")
+    return "\n".join(lines) + "\n"
+
+
+def _registers(used: Resources | None) -> str:
+    if used is None:
+        return "-"
+    return f"{used.registers} ({used.spills})" if used.stack else str(used.registers)
+
+
+if __name__ == "__main__":
+    JSON.with_suffix(".md").write_text(as_text(update(count_launches())))

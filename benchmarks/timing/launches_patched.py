@@ -1,0 +1,143 @@
+"""How many kernels other packages' U-Nets launch before and after `dalle2_fast.patch`; no GPU needed.
+
+    python -m benchmarks.timing.launches_patched [NAME ...]    # writes results/launches_patched.json
+
+The networks have their full size and run on tensors without data (FakeTensorMode), in bfloat16, forward
+without gradients and forward with the backward pass. An op of PyTorch that makes or changes data counts as
+one launch, also where CUDA needs several (native_group_norm), so "before" is a lower bound. Of our ops those
+kernels count that their launchers launch at these shapes, configured for an H100. Only rows whose package is
+installed are counted anew; the others stay as they are in the file. Nothing here is a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+os.environ["TRITON_INTERPRET"] = "1"  # so that the ops' launchers run on the CPU, where launches are counted
+
+ROOT = Path(__file__).resolve().parents[2]
+
+import torch  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+from benchmarks.cases import foreign_unets  # noqa: E402
+from benchmarks.cases.registry import installed  # noqa: E402
+from benchmarks.timing.provenance import commit, parameters, versions  # noqa: E402
+from dalle2_fast.adapters.patch import patch, unpatch  # noqa: E402
+from dalle2_fast.ops import _dispatch  # noqa: E402
+from tests.support.launches import recorded  # noqa: E402
+
+JSON = ROOT / "benchmarks" / "results" / "launches_patched.json"
+BATCH = 2  # one image with guidance
+
+
+class CountLaunches(TorchDispatchMode):
+    """ops: those of PyTorch that make or change data. ours: calls of our ops by what they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops, self.ours = Counter(), Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op._schema.name
+        if name.startswith("dalle2_fast::"):
+            self.ours[op, tuple(map(_described, args))] += 1
+        else:
+            returns = op._schema.returns
+            view = any(value.alias_info is not None for value in returns) and not op._schema.is_mutable
+            self.ops[name] += name.startswith("aten::") and not (view or "empty" in name or "view" in name)
+        return op(*args, **(kwargs or {}))
+
+
+def _described(value: object) -> object:
+    if isinstance(value, torch.Tensor):
+        return ("tensor", tuple(value.shape), value.stride(), value.dtype)
+    return value
+
+
+def _made(value: object) -> object:  # memory that is not touched
+    if isinstance(value, tuple) and value[:1] == ("tensor",):
+        return torch.empty_strided(value[1], value[2], dtype=value[3])
+    return value
+
+
+def launched(op, described: tuple) -> tuple[Counter, int]:
+    """The kernels that one of our ops launches, and the ops of PyTorch around them."""
+    with torch.no_grad(), recorded() as found, CountLaunches() as mode:
+        op(*map(_made, described))
+    return Counter(launch.name for launch in found), sum(mode.ops.values())
+
+
+def count(run: Callable[[], object], fake: FakeTensorMode) -> dict:
+    with fake, CountLaunches() as mode:
+        run()
+    kernels, around = Counter(), 0
+    for (op, described), times in mode.ours.items():
+        one, ops = launched(op, described)  # ops: the copies that some launchers make
+        around += times * ops
+        for name in one:
+            kernels[name] += times * one[name]
+    total = sum(mode.ops.values()) + around + sum(kernels.values())
+    norms = {name.removeprefix("aten::"): times for name, times in mode.ops.items() if "group_norm" in name}
+    return dict(launches=total, of_ours=dict(sorted(kernels.items())), counted_once_each=norms)
+
+
+def measure(name: str) -> dict:
+    assert _dispatch._ask(torch.device("cpu")) is None  # the kernels are loaded
+    torch.set_default_dtype(torch.bfloat16)  # a parameter without data cannot be cast
+    with FakeTensorMode() as fake:
+        net = foreign_unets.build(name).eval()
+        given = foreign_unets.inputs(name, net, BATCH, dtype=torch.bfloat16)
+
+    def forward() -> None:
+        with torch.no_grad():
+            foreign_unets.run(net, given)
+
+    def both() -> None:
+        foreign_unets.run(net, given).sum().backward()
+        net.zero_grad()  # sets to None: launches nothing
+
+    rows = {"forward": {}, "forward and backward": {}}
+    for state in ("before", "after"):
+        report = patch(net) if state == "after" else None
+        for kind, run in (("forward", forward), ("forward and backward", both)):
+            with mock.patch.object(_dispatch, "use_reference", lambda impl, *tensors: False):
+                rows[kind][state] = count(run, fake)
+    skipped = dict(report.skipped)
+    unpatch(net)
+    return dict(
+        batch=BATCH, parameters=parameters(net), **rows, swapped=len(report.swapped), skipped=skipped,
+        package=versions(foreign_unets.package(name).replace("_", "-")), commit=commit(),
+        date=time.strftime("%Y-%m-%d"),
+    )  # fmt: skip
+
+
+def main(names: list[str]) -> None:
+    report = json.loads(JSON.read_text()) if JSON.exists() else {"rows": {}}
+    for name in names:
+        if not installed(foreign_unets.package(name)):
+            print(f"{name}: {foreign_unets.package(name)} is not installed", file=sys.stderr)
+            continue
+        report["rows"][name] = row = measure(name)
+        JSON.write_text(json.dumps(report, indent=1) + "\n")
+        for kind in ("forward", "forward and backward"):
+            before, after = (row[kind][state]["launches"] for state in ("before", "after"))
+            print(f"{name}, {kind}: {before} -> {after} ({after / before:.2f})")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(foreign_unets.NAMES)}")
+    chosen = parser.parse_args().names or list(foreign_unets.NAMES)
+    if unknown := set(chosen) - set(foreign_unets.NAMES):
+        parser.error(f"NAME: expected some of {', '.join(foreign_unets.NAMES)}, got {', '.join(unknown)}")
+    main(chosen)

@@ -1,0 +1,214 @@
+"""The command line: how it starts, how it fails; `vocabulary`, `info` and the commands of other rooms."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from dalle2_fast import __version__, cli
+from dalle2_fast.cli import info, vocabulary
+from dalle2_fast.ops import _dispatch
+from dalle2_fast.pipeline import device
+from tests.support.tiny_pipeline import WORDS, tiny_pipeline
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_pipeline().save_pretrained(tmp_path_factory.mktemp("checkpoint"))
+
+
+def run_python(*arguments, **options):
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, text=True, capture_output=True, **options)
+
+
+def test_help_is_light():
+    """`--help`, also of a command, answers without torch, numpy or Pillow."""
+    code = (
+        "import sys; from dalle2_fast.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'numpy', 'PIL', 'tqdm', 'safetensors'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    for arguments in (["--help"], ["generate", "--help"], ["--version"]):
+        done = run_python("-c", code, *arguments)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"dalle2-fast {__version__}"
+
+
+def test_import_is_lazy_and_names_are_there():
+    code = (
+        "import sys, dalle2_fast\n"
+        "assert 'torch' not in sys.modules\n"
+        "for name in dalle2_fast.__all__: assert getattr(dalle2_fast, name) is not None, name\n"
+        "assert set(dalle2_fast.__all__) <= set(dir(dalle2_fast))\n"
+        "import dalle2_fast.models as models\n"
+        "for name in models.__all__: assert getattr(models, name) is not None, name\n"
+        "try: dalle2_fast.nothing\n"
+        "except AttributeError as error: print(error)"
+    )
+    done = run_python("-c", code)
+    assert done.stdout == "module 'dalle2_fast' has no attribute 'nothing'\n", done.stderr
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "dalle2-fast: .*COMMAND"),
+        (["paint"], "dalle2-fast: .*'paint'"),
+        (["generate"], "dalle2-fast generate: .*caption"),
+        (["generate", "a ring", "--no-such-option"], "dalle2-fast: .*--no-such-option"),
+        (["generate", "a ring", "--steps", "0"], "dalle2-fast generate: .*--steps: .*at least 1, got '0'"),
+    ],
+)
+def test_wrong_usage_is_one_line(arguments, line, capsys):
+    """argparse's own way, a screen of usage with the error below it."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    assert end.value.code == 2
+    err = capsys.readouterr().err
+    assert re.match(line, err) and err.endswith("--help)\n") and err.count("\n") == 1
+
+
+def command_that_raises(monkeypatch, error):
+    def run(args):
+        raise error
+
+    monkeypatch.setattr(info, "run", run)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("size: expected\n  64, got 3"), 2, "size: expected 64, got 3"),
+        (FileNotFoundError(2, "No such file or directory", "x.png"), 2, "x.png: No such file or directory"),
+        (OSError("x.png: cannot be written"), 2, "x.png: cannot be written"),
+        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (ModuleNotFoundError("No module named 'webdataset'"), 2, "No module named 'webdataset'"),
+        (FloatingPointError("not finite"), 2, "not finite"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 2, "out of memory.*--batch-size.*CUDA"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_errors_are_one_line(monkeypatch, capsys, error, code, line):
+    command_that_raises(monkeypatch, error)
+    assert cli.main(["info"]) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("dalle2-fast: ") and err.count("\n") == 1
+    assert re.search(line, err)
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
+    command_that_raises(monkeypatch, TypeError("a bug"))
+    with pytest.raises(TypeError, match="a bug"):
+        cli.main(["info"])
+
+
+def test_traceback_on_request(monkeypatch):
+    command_that_raises(monkeypatch, ValueError("why?"))
+    with pytest.raises(ValueError, match="why"):
+        cli.main(["--traceback", "info"])
+
+
+def test_a_reader_that_goes_away(checkpoint):
+    """`dalle2-fast vocabulary | head -0` is no error."""
+    code = (
+        "import sys; from dalle2_fast import cli; from dalle2_fast.cli import info\n"
+        "def run(args): raise BrokenPipeError\n"
+        "info.run = run\n"
+        "sys.exit(cli.main(['info']))"
+    )
+    done = run_python("-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_command_is_its_module(monkeypatch, command):
+    module = types.ModuleType(f"dalle2_fast.cli.{command}")
+    module.add_arguments = lambda parser: parser.add_argument("--speed", type=int)
+    module.run = lambda args: args.speed
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert cli.main([command, "--speed", "7"]) == 7
+
+
+# ------------------------------------------------------------------------------------------ vocabulary, info
+
+
+def test_vocabulary(checkpoint, capsys):
+    assert cli.main(["vocabulary", "--checkpoint", str(checkpoint)]) == 0
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == f"{len(WORDS)} words; a caption holds at most 6."
+    assert " ".join(rest).split() == sorted(WORDS)
+
+
+def test_vocabulary_without_checkpoint(tmp_path, capsys):
+    assert cli.main(["vocabulary", "--checkpoint", str(tmp_path / "none")]) == 2
+    assert "no such checkpoint folder" in capsys.readouterr().err
+
+
+def test_info(checkpoint, capsys):
+    assert cli.main(["info", "--checkpoint", str(checkpoint)]) == 0
+    lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["dalle2 fast"].strip() == __version__ and lines["torch"].strip() == torch.__version__
+    assert "format 1, float32" in lines["checkpoint"] and "decoder " in lines["checkpoint"]
+
+
+def test_info_without_checkpoint(tmp_path, monkeypatch, capsys):
+    """A broken installation is when the report is wanted; a folder that was asked for must exist."""
+    from dalle2_fast import checkpoints
+
+    monkeypatch.setattr(checkpoints, "embedded_path", lambda: tmp_path / "none")
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "torch" in out and "none (" in out
+    assert cli.main(["info", "--checkpoint", str(tmp_path / "none")]) == 2
+
+
+def test_every_command_has_the_two_functions():
+    for module in (info, vocabulary):
+        assert callable(module.add_arguments) and callable(module.run)
+
+
+# ------------------------------------------------------------------------------------------- device and dtype
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("tpu", "--device: expected auto, cpu"), ("meta", "--device: expected auto, cpu"), ("", "--device")],
+)
+def test_unknown_device(name, says):
+    with pytest.raises(ValueError, match=says):
+        device.choose_device(name)
+
+
+def test_cuda_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device.choose_device("auto").type == "cpu"
+    with pytest.raises(ValueError, match="--device: cuda asked for, but torch .* sees 0 CUDA device"):
+        device.choose_device("cuda")
+
+
+@pytest.mark.parametrize(("hardware", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_dtype_on_the_cpu(monkeypatch, hardware, expected):
+    """Emulated bfloat16 is 50 times slower than float32: the default must look at the hardware."""
+    monkeypatch.setattr(_dispatch, "cpu_has_bfloat16", lambda: hardware)
+    assert device.choose_dtype("auto", torch.device("cpu")) == expected
+    assert device.choose_dtype("fp32", torch.device("cpu")) == torch.float32
+    assert device.choose_dtype("bf16", torch.device("cpu")) == torch.bfloat16
+
+
+def test_cpu_capability_agrees_with_the_system():
+    flags = Path("/proc/cpuinfo")
+    if not flags.exists():
+        pytest.skip("needs /proc/cpuinfo")
+    words = set(flags.read_text().split())
+    assert _dispatch.cpu_has_bfloat16() == bool({"avx512_bf16", "amx_bf16"} & words)

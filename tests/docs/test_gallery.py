@@ -1,0 +1,46 @@
+"""docs/gallery.py: the command line and the checkpoint in the package understand its commands."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dalle2_fast import cli
+from dalle2_fast.checkpoints import embedded_path, load_config
+from dalle2_fast.data import WordTokenizer, World
+
+PATH = Path(__file__).resolve().parents[2] / "docs" / "gallery.py"
+if not PATH.exists():
+    pytest.skip("the gallery's script is in a checkout only", allow_module_level=True)
+spec = importlib.util.spec_from_file_location("gallery", PATH)
+gallery = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(gallery)
+
+
+@pytest.mark.parametrize("name", gallery.GALLERY)
+def test_commands_are_understood(name):
+    """An option that was renamed, or a word that the checkpoint does not know, would show only in a run."""
+    command, *arguments = gallery.GALLERY[name]
+    parser = argparse.ArgumentParser()
+    import_module(cli.COMMANDS[command][0]).add_arguments(parser)
+    args = parser.parse_args([*arguments, "--seed", "0", "--dtype", "fp32"])
+    tokenizer = WordTokenizer.from_config(load_config(embedded_path())["tokenizer"])
+    captions = [getattr(args, option, None) for option in ("caption", "source", "target")]
+    tokenizer.encode([caption for caption in captions if caption])
+    pictures = [word for word in arguments if word.endswith(".png")]
+    assert pictures and {Path(picture).stem for picture in pictures} <= set(gallery.SOURCES)
+
+
+def test_sources_are_of_the_checkpoints_world(tmp_path):
+    world = World.from_config(load_config(embedded_path())["metadata"]["world"])
+    for chosen, _ in gallery.SOURCES.values():
+        assert all(set(names) <= set(getattr(world, attribute)) for attribute, names in chosen.items())
+    gallery.render_sources(tmp_path, 32)
+    for name in gallery.SOURCES:
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert picture.size == (32, 32) and len(picture.getcolors(1024)) > 2

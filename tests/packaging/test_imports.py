@@ -1,0 +1,131 @@
+"""Who may import whom, and what importing the package may not do.
+
+The arrows are read from the source with `ast`, imports inside functions included: no arrow hides in a lazy
+import.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "dalle2_fast"
+
+# room -> the rooms it may import. A room is a file or folder directly in dalle2_fast/.
+ARROWS = {
+    "_lazy": set(),
+    "_C": set(),
+    "reference": set(),
+    "kernels": {"_C"},
+    "ops": {"kernels", "_C"},
+    "functional": {"ops", "reference"},
+    "modules": {"functional", "ops"},
+    "losses": {"functional", "ops"},
+    "diffusion": {"functional", "ops"},
+    "data": {"ops", "_lazy"},
+    "checkpoints": {"ops", "data"},
+    "models": {"modules", "functional", "ops", "diffusion", "data", "checkpoints", "_lazy"},
+    "pipeline": {"models", "ops", "data", "checkpoints", "_lazy"},
+    "evaluation": {"pipeline", "models", "diffusion", "data", "checkpoints"},
+    "training": {"evaluation", "pipeline", "models", "diffusion", "data", "checkpoints", "functional"},
+    "adapters": {"models", "modules", "functional", "diffusion"},
+    "cli": {"training", "evaluation", "pipeline", "models", "data", "checkpoints", "ops", "__init__"},
+    "__main__": {"cli"},
+    "__init__": {"pipeline", "models", "modules", "losses", "functional", "diffusion", "data", "checkpoints",
+                 "ops", "adapters", "_lazy"},  # fmt: skip
+}
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+
+
+def module_name(path: Path) -> tuple[str, ...]:
+    """("dalle2_fast", "models", "unet"); a package's __init__ has the package's name."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("dalle2_fast", *parts) if parts[0] == "kernels" else parts
+    return parts[:-1] if parts[-1] == "__init__" and len(parts) > 2 else parts
+
+
+def room(module: tuple[str, ...]) -> str:
+    return module[1] if len(module) > 1 else "__init__"
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Absolute dotted names of everything imported; `from a import b` gives a.b, as b may be a module."""
+    package = module_name(path) if path.name == "__init__.py" else module_name(path)[:-1]
+    if path == PACKAGE / "__init__.py":
+        package = ("dalle2_fast",)
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            prefix = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{prefix}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_arrows(path):
+    here = room(module_name(path))
+    assert here in ARROWS, f"a new room: say in ARROWS what {here} may import"
+    for name in imports(path):
+        top, *rest = name.split(".")
+        assert top not in ("tests", "benchmarks", "kernels"), f"{path} imports {name}"
+        if top != "dalle2_fast":
+            continue
+        there = room((top, *rest))
+        if there not in ARROWS:  # `from dalle2_fast import DALLE2`: a public name, not a room
+            there = "__init__"
+        assert there == here or there in ARROWS[here], f"{path} ({here}) imports {name} ({there})"
+
+
+def test_arrows_have_no_circle():
+    list(TopologicalSorter(ARROWS).static_order())
+
+
+def outside(path: Path) -> set[str]:
+    """Top-level names of the third-party packages that a file imports."""
+    tops = {name.split(".")[0] for name in imports(path)}
+    return tops - set(sys.stdlib_module_names) - {"dalle2_fast", "__future__"}
+
+
+def test_the_reference_needs_only_torch():
+    assert outside(PACKAGE / "reference.py") == {"torch"}
+
+
+def test_only_kernels_import_triton_and_only_op_registers():
+    for path in SOURCES:
+        in_kernels = room(module_name(path)) == "kernels"
+        assert in_kernels or "triton" not in outside(path), path
+        if path.name != "_op.py":
+            used = {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text()))
+                    if isinstance(node, ast.Attribute)}
+            assert "torch.library" not in used, path
+            assert not any(name.startswith("torch.library") for name in imports(path)), path
+
+
+IMPORT = """
+import resource, sys, torch
+before = set(sys.modules)
+import dalle2_fast
+new = set(sys.modules) - before
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(used.ru_utime + used.ru_stime, *sorted(new), sep="\\n", file=sys.stderr)
+"""
+
+
+def test_import_is_quick_silent_and_light(tmp_path):
+    """CPU seconds, not wall-clock: another program on the machine is not the package's fault."""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", IMPORT], cwd=tmp_path, text=True,
+                          capture_output=True, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    seconds, *new = done.stderr.split()
+    assert float(seconds) < 3.0
+    heavy = {"triton", "torch._dynamo", "torch._inductor", "webdataset", "gradio", "torchvision"}
+    assert heavy.isdisjoint(new), heavy & set(new)

@@ -1,0 +1,101 @@
+"""`dalle2_fast.kernels` and the pretrained data arrive in every kind of install, and nothing else does.
+
+Each case works on a copy of the tree with a stand-in for the (large) checkpoint, without a network. The
+native module is left out here: test_build.py is about it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.support.installs import (
+    DATA,
+    ROOT,
+    build,
+    contents,
+    copy_checkout,
+    make_environment,
+    pip_install,
+    run,
+)
+
+WHERE = "import dalle2_fast.kernels._op as op, dalle2_fast; print(op.__file__); print(dalle2_fast.__file__)"
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    return copy_checkout(tmp_path_factory.mktemp("checkout") / "tree")
+
+
+@pytest.fixture(scope="module")
+def wheel(tree, tmp_path_factory) -> Path:
+    return build("wheel", tree, tmp_path_factory.mktemp("wheel"))
+
+
+def test_kernels_is_a_relative_symlink_without_init():
+    """An absolute link breaks in every other checkout; an __init__.py hijacks the package called kernels."""
+    link = ROOT / "dalle2_fast" / "kernels"
+    assert link.is_symlink() and os.readlink(link) == "../kernels"
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_wheel_holds_every_module_and_the_data_and_nothing_else(tree, wheel):
+    modules = {str(path.relative_to(tree)) for path in (tree / "dalle2_fast").rglob("*.py")}
+    modules |= {f"dalle2_fast/{path.relative_to(tree)}" for path in (tree / "kernels").rglob("*.py")}
+    assert "dalle2_fast/kernels/_op.py" in modules
+    merges = {f"dalle2_fast/data/text/clip_merges.{name}" for name in ("txt.gz", "LICENSE.txt")}
+    assert contents(wheel) == modules | merges | {DATA}
+
+
+def test_sdist_builds_the_same_wheel(tree, wheel, tmp_path):
+    """An sdist that stores the symlink, or loses the data, builds a different wheel."""
+    sdist = build("sdist", tree, tmp_path / "sdist")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    for source in (ROOT / "csrc").iterdir():  # headers, too
+        assert (unpacked / "csrc" / source.name).is_file(), source.name
+    assert contents(build("wheel", unpacked, tmp_path / "wheel")) == contents(wheel)
+
+
+def test_installed_wheel_runs_elsewhere(wheel, tmp_path):
+    python = make_environment(tmp_path / "venv")
+    pip_install(python, wheel)
+    kernels, package = run([python, "-c", WHERE], cwd=tmp_path).split()
+    assert kernels.startswith(str(tmp_path / "venv")) and package.startswith(str(tmp_path / "venv"))
+    assert (Path(package).parent / "pretrained/scenes/config.json").is_file()
+    assert (tmp_path / "venv" / "bin" / "dalle2-fast").is_file()
+
+
+def test_editable_install_runs_at_the_root_and_elsewhere(tree, tmp_path):
+    python = make_environment(tmp_path / "venv")
+    pip_install(python, "-e", tree)
+    for cwd in (tree, tmp_path):
+        kernels, package = run([python, "-c", WHERE], cwd=cwd).split()
+        assert Path(package).samefile(tree / "dalle2_fast/__init__.py")
+        assert Path(kernels).samefile(tree / "kernels/_op.py")
+
+
+def test_another_package_called_kernels_is_not_hidden_at_the_root(tree, tmp_path):
+    python = make_environment(tmp_path / "venv")
+    site = next((tmp_path / "venv").glob("lib/python*/site-packages"))
+    (site / "kernels").mkdir()
+    (site / "kernels" / "__init__.py").write_text("mine = False\n")
+    found = run([python, "-c", "import kernels; print(kernels.__file__)"], cwd=tree)
+    assert found.strip() == str(site / "kernels" / "__init__.py")
+
+
+def test_ci_runs_the_commands_of_the_readme():
+    """The README promises two lines; CI must run exactly those."""
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    block = re.search(r"## Install and run\n.*?```\n(.*?)```", readme, re.DOTALL)
+    assert block is not None
+    lines = block[1].strip().splitlines()
+    assert len(lines) == 2
+    for command in (command for line in lines for command in line.split(" && ")):
+        assert re.search(rf"^(OMP_NUM_THREADS=1 )?{re.escape(command)}$", ci, re.MULTILINE), command

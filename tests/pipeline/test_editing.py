@@ -1,0 +1,318 @@
+"""What is made of a picture, on a tiny random chain: identities that hold whatever the weights are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from dalle2_fast import DALLE2, Upsampler
+from dalle2_fast.data.images import as_images, as_mask, from_pil, resized_mask, to_pil
+from dalle2_fast.models.prior.pca import PCA
+from dalle2_fast.pipeline.slerp import slerp
+from tests.support.tiny_pipeline import tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return shaken_pipeline()
+
+
+def shaken_pipeline() -> DALLE2:
+    pipe = tiny_pipeline()
+    with torch.no_grad():  # at its initialisation the U-Net answers zero whatever it is given
+        for name, parameter in pipe.decoder.named_parameters():
+            generator = torch.Generator().manual_seed(len(name) * 1000 + parameter.numel())
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return pipe
+
+
+def picture(seed: int = 0, side: int = 32) -> torch.Tensor:
+    return torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def close(a, b, atol=1e-4):
+    torch.testing.assert_close(a, b, atol=atol, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------------ slerp
+
+
+def test_slerp_ends_to_the_bit_and_lengths():
+    a, b = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0)).unbind(0)
+    assert torch.equal(slerp(a, b, 0.0), a) and torch.equal(slerp(a, b, 1.0), b)
+    theta = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
+    made = slerp(a.double(), b.double(), theta).flatten(1)
+    lengths = torch.lerp(a.flatten(1).norm(dim=1).double(), b.flatten(1).norm(dim=1).double(), theta.double())
+    close(made.norm(dim=1), lengths, 1e-6)
+
+
+def test_slerp_turns_evenly():
+    """A linear mixture brought to length would not: 0.25 of the way would be 0.18 of a right angle."""
+    a, b = torch.eye(3, dtype=torch.float64)[:2].unsqueeze(1)
+    for theta in (0.1, 0.25, 0.5):
+        angle = torch.tensor(theta * torch.pi / 2, dtype=torch.float64)
+        close(slerp(a, b, theta)[0, :2], torch.stack([angle.cos(), angle.sin()]), 1e-12)
+    near = a + 1e-9 * b
+    assert slerp(a, near, 0.5).isfinite().all()
+
+
+def test_slerp_refuses():
+    a = torch.ones(1, 3)
+    short = a[:, :2], r"got \(1, 3\) and \(1, 2\)"
+    for b, words in [(-a, "not opposite"), (0 * a, "got one of zeros"), short]:
+        with pytest.raises(ValueError, match=words):
+            slerp(a, b, 0.5)
+
+
+# -------------------------------------------------------------------------------------------------------- PCA
+
+
+def test_pca_truncates_to_the_directions_of_most_variance():
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.tensor([3.0, 2.0, 1.0, 0.5])
+    x = 1 + scales * torch.randn(5000, 4, generator=generator)
+    pca = PCA.fit(x, unit_norm=False)
+    close(pca.variances.float(), scales**2, 0.4)
+    z = x[:7]
+    assert torch.equal(pca.truncate(z, 4), z)
+    close(pca.truncate(z, 0), x.mean(0).expand(7, -1))
+    errors = [(pca.truncate(z, count) - z).norm() for count in range(5)]
+    assert errors == sorted(errors, reverse=True) and errors[3] > 0
+    close(torch.tensor(pca.explained(2)), torch.tensor(13 / 14.25), 0.02)
+    close(PCA.fit(x).truncate(z, 2).norm(dim=1), torch.ones(7))
+    with pytest.raises(ValueError, match=r"dims: expected whole numbers in 0 ... 4, got 5"):
+        pca.truncate(z, 5)
+    with pytest.raises(ValueError, match="embeddings: expected at least 2"):
+        PCA.fit(x[:1])
+
+
+# --------------------------------------------------------------------------------------------------- pictures
+
+
+def test_pictures_of_every_mode():
+    red = torch.tensor([1.0, 0.0, 0.0])
+    for mode, colour, wanted in [
+        ("RGB", (255, 0, 0), red),
+        ("RGBA", (255, 0, 0, 0), torch.ones(3)),  # clear: the white beneath shows
+        ("LA", (0, 255), torch.zeros(3)),
+        ("L", 51, torch.full((3,), 0.2)),
+        ("1", 1, torch.ones(3)),
+        ("I;16", 13107, torch.full((3,), 0.2)),
+        ("F", 0.25, torch.full((3,), 0.25)),
+        ("CMYK", (0, 0, 0, 255), torch.zeros(3)),
+    ]:
+        tensor = from_pil(Image.new(mode, (3, 2), colour))
+        assert tensor.shape == (1, 3, 2, 3) and tensor.dtype == torch.float32
+        close(tensor[0, :, 0, 0], wanted, 1e-6)
+    palette = Image.new("RGB", (2, 2), "blue").convert("P")
+    assert from_pil(palette)[0, :, 0, 0].tolist() == [0, 0, 1]
+
+
+def test_a_turned_camera_is_turned_back():
+    upright = Image.new("RGB", (2, 1), "black")
+    upright.putpixel((1, 0), (255, 255, 255))
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    turned.info["exif"] = exif.tobytes()
+    assert torch.equal(from_pil(turned), from_pil(upright))
+
+
+def test_round_trip_and_masks():
+    image = (picture() * 255).round() / 255
+    close(from_pil(to_pil(image)[0]), image, 1e-6)
+    mask = torch.zeros(8, 8)
+    mask[3, 5] = 1
+    given = as_mask("mask", mask, "cpu")
+    assert resized_mask(given, 4)[0, 0].nonzero().tolist() == [[1, 2]]  # one pixel of four is enough
+    assert resized_mask(given, 16).sum() == 4
+    light = Image.new("L", (8, 8), 0)
+    light.putpixel((5, 3), 200)
+    assert torch.equal(as_mask("mask", light, "cpu"), given)
+    with pytest.raises(ValueError, match="mask: expected 0 .keep. and 1 .repaint. only"):
+        as_mask("mask", mask * 0.5, "cpu")
+    with pytest.raises(ValueError, match="image: expected images of one size, got 2 x 2, 3 x 3"):
+        as_images("image", [Image.new("RGB", (2, 2)), Image.new("RGB", (3, 3))], "cpu")
+
+
+# ---------------------------------------------------------------------------------------------- manipulations
+
+
+def test_variations(pipe):
+    """Each another one, the same whatever the number; eta 0 from the picture's own noise has one outcome."""
+    four = pipe.variations(picture(), 4, seed=3)
+    assert four.images.shape == (4, 3, 32, 32) and four.seed == 3
+    close(pipe.variations(picture(), 2, seed=3, batch_size=1).images, four.images[:2])
+    assert (four.images[0] - four.images[1]).abs().max() > 0.01
+    assert (pipe.variations(picture(), 1, seed=4).images - four.images[:1]).abs().max() > 0.01
+    calm = pipe.variations(picture(), 2, eta=0.0, inversion_steps=4, seed=3)
+    close(calm.low_res[0], calm.low_res[1])
+    prompted = pipe.variations(picture(), 1, prompt="a red ring", seed=3)
+    assert (prompted.low_res - four.low_res[:1]).abs().max() > 1e-3
+    several = pipe.variations(torch.cat([picture(0), picture(1)]), 2, seed=3)
+    close(several.images[:2], four.images[:2])
+
+
+def test_interpolation_ends_are_the_ends(pipe):
+    first, second = picture(0), picture(1)
+    frames = pipe.interpolate(first, second, 5, seed=2)
+    for index, end in ((0, first), (4, second)):
+        close(frames.image_embed[index], pipe.embed_image(end)[0])
+        close(frames.images[index], pipe.decode(pipe.embed_image(end), seed=2).images[0])
+    close(frames.image_embed.norm(dim=1), torch.ones(5))
+    three = pipe.interpolate(first, second, 3, seed=2)  # frames do not depend on how many there are
+    close(three.images, frames.images[::2])
+    both = pipe.interpolate(first, second, 3, noise="slerp", inversion_steps=4, guidance=1.0, seed=2)
+    pair = pipe.invert(second, steps=4)
+    close(both.low_res[2], pipe.decode(pair.image_embed, x_T=pair.x_T, guidance=1.0, seed=0).low_res[0])
+
+
+def test_text_diff_begins_with_the_picture_and_turns_towards_the_caption(pipe):
+    frames = pipe.text_diff(picture(), "a red ring", "a blue ring", 3, theta=0.5, inversion_steps=4, seed=0)
+    z = pipe.embed_image(picture())
+    assert torch.equal(frames.image_embed[:1], z)
+    text = pipe.clip.encode_text(pipe.tokenizer.encode(["a red ring", "a blue ring"]))[0]
+    towards = frames.image_embed @ torch.nn.functional.normalize(text[1] - text[0], dim=0)
+    assert towards[0] < towards[1] < towards[2]
+    still = pipe.text_diff(picture(), "a red ring", "a blue ring", 2, theta=0.0, inversion_steps=None, seed=5)
+    close(still.images[1], pipe.decode(z, seed=5).images[0])
+
+
+def test_inversion_round_trip(pipe):
+    """More steps find the noise better; from that of another picture, or a wrong z, nothing leads back."""
+    calm = tiny_pipeline(upsampler=False)
+    with torch.no_grad():
+        for parameter in calm.decoder.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    errors = []
+    for steps in (8, 64):
+        pair = calm.invert(picture(side=16), steps=steps)
+        assert pair.x_T.shape == (1, 3, 16, 16) and pair.seconds.keys() >= {"inversion"}
+        back = calm.decode(pair.image_embed, x_T=pair.x_T, steps=steps, guidance=1.0, clip=None, seed=0)
+        errors.append((back.images - pair.image).abs().mean().item())
+    assert errors[1] < errors[0] / 3 and errors[1] < 0.02
+
+
+def test_reconstruction_with_all_dimensions_is_the_original(pipe):
+    pca = pipe.fit_pca([torch.cat([picture(seed, 16) for seed in range(20)])])
+    made = pipe.reconstruct(picture(), (0, 4, 16), pca, seed=1)
+    original = pipe.decode(pipe.embed_image(picture()), seed=1)
+    assert torch.equal(made.image_embed[2:], original.image_embed)
+    close(made.images[2], original.images[0])
+    assert (made.image_embed[0] - made.image_embed[1]).abs().max() > 1e-3
+    close(pipe.reconstruct(picture(), [4], pca, seed=1).images[0], made.images[1])
+
+
+def test_the_worlds_components_are_those_of_the_seed(pipe):
+    first, again, other = (pipe.fit_pca(count=40, seed=seed, batch_size=16) for seed in (0, 0, 1))
+    assert torch.equal(first.components, again.components)
+    assert not torch.equal(first.mean, other.mean)
+    stranger = tiny_pipeline()
+    for stranger.metadata in ({}, {"world": None}):  # a checkpoint of own pictures has the second
+        with pytest.raises(ValueError, match="images: expected batches, because the .* names no world"):
+            stranger.fit_pca()
+
+
+@pytest.mark.parametrize("prompt", [None, "a red ring"])
+def test_inpainting_keeps_pixels_to_the_bit_at_the_size_that_comes_out(pipe, prompt):
+    image = picture()
+    mask = torch.zeros(1, 1, 32, 32, dtype=torch.bool)
+    mask[..., 5:20, 10:] = True
+    made = pipe.inpaint(image, mask, prompt, 2, seed=0)
+    kept = ~mask.expand(2, 3, -1, -1)
+    assert torch.equal(made.images[kept], image.expand(2, -1, -1, -1)[kept])
+    assert (made.images - image)[~kept].abs().mean() > 0.05
+    assert (made.images[0] - made.images[1]).abs().max() > 0.01
+    close(pipe.inpaint(image, mask, prompt, 1, seed=0).images[0], made.images[0])
+    again = pipe.inpaint(image, mask, prompt, 1, seed=0, resample=2, jump=1)
+    assert torch.equal(again.images[kept[:1]], image[kept[:1]])
+    small = pipe.inpaint(image, mask[..., ::2, ::2], prompt, 1, seed=0, size=16)
+    assert small.images.shape == (1, 3, 16, 16)
+
+
+def test_strength_one_equals_generate(pipe):
+    plain = pipe.generate("a red ring", 2, seed=1, steps=5)
+    started = pipe.generate("a red ring", 2, seed=1, steps=5, init_image=picture(), strength=1.0)
+    assert torch.equal(started.images, plain.images)
+    near = pipe.generate("a red ring", 2, seed=1, steps=5, init_image=picture(), strength=0.4)
+    assert (near.low_res - plain.low_res).abs().max() > 0.01
+
+
+def test_weights_that_know_a_caption_for_none_are_given_it():
+    """Karlo was trained with the empty caption where others drop it: without one it would see neither."""
+    plain, told = shaken_pipeline(), shaken_pipeline()
+    told.sampling["negative_prompt"] = "a"
+    z = plain.embed_image(picture())
+    options = dict(seed=0, size=16, guidance=1.0)
+    assert torch.equal(told.decode(z, **options).images, plain.decode(z, prompt="a", **options).images)
+    assert not torch.equal(told.decode(z, **options).images, plain.decode(z, **options).images)
+    assert told.variations(picture(), 2, seed=0, inversion_steps=2).images.isfinite().all()
+    mask = torch.ones(8, 8)
+    assert told.inpaint(picture(), mask, num_images=2, seed=0).images.shape == (2, 3, 32, 32)
+
+    # A caption to lead away from, without one for what is drawn: only the rows of guidance hear of it.
+    options = dict(seed=0, size=16)
+    led = plain.decode(z, negative_prompt="a red ring", guidance=3.0, **options).images
+    assert not torch.equal(led, plain.decode(z, guidance=3.0, **options).images)
+    unguided = plain.decode(z, negative_prompt="a red ring", guidance=1.0, **options).images
+    assert torch.equal(unguided, plain.decode(z, guidance=1.0, **options).images)
+
+
+def test_two_upsamplers_in_tiles_keep_pixels_too():
+    """Each stage keeps the picture at its own size; the last decides what comes out."""
+    tiny = tiny_pipeline()
+    second = Upsampler(**tiny.upsampler.config | {"image_size": 64, "low_res_size": 32})
+    chain = DALLE2(tiny.clip, tiny.prior, tiny.decoder, tiny.upsampler, tiny.tokenizer, upsampler2=second)
+    image, mask = picture(side=64), torch.zeros(1, 1, 64, 64, dtype=torch.bool)
+    mask[..., 20:50, 7:33] = True
+    options = dict(seed=0, steps=2, prior_steps=2, upsampler_steps=2, upsampler2_steps=2)
+    made = chain.inpaint(image, mask, "a red ring", 2, tile=32, **options).images
+    assert made.shape == (2, 3, 64, 64)
+    kept = ~mask.expand_as(made)
+    assert torch.equal(made[kept], image.expand_as(made)[kept])
+
+
+def test_a_batch_of_inversions_is_each_alone(pipe):
+    both = pipe.invert(torch.cat([picture(0), picture(1)]), steps=3, batch_size=1)
+    close(both.x_T[1], pipe.invert(picture(1), steps=3).x_T[0])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda p: p.variations(picture()[..., :16]), ValueError, "image: expected .*square image"),
+        (lambda p: p.variations(picture() * 2), ValueError, r"image: expected values in \[0, 1\]"),
+        (lambda p: p.variations("a ring"), TypeError, "image: expected a tensor .* or PIL images, got str"),
+        (lambda p: p.variations(picture(), eta=2.0), ValueError, "eta: expected a number"),
+        (lambda p: p.variations(picture(), 0), ValueError, "num_images: expected at least 1"),
+        (lambda p: p.variations(picture(), hue=1), TypeError, "hue: not an option here"),
+        (lambda p: p.variations(picture(), prompt="zebra"), ValueError, "zebra"),
+        (lambda p: p.decode(torch.zeros(1, 3)), ValueError, r"image_embed: expected \[P >= 1, 16\]"),
+        (lambda p: p.decode([1.0]), TypeError, "image_embed: expected a floating-point tensor"),
+        (lambda p: p.decode(torch.ones(1, 16), x_T=torch.ones(2, 3, 16, 16)), ValueError, "x_T: expected"),
+        (lambda p: p.decode(torch.ones(2, 16), prompt=["a ring"] * 3), ValueError, "prompt: expected one"),
+        (lambda p: p.interpolate(picture(), picture(1), 1), ValueError, "num_frames: expected at least 2"),
+        (lambda p: p.interpolate(picture(), picture(1), noise="pink"), ValueError, "noise: expected 'fixed'"),
+        (lambda p: p.interpolate(picture().repeat(2, 1, 1, 1), picture()), ValueError, "first: expected one"),
+        (lambda p: p.text_diff(picture(), "a ring", "a ring"), ValueError, "captions that differ"),
+        (lambda p: p.text_diff(picture(), "a ring", "a red ring", theta=2), ValueError, "theta: expected"),
+        (lambda p: p.invert(picture(), steps=1), ValueError, "steps"),
+        (lambda p: p.reconstruct(picture(), [], PCA.fit(torch.rand(9, 16))), ValueError, "dims: expected"),
+        (lambda p: p.reconstruct(picture(), [1], PCA.fit(torch.rand(9, 4))), ValueError, "pca: expected"),
+        (lambda p: p.fit_pca([]), ValueError, "images: expected at least one batch"),
+        (lambda p: p.inpaint(picture(), torch.ones(3, 4)), ValueError, r"mask: expected \[B, 1, S, S\]"),
+        (lambda p: p.inpaint(picture(), None), TypeError, "mask: expected a tensor or a PIL image"),
+        (lambda p: p.generate("a ring", init_image=picture(), strength=0.0), ValueError, "strength"),
+        (lambda p: p.generate("a ring", init_image=picture().repeat(2, 1, 1, 1)), ValueError, "init_image"),
+    ],
+)
+def test_bad_calls(pipe, call, error, says):
+    with pytest.raises(error, match=says):
+        call(pipe)
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_as_on_the_cpu(pipe):
+    made = shaken_pipeline().to("cuda").variations(picture(), 2, seed=1)
+    close(made.images.cpu(), pipe.variations(picture(), 2, seed=1).images, 2e-2)
