@@ -1,6 +1,7 @@
 """The contrastive losses of dalle2_fast._C on the CPU against the references in float64, and their ops.
 
-`small_tiles` cuts few rows into many tiles. The text of the CUDA kernels runs in tests/csrc; here OnCuda, which calls them, meets the CPU's epilogues in their place.
+`small_tiles` cuts few rows into many tiles. The text of the CUDA kernels runs in tests/csrc;
+here OnCuda, which calls them, meets the CPU's epilogues in their place.
 """
 
 from __future__ import annotations
