@@ -22,8 +22,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from dalle2_fast.data.synthetic.stream import mix_seed
 from dalle2_fast.data.text.tokenizer import Tokenizer, WordTokenizer, split_words
+from dalle2_fast.seeds import mix_seed
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 CAPTION_KEYS = ("txt", "caption", "json")  # of a json: its "caption" or "text"

@@ -17,7 +17,6 @@ from dalle2_fast.diffusion.schedules import Schedule
 
 # Counters of the noise of known pixels and of the way back, far from those of the steps.
 _KNOWN_NOISE, _BACK_NOISE = 2**30, 2**29
-_GOLDEN = 0x9E3779B97F4A7C15
 
 
 class Inpainting:
@@ -78,12 +77,6 @@ def visits(start: int, steps: int, resample: int, jump: int) -> list[tuple[int, 
         for again in range(resample)
         for step in range(begin, min(begin + jump, steps))
     ]
-
-
-def other_seeds(seeds: Tensor, number: int) -> Tensor:
-    """The seeds of a repetition, which must not see the noise of the first time."""
-    offset = (number * _GOLDEN) % 2**64
-    return seeds ^ (offset - 2**64 if offset >= 2**63 else offset) if number else seeds
 
 
 def check_mask(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor:

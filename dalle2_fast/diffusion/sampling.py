@@ -9,9 +9,10 @@ from torch import Tensor
 
 from dalle2_fast import functional
 from dalle2_fast.diffusion import sampler_tables
-from dalle2_fast.diffusion.inpainting import Inpainting, other_seeds, visits
+from dalle2_fast.diffusion.inpainting import Inpainting, visits
 from dalle2_fast.diffusion.schedules import Schedule
 from dalle2_fast.ops import _checks
+from dalle2_fast.seeds import derived_seeds
 
 Net = Callable[[Tensor, Tensor], Tensor]
 Progress = Callable[..., Iterable] | bool | None
@@ -128,7 +129,7 @@ class Sampling:
         rows, net_times, table = self._on_device(times, table, batch, device, dtype)
         previous_x0, state = None, start
         for step, number in _with_progress(order, progress):
-            own = other_seeds(seeds, number)
+            own = derived_seeds(seeds, number)
             if step < state:  # the stretch begins anew
                 x = inpainting.keep(inpainting.back(x, state, step, own), step, own)
                 previous_x0 = None

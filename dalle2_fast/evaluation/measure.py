@@ -17,7 +17,6 @@ from tqdm import tqdm
 from dalle2_fast.data.synthetic.captions import make_captions
 from dalle2_fast.data.synthetic.rendering import render
 from dalle2_fast.data.synthetic.scenes import sample_scenes
-from dalle2_fast.data.synthetic.stream import mix_seed
 from dalle2_fast.data.synthetic.world import World
 from dalle2_fast.data.text.tokenizer import WordTokenizer
 from dalle2_fast.evaluation.baselines import nearest_training_scenes, shuffle_pictures
@@ -26,6 +25,7 @@ from dalle2_fast.evaluation.reader import Reader
 from dalle2_fast.evaluation.scores import ATTRIBUTES, score_captions
 from dalle2_fast.evaluation.upsampling import score_upsampler
 from dalle2_fast.pipeline.dalle2 import DALLE2
+from dalle2_fast.seeds import mix_seed
 
 SPLITS = ("iid", "comp")
 PARTS = ("clip", "captions", "upsampler")

@@ -27,8 +27,8 @@ from dalle2_fast.pipeline.generation import (
     at_least_one,
     candidate_seeds,
     choose_seed,
-    sample_seed,
 )
+from dalle2_fast.seeds import sample_seed
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -17,8 +17,9 @@ from torch import Tensor
 from dalle2_fast.data.images import as_images, as_mask, resized
 from dalle2_fast.models.prior.pca import PCA
 from dalle2_fast.pipeline.chain import Chain
-from dalle2_fast.pipeline.generation import Generation, Progress, Run, at_least_one, choose_seed, sample_seed
+from dalle2_fast.pipeline.generation import Generation, Progress, Run, at_least_one, choose_seed
 from dalle2_fast.pipeline.slerp import slerp
+from dalle2_fast.seeds import sample_seed
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle2_fast.pipeline.progress import StageWatch
+from dalle2_fast.seeds import sample_seed
 
 STAGES = ("text", "prior", "decoder", "upsampler", "upsampler2")
 Progress = bool | Callable[[str, Iterable, int | None], Iterable]
@@ -91,28 +92,10 @@ class Run:
         )
 
 
-def sample_seed(seed: int, index: int) -> int:
-    """A seed (int64, any sign) from a seed and an index: splitmix64 (Steele et al. 2014) at position `index`.
-
-    For a fixed seed different indices never collide, and neighbouring seeds give unrelated ones.
-    """
-    mask = 2**64 - 1
-    z = (_mix(seed & mask) + (index + 1) * 0x9E3779B97F4A7C15) & mask
-    z = _mix(z)
-    return z - 2**64 if z >= 2**63 else z
-
-
 def candidate_seeds(seed: int, count: int) -> list[int]:
     """The seeds of an image's candidates: its own, then others. More candidates never change the first ones,
     and at negative positions they meet no seed of a stage."""
     return [seed, *(sample_seed(seed, -candidate) for candidate in range(1, count))]
-
-
-def _mix(z: int) -> int:
-    mask = 2**64 - 1
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return z ^ (z >> 31)
 
 
 def choose_seed(seed: int | None, generator: torch.Generator | None = None) -> int:

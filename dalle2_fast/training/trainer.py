@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from dalle2_fast.seeds import mix_seed
 from dalle2_fast.training.ema import ExponentialMovingAverage
 from dalle2_fast.training.optimisers import Optimisation, make_optimizers
 from dalle2_fast.training.state import StageFolder, TrainingError
@@ -36,16 +37,6 @@ class Stage(Protocol):
     def loss(self, batch: dict, generator: torch.Generator) -> Tensor: ...
     def metrics(self) -> dict[str, float]: ...
     def pictures(self) -> tuple[Tensor, int] | None: ...
-
-
-def step_seed(seed: int, step: int) -> int:
-    """A well-mixed 63-bit seed from (seed, step): splitmix64's finaliser, because neighbouring seeds must
-    not correlate."""
-    mask = (1 << 64) - 1
-    value = (seed * 0x9E3779B97F4A7C15 + step + 1) & mask
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
-    return (value ^ (value >> 31)) >> 1
 
 
 @contextmanager
@@ -215,7 +206,8 @@ class Trainer:
                 saved = now
 
     def _backward(self) -> tuple[Tensor, Tensor]:
-        seed = step_seed(self.seed, self.step)
+        # The 1 keeps these numbers apart from those of the data, which depend on (seed, step).
+        seed = mix_seed(self.seed, self.step, 1)
         torch.manual_seed(seed)  # for dropout and the like, which take no generator
         generator = torch.Generator(self.device).manual_seed(seed)
         batch = self.stage.batch(self.step)

@@ -14,7 +14,8 @@ from dalle2_fast.checkpoints import CheckpointError
 from dalle2_fast.diffusion.sampling import INITIAL_NOISE
 from dalle2_fast.models.decoder.conditioning import Caption
 from dalle2_fast.models.prior.base import candidate_seeds
-from dalle2_fast.pipeline.generation import STAGES, sample_seed
+from dalle2_fast.pipeline.generation import STAGES
+from dalle2_fast.seeds import sample_seed
 
 pytest.importorskip("diffusers", reason="needs diffusers, whose Karlo is the oracle")
 pytest.importorskip("transformers", reason="needs transformers, whose CLIP the pipeline uses")

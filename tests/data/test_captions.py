@@ -16,7 +16,7 @@ from dalle2_fast.data.synthetic.scenes import (
     is_sound,
     sample_scenes,
 )
-from dalle2_fast.data.synthetic.stream import SceneStream, mix_seed
+from dalle2_fast.data.synthetic.stream import SceneStream
 from dalle2_fast.data.synthetic.words import scene_words
 from dalle2_fast.data.synthetic.world import World
 from dalle2_fast.data.text.tokenizer import WordTokenizer, split_words
@@ -356,9 +356,3 @@ def test_stream_of_a_world_and_split():
         SceneStream(world, 0)
     with pytest.raises(ValueError, match="at_once: expected an int >= 1, got 0"):
         SceneStream(world, at_once=0)
-
-
-def test_mixed_seeds_differ():
-    seeds = {mix_seed(seed, step) for seed in range(40) for step in range(40)}
-    assert len(seeds) == 1600 and all(0 <= seed < 2**63 for seed in seeds)
-    assert mix_seed(0, 1) != mix_seed(1, 0)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from dalle2_fast.diffusion import GaussianDiffusion, make_schedule
-from dalle2_fast.diffusion.inpainting import other_seeds, visits
+from dalle2_fast.diffusion.inpainting import visits
+from dalle2_fast.seeds import derived_seeds
 from tests.support.gaussian_data import DEVIATION, MEAN, exact_net
 
 SAMPLERS = [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 1.0), ("dpm++", 0.0)]
@@ -131,9 +132,9 @@ def test_bad_arguments_are_named(options, error, words):
         sample(**options)
 
 
-def test_repetitions_have_other_seeds():
-    assert torch.equal(other_seeds(SEEDS, 0), SEEDS)
-    all_seeds = torch.cat([other_seeds(SEEDS, again) for again in range(50)])
+def test_repetitions_have_derived_seeds():
+    assert torch.equal(derived_seeds(SEEDS, 0), SEEDS)
+    all_seeds = torch.cat([derived_seeds(SEEDS, again) for again in range(50)])
     assert len(set(all_seeds.tolist())) == 150
 
 

@@ -21,6 +21,7 @@ PACKAGE = ROOT / "dalle2_fast"
 # room -> the rooms it may import. A room is a file or folder directly in dalle2_fast/.
 ARROWS = {
     "_lazy": set(),
+    "seeds": set(),
     "_C": set(),
     "reference": set(),
     "kernels": {"_C"},
@@ -28,13 +29,14 @@ ARROWS = {
     "functional": {"ops", "reference"},
     "modules": {"functional", "ops"},
     "losses": {"functional", "ops"},
-    "diffusion": {"functional", "ops"},
-    "data": {"ops", "_lazy"},
+    "diffusion": {"functional", "seeds", "ops"},
+    "data": {"seeds", "ops", "_lazy"},
     "checkpoints": {"ops", "data"},
-    "models": {"modules", "functional", "ops", "diffusion", "data", "checkpoints", "_lazy"},
-    "pipeline": {"models", "ops", "data", "checkpoints", "_lazy"},
-    "evaluation": {"pipeline", "models", "diffusion", "data", "checkpoints"},
-    "training": {"evaluation", "pipeline", "models", "diffusion", "data", "checkpoints", "functional"},
+    "models": {"seeds", "modules", "functional", "ops", "diffusion", "data", "checkpoints", "_lazy"},
+    "pipeline": {"seeds", "models", "ops", "data", "checkpoints", "_lazy"},
+    "evaluation": {"seeds", "pipeline", "models", "diffusion", "data", "checkpoints"},
+    "training": {"evaluation", "pipeline", "models", "diffusion", "data", "checkpoints", "functional",
+                 "seeds"},  # fmt: skip
     "adapters": {"models", "modules", "functional", "diffusion"},
     "cli": {"training", "evaluation", "pipeline", "models", "data", "checkpoints", "ops", "__init__"},
     "__main__": {"cli"},

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from dalle2_fast import DALLE2, DiffusionPrior, Upsampler
+from dalle2_fast.data.images import to_pil
 from dalle2_fast.data.text.tokenizer import WordTokenizer
-from dalle2_fast.pipeline.dalle2 import sample_seed, to_pil
+from dalle2_fast.seeds import sample_seed
 from tests.support.tiny_pipeline import tiny_pipeline
 
 

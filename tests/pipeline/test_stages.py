@@ -11,7 +11,8 @@ from PIL import Image
 
 from dalle2_fast import DALLE2, ARPrior, Upsampler
 from dalle2_fast.cli import main
-from dalle2_fast.pipeline.generation import STAGES, Run, candidate_seeds, sample_seed
+from dalle2_fast.pipeline.generation import STAGES, Run, candidate_seeds
+from dalle2_fast.seeds import sample_seed
 from tests.support.tiny_pipeline import tiny_pipeline
 
 UNET = dict(in_channels=6, out_channels=3, patch_size=2, channels=(16, 16), layers_per_block=1, num_groups=4,

@@ -12,6 +12,7 @@ from dalle2_fast.data.synthetic.rendering import render
 from dalle2_fast.data.synthetic.scenes import sample_scenes
 from dalle2_fast.data.synthetic.world import World
 from dalle2_fast.data.text.tokenizer import WordTokenizer
+from dalle2_fast.seeds import mix_seed
 
 
 class SceneStream:
@@ -83,14 +84,3 @@ class SceneStream:
                 scenes, phrasing, generator, count=self.negatives, split=self.split, world=self.world
             )
         return batch
-
-
-def mix_seed(seed: int, step: int) -> int:
-    """A 63-bit seed from two integers: SplitMix64's finaliser after each, so that neighbours differ."""
-    mask, state = (1 << 64) - 1, 0
-    for value in (seed, step):
-        state = (state + value + 0x9E3779B97F4A7C15) & mask
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
-        state ^= state >> 31
-    return state >> 1

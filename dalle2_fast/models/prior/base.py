@@ -12,6 +12,7 @@ from dalle2_fast.checkpoints import Pretrained
 from dalle2_fast.models.clip.model import CLIP
 from dalle2_fast.models.inputs import cat_padded, check_probability, resolve_seeds
 from dalle2_fast.models.prior.diffusion_network import Prefix
+from dalle2_fast.seeds import derived_seeds
 
 Caption = tuple[Tensor, Tensor | None, Tensor | None]  # embedding, encodings, mask
 
@@ -201,11 +202,9 @@ def best_candidate(
 
 
 def candidate_seeds(seeds: Tensor, count: int) -> Tensor:
-    """[B] -> [B * count], the candidates of one caption side by side, each with noise of its own.
+    """[B] -> [B * count], the candidates of one caption next to each other, each with noise of its own.
 
-    Candidate k gets seed xor (k + 1) * (2^64 / golden ratio). None keeps the plain seed: a decoder that is
-    given the same one would start from the same numbers as the prior.
+    None of them keeps the plain seed: a decoder that is given the same one would start from the same numbers
+    as the prior.
     """
-    golden = 0x9E3779B97F4A7C15 - 2**64  # as a signed integer; the product wraps, as intended
-    offsets = torch.arange(1, count + 1, device=seeds.device) * golden
-    return (seeds[:, None] ^ offsets).flatten()
+    return derived_seeds(seeds[:, None], torch.arange(1, count + 1, device=seeds.device)).flatten()
