@@ -4,28 +4,57 @@ The public names below are imported on first use (PEP 562), so `import dalle2_fa
 `dalle2-fast --help` never waits for torch.
 """
 
+from typing import TYPE_CHECKING
+
 from dalle2_fast._lazy import attach
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "CLIP": "dalle2_fast.models.clip",
-    "DiffusionPrior": "dalle2_fast.models.prior",
-    "DiffusionPriorNetwork": "dalle2_fast.models.prior",
-    "ARPrior": "dalle2_fast.models.prior",
-    "ARPriorNetwork": "dalle2_fast.models.prior",
-    "UNet": "dalle2_fast.models.unet",
-    "Decoder": "dalle2_fast.models.decoder",
-    "Upsampler": "dalle2_fast.models.upsampler",
-    "DALLE2": "dalle2_fast.pipeline",
-    "ClipLoss": "dalle2_fast.losses",
-    "SigLipLoss": "dalle2_fast.losses",
-    "SoftClipLoss": "dalle2_fast.losses",
-    "GroupNormSiLU": "dalle2_fast.modules",
-    "build_info": "dalle2_fast.ops._dispatch",
-    "patch": "dalle2_fast.adapters.patch",
-    "unpatch": "dalle2_fast.adapters.patch",
-}
+if TYPE_CHECKING:  # for editors and type checkers, which cannot follow `attach`
+    from dalle2_fast.adapters.patch import patch as patch
+    from dalle2_fast.adapters.patch import unpatch as unpatch
+    from dalle2_fast.losses import (
+        ClipLoss as ClipLoss,
+    )
+    from dalle2_fast.losses import (
+        SigLipLoss as SigLipLoss,
+    )
+    from dalle2_fast.losses import (
+        SoftClipLoss as SoftClipLoss,
+    )
+    from dalle2_fast.models.clip import CLIP as CLIP
+    from dalle2_fast.models.decoder import Decoder as Decoder
+    from dalle2_fast.models.prior import (
+        ARPrior as ARPrior,
+    )
+    from dalle2_fast.models.prior import (
+        ARPriorNetwork as ARPriorNetwork,
+    )
+    from dalle2_fast.models.prior import (
+        DiffusionPrior as DiffusionPrior,
+    )
+    from dalle2_fast.models.prior import (
+        DiffusionPriorNetwork as DiffusionPriorNetwork,
+    )
+    from dalle2_fast.models.unet import UNet as UNet
+    from dalle2_fast.models.upsampler import Upsampler as Upsampler
+    from dalle2_fast.modules import GroupNormSiLU as GroupNormSiLU
+    from dalle2_fast.ops._dispatch import build_info as build_info
+    from dalle2_fast.pipeline import DALLE2 as DALLE2
 
-__getattr__, __dir__, __all__ = attach(__name__, _HOMES)
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "dalle2_fast.adapters.patch": ["patch", "unpatch"],
+        "dalle2_fast.losses": ["ClipLoss", "SigLipLoss", "SoftClipLoss"],
+        "dalle2_fast.models.clip": ["CLIP"],
+        "dalle2_fast.models.decoder": ["Decoder"],
+        "dalle2_fast.models.prior": ["ARPrior", "ARPriorNetwork", "DiffusionPrior", "DiffusionPriorNetwork"],
+        "dalle2_fast.models.unet": ["UNet"],
+        "dalle2_fast.models.upsampler": ["Upsampler"],
+        "dalle2_fast.modules": ["GroupNormSiLU"],
+        "dalle2_fast.ops._dispatch": ["build_info"],
+        "dalle2_fast.pipeline": ["DALLE2"],
+    },
+)
 __all__ = ["__version__", *__all__]

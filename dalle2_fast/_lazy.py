@@ -1,12 +1,13 @@
 """Names of a package that are imported on first use (PEP 562), so that the package itself imports at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from sys import modules
 
 
-def attach(package: str, homes: dict[str, str]) -> tuple[Callable, Callable, list[str]]:
-    """`__getattr__`, `__dir__` and `__all__` of `package`; homes: public name -> module that defines it."""
+def attach(package: str, names: Mapping[str, Sequence[str]]) -> tuple[Callable, Callable, list[str]]:
+    """`__getattr__`, `__dir__` and `__all__` of `package`; names: module -> the public names it defines."""
+    homes = {name: module for module, defined in names.items() for name in defined}
 
     def __getattr__(name: str):
         if name not in homes:

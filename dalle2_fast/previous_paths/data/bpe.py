@@ -1,0 +1,3 @@
+from dalle2_fast.data.text.bpe import BPETokenizer
+
+__all__ = ["BPETokenizer"]

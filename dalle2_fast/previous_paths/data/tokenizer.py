@@ -1,0 +1,3 @@
+from dalle2_fast.data.text.tokenizer import WordTokenizer
+
+__all__ = ["WordTokenizer"]

@@ -1,0 +1,3 @@
+from dalle2_fast.data.synthetic.world import World
+
+__all__ = ["World"]

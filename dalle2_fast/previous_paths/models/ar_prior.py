@@ -1,0 +1,3 @@
+from dalle2_fast.models.prior import ARPrior
+
+__all__ = ["ARPrior"]

@@ -1,0 +1,3 @@
+from dalle2_fast.models.prior import ARPriorNetwork
+
+__all__ = ["ARPriorNetwork"]

@@ -1,0 +1,3 @@
+from dalle2_fast.models.decoder.conditioning import ConditionProjection
+
+__all__ = ["ConditionProjection"]

@@ -1,0 +1,3 @@
+from dalle2_fast.pipeline.generation import Generation
+
+__all__ = ["Generation"]

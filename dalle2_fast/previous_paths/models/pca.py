@@ -1,0 +1,3 @@
+from dalle2_fast.models.prior import PCA
+
+__all__ = ["PCA"]

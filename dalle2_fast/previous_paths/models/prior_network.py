@@ -1,0 +1,3 @@
+from dalle2_fast.models.prior import DiffusionPriorNetwork
+
+__all__ = ["DiffusionPriorNetwork"]

@@ -1,0 +1,3 @@
+from dalle2_fast.models.clip.resnet import AttentionPool, Bottleneck, ModifiedResNet
+
+__all__ = ["AttentionPool", "Bottleneck", "ModifiedResNet"]

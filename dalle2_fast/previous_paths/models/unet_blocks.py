@@ -1,0 +1,3 @@
+from dalle2_fast.models.unet.blocks import AttentionBlock, FineLevel, Layout, ResBlock
+
+__all__ = ["AttentionBlock", "FineLevel", "Layout", "ResBlock"]
