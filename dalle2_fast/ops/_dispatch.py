@@ -66,6 +66,11 @@ def use_native(impl: str, image: Tensor, text: Tensor) -> bool:
     return obstacle is None
 
 
+def needs_gradient(*values: Tensor | float | None) -> bool:
+    """Whether autograd will ask for a gradient of one of these values."""
+    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
+
+
 def _check_choice(impl: str) -> None:
     if impl not in _CHOICES:
         raise ValueError(f"impl: expected one of {', '.join(map(repr, _CHOICES))}, got {impl!r}")

@@ -1,0 +1,206 @@
+"""noise[b, e] = normal e % 4 of Philox4x32-10(key = seeds[b], counter = (e // 4, step)),
+x_t = alpha x0 + sigma noise
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dalle2_fast.ops import _checks, _dispatch
+from dalle2_fast.ops._broadcast import per_sample
+from dalle2_fast.ops._dtypes import compute_dtype
+
+_LOW_32_BITS = 0xFFFFFFFF
+# Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): multipliers and the
+# Weyl increments of the key.
+_PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
+_PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
+
+
+def sample_noise(
+    seeds: Tensor,  # int64 [B]
+    step: int | Tensor,
+    shape: Sequence[int],  # (B, *)
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:  # [B, *]
+    """Standard normal noise that depends on (seed, step, element), not on batch mates or the device.
+
+    Element e of sample b is normal number e % 4 of Philox4x32-10 with key seeds[b] and counter (e // 4,
+    step); elements count in the order of a contiguous tensor. Words become numbers by Box-Muller in float32.
+
+    Args:
+        seeds: one per sample; all 64 bits count.
+        step: >= 0; an int, or an int64 scalar tensor on the device of the noise.
+        shape: of the noise; shape[0] is the number of seeds.
+        device: where the noise is wanted; the device of seeds when None.
+        dtype: floating; every dtype gets the same numbers, rounded.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or shape.
+
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    if device is not None:
+        _checks.tensor("seeds", seeds)
+        seeds = seeds.to(device)
+    _check_sample_noise(seeds, step, shape, dtype)
+    if _dispatch.use_reference("auto", torch.empty(0, dtype=dtype, device=seeds.device)):
+        return sample_noise_reference(seeds, step, tuple(shape), dtype)
+    return torch.ops.dalle2_fast.sample_noise(seeds, *tensor_or_number(step), tuple(shape), dtype)
+
+
+def tensor_or_number(step: int | Tensor) -> tuple[Tensor | None, int]:
+    """A step as the ops take it: what is on the device stays there, and a number is not sent there."""
+    return (step, 0) if isinstance(step, Tensor) else (None, step)
+
+
+def _check_sample_noise(seeds: Tensor, step: int | Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    shape = tuple(shape)
+    if not shape or not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise ValueError(f"shape: expected (B, ...) of sizes >= 0, got {shape}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating-point torch.dtype, got {dtype}")
+    _checks.seeds_and_step(seeds, step, shape[0])
+
+
+def sample_noise_reference(
+    seeds: Tensor,  # int64 [B]
+    step: int | Tensor,  # >= 0; a tensor is a scalar
+    shape: tuple[int, ...],  # (B, *)
+    dtype: torch.dtype,
+) -> Tensor:  # [B, *] on the device of seeds
+    """noise[b, 4 i + j] = normal j of Philox(key = seeds[b], counter = (i, step))"""
+    maths = compute_dtype(dtype)
+    batch = shape[0]
+    elements = 1
+    for size in shape[1:]:
+        elements *= size
+    blocks = torch.arange((elements + 3) // 4, device=seeds.device)[None]  # [1, blocks]
+    if isinstance(step, Tensor):
+        step = step.to(torch.int64).reshape(1, 1)
+        step_low, step_high = step & _LOW_32_BITS, (step >> 32) & _LOW_32_BITS
+    else:
+        step_low = torch.full((1, 1), step & _LOW_32_BITS, dtype=torch.int64, device=seeds.device)
+        step_high = torch.full((1, 1), step >> 32, dtype=torch.int64, device=seeds.device)
+    seeds = seeds[:, None]
+    words = philox_4x32_10(
+        (blocks & _LOW_32_BITS, blocks >> 32, step_low, step_high),
+        (seeds & _LOW_32_BITS, (seeds >> 32) & _LOW_32_BITS),
+    )
+    normals = box_muller(words[0], words[1], maths) + box_muller(words[2], words[3], maths)
+    flat = torch.stack(normals, dim=-1).reshape(batch, blocks.shape[1] * 4)[:, :elements]
+    return flat.reshape(shape).to(dtype)
+
+
+def philox_4x32_10(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor],  # four int64 tensors holding 32-bit words
+    key: tuple[Tensor, Tensor],  # two int64 tensors holding 32-bit words
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # four int64 tensors holding 32-bit words
+    """Philox4x32 with ten rounds. The six words may have any shapes that broadcast against each other."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # An int64 product wraps modulo 2^64, so its bit pattern is the unsigned 64-bit product. The shift
+        # copies the sign into the upper half; the mask after the exclusive or removes it.
+        product0 = c0 * _PHILOX_M0
+        product1 = c2 * _PHILOX_M1
+        c0 = (product1 >> 32).bitwise_xor(c1).bitwise_xor(k0).bitwise_and(_LOW_32_BITS)
+        c2 = (product0 >> 32).bitwise_xor(c3).bitwise_xor(k1).bitwise_and(_LOW_32_BITS)
+        c1 = product1.bitwise_and(_LOW_32_BITS)
+        c3 = product0.bitwise_and(_LOW_32_BITS)
+        k0 = (k0 + _PHILOX_W0) & _LOW_32_BITS
+        k1 = (k1 + _PHILOX_W1) & _LOW_32_BITS
+    return c0, c1, c2, c3
+
+
+def box_muller(word0: Tensor, word1: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Box-Muller: two words -> two independent standard normal numbers."""
+    # The uniforms are float32 whatever the dtype (u in (0, 1], the product is exact), so that a float64 run
+    # sees the same numbers as a float32 one and not others that differ by the rounding of u.
+    uniform0 = (word0.to(torch.float32) * 2.0**-32 + 2.0**-33).to(dtype)
+    uniform1 = (word1.to(torch.float32) * 2.0**-32).to(dtype)
+    radius = uniform0.log_().mul_(-2).sqrt_()
+    angle = uniform1.mul_(6.283185307179586)
+    return radius * angle.cos(), radius * angle.sin()
+
+
+def add_noise(
+    x0: Tensor,  # [B, *]
+    alpha: Tensor,  # [B]
+    sigma: Tensor,  # [B]
+    noise: Tensor | None = None,  # [B, *]
+    seeds: Tensor | None = None,  # int64 [B]
+    step: int | Tensor = 0,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:  # x_t, noise: [B, *]
+    """The forward process: x_t = alpha x0 + sigma noise.
+
+    Args:
+        x0: clean samples, floating.
+        alpha, sigma: floating, one per sample.
+        noise: standard normal, the shape of x0; or
+        seeds, step: draw it by `sample_noise`. Exactly one of noise and seeds is given.
+        impl: "auto", "reference" or "fused".
+
+    Returns:
+        x_t in the dtype of x0 (the maths is float32, or float64 for float64 input), and the noise that was
+        added.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or device; both or neither of noise and
+            seeds.
+        RuntimeError: impl="fused" and no kernel can run here.
+
+    Source: Kingma et al., 2107.00630, equation 1.
+    """
+    _check_add_noise(x0, alpha, sigma, noise, seeds, step)
+    if _dispatch.use_reference(impl, x0, noise):
+        if noise is None:
+            noise = sample_noise_reference(seeds, step, tuple(x0.shape), x0.dtype)
+        return add_noise_reference(x0, alpha, sigma, noise), noise
+    if noise is None:
+        return torch.ops.dalle2_fast.add_drawn_noise(x0, alpha, sigma, seeds, *tensor_or_number(step))
+    return torch.ops.dalle2_fast.add_noise(x0, alpha, sigma, noise), noise
+
+
+def _check_add_noise(
+    x0: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    step: int | Tensor,
+) -> None:
+    _checks.floating("x0", x0)
+    if x0.dim() < 1:
+        raise ValueError(f"x0: expected [B, ...], got {tuple(x0.shape)}")
+    for name, value in (("alpha", alpha), ("sigma", sigma)):
+        _checks.floating(name, value)
+        _checks.shape(name, value, "B", x0.shape[:1])
+        _checks.same_device(name, value, "x0", x0)
+    if (noise is None) == (seeds is None):
+        came = "neither" if noise is None else "both"
+        raise ValueError(f"noise, seeds: expected exactly one of the two, got {came}")
+    if noise is not None:
+        _checks.floating("noise", noise)
+        _checks.shape("noise", noise, "B, ...", x0.shape)
+        _checks.same_device("noise", noise, "x0", x0)
+    else:
+        _checks.seeds_and_step(seeds, step, x0.shape[0])
+        _checks.same_device("seeds", seeds, "x0", x0)
+
+
+def add_noise_reference(
+    x0: Tensor,  # [B, *]
+    alpha: Tensor,  # [B]
+    sigma: Tensor,  # [B]
+    noise: Tensor,  # [B, *]
+) -> Tensor:  # [B, *], dtype of x0
+    """x_t = alpha x0 + sigma noise"""
+    dtype = compute_dtype(x0.dtype)
+    signal = per_sample(alpha.to(dtype), x0) * x0.to(dtype)
+    return torch.addcmul(signal, per_sample(sigma.to(dtype), x0), noise.to(dtype)).to(x0.dtype)

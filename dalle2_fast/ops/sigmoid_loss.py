@@ -1,0 +1,50 @@
+"""loss = sum_ij -log sigmoid(z[i, j] L[i, j]) / N,  L = scale I T^T + bias, z = 1 where i = j, else -1"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dalle2_fast.ops import _checks, _dispatch
+from dalle2_fast.ops._dtypes import compute_dtype
+from dalle2_fast.ops.contrastive_loss import scalar_like, scaled_logits, without_autocast
+
+
+def sigmoid_loss(
+    image_features: Tensor,  # [N, D]
+    text_features: Tensor,  # [N, D]
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    impl: str = "auto",
+) -> Tensor:  # scalar
+    """SigLIP's loss: every pair of the batch is a binary question. Sum over pairs, divided by N.
+
+    Arguments, dtypes and errors as `contrastive_loss`; logit_bias is required (it is -10 at the start of
+    training).
+
+    Source: Zhai et al., 2303.15343, equation 1.
+    """
+    _checks.contrastive(image_features, text_features, logit_scale, logit_bias)
+    if logit_bias is None:
+        raise TypeError("logit_bias: expected a number or a scalar tensor, got None")
+    if not _dispatch.use_native(impl, image_features, text_features):
+        return sigmoid_loss_reference(image_features, text_features, logit_scale, logit_bias)
+    tracked = _dispatch.needs_gradient(image_features, text_features, logit_scale, logit_bias)
+    scale, bias = scalar_like(logit_scale, image_features), scalar_like(logit_bias, image_features)
+    op = torch.ops.dalle2_fast.sigmoid_loss
+    return op(image_features, text_features, scale, bias, 0, False, tracked)[0]
+
+
+def sigmoid_loss_reference(
+    image_features: Tensor,  # [N, D]
+    text_features: Tensor,  # [N, D]
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+) -> Tensor:  # scalar
+    """sum over i, j of -log sigmoid(z L[i, j]) / N, z = 1 on the diagonal and -1 elsewhere"""
+    dtype = compute_dtype(image_features.dtype)
+    with without_autocast(image_features.device):
+        logits = scaled_logits(image_features.to(dtype), text_features.to(dtype), logit_scale, logit_bias)
+        signs = torch.full_like(logits, -1, requires_grad=False).fill_diagonal_(1)
+        return -F.logsigmoid(signs * logits).sum() / logits.shape[0]
