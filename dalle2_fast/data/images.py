@@ -60,18 +60,30 @@ def from_pil(picture: Image) -> Tensor:
 
     Turned upright as its EXIF says, transparency laid on white.
     """
+    picture = canonical(picture)
+    pixels = torch.from_numpy(np.array(picture))
+    if picture.mode == "F":
+        return pixels.expand(1, 3, -1, -1).contiguous()
+    return pixels.permute(2, 0, 1)[None].float() / 255
+
+
+def canonical(picture: Image) -> Image:
+    """A PIL image of any mode -> an upright one of mode "RGB", or of mode "F" with values in [0, 1].
+
+    The orientation follows EXIF, and transparency is laid on white. Grey images of more than 8 bits become
+    "F", because convert("RGB") cuts their values at 255: "I" and "I;16" hold 0 to 65535, "F" holds 0 to 1.
+    """
     from PIL import Image, ImageOps
 
     picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I") or picture.mode == "F":  # convert("RGB") would cut these at 255
+    if picture.mode.startswith("I") or picture.mode == "F":
         top = 65535.0 if picture.mode.startswith("I") else 1.0
         grey = torch.from_numpy(np.array(picture.convert("F"))) / top
-        return grey.clamp(0, 1).expand(1, 3, -1, -1).contiguous()
+        return Image.fromarray(grey.clamp(0, 1).numpy())
     if is_transparent(picture):
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    pixels = torch.from_numpy(np.array(picture.convert("RGB")))
-    return pixels.permute(2, 0, 1)[None].float() / 255
+    return picture.convert("RGB")
 
 
 def is_transparent(picture: Image) -> bool:

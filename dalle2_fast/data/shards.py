@@ -19,9 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from dalle2_fast.data.images import canonical
 from dalle2_fast.data.text.tokenizer import Tokenizer, WordTokenizer, split_words
 from dalle2_fast.seeds import mix_seed
 
@@ -190,17 +191,16 @@ def expand_shards(shards: str | Path | Sequence[str | Path]) -> list[str]:
 
 def to_square(image: Image.Image, resolution: int) -> Tensor:
     """The central square as uint8 [3, R, R]: averaged over areas, or bicubic where it must grow."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    image = canonical(image)
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     # The same box for all resolutions: pictures of different sizes stay aligned.
     method = Image.Resampling.BOX if side >= resolution else Image.Resampling.BICUBIC
     image = image.resize((resolution, resolution), method, box=(left, top, left + side, top + side))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.array(image))
+    if image.mode == "F":  # in [0, 1], but for bicubic overshoot
+        return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).expand(3, -1, -1)
+    return pixels.permute(2, 0, 1)
 
 
 def _caption(sample: dict) -> str:

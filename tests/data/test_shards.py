@@ -136,6 +136,18 @@ def test_square_is_central_and_averaged():
     assert to_square(Image.new("L", (3, 5), 7), 8).shape == (3, 8, 8)
 
 
+def test_grey_of_16_bits_is_scaled_and_not_cut_at_255(tmp_path):
+    """convert("RGB") cuts every value above 255 and would train on such images as white."""
+    pytest.importorskip("webdataset")
+    file = io.BytesIO()
+    Image.fromarray(np.full((6, 4), 30000, np.uint16)).save(file, "PNG")
+    write_shard(tmp_path / "a.tar", [{"png": file.getvalue(), "txt": b"a grey field"}])
+    images = WebDatasetStream(tmp_path, 2, (2, 8), shuffle=0).batch(0)["images"]
+    for resolution in (2, 8):  # reduced by area and enlarged
+        expected = torch.full((2, 3, resolution, resolution), 30000 / 65535)
+        torch.testing.assert_close(images[resolution], expected, atol=0.5 / 255, rtol=0)
+
+
 def test_expand_shards(tmp_path):
     pytest.importorskip("webdataset")
     for name in ("b.tar", "a.tar"):
