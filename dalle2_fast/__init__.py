@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which cannot follow `attach`
     from dalle2_fast.models.unet import UNet as UNet
     from dalle2_fast.models.upsampler import Upsampler as Upsampler
     from dalle2_fast.modules import GroupNormSiLU as GroupNormSiLU
-    from dalle2_fast.ops._dispatch import build_info as build_info
+    from dalle2_fast.ops._build_info import build_info as build_info
     from dalle2_fast.pipeline import DALLE2 as DALLE2
 
 __getattr__, __dir__, __all__ = attach(
@@ -53,7 +53,7 @@ __getattr__, __dir__, __all__ = attach(
         "dalle2_fast.models.unet": ["UNet"],
         "dalle2_fast.models.upsampler": ["Upsampler"],
         "dalle2_fast.modules": ["GroupNormSiLU"],
-        "dalle2_fast.ops._dispatch": ["build_info"],
+        "dalle2_fast.ops._build_info": ["build_info"],
         "dalle2_fast.pipeline": ["DALLE2"],
     },
 )

@@ -92,7 +92,7 @@ def count(run: Callable[[], object], fake: FakeTensorMode) -> dict:
 
 
 def measure(name: str) -> dict:
-    assert _dispatch._ask(torch.device("cpu")) is None  # the kernels are loaded
+    assert _dispatch.load_kernels(torch.device("cpu")) is None  # the kernels are loaded
     torch.set_default_dtype(torch.bfloat16)  # a parameter without data cannot be cast
     with FakeTensorMode() as fake:
         net = foreign_unets.build(name).eval()

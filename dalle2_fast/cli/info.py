@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from dalle2_fast.checkpoints import embedded_path
-    from dalle2_fast.ops._dispatch import build_info
+    from dalle2_fast.ops._build_info import build_info
 
     build = build_info() | {"dalle2_fast": __version__}
     for key, value in build.items():

@@ -43,10 +43,10 @@ class Job:
         self.start_up, self.notes = 0.0, []
 
     def load(self) -> DALLE2:
-        from dalle2_fast.ops import _dispatch
+        from dalle2_fast.ops import _build_info
         from dalle2_fast.pipeline.dalle2 import DALLE2
 
-        emulated = self.device.type == "cpu" and not _dispatch.cpu_has_bfloat16()
+        emulated = self.device.type == "cpu" and not _build_info.cpu_has_bfloat16()
         if self.args.dtype in ("bf16", "fp16") and emulated:
             print(f"note: this CPU computes {self.args.dtype} in software; fp32 is faster", file=sys.stderr)
         self.pipe = DALLE2.from_pretrained(self.args.checkpoint, device=self.device, dtype=self.dtype)
@@ -126,7 +126,7 @@ class Job:
 
 
 def _backend_name() -> str:
-    from dalle2_fast.ops._dispatch import KERNELS, build_info
+    from dalle2_fast.ops._build_info import KERNELS, build_info
 
     fused = [name for name in build_info()["fused_ops"] if name in KERNELS]  # the losses draw nothing
     return f"fused ({', '.join(fused)}), else reference" if fused else "reference (plain PyTorch)"

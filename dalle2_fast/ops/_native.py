@@ -23,7 +23,7 @@ def _why_absent() -> str | None:
     return "the native module dalle2_fast._C was not built: `pip install -v -e .` in the sources says why"
 
 
-ABSENT = _why_absent()  # why dalle2_fast._C is not here, or None: a constant for torch.compile
+WHY_ABSENT = _why_absent()  # why dalle2_fast._C is not here, or None: a constant for torch.compile
 
 
 def describe() -> tuple[dict[str, object] | None, str | None]:
@@ -32,8 +32,8 @@ def describe() -> tuple[dict[str, object] | None, str | None]:
     Keys: `compiler`, `cuda` (nvcc's version, or None), `why_no_cuda` (or None) and `targets`: the GPUs that
     each CUDA file is for. "90a" is compute capability 9.0 alone, "80" 8.0 to 8.9, "80+PTX" 8.0 and all newer.
     """
-    if ABSENT is not None:
-        return None, ABSENT
+    if WHY_ABSENT is not None:
+        return None, WHY_ABSENT
     try:
         from dalle2_fast import _C
     except ImportError as error:

@@ -54,7 +54,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """A key of DTYPES, or "auto": bfloat16 where the device has instructions for it, else float32."""
     import torch
 
-    from dalle2_fast.ops import _dispatch
+    from dalle2_fast.ops import _build_info
 
     if name != "auto":
         return getattr(torch, DTYPES[name])
@@ -62,5 +62,5 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         # including_emulation=False: GPUs before Ampere compute bfloat16 in software
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = device.type == "cpu" and _dispatch.cpu_has_bfloat16()
+        fast = device.type == "cpu" and _build_info.cpu_has_bfloat16()
     return torch.bfloat16 if fast else torch.float32

@@ -13,7 +13,7 @@ import torch
 
 from dalle2_fast import __version__, cli
 from dalle2_fast.cli import info, vocabulary
-from dalle2_fast.ops import _dispatch
+from dalle2_fast.ops import _build_info
 from dalle2_fast.pipeline import device
 from tests.support.tiny_pipeline import WORDS, tiny_pipeline
 
@@ -200,7 +200,7 @@ def test_cuda_that_is_not_there(monkeypatch):
 @pytest.mark.parametrize(("hardware", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_dtype_on_the_cpu(monkeypatch, hardware, expected):
     """Emulated bfloat16 is 50 times slower than float32: the default must look at the hardware."""
-    monkeypatch.setattr(_dispatch, "cpu_has_bfloat16", lambda: hardware)
+    monkeypatch.setattr(_build_info, "cpu_has_bfloat16", lambda: hardware)
     assert device.choose_dtype("auto", torch.device("cpu")) == expected
     assert device.choose_dtype("fp32", torch.device("cpu")) == torch.float32
     assert device.choose_dtype("bf16", torch.device("cpu")) == torch.bfloat16
@@ -211,4 +211,4 @@ def test_cpu_capability_agrees_with_the_system():
     if not flags.exists():
         pytest.skip("needs /proc/cpuinfo")
     words = set(flags.read_text().split())
-    assert _dispatch.cpu_has_bfloat16() == bool({"avx512_bf16", "amx_bf16"} & words)
+    assert _build_info.cpu_has_bfloat16() == bool({"avx512_bf16", "amx_bf16"} & words)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dalle2_fast import DALLE2, cli
 from dalle2_fast.cli import picture as cli_picture
-from dalle2_fast.ops import _dispatch
+from dalle2_fast.ops import _build_info
 from tests.support.tiny_pipeline import tiny_pipeline
 
 
@@ -214,7 +214,7 @@ def test_damaged_checkpoint(generate, checkpoint, tmp_path):
 
 
 def test_emulated_dtype_is_said(generate, monkeypatch):
-    monkeypatch.setattr(_dispatch, "cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr(_build_info, "cpu_has_bfloat16", lambda: False)
     code, printed, err = generate("--dtype", "bf16", "--quiet", "--num-images", "1")
     assert code == 0 and "bfloat16" in printed["device"]
     assert err == "note: this CPU computes bf16 in software; fp32 is faster\n"

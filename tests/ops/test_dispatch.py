@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dalle2_fast import functional
-from dalle2_fast.ops import _dispatch
+from dalle2_fast.ops import _build_info, _dispatch
 from tests.support.truth import assert_close_to_truth
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,19 +104,19 @@ def test_fused_raises_where_the_native_module_cannot_run(op, monkeypatch):
         contrastive(op, "fused", device="meta")
     with pytest.raises(RuntimeError, match='impl="fused": no kernel takes torch.float8_e5m2'):
         contrastive(op, "fused", dtype=torch.float8_e5m2)
-    monkeypatch.setattr(_dispatch._native, "ABSENT", "the native module is not here")
-    monkeypatch.setattr(_dispatch, "_native_obstacles", {})
+    monkeypatch.setattr(_dispatch._native, "WHY_ABSENT", "the native module is not here")
+    monkeypatch.setattr(_dispatch, "_native_answers", {})
     with pytest.raises(RuntimeError, match='impl="fused": the native module is not here'):
         contrastive(op, "fused")
     assert contrastive(op, "auto") == contrastive(op, "reference")
-    monkeypatch.setattr(_dispatch, "LEAST_LOGITS", 0)
+    monkeypatch.setattr(_dispatch, "MIN_FUSED_LOGITS", 0)
     assert contrastive(op, "auto") == contrastive(op, "reference")
 
 
 def on_cuda(monkeypatch, dtype=torch.float16, capability=(9, 0)):
     """A tensor that says it is on a GPU of this capability, in a torch that says it has CUDA."""
     properties = SimpleNamespace(name="Some GPU", major=capability[0], minor=capability[1])
-    monkeypatch.setattr(_dispatch, "_obstacles", {})
+    monkeypatch.setattr(_dispatch, "_kernel_answers", {})
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
@@ -138,20 +138,20 @@ def test_what_stands_in_the_way_on_a_gpu(monkeypatch):
     with pytest.raises(RuntimeError, match="need compute capability 8.0, Some GPU has 7.5"):
         _dispatch.use_reference("fused", old)
     monkeypatch.setattr(torch.version, "cuda", None)  # ROCm calls its devices cuda as well
-    monkeypatch.setattr(_dispatch, "_obstacles", {})
+    monkeypatch.setattr(_dispatch, "_kernel_answers", {})
     assert _dispatch.use_reference("auto", old)
     with pytest.raises(RuntimeError, match="for NVIDIA GPUs"):
         _dispatch.use_reference("fused", old)
-    monkeypatch.setattr(_dispatch, "_HAS_TRITON", False)
+    monkeypatch.setattr(_dispatch, "HAS_TRITON", False)
     assert _dispatch.use_reference("auto", on_cuda(monkeypatch))
     with pytest.raises(RuntimeError, match="triton, which is not installed"):
         _dispatch.use_reference("fused", torch.zeros(1))
 
 
 def test_fused_on_the_cpu_is_the_interpreter(monkeypatch):
-    monkeypatch.setattr(_dispatch, "_HAS_TRITON", True)
+    monkeypatch.setattr(_dispatch, "HAS_TRITON", True)
     monkeypatch.setattr(_dispatch, "_INTERPRETED", False)
-    monkeypatch.setattr(_dispatch, "_obstacles", {})
+    monkeypatch.setattr(_dispatch, "_kernel_answers", {})
     with pytest.raises(RuntimeError, match="no kernel runs on device cpu; TRITON_INTERPRET=1"):
         _dispatch.use_reference("fused", torch.zeros(1))
     assert _dispatch.use_reference("auto", torch.zeros(1))
@@ -175,9 +175,9 @@ def test_triton_is_imported_when_a_kernel_is_first_used(kernel_device):
 
 
 def test_build_info_is_json_and_complete():
-    info = json.loads(json.dumps(_dispatch.build_info()))
+    info = json.loads(json.dumps(_build_info.build_info()))
     assert info["torch"] == torch.__version__
-    kernels, losses = set(info["kernels"]), set(_dispatch.LOSSES)
+    kernels, losses = set(info["kernels"]), set(_build_info.LOSSES)
     assert bool(kernels & set(info["fused_ops"])) == (info["why_not_fused"] is None)
     assert set(info["fused_ops"]) <= kernels | losses <= set(functional.__all__)
     if not info["devices"]:  # with a GPU it depends on what the module was built for

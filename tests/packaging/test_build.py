@@ -109,7 +109,7 @@ def test_a_wheel_has_the_module_and_a_checkout_that_hides_it_is_named(tree, whee
     python = make_environment(tmp_path / "venv")
     pip_install(python, wheel)
     assert run([python, "-c", SUM], cwd=tmp_path) == "3\n"
-    absent = "from dalle2_fast.ops import _native; print(_native.ABSENT)"
+    absent = "from dalle2_fast.ops import _native; print(_native.WHY_ABSENT)"
     assert run([python, "-c", absent], cwd=tmp_path) == "None\n"
     hidden = checkout(tmp_path / "hides")
     message = run([python, "-c", absent], cwd=hidden)

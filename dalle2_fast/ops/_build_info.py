@@ -1,0 +1,72 @@
+"""What this installation and this machine have."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+from dalle2_fast.ops import _dispatch, _native
+
+KERNELS = ("group_norm_silu", "cross_attention", "diffusion_step", "add_noise", "sample_noise")
+LOSSES = ("contrastive_loss", "soft_contrastive_loss", "sigmoid_loss")  # in dalle2_fast._C
+
+
+def build_info() -> dict[str, object]:
+    """Versions and backends of this installation, as a JSON-able dict.
+
+    Keys: `dalle2_fast`, `python`, `platform`, `torch`, `triton` (None when not installed), `cuda` (the
+    version that torch was built with, or None), `devices` (names of the GPUs that torch can use),
+    `cpu_threads`, `native_extension` (whether `dalle2_fast._C` is there and loads), `native` (how it was
+    built: `compiler`, `cuda`, `why_no_cuda`, `targets`; or None), `why_no_native` (or None), `kernels` (names
+    of the ops that have a Triton kernel), `fused_ops` (those that impl="auto" runs fused on this machine, the
+    losses on the CPU from MIN_FUSED_LOGITS on) and `why_not_fused` (why no Triton kernel does, or None).
+    """
+    devices = []
+    if torch.cuda.is_available():
+        devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    reason = _why_not_fused()
+    has_losses = _dispatch.load_native(torch.device("cuda" if devices else "cpu", 0)) is None
+    native, why_no_native = _native.describe()
+    return {
+        "dalle2_fast": _version("dalle2_fast"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "devices": devices,
+        "cpu_threads": torch.get_num_threads(),
+        "native_extension": native is not None,
+        "native": native,
+        "why_no_native": why_no_native,
+        "kernels": list(KERNELS),
+        "fused_ops": [*(KERNELS if reason is None else ()), *(LOSSES if has_losses else ())],
+        "why_not_fused": reason,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _why_not_fused() -> str | None:
+    """Why impl="auto" runs no Triton kernel on this machine's first GPU."""
+    if not _dispatch.HAS_TRITON:
+        return "triton is not installed"
+    return _dispatch.why_gpu_unsupported(torch.device("cuda", 0))
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this x86 CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX), as torch reports it.
+
+    Elsewhere torch emulates it: measured 50 times slower than float32 on an AVX2 machine.
+    """
+    if hasattr(torch.cpu, "get_capabilities"):  # public in newer versions of torch
+        has = torch.cpu.get_capabilities()
+        return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
