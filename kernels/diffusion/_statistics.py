@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._math import merge_moments
 from .._planes import Planes
-from .._tile import merge_moments
 
 
 @triton.jit

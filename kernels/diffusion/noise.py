@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._math import philox_normal
 from .._op import define, differentiate
 from .._planes import arrange, check_size, count_tiles, memory_format, tile_config
-from .._tile import philox_normal
 
 
 @triton.jit(do_not_specialize=["step", "tiles"])

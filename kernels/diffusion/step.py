@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._math import philox_normal
 from .._op import define
 from .._planes import arrange, check_size, count_tiles, memory_format, tile_config
-from .._tile import philox_normal
 from . import noise as add_noise  # noqa: F401  registers the other ops of a diffusion process with this one
 from ._statistics import guide, predict_x0, sample_statistics
 

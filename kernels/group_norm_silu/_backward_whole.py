@@ -8,7 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._tile import (
+from . import _plan as plan
+from ._tile import (
     gain_and_offset,
     inside_block,
     inside_tile,
@@ -19,7 +20,6 @@ from .._tile import (
     store_input_gradient,
     tile_offset,
 )
-from . import _plan as plan
 
 # ---------------------------------------------------------------------------------------------- the slab fits
 

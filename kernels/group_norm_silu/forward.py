@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .._op import define, differentiate
-from .._tile import (
+from . import _plan as plan
+from ._tile import (
     add_pairs,
     gain_and_offset,
     inside_block,
@@ -31,7 +32,6 @@ from .._tile import (
     store_normalised,
     tile_offset,
 )
-from . import _plan as plan
 from .backward import group_norm_silu_backward
 
 

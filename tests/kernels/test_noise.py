@@ -11,7 +11,7 @@ from tests.support.truth import assert_close_to_truth
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from dalle2_fast.kernels import _tile  # noqa: E402
+from dalle2_fast.kernels import _math  # noqa: E402
 
 SEEDS = [3, -4, 2**40 + 5]
 
@@ -25,7 +25,7 @@ def _words_kernel(out_ptr, counter_ptr, seed_ptr, step):
     lane = tl.arange(0, 4)
     counter = tl.load(counter_ptr + lane).to(tl.uint32)
     seed = tl.load(seed_ptr)
-    words = _tile.philox_4x32_10(
+    words = _math.philox_4x32_10(
         counter, counter ^ 5, step.to(tl.uint32), (step >> 32).to(tl.uint32),
         seed.to(tl.uint32), (seed >> 32).to(tl.uint32),
     )  # fmt: skip
@@ -50,8 +50,8 @@ def test_philox_words_are_those_of_the_reference(kernel_device):
 def _normal_parts_kernel(out_ptr, u_ptr):
     lane = tl.arange(0, 16)
     u = tl.load(u_ptr + lane)
-    cosine, sine = _tile.cos_sin_of_turns(u)
-    tl.store(out_ptr + lane, _tile.log_of_uniform(u))
+    cosine, sine = _math.cos_sin_of_turns(u)
+    tl.store(out_ptr + lane, _math.log_of_uniform(u))
     tl.store(out_ptr + 16 + lane, cosine)
     tl.store(out_ptr + 32 + lane, sine)
 
