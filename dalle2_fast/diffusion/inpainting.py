@@ -14,9 +14,10 @@ from torch import Tensor
 
 from dalle2_fast import functional
 from dalle2_fast.diffusion.schedules import Schedule
+from dalle2_fast.ops._dtypes import compute_dtype
 
 # Counters of the noise of known pixels and of the way back, far from those of the steps.
-_KNOWN_NOISE, _BACK_NOISE = 2**30, 2**29
+_KNOWN_NOISE, _RENOISE = 2**30, 2**29
 
 
 class Inpainting:
@@ -44,26 +45,25 @@ class Inpainting:
         # Plain numbers: a tensor filled with one needs no copy to the device, and none is rounded early.
         self._alpha = [*schedule.alpha(times.cpu()).tolist(), 1.0]
         self._sigma = [*schedule.sigma(times.cpu()).tolist(), 0.0]
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        self._like = torch.empty(0, device=device, dtype=wide)
+        self._like = torch.empty(0, device=device, dtype=compute_dtype(dtype))
 
-    def keep(self, x: Tensor, state: int, seeds: Tensor) -> Tensor:
+    def with_known(self, x: Tensor, state: int, seeds: Tensor) -> Tensor:
         """x, which is state `state`, with the known pixels in it as they are at that noise."""
         factors = self._alpha[state], self._sigma[state]
         return torch.where(self.mask, x, self._noised(self.known, *factors, seeds, _KNOWN_NOISE + state))
 
-    def back(self, x: Tensor, state: int, to: int, seeds: Tensor) -> Tensor:
+    def renoise(self, x: Tensor, state: int, to: int, seeds: Tensor) -> Tensor:
         """x, which is state `state`, noised to the earlier state `to` as the forward process does."""
         ratio = self._alpha[to] / self._alpha[state]
         std = math.sqrt(max(self._sigma[to] ** 2 - (ratio * self._sigma[state]) ** 2, 0.0))
-        return self._noised(x, ratio, std, seeds, _BACK_NOISE + to)
+        return self._noised(x, ratio, std, seeds, _RENOISE + to)
 
     def _noised(self, x: Tensor, alpha: float, sigma: float, seeds: Tensor, counter: int) -> Tensor:
         alpha, sigma = (self._like.new_full((len(x),), value) for value in (alpha, sigma))
         return functional.add_noise(x, alpha, sigma, seeds=seeds, step=counter)[0]
 
 
-def visits(start: int, steps: int, resample: int, jump: int) -> list[tuple[int, int]]:
+def resampling_order(start: int, steps: int, resample: int, jump: int) -> list[tuple[int, int]]:
     """The steps in the order in which they are made, each with the number of its repetition: (step, number).
 
     0 is the first time; every repetition of every stretch has a number of its own, and so noise of its own.

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from dalle2_fast import functional
-from dalle2_fast.diffusion import sampler_tables, vlb
-from dalle2_fast.diffusion.sampling import INITIAL_NOISE, Net, Sampling, check_data, per_sample, wide_dtype
+from dalle2_fast.diffusion import inversion, sampling, training, vlb
+from dalle2_fast.diffusion.sampler_tables import VARIANCES, step_times
 from dalle2_fast.diffusion.schedules import Schedule
-from dalle2_fast.diffusion.weighting import PREDICTIONS, WEIGHTINGS, loss_weight
+from dalle2_fast.diffusion.weighting import PREDICTIONS, WEIGHTINGS
+from dalle2_fast.ops._broadcast import per_sample
+from dalle2_fast.ops._dtypes import compute_dtype
 
 
-class GaussianDiffusion(Sampling):
+class GaussianDiffusion:
     """What a network is trained on and sampled with, given a schedule.
 
     schedule: see `make_schedule`.
@@ -55,7 +56,7 @@ class GaussianDiffusion(Sampling):
             raise TypeError(f"schedule: expected a Schedule (see make_schedule), got {came}")
         for name, value, choices in (
             ("prediction", prediction, PREDICTIONS),
-            ("variance", variance, sampler_tables.VARIANCES),
+            ("variance", variance, VARIANCES),
             ("weighting", weighting, WEIGHTINGS),
         ):
             if value not in choices:
@@ -101,14 +102,14 @@ class GaussianDiffusion(Sampling):
         self, x0: Tensor, t: Tensor, noise: Tensor | None = None, *, seeds: Tensor | None = None
     ) -> Tensor:
         """x_t = alpha(t) x0 + sigma(t) noise, t [B]; by seeds, the noise that `sample` starts from."""
-        alpha, sigma = self._alpha_sigma(t, x0)
-        return functional.add_noise(x0, alpha, sigma, noise, seeds=seeds, step=INITIAL_NOISE)[0]
+        alpha, sigma = self.alpha_sigma(t, x0)
+        return functional.add_noise(x0, alpha, sigma, noise, seeds=seeds, step=sampling.INITIAL_NOISE)[0]
 
     def predict_x0(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
         """x0 from what the network returned at x_t (without variance channels), unbounded."""
         if self.prediction == "sample":
             return output
-        alpha, sigma = (per_sample(value, x_t) for value in self._alpha_sigma(t, x_t))
+        alpha, sigma = (per_sample(value, x_t) for value in self.alpha_sigma(t, x_t))
         if self.prediction == "epsilon":
             return (x_t - sigma * output) / alpha
         return alpha * x_t - sigma * output
@@ -124,91 +125,14 @@ class GaussianDiffusion(Sampling):
         first = per_sample(t.to(x0.device) == 0, x0)
         return a * x_t + b * x0, log_var_min.exp().masked_fill(first, 0.0), log_var_min
 
-    def _alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        wide = wide_dtype(like.dtype)
+    def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha(t) and sigma(t) on the device of `like`, float32 (float64 for such `like`)."""
+        dtype = compute_dtype(like.dtype)
         t = t.to(like.device)
-        return self.schedule.alpha(t).to(wide), self.schedule.sigma(t).to(wide)
+        return self.schedule.alpha(t).to(dtype), self.schedule.sigma(t).to(dtype)
 
-    # -- training --------------------------------------------------------------------------------------------
-
-    def sample_times(
-        self, batch: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
-    ) -> Tensor:
-        """Training times [batch]: int64 indices, or float64 in [0, 1) for a continuous schedule."""
-        # A generator draws on its own device, which need not be the data's.
-        drawn_on = generator.device if generator is not None else device
-        u = torch.rand(batch, generator=generator, device=drawn_on, dtype=torch.float64)
-        u = u.to(device if device is not None else u.device)
-        if self.stratified:
-            u = (torch.arange(batch, device=u.device) + u) / max(batch, 1)
-        if self.log_snr_focus is None:
-            return self.schedule.uniform_time(u)
-        # One uniform number for both choices (inverse of the mixture's distribution), so that stratifying it
-        # stratifies the mixture.
-        low, high, fraction = self.log_snr_focus
-        focused = self.schedule.time_at(low + (high - low) * u / max(fraction, 1e-12))
-        uniform = self.schedule.uniform_time(((u - fraction) / max(1 - fraction, 1e-12)).clamp(0, 1))
-        return torch.where(u < fraction, focused, uniform)
-
-    def training_loss(
-        self,
-        net: Net,
-        x0: Tensor,  # [B, C, *]
-        *,
-        t: Tensor | None = None,  # [B]
-        noise: Tensor | None = None,  # [B, C, *]
-        generator: torch.Generator | None = None,
-        pixel_weight: Tensor | None = None,  # broadcasts to x0
-    ) -> Tensor:  # [B]
-        """The loss of each sample, float32 (float64 for such x0).
-
-        Args:
-            net: called once, net(x_t, time) with time float32 [B] (0 .. 1000) -> [B, C, *], or [B, 2C, *]
-                with a learned range.
-            x0: clean data; images in [-1, 1].
-            t: times, drawn by `sample_times` when None.
-            noise: drawn by `generator` when None.
-            pixel_weight: factor on the squared error of each element, before the mean over elements.
-
-        With a learned range the bound is added, in which the mean is detached: it teaches the variance only
-        (Nichol and Dhariwal, 2102.09672, equation 16).
-        """
-        check_data(x0)
-        batch = x0.shape[0]
-        if t is None:
-            t = self.sample_times(batch, generator, x0.device)
-        elif tuple(t.shape) != (batch,):
-            raise ValueError(f"t: expected [B] = ({batch},), got {tuple(t.shape)}")
-        else:
-            t = t.to(x0.device)
-        if noise is None:
-            drawn_on = generator.device if generator is not None else x0.device
-            noise = torch.randn(x0.shape, generator=generator, device=drawn_on, dtype=x0.dtype).to(x0.device)
-        alpha, sigma = self._alpha_sigma(t, x0)
-        x_t, noise = functional.add_noise(x0, alpha, sigma, noise)
-        output, range_position = self._split(net(x_t, self.schedule.net_time(t)), x_t)
-
-        wide = wide_dtype(x0.dtype)
-        if self.prediction == "epsilon":
-            target = noise.to(wide)
-        elif self.prediction == "sample":
-            target = x0.to(wide)
-        else:
-            target = per_sample(alpha, x0) * noise - per_sample(sigma, x0) * x0
-        squared = (output.to(wide) - target) ** 2
-        if pixel_weight is not None:
-            squared = squared * pixel_weight
-        weight = loss_weight(
-            self.schedule.log_snr(t), self.prediction, self.weighting, self.min_snr_gamma, self.max_weight
-        )
-        loss = weight.to(wide) * squared.flatten(1).mean(1)
-        if range_position is not None and self.vlb_weight > 0:
-            term = self._step_term(x0, x_t, t, output.detach(), range_position, clip=None, levels=256)
-            loss = loss + self.vlb_weight * self.schedule.timesteps * term
-        return loss
-
-    def _split(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The network's output as its prediction and, with a learned range, the place in that range."""
+    def split_output(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The network's output at x as its prediction and, with a learned range, the variance logit."""
         channels = x.shape[1] * (2 if self.variance == "learned_range" else 1)
         expected = (x.shape[0], channels, *x.shape[2:])
         if tuple(output.shape) != expected:
@@ -218,43 +142,14 @@ class GaussianDiffusion(Sampling):
             return output[:, : x.shape[1]], output[:, x.shape[1] :]
         return output, None
 
-    def _step_term(
-        self, x0: Tensor, x_t: Tensor, t: Tensor, output: Tensor, range_position: Tensor | None,
-        clip: float | None, levels: int | None,
-    ) -> Tensor:  # fmt: skip
-        x0, x_t, output = (value.to(wide_dtype(x0.dtype)) for value in (x0, x_t, output))
-        predicted_x0 = self.predict_x0(x_t, t, output)
-        if clip is not None:
-            predicted_x0 = predicted_x0.clamp(-clip, clip)
-        return vlb.step_term(self.schedule, self.variance, x0, x_t, t, predicted_x0, range_position, levels)
+    def times(self, steps: int, spacing: str = "time") -> Tensor:
+        """The falling times at which `sample` calls the network, [steps]."""
+        return step_times(self.schedule, steps, spacing)
 
-    @torch.no_grad()
-    def vlb_bits_per_dim(
-        self,
-        net: Net,
-        x0: Tensor,  # [B, C, *]
-        *,
-        seeds: Tensor,  # int64 [B]
-        clip: float | None = 1.0,
-        levels: int | None = 256,
-    ) -> dict[str, Tensor]:
-        """The variational bound on -log2 p(x0) per dimension, whatever the network predicts: timesteps calls
-        of net.
+    # -- what is done with it: free functions of a process, which are its methods as well --------------------
 
-        clip bounds the predicted x0. levels: the data are this many values in [-1, 1] (256 for 8-bit images),
-        or None for a density. Returns total [B] = prior [B] + sum of terms [B, timesteps] (column t is L_t).
-        Ho et al., 2006.11239, equation 5.
-        """
-        check_data(x0)
-        if self.schedule.timesteps is None:
-            raise ValueError(f"schedule: the bound needs one with discrete times, got {self.schedule}")
-        terms = []
-        for step in range(self.schedule.timesteps):
-            t = torch.full((x0.shape[0],), step, device=x0.device)
-            alpha, sigma = self._alpha_sigma(t, x0)
-            x_t, _ = functional.add_noise(x0, alpha, sigma, seeds=seeds, step=step)
-            output, range_position = self._split(net(x_t, self.schedule.net_time(t)), x_t)
-            terms.append(self._step_term(x0, x_t, t, output, range_position, clip, levels))
-        prior = vlb.prior_term(self.schedule, x0.to(wide_dtype(x0.dtype)))
-        terms = torch.stack(terms, dim=1)
-        return {"total": prior + terms.sum(1), "prior": prior, "terms": terms}
+    sample_times = training.sample_times
+    training_loss = training.training_loss
+    vlb_bits_per_dim = vlb.vlb_bits_per_dim
+    sample = sampling.sample
+    invert = inversion.invert

@@ -8,17 +8,98 @@ what the network predicts.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dalle2_fast.diffusion import sampler_tables
+from dalle2_fast import functional
+from dalle2_fast.diffusion._checks import check_data
+from dalle2_fast.diffusion.sampler_tables import transition
 from dalle2_fast.diffusion.schedules import Schedule
+from dalle2_fast.ops._broadcast import per_sample
+from dalle2_fast.ops._dtypes import compute_dtype
+
+if TYPE_CHECKING:
+    from dalle2_fast.diffusion.process import GaussianDiffusion
+    from dalle2_fast.diffusion.sampling import Net
 
 # Learned variance: v is meant in [-1, 1]. Far outside, exp(-log_var) overflows and 0 * inf is NaN. Up to here
 # nothing is changed, and log_var stays within 10 ranges of them: log_var_max - log_var_min is below 0.8
 # with 1000 timesteps and 4 with any number, so that the exponent is below 42, and float32 ends at 88.
-_LARGEST_RANGE_POSITION = 20.0
+_LARGEST_VARIANCE_LOGIT = 20.0
+
+
+@torch.no_grad()
+def vlb_bits_per_dim(
+    diffusion: GaussianDiffusion,
+    net: Net,
+    x0: Tensor,  # [B, C, *]
+    *,
+    seeds: Tensor,  # int64 [B]
+    clip: float | None = 1.0,
+    levels: int | None = 256,
+) -> dict[str, Tensor]:
+    """The variational bound on -log2 p(x0) per dimension, whatever the network predicts: timesteps calls
+    of net.
+
+    clip bounds the predicted x0. levels: the data are this many values in [-1, 1] (256 for 8-bit images),
+    or None for a density. Returns total [B] = prior [B] + sum of terms [B, timesteps] (column t is L_t).
+    Ho et al., 2006.11239, equation 5.
+    """
+    check_data(x0)
+    schedule = diffusion.schedule
+    if schedule.timesteps is None:
+        raise ValueError(f"schedule: the bound needs one with discrete times, got {schedule}")
+    terms = []
+    for step in range(schedule.timesteps):
+        t = torch.full((x0.shape[0],), step, device=x0.device)
+        alpha, sigma = diffusion.alpha_sigma(t, x0)
+        x_t, _ = functional.add_noise(x0, alpha, sigma, seeds=seeds, step=step)
+        output, variance_logit = diffusion.split_output(net(x_t, schedule.net_time(t)), x_t)
+        terms.append(vlb_term(diffusion, x0, x_t, t, output, variance_logit, clip, levels))
+    prior = prior_term(schedule, x0.to(compute_dtype(x0.dtype)))
+    terms = torch.stack(terms, dim=1)
+    return {"total": prior + terms.sum(1), "prior": prior, "terms": terms}
+
+
+def vlb_term(
+    diffusion: GaussianDiffusion,
+    x0: Tensor,  # [B, C, *]
+    x_t: Tensor,
+    t: Tensor,  # int64 [B]
+    output: Tensor,  # the network's prediction at x_t
+    variance_logit: Tensor | None,  # the network's second half with a learned range
+    clip: float | None,
+    levels: int | None,
+) -> Tensor:  # [B]
+    """L_t in bits per dimension, from what the network returned at x_t.
+
+    levels: x0 is one of so many values in [-1, 1]; None: x0 has a density.
+    """
+    dtype = compute_dtype(x0.dtype)
+    x0, x_t, output = x0.to(dtype), x_t.to(dtype), output.to(dtype)
+    predicted_x0 = diffusion.predict_x0(x_t, t, output)
+    if clip is not None:
+        predicted_x0 = predicted_x0.clamp(-clip, clip)
+    a, b, log_var_min, log_var_max = single_step(diffusion.schedule, t, x0)
+    last = (t.to(x0.device) == 0).reshape(a.shape)
+    mean, true_mean = a * x_t + b * predicted_x0, a * x_t + b * x0
+    if variance_logit is not None:
+        logit = variance_logit.to(x0.dtype).clamp(-_LARGEST_VARIANCE_LOGIT, _LARGEST_VARIANCE_LOGIT)
+        log_var = torch.lerp(log_var_min, log_var_max, (logit + 1) / 2)
+    elif diffusion.variance == "fixed_large":
+        # The last step's beta is needlessly large for the likelihood of the data (as in improved DDPM's
+        # code).
+        log_var = torch.where(last, log_var_min, log_var_max)
+    else:
+        log_var = log_var_min
+    kl = normal_kl(true_mean, log_var_min, mean, log_var)
+    if levels is None:
+        nll = normal_nll(x0, mean, log_var)
+    else:
+        nll = discretised_normal_nll(x0, mean, log_var, levels)
+    return torch.where(last, nll, kl).flatten(1).mean(1) / math.log(2)
 
 
 def single_step(schedule: Schedule, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -33,44 +114,12 @@ def single_step(schedule: Schedule, t: Tensor, like: Tensor) -> tuple[Tensor, Te
 
     def coefficients(t: Tensor) -> tuple[Tensor, ...]:
         before = schedule.log_snr((t - 1).clamp(min=0)).masked_fill(t == 0, torch.inf)
-        return sampler_tables.transition(schedule.log_snr(t), before)
+        return transition(schedule.log_snr(t), before)
 
     a, b, log_var_min, log_var_max = coefficients(t)
     log_var_min = coefficients(t.clamp(min=1))[2] if schedule.timesteps > 1 else log_var_max
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    shape = (-1, *([1] * (like.dim() - 1)))
-    return tuple(value.to(wide).reshape(shape) for value in (a, b, log_var_min, log_var_max))
-
-
-def step_term(
-    schedule: Schedule,
-    variance: str,
-    x0: Tensor,  # [B, C, *] float32 or float64, as the next three
-    x_t: Tensor,
-    t: Tensor,  # int64 [B]
-    predicted_x0: Tensor,
-    range_position: Tensor | None,  # the network's second half with a learned range
-    levels: int | None,
-) -> Tensor:  # [B]
-    """L_t in bits per dimension. levels: x0 is one of so many values in [-1, 1]; None: x0 has a density."""
-    a, b, log_var_min, log_var_max = single_step(schedule, t, x0)
-    last = (t.to(x0.device) == 0).reshape(a.shape)
-    mean, true_mean = a * x_t + b * predicted_x0, a * x_t + b * x0
-    if range_position is not None:
-        position = range_position.to(x0.dtype).clamp(-_LARGEST_RANGE_POSITION, _LARGEST_RANGE_POSITION)
-        log_var = torch.lerp(log_var_min, log_var_max, (position + 1) / 2)
-    elif variance == "fixed_large":
-        # The last step's beta is needlessly large for the likelihood of the data (as in improved DDPM's
-        # code).
-        log_var = torch.where(last, log_var_min, log_var_max)
-    else:
-        log_var = log_var_min
-    kl = normal_kl(true_mean, log_var_min, mean, log_var)
-    if levels is None:
-        nll = normal_nll(x0, mean, log_var)
-    else:
-        nll = discretised_normal_nll(x0, mean, log_var, levels)
-    return torch.where(last, nll, kl).flatten(1).mean(1) / math.log(2)
+    dtype = compute_dtype(like.dtype)
+    return tuple(per_sample(value.to(dtype), like) for value in (a, b, log_var_min, log_var_max))
 
 
 def prior_term(schedule: Schedule, x0: Tensor) -> Tensor:  # [B, C, *] -> [B]

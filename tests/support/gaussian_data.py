@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from dalle2_fast.diffusion import Schedule
 
 MEAN, DEVIATION = 0.3, 0.5
+
+
+def data(batch: int = 6, channels: int = 3, size: int = 4) -> Tensor:
+    """float64 [batch, channels, size, size], the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, channels, size, size)
+    return MEAN + DEVIATION * torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def best_x0(x: Tensor | float, alpha: Tensor | float, sigma: Tensor | float) -> Tensor | float:
