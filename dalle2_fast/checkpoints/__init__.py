@@ -1,8 +1,8 @@
 """Saving and loading weights: our own folders, the layouts of others, and naming what does not fit."""
 
+from dalle2_fast.checkpoints.errors import CheckpointError
 from dalle2_fast.checkpoints.folder import (
     FORMAT_VERSION,
-    CheckpointError,
     construct,
     embedded_path,
     load_config,

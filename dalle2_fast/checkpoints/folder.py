@@ -1,11 +1,13 @@
 """A checkpoint is a folder: `config.json` says what to build, `model.safetensors` holds the weights.
 
-config.json carries `format_version` (raised when an older reader would misread the folder), `model` (the
-class) and whatever the model's constructor needs; `weights_sha256` ties it to the weights file, so that a
-damaged byte or a pair of files from two different saves is found when loading and not seen in the pictures.
+config.json holds `format_version` (raised when an older reader would misread the folder), `model` (the
+class), the arguments of the model's constructor, and `weights_sha256`, the digest of the weights file: a
+damaged byte, or a pair of files from two different saves, is found at loading and not seen in the images.
 
-Both files are written in full beside their place and only then renamed: a full disk or a kill leaves the
-previous checkpoint as it was, and no half-written file under a valid name.
+A save replaces two files and still switches at one instant. The new config also lies in the header of the new
+weights file, and config.json announces the digest of that file (`successor_sha256`) before it takes the place
+of the old one. At every instant a reader therefore knows which config belongs to the weights that it finds,
+and a full disk or a kill leaves a whole checkpoint: the old one or the new one.
 """
 
 from __future__ import annotations
@@ -15,22 +17,25 @@ import json
 import os
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:  # reading a config needs no torch
-    import torch
-    from torch import Tensor
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dalle2_fast.checkpoints.atomic import atomic_write
+from dalle2_fast.checkpoints.errors import CheckpointError, contents
+from dalle2_fast.checkpoints.tensor_files import opened_safetensors, read_json
 
 FORMAT_VERSION = 1
-# version -> what makes the config of the next one of it. Options that a config lacks, because they are
-# younger than it, have the defaults of the classes; only what would be misread needs an entry, and a version.
+# version -> what turns a config of it into one of the next version. An option that is younger than a config
+# needs no entry: the default of its class holds. Only what would be misread needs an entry, and a version.
 MIGRATIONS: dict[int, Callable[[dict], dict]] = {}
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that exists but cannot be used; the message names the file and what is wrong with it."""
+SUCCESSOR = "successor_sha256"  # in config.json while a save is under way, or after it was interrupted
+_CONFIG = "an object with 'format_version', as dalle2_fast writes it"
 
 
 def embedded_path() -> Path:
@@ -48,12 +53,9 @@ def load_config(path: str | os.PathLike) -> dict[str, Any]:
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise FileNotFoundError(_missing_file(folder, CONFIG_FILE))
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file}: damaged, not valid JSON ({error})") from None
-    if not isinstance(config, dict) or "format_version" not in config:
-        raise CheckpointError(f"{file}: expected an object with 'format_version', as dalle2_fast writes it")
+    config = _current_config(folder)
+    if "format_version" not in config:
+        raise CheckpointError(f"{file}: expected {_CONFIG}, got the keys {', '.join(config) or 'none'}")
     version = config["format_version"]
     if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         known = str(FORMAT_VERSION) if FORMAT_VERSION == 1 else f"1 to {FORMAT_VERSION}"
@@ -88,21 +90,15 @@ def load_folder(
     Raises FileNotFoundError for a missing folder or file, CheckpointError for a damaged, truncated or unknown
     one.
     """
-    from safetensors import SafetensorError, safe_open
-
     config = load_config(path)
     chosen = None if parts is None or config.get("model") != "DALLE2" else {*parts}
     folder = Path(path).expanduser()
     file = folder / WEIGHTS_FILE
     if not file.is_file():
         raise FileNotFoundError(_missing_file(folder, WEIGHTS_FILE))
-    try:
-        with safe_open(file, framework="pt") as content:
-            names = [x for x in content.keys() if chosen is None or x.partition(".")[0] in chosen]
-            tensors = {name: content.get_tensor(name) for name in names}
-    except SafetensorError as error:  # the header disagrees with the file's length, or is no header at all
-        size = file.stat().st_size
-        raise CheckpointError(f"{file}: truncated or damaged ({size:,} bytes; {error})") from None
+    with opened_safetensors(file) as content:
+        names = [x for x in content.keys() if chosen is None or x.partition(".")[0] in chosen]
+        tensors = {name: content.get_tensor(name) for name in names}
     expected = config.get("weights_sha256")  # absent only in a config written by hand
     if expected is not None and (found := _sha256(file)) != expected:
         raise CheckpointError(
@@ -125,12 +121,10 @@ def save_folder(
     Returns the folder. Raises OSError if the folder cannot be written, ValueError/TypeError if `config` is
     not JSON.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     folder = Path(path).expanduser()
     config = {"format_version": FORMAT_VERSION, **config}
-    json.dumps(config, allow_nan=False)  # a config that cannot be written is found before anything is
+    # A config that cannot be written is found before anything is.
+    metadata = {"format": "pt", "config": json.dumps(config, ensure_ascii=False, allow_nan=False)}
     stored = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach()
@@ -141,28 +135,55 @@ def save_folder(
 
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    beside = {name: folder / f".{name}.{os.getpid()}.partial" for name in (WEIGHTS_FILE, CONFIG_FILE)}
     try:
-        try:
-            save_file(stored, beside[WEIGHTS_FILE], metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{folder / WEIGHTS_FILE}: cannot be written ({error})") from None
-        config["weights_sha256"] = _sha256(beside[WEIGHTS_FILE])
-        text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        beside[CONFIG_FILE].write_text(text, encoding="utf-8")
-        # safetensors makes files that only their owner may read; a checkpoint gets what the umask says
-        beside[WEIGHTS_FILE].chmod(beside[CONFIG_FILE].stat().st_mode & 0o777)
-        for file in beside.values():
-            _flush_to_disk(file)  # otherwise a power cut may keep the rename and lose the content
-        for name, file in beside.items():
-            os.replace(file, folder / name)
+        with atomic_write(folder / WEIGHTS_FILE) as temporary:
+            _write_safetensors(temporary, stored, metadata, folder / WEIGHTS_FILE)
+            digest = _sha256(temporary)
+            new = config | {"weights_sha256": digest}
+            previous = _replaceable_config(folder)
+            _write_json(folder / CONFIG_FILE, new if previous is None else previous | {SUCCESSOR: digest})
+        # From here on the new checkpoint is the one that is loaded.
+        if previous is not None:
+            _write_json(folder / CONFIG_FILE, new)
     except BaseException:  # Ctrl-C too
-        for file in beside.values():
-            file.unlink(missing_ok=True)
         if created and not any(folder.iterdir()):
             folder.rmdir()
         raise
     return folder
+
+
+def _current_config(folder: Path) -> dict[str, Any]:
+    """The config of the weights that lie in the folder now."""
+    config = read_json(folder / CONFIG_FILE, _CONFIG)
+    successor, weights = config.pop(SUCCESSOR, None), folder / WEIGHTS_FILE
+    if successor is not None and weights.is_file() and _sha256(weights) == successor:
+        with safe_open(weights, framework="pt") as content:
+            return json.loads(content.metadata()["config"]) | {"weights_sha256": successor}
+    return config
+
+
+def _replaceable_config(folder: Path) -> dict[str, Any] | None:
+    """The config of the checkpoint that a save replaces; None if there is none that could be loaded."""
+    try:
+        return _current_config(folder)
+    except (FileNotFoundError, CheckpointError):
+        return None
+
+
+def _write_safetensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str], final: Path) -> None:
+    file.touch()
+    mode = file.stat().st_mode & 0o777
+    try:
+        save_file(tensors, file, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{final}: cannot be written ({error})") from None
+    file.chmod(mode)  # safetensors makes files that only their owner may read; here the umask decides
+
+
+def _write_json(file: Path, config: dict[str, Any]) -> None:
+    with atomic_write(file) as temporary:
+        text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _existing_folder(path: str | os.PathLike) -> Path:
@@ -180,11 +201,9 @@ def _existing_folder(path: str | os.PathLike) -> Path:
 
 
 def _missing_file(folder: Path, name: str) -> str:
-    present = sorted(entry.name for entry in folder.iterdir())
-    shown = ", ".join(present[:6]) + (", ..." if len(present) > 6 else "")
     return (
         f"{folder}: not a dalle2_fast checkpoint: {name} is missing; expected {CONFIG_FILE} and "
-        f"{WEIGHTS_FILE}, got {shown or 'an empty folder'}"
+        f"{WEIGHTS_FILE}, got {contents(folder)}"
     )
 
 
@@ -194,8 +213,3 @@ def _sha256(file: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _flush_to_disk(file: Path) -> None:
-    with open(file, "rb") as stream:
-        os.fsync(stream.fileno())

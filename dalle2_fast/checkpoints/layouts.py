@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dalle2_fast.checkpoints.errors import contents
 from dalle2_fast.checkpoints.folder import (
     CONFIG_FILE,
     construct,
@@ -108,10 +109,9 @@ def open_checkpoint(
         return Checkpoint(folder, *load_folder(folder, None if {*parts} == {*PARTS} else parts))
     if (originals := find_originals(folder)) is not None:
         return _originals(folder, originals, parts)
-    present = sorted(entry.name for entry in folder.iterdir())
-    shown = ", ".join(present[:6]) + (", ..." if len(present) > 6 else "")
-    raise FileNotFoundError(f"{folder}: no checkpoint: {CONFIG_FILE} is missing; expected {KNOWN}, got "
-                            f"{shown or 'an empty folder'}")
+    raise FileNotFoundError(
+        f"{folder}: no checkpoint: {CONFIG_FILE} is missing; expected {KNOWN}, got {contents(folder)}"
+    )
 
 
 def _pipeline(folder: Path, parts: Collection[str]) -> Checkpoint:

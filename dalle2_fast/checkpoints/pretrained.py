@@ -8,7 +8,8 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from dalle2_fast.checkpoints.folder import CheckpointError, save_folder
+from dalle2_fast.checkpoints.errors import CheckpointError
+from dalle2_fast.checkpoints.folder import save_folder
 from dalle2_fast.checkpoints.layouts import open_checkpoint
 
 Model = TypeVar("Model", bound="Pretrained")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dalle2_fast.checkpoints.folder import CheckpointError, construct
-from dalle2_fast.checkpoints.formats.renaming import listed
+from dalle2_fast.checkpoints.errors import CheckpointError, listed, mismatches
+from dalle2_fast.checkpoints.folder import construct
 
 
 def join_states(parts: Mapping[str, nn.Module | None]) -> dict[str, Tensor]:
@@ -46,19 +46,13 @@ def load_state(
     wrong shapes. On an error nothing has been copied. assign: put copies of the tensors, on `device` and, if
     floating-point, in `dtype`, in the place of the module's own, which may be `unfilled`.
     """
-    own = module.state_dict()
-    given = {key[len(prefix) + 1 :]: value for key, value in tensors.items() if key.startswith(prefix + ".")}
-    problems = []
-    if missing := [key for key in own if key not in given]:
-        problems.append(f"missing {listed(missing, prefix)}")
-    if leftover := [key for key in given if key not in own]:
-        problems.append(f"left over {listed(leftover, prefix)}")
-    for key in [key for key in own if key in given and own[key].shape != given[key].shape][:3]:
-        problems.append(f"{prefix}.{key}: expected {list(own[key].shape)}, got {list(given[key].shape)}")
-    if problems:
+    expected = {f"{prefix}.{key}": tensor.shape for key, tensor in module.state_dict().items()}
+    given = {key: value for key, value in tensors.items() if key.startswith(prefix + ".")}
+    if problems := mismatches(expected, given):
         raise CheckpointError(
             f"{source}: the weights do not fit the {prefix} of the config: " + "; ".join(problems)
         )
+    given = {key[len(prefix) + 1 :]: value for key, value in given.items()}
     if assign:
         # Copies, because what is read may be mapped from the file, which must not be needed any more.
         given = {

@@ -171,7 +171,7 @@ def test_interrupted_save_keeps_the_previous_one(tmp_path, monkeypatch, error):
     def fail(file):
         raise error
 
-    monkeypatch.setattr(checkpoints.folder, "_flush_to_disk", fail)  # both files are written by then
+    monkeypatch.setattr(os, "fsync", fail)  # the weights are written by then
     with pytest.raises(type(error)):
         save_folder(tmp_path / "toy", CONFIG, tensors(2.0))
     assert same(load_folder(tmp_path / "toy")[1], tensors(1.0))
@@ -179,6 +179,62 @@ def test_interrupted_save_keeps_the_previous_one(tmp_path, monkeypatch, error):
     with pytest.raises(type(error)):
         save_folder(tmp_path / "fresh", CONFIG, tensors(2.0))
     assert not (tmp_path / "fresh").exists()
+
+
+@pytest.mark.parametrize("previous", ["whole", "interrupted", "written by hand"])
+def test_a_save_that_is_interrupted_at_any_rename_leaves_a_whole_checkpoint(tmp_path, monkeypatch, previous):
+    """A kill between the two renames: the config of one save, the weights of another."""
+    replace, whole = os.replace, []
+
+    def interrupted_save(n: int, value: float) -> bool:
+        """Save, but raise at the n-th rename; was it reached?"""
+        calls = iter(range(n))
+
+        def rename(*files):
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            replace(*files)
+
+        monkeypatch.setattr(os, "replace", rename)
+        try:
+            save_folder(tmp_path, {"model": "Toy", "value": value}, tensors(value))
+        except KeyboardInterrupt:
+            return True
+        finally:
+            monkeypatch.setattr(os, "replace", replace)
+        return False
+
+    for n in range(4):
+        save_folder(tmp_path, {"model": "Toy", "value": 1.0}, tensors(1.0))
+        if previous == "interrupted":
+            assert interrupted_save(2, 1.0) and "successor" in (tmp_path / "config.json").read_text()
+        elif previous == "written by hand":
+            by_hand = {"format_version": 1, "model": "Toy", "value": 1.0}
+            (tmp_path / "config.json").write_text(json.dumps(by_hand))
+        reached = interrupted_save(n, 2.0)
+        config, loaded = load_folder(tmp_path)
+        assert config["value"] == load_config(tmp_path)["value"]
+        assert same(loaded, tensors(config["value"])) and "successor_sha256" not in config
+        whole.append((reached, config["value"]))
+        assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+    # config.json announces the weights, the weights are renamed, config.json follows
+    assert whole == [(True, 1.0), (True, 1.0), (True, 2.0), (False, 2.0)]
+
+
+def test_an_interrupted_first_save_is_no_checkpoint(tmp_path, monkeypatch):
+    """Half a folder is named, and the next save makes it whole."""
+
+    def refuse(source, target):
+        if target.name == "model.safetensors":
+            raise KeyboardInterrupt
+        os.rename(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", refuse)
+        save_folder(tmp_path, CONFIG, tensors())
+    with pytest.raises(FileNotFoundError, match="model.safetensors is missing"):
+        load_folder(tmp_path)
+    assert same(load_folder(save_folder(tmp_path, CONFIG, tensors()))[1], tensors())
 
 
 FULL_DISK = """

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from dalle2_fast import CLIP
 from dalle2_fast.checkpoints import CheckpointError, save_folder
 from dalle2_fast.checkpoints.formats.clip_options import from_hugging_face, from_open_clip
-from dalle2_fast.checkpoints.formats.tensor_files import read_tensors
+from dalle2_fast.checkpoints.tensor_files import read_tensors
 from tests.support.clip_cases import config_of_hugging_face, config_of_open_clip, small, torchscript
 
 # torch.jit, which writes archives like OpenAI's, is deprecated.

@@ -293,7 +293,7 @@ def test_a_failed_save_leaves_the_earlier_one(tmp_path, monkeypatch):
     def fail(file):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints.folder, "_flush_to_disk", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
         other.save_pretrained(folder)
     assert same(DiffusionPrior.from_pretrained(folder), prior)

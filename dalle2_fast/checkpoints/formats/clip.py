@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dalle2_fast.checkpoints.folder import CheckpointError, load_folder
+from dalle2_fast.checkpoints.errors import CheckpointError
+from dalle2_fast.checkpoints.folder import load_folder
 from dalle2_fast.checkpoints.formats.clip_layouts import HUGGING_FACE, NATIVE, Layout, convert, find_layout
 from dalle2_fast.checkpoints.formats.clip_options import (
     KINDS,
@@ -22,7 +23,7 @@ from dalle2_fast.checkpoints.formats.clip_options import (
     from_shapes,
     image_statistics,
 )
-from dalle2_fast.checkpoints.formats.tensor_files import find_tensors, read_json, read_tensors
+from dalle2_fast.checkpoints.tensor_files import find_tensors, read_json, read_tensors
 from dalle2_fast.checkpoints.weights import reject_leftovers
 
 HUGGING_FACE_FILES = (

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dalle2_fast.checkpoints.folder import CheckpointError
-from dalle2_fast.checkpoints.formats.renaming import listed
+from dalle2_fast.checkpoints.errors import CheckpointError, listed, mismatches
 
 PROJECTIONS = ("text_projection", "visual.proj")
 TOP = {
@@ -127,15 +126,8 @@ def convert(
     wanted: dict[str, Tensor] = {}
     for key, value in expected.items():
         wanted |= layout.take_apart(key, value)
-    problems = []
-    if missing := [name for name in wanted if name not in tensors]:
-        problems.append(f"missing {listed(missing)}")
-    if leftover := [name for name in tensors if name not in wanted and not NO_WEIGHTS.fullmatch(name)]:
-        problems.append(f"left over {listed(leftover)}")
-    present = (name for name in wanted if name in tensors)
-    for name in [name for name in present if wanted[name].shape != tensors[name].shape][:3]:
-        problems.append(f"{name}: expected {list(wanted[name].shape)}, got {list(tensors[name].shape)}")
-    if problems:
+    weights = {name: x for name, x in tensors.items() if name in wanted or not NO_WEIGHTS.fullmatch(name)}
+    if problems := mismatches({name: tensor.shape for name, tensor in wanted.items()}, weights):
         raise CheckpointError(f"{source}: the weights are not those of this CLIP: " + "; ".join(problems))
     return {key: layout.assemble(key, tensors) for key in expected}
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dalle2_fast.checkpoints.folder import CheckpointError
+from dalle2_fast.checkpoints.errors import CheckpointError
 from dalle2_fast.checkpoints.formats.clip_layouts import Layout
+from dalle2_fast.checkpoints.formats.renaming import count_numbers
 
 # Vision Transformers that have 16 heads where the custom of 64 a head would give more: H, g, G, e.
 SIXTEEN_HEADS = (1280, 1408, 1664, 1792)
@@ -79,7 +80,7 @@ def _text_from_shapes(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str
 
 def _image_from_shapes(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Any]:
     if "visual.layer1.0.conv1.weight" in tensors:
-        stages = [_count(tensors, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)]
+        stages = [count_numbers(tensors, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)]
         width = tensors["visual.layer1.0.conv1.weight"].shape[0]
         grid = _root(tensors["visual.attnpool.positional_embedding"].shape[0] - 1)
         return dict(
@@ -205,7 +206,3 @@ def _root(cells: int) -> int:
     if side * side != cells:
         raise KeyError(f"a square of positions and one for the class ({cells} + 1 found)")
     return side
-
-
-def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    return len({key.removeprefix(prefix).partition(".")[0] for key in tensors if key.startswith(prefix)})

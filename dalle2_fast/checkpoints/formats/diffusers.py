@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from dalle2_fast.checkpoints.folder import CheckpointError
-from dalle2_fast.checkpoints.formats.renaming import Rules, Taken, listed, same, stacked, translate, under
-from dalle2_fast.checkpoints.formats.tensor_files import find_tensors, read_json, read_tensors
+from dalle2_fast.checkpoints.errors import CheckpointError, listed
+from dalle2_fast.checkpoints.formats.renaming import Rules, Taken, same, stacked, translate, under
 from dalle2_fast.checkpoints.formats.unet_keys import diffusers_rules
+from dalle2_fast.checkpoints.tensor_files import find_tensors, read_json, read_tensors
 
 Part = tuple[dict[str, Any], dict[str, Tensor]]  # the arguments of our class, and its weights
 

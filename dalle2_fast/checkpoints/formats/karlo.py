@@ -8,19 +8,27 @@ of 1000 steps, pictures of 64 and 256 pixels).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from dalle2_fast.checkpoints.folder import CheckpointError
+from dalle2_fast.checkpoints.errors import CheckpointError
 from dalle2_fast.checkpoints.formats.diffusers import SAMPLING, Part, text_proj_rules
-from dalle2_fast.checkpoints.formats.renaming import Rules, Taken, by_part, same, translate, under
-from dalle2_fast.checkpoints.formats.tensor_files import SUFFIXES, read_torch, state_dict
-from dalle2_fast.checkpoints.formats.torchscript import is_torchscript
+from dalle2_fast.checkpoints.formats.renaming import (
+    Rules,
+    Taken,
+    by_part,
+    count_numbers,
+    same,
+    translate,
+    under,
+)
 from dalle2_fast.checkpoints.formats.unet_keys import original_rules
+from dalle2_fast.checkpoints.tensor_files import SUFFIXES, read_torch, state_dict
+from dalle2_fast.checkpoints.torchscript import is_torchscript
 
 HEAD_DIM = 64
 IMAGE_SIZE, LOW_RES_SIZE = 256, 64
@@ -98,7 +106,7 @@ def _read_prior(originals: Originals) -> Part:
     file, tensors = originals.need("prior")
     statistics, (mean, std) = originals.need("statistics")
     width, embed_dim = _shape(tensors, "model.clip_img_proj.weight", 2, file)
-    depth = _count(tensors, "model.transformer.resblocks.")
+    depth = count_numbers(tensors, "model.transformer.resblocks.")
     if mean.shape != (embed_dim,) or std.shape != (embed_dim,):
         raise CheckpointError(
             f"{statistics}: expected mean and deviation of {embed_dim} entries, got {list(mean.shape)}, "
@@ -198,10 +206,10 @@ def _unet_options(tensors: Mapping[str, Tensor], prefix: str, file: Path) -> dic
     each has one block more than on the way down.
     """
     channels, layers, attends, blocks = [], [], [], 0
-    for station in range(_count(tensors, f"{prefix}output_blocks.")):
+    for station in range(count_numbers(tensors, f"{prefix}output_blocks.")):
         begin, blocks = f"{prefix}output_blocks.{station}.", blocks + 1
         attention = f"{begin}1.qkv.weight" in tensors
-        last = station == _count(tensors, f"{prefix}output_blocks.") - 1
+        last = station == count_numbers(tensors, f"{prefix}output_blocks.") - 1
         if last or f"{begin}{1 + attention}.in_layers.2.weight" in tensors:
             channels.append(_shape(tensors, f"{begin}0.out_layers.3.weight", 4, file)[0])
             layers.append(blocks - 1)
@@ -229,8 +237,3 @@ def _shape(tensors: Mapping[str, Tensor], name: str, dimensions: int, file: Path
         came = list(tensors[name].shape)
         raise CheckpointError(f"{file}: {name}: expected {dimensions} dimensions, got {came}")
     return tuple(tensors[name].shape)
-
-
-def _count(tensors: Iterable[str], prefix: str) -> int:
-    """How many numbers follow on `prefix` in the names."""
-    return len({name[len(prefix):].partition(".")[0] for name in tensors if name.startswith(prefix)})

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dalle2_fast.checkpoints.folder import CheckpointError
+from dalle2_fast.checkpoints.errors import CheckpointError, mismatches
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,8 @@ def under(prefix: str, rules: Rules, theirs: str = "") -> Rules:
 def translate(tensors: Mapping[str, Tensor], rules: Rules, source: object) -> dict[str, Tensor]:
     """Our tensors made of theirs. CheckpointError names, in their words, what is missing or left over, and
     what has a shape from which ours cannot be made."""
-    used = {name for taken in rules.values() for name in taken.names}
-    problems = []
-    if missing := sorted(used - tensors.keys()):
-        problems.append(f"missing {listed(missing)}")
-    if leftover := sorted(tensors.keys() - used):
-        problems.append(f"left over {listed(leftover)}")
-    if problems:
+    used = sorted({name for taken in rules.values() for name in taken.names})
+    if problems := mismatches(dict.fromkeys(used), dict(sorted(tensors.items()))):
         raise CheckpointError(f"{source}: the weights do not fit: " + "; ".join(problems))
     made = {}
     for ours, taken in rules.items():
@@ -83,8 +78,6 @@ def translate(tensors: Mapping[str, Tensor], rules: Rules, source: object) -> di
     return made
 
 
-def listed(keys: list[str], prefix: str = "", limit: int = 5) -> str:
-    """How many, and the first few: "7 (a.weight, a.bias and 5 more)"."""
-    shown = [f"{prefix}.{key}" if prefix else key for key in keys[:limit]]
-    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
-    return f"{len(keys)} ({', '.join(shown)}{more})"
+def count_numbers(names: Iterable[str], prefix: str) -> int:
+    """How many different numbers (or words) follow on `prefix` in the names, up to the next dot."""
+    return len({name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)})

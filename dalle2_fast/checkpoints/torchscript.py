@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalle2_fast.checkpoints.folder import CheckpointError
+from dalle2_fast.checkpoints.errors import CheckpointError
 
 DTYPES = {
     "HalfStorage": torch.float16,

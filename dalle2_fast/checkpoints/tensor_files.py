@@ -6,16 +6,18 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dalle2_fast.checkpoints.folder import CheckpointError
-from dalle2_fast.checkpoints.formats.torchscript import is_torchscript, read_torchscript
+from dalle2_fast.checkpoints.errors import CheckpointError
+from dalle2_fast.checkpoints.torchscript import is_torchscript, read_torchscript
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
@@ -33,20 +35,21 @@ def read_tensors(path: str | PathLike) -> dict[str, Tensor]:
     if path.name.endswith(".index.json"):
         return _read_shards(path)
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        with opened_safetensors(path) as content:
+            return {name: content.get_tensor(name) for name in content.keys()}
     if is_torchscript(path):
         return read_torchscript(path)
     return state_dict(read_torch(path), path)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises CheckpointError if it is damaged or something else."""
+def read_json(path: Path, expected: str = "a JSON object") -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError if it is damaged or not what is expected."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: damaged, not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+        raise CheckpointError(f"{path}: expected {expected}, got {type(value).__name__}")
     return value
 
 
@@ -62,13 +65,13 @@ def find_tensors(folder: Path, names: tuple[str, ...]) -> Path:
     raise FileNotFoundError(f"{folder}: expected {', '.join(names)} or one file of tensors, got {came}")
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+@contextmanager
+def opened_safetensors(path: Path) -> Iterator[safe_open]:
+    """The open file. Raises CheckpointError if it is truncated or damaged."""
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        with safe_open(path, framework="pt") as content:
+            yield content
+    except SafetensorError as error:  # the header disagrees with the file's length, or is no header at all
         size = path.stat().st_size
         raise CheckpointError(f"{path}: truncated or damaged ({size:,} bytes; {error})") from None
 

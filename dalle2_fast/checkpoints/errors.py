@@ -1,0 +1,61 @@
+"""CheckpointError, and the phrases that the messages about checkpoints share."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that exists but cannot be used; the message names the file and what is wrong with it."""
+
+
+def listed(names: Collection[str], limit: int = 5) -> str:
+    """How many names there are, and the first few of them.
+
+    Example:
+        >>> listed(["a.weight", "a.bias", "b.weight"], limit=2)
+        '3 (a.weight, a.bias and 1 more)'
+    """
+    shown = ", ".join([*names][:limit])
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{len(names)} ({shown}{more})"
+
+
+def contents(folder: Path, limit: int = 6) -> str:
+    """The first names in a folder, for a message that says what came instead of a checkpoint."""
+    names = sorted(entry.name for entry in folder.iterdir())
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "") or "an empty folder"
+
+
+def mismatches(
+    expected: Mapping[str, Sequence[int] | None],
+    found: Mapping[str, Tensor],
+) -> list[str]:
+    """What keeps the tensors `found` from being those expected; empty if nothing does.
+
+    Args:
+        expected: name -> shape, or None where any shape will do.
+        found: name -> tensor.
+
+    Returns:
+        At most one phrase for the missing names, one for those left over, and three for wrong shapes.
+
+    Example:
+        >>> import torch
+        >>> mismatches({"weight": (2, 3), "bias": (2,)}, {"weight": torch.zeros(3, 2)})
+        ['missing 1 (bias)', 'weight: expected [2, 3], got [3, 2]']
+    """
+    problems = []
+    if missing := [name for name in expected if name not in found]:
+        problems.append(f"missing {listed(missing)}")
+    if leftover := [name for name in found if name not in expected]:
+        problems.append(f"left over {listed(leftover)}")
+    shapes = [
+        f"{name}: expected {list(shape)}, got {list(found[name].shape)}"
+        for name, shape in expected.items()
+        if shape is not None and name in found and tuple(shape) != tuple(found[name].shape)
+    ]
+    return problems + shapes[:3]
