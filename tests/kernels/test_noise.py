@@ -11,6 +11,7 @@ from tests.support.truth import assert_close_to_truth
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
+import dalle2_fast.kernels.diffusion.noise  # noqa: E402, F401  registers the ops
 from dalle2_fast.kernels import _math  # noqa: E402
 
 SEEDS = [3, -4, 2**40 + 5]
