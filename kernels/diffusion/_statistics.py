@@ -12,6 +12,7 @@ registers (more than 16384 elements) some per cent more for the subset that narr
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -299,17 +300,36 @@ def _ranks(quantile: float, elements: int) -> tuple[int, float, int, int]:
     return rank, (position - rank if rank + 1 < elements else 0.0), low, high
 
 
+class Row(NamedTuple):
+    """The row of a sampler's table, as kernels take it. The step is a scalar on the device or a number."""
+
+    table: Tensor  # float32 [steps, 8]
+    step: Tensor | None
+    number: int
+
+
+class Guidance(NamedTuple):
+    """The guidance, as kernels take it: a tensor on the device or, where that is None, a number."""
+
+    weight: Tensor | None  # float32 [B] or scalar
+    number: float
+    stride: int  # 0 for a scalar
+
+
+UNGUIDED = Guidance(None, 0.0, 0)
+
+
 def sample_statistics(
     x: Tensor,  # [B, C, *]
     output: Tensor,  # [B or 2B, C or 2C, *]
     planes: Planes,  # of these two, in this order
-    row: tuple,  # table, step, step_number
-    guidance: tuple,  # tensor, number, stride
+    row: Row,
+    *,
+    guidance: Guidance | None,
     guidance_rescale: float,
+    prediction: str,
     quantile: float | None,
     bound: float,
-    prediction: str,
-    guided: bool,
 ) -> Tensor:  # float32 [B, 2]; a number that is not asked for is not written
     batch, elements = x.shape[0], planes.channels * planes.positions
     statistics = torch.empty(batch, 2, dtype=torch.float32, device=x.device)
@@ -319,9 +339,9 @@ def sample_statistics(
     if quantile is not None and not resident:
         listed = torch.empty(batch, elements, dtype=torch.int32, device=x.device)
     _statistics_kernel[(batch,)](
-        x, output, *row, *guidance, statistics, listed, batch, planes.channels, planes.positions,
-        *planes.strides[0], *planes.strides[1], guidance_rescale, bound, *ranks, PREDICTION=prediction,
-        GUIDED=guided, RESCALE=guidance_rescale > 0, DYNAMIC=quantile is not None, RESIDENT=resident,
-        TILE=tile, SUBSET=_SUBSET_KEYS, num_warps=warps,
+        x, output, *row, *(guidance or UNGUIDED), statistics, listed, batch, planes.channels,
+        planes.positions, *planes.strides[0], *planes.strides[1], guidance_rescale, bound, *ranks,
+        PREDICTION=prediction, GUIDED=guidance is not None, RESCALE=guidance_rescale > 0,
+        DYNAMIC=quantile is not None, RESIDENT=resident, TILE=tile, SUBSET=_SUBSET_KEYS, num_warps=warps,
     )  # fmt: skip
     return statistics

@@ -26,7 +26,7 @@ from .._math import philox_normal
 from .._op import define
 from .._planes import arrange, check_size, count_tiles, memory_format, tile_config
 from . import noise as add_noise  # noqa: F401  registers the other ops of a diffusion process with this one
-from ._statistics import guide, predict_x0, sample_statistics
+from ._statistics import UNGUIDED, Guidance, Row, guide, predict_x0, sample_statistics
 
 
 @triton.jit
@@ -170,12 +170,8 @@ def _diffusion_step(
     channels, positions, strides = planes
     range_offset = channels * strides[1][1] if learned_range and seeds is not None else None
     seeds = None if seeds is None else seeds.contiguous()
-    row = (table.to(torch.float32).contiguous(), step, step_number)
-    guided = guidance is not None or guidance_number is not None
-    if guidance is not None:
-        guidance = (guidance.to(torch.float32).contiguous(), 0.0, 1 if guidance.dim() > 0 else 0)
-    else:
-        guidance = (None, guidance_number if guided else 0.0, 0)
+    row = Row(table.to(torch.float32).contiguous(), step, step_number)
+    guided = _guidance(guidance, guidance_number)
     rescale, dynamic = guidance_rescale > 0, dynamic_threshold is not None
     bound = 1.0 if dynamic and clip is None else clip
     size, warps = tile_config(positions)
@@ -185,16 +181,29 @@ def _diffusion_step(
         statistics = None
         if rescale or dynamic:
             statistics = sample_statistics(
-                x, model_output, planes, row, guidance, guidance_rescale, dynamic_threshold, bound or 0.0,
-                prediction, guided,
-            )  # fmt: skip
+                x,
+                model_output,
+                planes,
+                row,
+                guidance=guided,
+                guidance_rescale=guidance_rescale,
+                prediction=prediction,
+                quantile=dynamic_threshold,
+                bound=bound or 0.0,
+            )
         _step_kernel[(batch * tiles,)](
-            x, model_output, previous_x0, x_next, x0, *row, seeds, *guidance, statistics, bound, batch,
-            channels, positions, tiles, *strides[0], *strides[1], *strides[2], *strides[3], range_offset,
-            PREDICTION=prediction, GUIDED=guided, RESCALE=rescale, DYNAMIC=dynamic, SIZE=size,
-            num_warps=warps,
+            x, model_output, previous_x0, x_next, x0, *row, seeds, *(guided or UNGUIDED), statistics, bound,
+            batch, channels, positions, tiles, *strides[0], *strides[1], *strides[2], *strides[3],
+            range_offset, PREDICTION=prediction, GUIDED=guided is not None, RESCALE=rescale, DYNAMIC=dynamic,
+            SIZE=size, num_warps=warps,
         )  # fmt: skip
     return x_next, x0
+
+
+def _guidance(weight: Tensor | None, number: float | None) -> Guidance | None:
+    if weight is not None:
+        return Guidance(weight.to(torch.float32).contiguous(), 0.0, 1 if weight.dim() > 0 else 0)
+    return None if number is None else Guidance(None, number, 0)
 
 
 def _fake_diffusion_step(x: Tensor, *_) -> tuple[Tensor, Tensor]:

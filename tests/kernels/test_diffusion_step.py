@@ -157,10 +157,11 @@ def limits(x0, quantile, kernel_device):
     """The limit that the kernel finds for |x0|, without a bound that hides it."""
     x = torch.zeros_like(x0)
     _, planes = _planes.arrange([x, x0])
-    row = (TABLE.to(kernel_device), None, 0)
+    row = _statistics.Row(TABLE.to(kernel_device), None, 0)
     statistics = _statistics.sample_statistics(
-        x, x0, planes, row, (None, 0.0, 0), 0.0, quantile, 0.0, "sample", False
-    )
+        x, x0, planes, row, guidance=None, guidance_rescale=0.0, prediction="sample", quantile=quantile,
+        bound=0.0,
+    )  # fmt: skip
     return statistics[:, 1].cpu()
 
 
@@ -300,20 +301,27 @@ def registered(device):
     x, ones = draw(2, 2, 3, 3).to(device), torch.full((2,), 0.5, device=device)
     nhwc = x.contiguous(memory_format=torch.channels_last)
     step = torch.tensor(1, device=device)
-    options = (TABLE.to(device), step, 0, seeds, None, None, 0.0, "epsilon", 1.0, None, False, None)
+    options = dict(
+        step_number=0, seeds=seeds, guidance=None, guidance_number=None, guidance_rescale=0.0,
+        prediction="epsilon", clip=1.0, dynamic_threshold=None, learned_range=False, previous_x0=None,
+    )  # fmt: skip
     return {
-        "sample_noise": (ops.sample_noise, (seeds, step, 0, (2, 5), torch.float16)),
-        "add_noise": (ops.add_noise, (x.clone().requires_grad_(), ones, ones.clone().requires_grad_(), x)),
-        "add_drawn_noise": (ops.add_drawn_noise, (nhwc.clone().requires_grad_(), ones, ones, seeds, None, 3)),
-        "diffusion_step": (ops.diffusion_step, (nhwc, x, *options)),
-    }
+        "sample_noise": (ops.sample_noise, (seeds, step, 0, (2, 5), torch.float16), {}),
+        "add_noise": (
+            ops.add_noise, (x.clone().requires_grad_(), ones, ones.clone().requires_grad_(), x), {},
+        ),
+        "add_drawn_noise": (
+            ops.add_drawn_noise, (nhwc.clone().requires_grad_(), ones, ones, seeds, None, 3), {},
+        ),
+        "diffusion_step": (ops.diffusion_step, (nhwc, x, TABLE.to(device), step), options),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["sample_noise", "add_noise", "add_drawn_noise", "diffusion_step"])
 def test_opcheck(name, kernel_device):
     """Fails on a wrong schema, a fake that lies about shape or strides, or an untraceable gradient."""
-    op, arguments = registered(kernel_device)[name]
-    torch.library.opcheck(op.default, arguments)
+    op, arguments, options = registered(kernel_device)[name]
+    torch.library.opcheck(op.default, arguments, options)
 
 
 def test_compiles_into_one_graph(kernel_device):

@@ -44,14 +44,14 @@ _STEPS = {
 }  # fmt: skip
 
 
-def launches(function, *args) -> list[Launch]:
+def launches(function, *args, **kwargs) -> list[Launch]:
     """Each launch that `function` makes."""
     from dalle2_fast.kernels.diffusion import _statistics
     from dalle2_fast.kernels.diffusion import noise as add_noise
     from dalle2_fast.kernels.diffusion import step as diffusion_step
 
     with recorded_in(_statistics, diffusion_step, add_noise) as found:
-        function(*args)
+        function(*args, **kwargs)
     return found
 
 
@@ -67,13 +67,23 @@ def step_launches(
     output = torch.empty(rows, channels, *shape[1:], dtype=_DTYPES[output], device="meta")
     if nhwc:
         output = output.to(memory_format=torch.channels_last)
-    step = torch.empty((), dtype=torch.int64, device="meta")
     return launches(
-        diffusion_step._diffusion_step, state, output, torch.empty(5, 8, device="meta"), step, 0,
-        torch.empty(2, dtype=torch.int64, device="meta") if seeds else None,
-        torch.empty(2, device="meta") if guided else None, None, 0.7 if rescale else 0.0, prediction, clip,
-        quantile, learned_range, state if previous else None,
-    )  # fmt: skip
+        diffusion_step._diffusion_step,
+        state,
+        output,
+        torch.empty(5, 8, device="meta"),
+        torch.empty((), dtype=torch.int64, device="meta"),
+        step_number=0,
+        seeds=torch.empty(2, dtype=torch.int64, device="meta") if seeds else None,
+        guidance=torch.empty(2, device="meta") if guided else None,
+        guidance_number=None,
+        guidance_rescale=0.7 if rescale else 0.0,
+        prediction=prediction,
+        clip=clip,
+        dynamic_threshold=quantile,
+        learned_range=learned_range,
+        previous_x0=state if previous else None,
+    )
 
 
 def aot_cases() -> list[Case]:
