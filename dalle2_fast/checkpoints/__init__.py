@@ -1,5 +1,6 @@
 """Saving and loading weights: our own folders, the layouts of others, and naming what does not fit."""
 
+from dalle2_fast.checkpoints.checkpoint import Checkpoint
 from dalle2_fast.checkpoints.errors import CheckpointError
 from dalle2_fast.checkpoints.folder import (
     FORMAT_VERSION,
@@ -9,7 +10,7 @@ from dalle2_fast.checkpoints.folder import (
     load_folder,
     save_folder,
 )
-from dalle2_fast.checkpoints.layouts import Checkpoint, open_checkpoint
+from dalle2_fast.checkpoints.layouts import open_checkpoint
 from dalle2_fast.checkpoints.pretrained import Pretrained
 from dalle2_fast.checkpoints.weights import join_states, load_state, reject_leftovers
 

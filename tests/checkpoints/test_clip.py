@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from dalle2_fast import CLIP
 from dalle2_fast.checkpoints import CheckpointError
-from dalle2_fast.checkpoints.formats.clip_layouts import HUGGING_FACE, NATIVE, export
+from dalle2_fast.checkpoints.formats.clip_keys import HUGGING_FACE, NATIVE, export
 from dalle2_fast.checkpoints.formats.clip_options import from_hugging_face, from_open_clip, from_shapes, ratio
 from tests.support.clip_cases import (
     NAMED,

@@ -133,6 +133,6 @@ def test_a_malicious_pickle_is_refused_and_not_run(copy, karlo_originals, tmp_pa
 
 def test_an_unknown_folder_says_what_is_known(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
-    says = "config.json is missing; expected a folder of ours.*UnCLIPPipeline.*.ckpt files, got notes.txt"
+    says = "config.json is missing; expected .*UnCLIPPipeline.*dalle2_fast.*.ckpt files, got notes.txt"
     with pytest.raises(FileNotFoundError, match=says):
         open_checkpoint(tmp_path)

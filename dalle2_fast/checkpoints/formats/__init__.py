@@ -1,1 +1,12 @@
-"""The layouts in which other projects publish weights, one module each, and what those modules share."""
+"""The layouts in which other projects publish weights.
+
+    diffusers, diffusers_options   a pipeline of diffusers or its prior, and what its configuration files say
+    karlo                          Karlo's original files
+    karlo_keys, unet_keys          which tensors of both make which of ours
+    clip, clip_options, clip_keys  a CLIP alone: its files, its configuration, its tensors
+    renaming                       the rules from their names to ours
+
+A new layout of a pipeline or network is a module here with a reader, and a line in LAYOUTS of
+checkpoints/layouts.py. A new layout of a CLIP is an entry in NAMINGS of clip_keys.py, and a function in
+clip_options.py if it has a configuration of another form.
+"""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dalle2_fast.checkpoints.errors import CheckpointError
 from dalle2_fast.checkpoints.folder import load_folder
-from dalle2_fast.checkpoints.formats.clip_layouts import HUGGING_FACE, NATIVE, Layout, convert, find_layout
+from dalle2_fast.checkpoints.formats.clip_keys import HUGGING_FACE, NATIVE, Naming, convert, find_naming
 from dalle2_fast.checkpoints.formats.clip_options import (
     KINDS,
     from_hugging_face,
@@ -35,10 +35,10 @@ PIPELINE = ("text_encoder", "image_encoder")  # the folders of a CLIP in a diffu
 
 @dataclass
 class ClipSource:
-    """options: arguments of our CLIP; tensors: under the names of `layout`; path: where they are from."""
+    """options: arguments of our CLIP; tensors: under the names of `naming`; path: where they are from."""
 
     path: Path
-    layout: Layout
+    naming: Naming
     tensors: dict[str, Tensor]
     options: dict[str, Any]
 
@@ -51,7 +51,7 @@ class ClipSource:
 
     def weights(self, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state_dict of our CLIP, whose shapes `expected` gives; CheckpointError if they do not fit."""
-        return convert(expected, self.tensors, self.layout, self.path)
+        return convert(expected, self.tensors, self.naming, self.path)
 
 
 def read_clip(path: str | PathLike, **given: Any) -> ClipSource:
@@ -86,10 +86,10 @@ def _read(path: Path, given: dict[str, Any]) -> ClipSource:
     file = find_tensors(path, _preferred(path)) if path.is_dir() else path
     if (own := _header(file)) is not None:
         return ClipSource(file, NATIVE, read_tensors(file), own | given)
-    layout, tensors = find_layout(read_tensors(file), file)
-    options = _options(file, layout, tensors) | given
-    source = ClipSource(file, layout, tensors, options)
-    if layout is HUGGING_FACE and source.towers != "both":
+    naming, tensors = find_naming(read_tensors(file), file)
+    options = _options(file, naming, tensors) | given
+    source = ClipSource(file, naming, tensors, options)
+    if naming is HUGGING_FACE and source.towers != "both":
         # A tower alone comes without the temperature: it has nothing to compare.
         tensors.setdefault("logit_scale", torch.tensor(1 / 0.07).log())
     needed = {
@@ -111,16 +111,16 @@ def _preferred(folder: Path) -> tuple[str, ...]:
     return OPEN_CLIP_FILES + HUGGING_FACE_FILES
 
 
-def _options(file: Path, layout: Layout, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    if layout is HUGGING_FACE:
+def _options(file: Path, naming: Naming, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    if naming is HUGGING_FACE:
         config = _optional(file.with_name("config.json"))
         if config.get("model_type") in KINDS:
             return from_hugging_face(config, file.with_name("config.json")) | _processor(file.parent)
-        return from_shapes(tensors, layout, _towers(tensors), file)
+        return from_shapes(tensors, naming, _towers(tensors), file)
     config = _optional(file.with_name("open_clip_config.json"))
     if config:
         return from_open_clip(config, file.with_name("open_clip_config.json"))
-    return from_shapes(tensors, layout, "both", file)
+    return from_shapes(tensors, naming, "both", file)
 
 
 def _towers(tensors: dict[str, Tensor]) -> str:
@@ -162,7 +162,7 @@ def _both(path: Path, parts: list[ClipSource]) -> ClipSource:
         return parts[0]
     text, image = parts
     for part, towers in zip(parts, ("text", "image"), strict=True):
-        if part.layout is not HUGGING_FACE or part.towers != towers:
+        if part.naming is not HUGGING_FACE or part.towers != towers:
             raise CheckpointError(f"{part.path}: expected a {towers} tower of CLIP with its projection")
     for name in ("dim_latent", "quick_gelu"):
         if text.options[name] != image.options[name]:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from dalle2_fast.checkpoints.errors import CheckpointError
-from dalle2_fast.checkpoints.formats.clip_layouts import Layout
+from dalle2_fast.checkpoints.formats.clip_keys import Naming
 from dalle2_fast.checkpoints.formats.renaming import count_numbers
 
 # Vision Transformers that have 16 heads where the custom of 64 a head would give more: H, g, G, e.
@@ -50,15 +50,15 @@ READ_MODEL |= {"custom_text", "nonscalar_logit_scale", "init_logit_scale", "prep
 UNTOLD = (None, False, 0, {}, [])  # values that ask for nothing
 
 
-def from_shapes(tensors: Mapping[str, Tensor], layout: Layout, towers: str, source: object) -> dict[str, Any]:
+def from_shapes(tensors: Mapping[str, Tensor], naming: Naming, towers: str, source: object) -> dict[str, Any]:
     """All but the activation, which only OpenAI's archives tell (they hold their sizes, too), and the heads
     where a width is no multiple of 64. towers: "both", "text" or "image"."""
     options = dict(ALONE[towers])
     try:
         if towers != "image":
-            options |= _text_from_shapes(tensors, layout)
+            options |= _text_from_shapes(tensors, naming)
         if towers != "text":
-            options |= _image_from_shapes(tensors, layout)
+            options |= _image_from_shapes(tensors, naming)
     except KeyError as error:
         raise CheckpointError(f"{source}: not a whole CLIP: {error.args[0]} is missing") from None
     if "input_resolution" in tensors:
@@ -66,19 +66,19 @@ def from_shapes(tensors: Mapping[str, Tensor], layout: Layout, towers: str, sour
     return options
 
 
-def _text_from_shapes(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Any]:
-    tokens, width = layout.shape("token_embedding.weight", tensors)
-    hidden, _ = layout.shape("transformer.resblocks.0.mlp.c_fc.weight", tensors)
+def _text_from_shapes(tensors: Mapping[str, Tensor], naming: Naming) -> dict[str, Any]:
+    tokens, width = naming.shape("token_embedding.weight", tensors)
+    hidden, _ = naming.shape("transformer.resblocks.0.mlp.c_fc.weight", tensors)
     return dict(
         num_text_tokens=tokens, dim_text=width, mlp_ratio=ratio(hidden, width), eos_token_id=tokens - 1,
-        text_seq_len=layout.shape("positional_embedding", tensors)[0],
-        text_enc_depth=layout.depth("transformer.resblocks.", tensors),
-        dim_latent=layout.shape("text_projection", tensors)[1],
+        text_seq_len=naming.shape("positional_embedding", tensors)[0],
+        text_enc_depth=naming.depth("transformer.resblocks.", tensors),
+        dim_latent=naming.shape("text_projection", tensors)[1],
         **({} if width % 64 else {"text_heads": width // 64}),
     )  # fmt: skip
 
 
-def _image_from_shapes(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Any]:
+def _image_from_shapes(tensors: Mapping[str, Tensor], naming: Naming) -> dict[str, Any]:
     if "visual.layer1.0.conv1.weight" in tensors:
         stages = [count_numbers(tensors, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)]
         width = tensors["visual.layer1.0.conv1.weight"].shape[0]
@@ -87,14 +87,14 @@ def _image_from_shapes(tensors: Mapping[str, Tensor], layout: Layout) -> dict[st
             visual_kind="resnet", visual_enc_depth=stages, dim_image=width, visual_heads=width * 32 // 64,
             visual_image_size=32 * grid, dim_latent=tensors["visual.attnpool.c_proj.weight"].shape[0],
         )  # fmt: skip
-    width, _, patch, _ = layout.shape("visual.conv1.weight", tensors)
-    hidden, _ = layout.shape("visual.transformer.resblocks.0.mlp.c_fc.weight", tensors)
-    grid = _root(layout.shape("visual.positional_embedding", tensors)[0] - 1)
+    width, _, patch, _ = naming.shape("visual.conv1.weight", tensors)
+    hidden, _ = naming.shape("visual.transformer.resblocks.0.mlp.c_fc.weight", tensors)
+    grid = _root(naming.shape("visual.positional_embedding", tensors)[0] - 1)
     return dict(
         dim_image=width, visual_patch_size=patch, visual_image_size=patch * grid,
         visual_mlp_ratio=ratio(hidden, width),
-        visual_enc_depth=layout.depth("visual.transformer.resblocks.", tensors),
-        dim_latent=layout.shape("visual.proj", tensors)[1],
+        visual_enc_depth=naming.depth("visual.transformer.resblocks.", tensors),
+        dim_latent=naming.shape("visual.proj", tensors)[1],
         **({} if width % 64 else {"visual_heads": 16 if width in SIXTEEN_HEADS else width // 64}),
     )  # fmt: skip
 

@@ -15,22 +15,20 @@ from typing import Any
 
 from torch import Tensor
 
+from dalle2_fast.checkpoints.checkpoint import Checkpoint, Part
 from dalle2_fast.checkpoints.errors import CheckpointError
-from dalle2_fast.checkpoints.formats.diffusers import SAMPLING, Part, text_proj_rules
-from dalle2_fast.checkpoints.formats.renaming import (
-    Rules,
-    Taken,
-    by_part,
-    count_numbers,
-    same,
-    translate,
-    under,
+from dalle2_fast.checkpoints.formats.diffusers import pipeline_config
+from dalle2_fast.checkpoints.formats.diffusers_options import SAMPLING
+from dalle2_fast.checkpoints.formats.karlo_keys import (
+    HEAD_DIM,
+    original_conditioning_rules,
+    original_prior_rules,
 )
+from dalle2_fast.checkpoints.formats.renaming import Rules, count_numbers, translate, under
 from dalle2_fast.checkpoints.formats.unet_keys import original_rules
 from dalle2_fast.checkpoints.tensor_files import SUFFIXES, read_torch, state_dict
 from dalle2_fast.checkpoints.torchscript import is_torchscript
 
-HEAD_DIM = 64
 IMAGE_SIZE, LOW_RES_SIZE = 256, 64
 FILES = {  # as they were published
     "prior": "prior-ckpt-step=01000000-of-01000000.ckpt",
@@ -71,6 +69,19 @@ def find_originals(folder: Path) -> Originals | None:
             raise CheckpointError(f"{folder}: expected one {what} of Karlo, got {other} and {file.name}")
         originals.found[what] = (file, content)
     return originals if originals.found.keys() - {"clip"} else None
+
+
+def read_originals(folder: Path, parts: Collection[str]) -> Checkpoint | None:
+    """A folder of Karlo's files; None if there is not one of them."""
+    if (originals := find_originals(folder)) is None:
+        return None
+    tokenizer = {"kind": "bpe", "context_length": 77, "merges": None}
+    checkpoint = Checkpoint(folder, pipeline_config("karlo", tokenizer))
+    for name, part in read_original(originals, parts).items():
+        checkpoint.add(name, part)
+    if "clip" in parts:
+        checkpoint.add_clip(originals.need("clip")[0])
+    return checkpoint
 
 
 def read_original(originals: Originals, parts: Collection[str]) -> dict[str, Part]:
@@ -122,31 +133,8 @@ def _read_prior(originals: Originals) -> Part:
         "sample_timesteps": SAMPLING["prior_steps"], "unit_norm": False, "embed_scale": 1.0,
         "prediction": "sample", "sample_clip": 10.0,
     }  # fmt: skip
-    translated = translate(tensors, prior_rules(depth), file)
+    translated = translate(tensors, original_prior_rules(depth), file)
     return config, translated | {"clip_mean": mean, "clip_std": std}
-
-
-def prior_rules(depth: int) -> Rules:
-    """DiffusionPrior's tensors, but for the statistics, from those of the original prior."""
-    rules = (
-        same("time_embedding.0", "time_embed.0")
-        | same("time_embedding.2", "time_embed.2")
-        | same("proj_in", "clip_img_proj")
-        | same("text_embed_proj", "text_emb_proj")
-        | same("text_encodings_proj", "text_enc_proj")
-        | same("ln_final", "final_ln")
-        | same("proj_out", "out_proj")
-    )
-    rules["query"] = Taken(("prd_emb",), lambda x: x.flatten())
-    rules["positional_embedding"] = Taken(("positional_embedding",), lambda x: x.flatten(0, 1))
-    for block in (f"transformer.resblocks.{index}" for index in range(depth)):
-        for layer in ("ln_1", "ln_2", "mlp.c_fc", "mlp.c_proj"):
-            rules |= same(f"{block}.{layer}", f"{block}.{layer}")
-        rules |= same(f"{block}.attn.out_proj", f"{block}.attn.c_proj")
-        for kind in ("weight", "bias"):
-            fused = Taken((f"{block}.attn.c_qkv.{kind}",), by_part(3, HEAD_DIM))
-            rules[f"{block}.attn.in_proj_{kind}"] = fused
-    return under("net.", rules, "model.")
 
 
 def _read_decoder(originals: Originals) -> Part:
@@ -161,29 +149,8 @@ def _read_decoder(originals: Originals) -> Part:
         "num_image_tokens": tokens, "unit_norm": False, "embed_scale": 1.0,
         "prediction": "epsilon", "variance": "learned_range", "sample_timesteps": SAMPLING["steps"],
     }  # fmt: skip
-    rules = under("unet.", original_rules(unet), "model.") | decoder_rules(tokens)
+    rules = under("unet.", original_rules(unet), "model.") | original_conditioning_rules(tokens)
     return config, translate(tensors, rules, file)
-
-
-def decoder_rules(tokens: int) -> Rules:
-    """ConditionProjection's tensors from those of the original decoder, through diffusers' names."""
-    names = {
-        "clip_image_embeddings_project_to_time_embeddings": "clip_emb",
-        "clip_extra_context_tokens_proj": "clip_tok_proj",
-        "embedding_proj": "text_feat_proj",
-        "encoder_hidden_states_proj": "text_seq_proj.0",
-        "text_encoder_hidden_states_norm": "text_seq_proj.1",
-        "learned_classifier_free_guidance_embeddings": "cf_param",
-    }
-
-    def original(name: str) -> str:
-        layer, dot, kind = name.partition(".")
-        return f"model.{names[layer]}{dot}{kind}"
-
-    return {
-        f"text_proj.{ours}": Taken(tuple(map(original, taken.names)), taken.make)
-        for ours, taken in text_proj_rules(tokens).items()
-    }
 
 
 def _read_upsampler(originals: Originals) -> Part:

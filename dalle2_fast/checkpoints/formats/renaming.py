@@ -33,9 +33,13 @@ def same(ours: str, theirs: str, make: Callable[..., Tensor] | None = None) -> R
 def stacked(ours: str, *theirs: str) -> Rules:
     """Weight and bias of one layer, the rows of theirs below each other."""
     return {
-        f"{ours}.{kind}": Taken(tuple(f"{name}.{kind}" for name in theirs), lambda *rows: torch.cat(rows))
+        f"{ours}.{kind}": Taken(tuple(f"{name}.{kind}" for name in theirs), stack_rows)
         for kind in ("weight", "bias")
     }
+
+
+def stack_rows(*rows: Tensor) -> Tensor:
+    return torch.cat(rows)
 
 
 def by_part(parts: int, head_dim: int) -> Callable[[Tensor], Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dalle2_fast.checkpoints.folder import CheckpointError, embedded_path
 from dalle2_fast.checkpoints.formats.clip import read_clip
-from dalle2_fast.checkpoints.formats.clip_layouts import export
+from dalle2_fast.checkpoints.formats.clip_keys import export
 from dalle2_fast.checkpoints.hub import locate
 from dalle2_fast.checkpoints.pretrained import Pretrained
 from dalle2_fast.checkpoints.weights import unfilled

@@ -45,7 +45,7 @@ NO_WEIGHTS = re.compile(r"(.*\.)?(input_resolution|context_length|vocab_size|att
 
 
 @dataclass(frozen=True)
-class Layout:
+class Naming:
     """name: whose it is; sources: our key -> the keys of the file that make it, in order (q, k, v)."""
 
     name: str
@@ -91,13 +91,13 @@ def _as_hugging_face(key: str) -> tuple[str, ...]:
     raise ValueError(f"layout: Hugging Face's CLIP has Vision Transformers with patches only, not {key}")
 
 
-NATIVE = Layout("OpenAI's and open_clip's", lambda key: (key,))
-HUGGING_FACE = Layout("Hugging Face's", _as_hugging_face, PROJECTIONS)
-LAYOUTS = {"openai": NATIVE, "open_clip": NATIVE, "huggingface": HUGGING_FACE}
+NATIVE = Naming("OpenAI's and open_clip's", lambda key: (key,))
+HUGGING_FACE = Naming("Hugging Face's", _as_hugging_face, PROJECTIONS)
+NAMINGS = {"openai": NATIVE, "open_clip": NATIVE, "huggingface": HUGGING_FACE}
 
 
-def find_layout(tensors: Mapping[str, Tensor], source: object) -> tuple[Layout, dict[str, Tensor]]:
-    """(layout, tensors without the prefixes of wrappers), from the keys. CheckpointError if it is no CLIP."""
+def find_naming(tensors: Mapping[str, Tensor], source: object) -> tuple[Naming, dict[str, Tensor]]:
+    """(naming, tensors without the prefixes of wrappers), from the keys. CheckpointError if it is no CLIP."""
     for wrapper in WRAPPERS:
         if tensors and all(key.startswith(wrapper) for key in tensors):
             tensors = {key.removeprefix(wrapper): value for key, value in tensors.items()}
@@ -117,7 +117,7 @@ def find_layout(tensors: Mapping[str, Tensor], source: object) -> tuple[Layout, 
 
 
 def convert(
-    expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], layout: Layout, source: object
+    expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], naming: Naming, source: object
 ) -> dict[str, Tensor]:
     """The tensors of a file under our names; `expected` is the state_dict of the model, maybe without data.
 
@@ -125,11 +125,11 @@ def convert(
     """
     wanted: dict[str, Tensor] = {}
     for key, value in expected.items():
-        wanted |= layout.take_apart(key, value)
+        wanted |= naming.take_apart(key, value)
     weights = {name: x for name, x in tensors.items() if name in wanted or not NO_WEIGHTS.fullmatch(name)}
     if problems := mismatches({name: tensor.shape for name, tensor in wanted.items()}, weights):
         raise CheckpointError(f"{source}: the weights are not those of this CLIP: " + "; ".join(problems))
-    return {key: layout.assemble(key, tensors) for key in expected}
+    return {key: naming.assemble(key, tensors) for key in expected}
 
 
 def export(state: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
@@ -137,7 +137,7 @@ def export(state: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
 
     Raises ValueError for another one, or for weights that Hugging Face's CLIP has no place for.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
-    parts = (LAYOUTS[layout].take_apart(key, value) for key, value in state.items())
+    if layout not in NAMINGS:
+        raise ValueError(f"layout: expected one of {', '.join(NAMINGS)}, got {layout!r}")
+    parts = (NAMINGS[layout].take_apart(key, value) for key, value in state.items())
     return {name: tensor for part in parts for name, tensor in part.items()}
