@@ -1,6 +1,6 @@
 """The kernels of group_norm_silu against float64, interpreted on the CPU (tiny) and compiled on a GPU (real).
 
-A tiny slab always fits into registers; `path` shrinks the limits of _norm_plan so that all kernels take part.
+A tiny slab always fits into registers; `path` shrinks the limits of _plan.py so that all kernels take part.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ import pytest
 import torch
 
 from dalle2_fast import functional
-from tests.support.truth import assert_close_to_truth, outputs_and_gradients
+from tests.support.norm_cases import BF16, FP16, FP32, NCHW, NDHWC, NHWC, PARAMETERS, compare, make, step
 
 pytest.importorskip("triton")
-
-PARAMETERS = ("weight", "bias", "scale", "shift")
 
 
 @pytest.fixture(autouse=True)
@@ -59,50 +57,6 @@ def path(plan, monkeypatch):
         cache.cache_clear()
 
 
-def make(shape, device, mean=0.5, sigma=2.0, layout=torch.contiguous_format):
-    generator = torch.Generator().manual_seed(0)
-    n, c = shape[:2]
-    sizes = {"weight": (c,), "bias": (c,), "scale": (n, c), "shift": (n, c)}
-    x = torch.randn(shape, generator=generator) * sigma + mean
-    return {"x": x.to(device, memory_format=layout)} | {
-        name: torch.randn(size, generator=generator).to(device) for name, size in sizes.items()
-    }
-
-
-def compare(
-    shape, groups, *, dtype, device, layout=torch.contiguous_format, given=PARAMETERS, activation="silu"
-):
-    """Values and all gradients, beside plain torch at this dtype, against the reference in float64."""
-    inputs = make(shape, device, layout=layout)
-    inputs["x"] = inputs["x"].to(dtype).float()
-    inputs = {name: value for name, value in inputs.items() if name == "x" or name in given}
-
-    def fused(**kw):
-        return functional.group_norm_silu(num_groups=groups, activation=activation, impl="fused", **kw)
-
-    def reference(**kw):
-        return functional.group_norm_silu(num_groups=groups, activation=activation, impl="reference", **kw)
-
-    def plain(**kw):
-        kw = {name: value.to(dtype) for name, value in kw.items()}
-        ones = torch.ones(shape[1], dtype=dtype, device=device)  # torch's backward fails on a bias alone
-        y = torch.nn.functional.group_norm(kw["x"], groups, kw.get("weight", ones), kw.get("bias"))
-        ones = (1,) * (y.dim() - 2)
-        if "scale" in kw:
-            y = y * (1 + kw["scale"].view(*kw["scale"].shape, *ones))
-        if "shift" in kw:
-            y = y + kw["shift"].view(*kw["shift"].shape, *ones)
-        return torch.nn.functional.silu(y) if activation else y
-
-    actual = outputs_and_gradients(fused, inputs, dtype, keep_dtype=PARAMETERS)
-    truth = outputs_and_gradients(reference, inputs, torch.float64)
-    assert_close_to_truth(actual, outputs_and_gradients(plain, inputs, dtype, keep_dtype=PARAMETERS), truth)
-    for name in ("output", "d x"):
-        assert actual[name].dtype == dtype and actual[name].stride() == inputs["x"].stride(), name
-
-
-NCHW, NHWC, NDHWC = torch.contiguous_format, torch.channels_last, torch.channels_last_3d
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 CASES = [
     # path, shape, groups, layout, dtype, given, activation
     ("resident", (2, 6, 5, 3), 2, NCHW, FP32, PARAMETERS, "silu"),  # odd channels a group, odd positions
@@ -154,16 +108,6 @@ def test_widths_of_real_models(kernel_device, width, layout):
     # Catches: a group's width that is no power of two taken for one, with the real configuration.
     groups = 32 if layout == NHWC else 2  # in NCHW each has a program
     compare((1, groups * width, 3, 2), groups, dtype=FP32, device=kernel_device, layout=layout)
-
-
-def step(x, groups, inputs, dy, impl="fused"):
-    """y and the gradients for a given dy, as a list."""
-    leaves = [x.detach().clone(memory_format=torch.preserve_format), *(inputs[name] for name in PARAMETERS)]
-    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-    x, weight, bias, scale, shift = leaves
-    y = functional.group_norm_silu(x, groups, weight, bias, 1e-5, scale, shift, impl=impl)
-    y.backward(dy)
-    return [y.detach(), *(leaf.grad for leaf in leaves)]
 
 
 @pytest.mark.parametrize("path_name", ["resident", "looped", "chunks"])
@@ -323,84 +267,6 @@ def test_autocast_changes_nothing(kernel_device):
     expected = functional.group_norm_silu(x, 2, impl="fused")
     with torch.autocast(kernel_device, torch.bfloat16):
         assert torch.equal(functional.group_norm_silu(x, 2, impl="fused"), expected)
-
-
-# ------------------------------------------------------------------------------------------- what is launched
-
-
-def test_launches(kernel_device):
-    # Catches: a model's shape that fell off its path. One launch is 1 read and 1 write.
-    from dalle2_fast.kernels.group_norm_silu import backward as group_norm_silu_backward
-    from dalle2_fast.kernels.group_norm_silu import forward as group_norm_silu
-    from tests.support.aot.cases_group_norm_silu import launches
-
-    def names(channels, side, layout=NCHW, dtype=BF16):
-        x = torch.empty(2, channels, side, side, dtype=dtype, device="meta").to(memory_format=layout)
-        weight, statistics = torch.empty(channels, device="meta"), torch.empty(2, 32, device="meta")
-        film = torch.empty(2, channels, device="meta")
-        forward = launches(group_norm_silu._forward, x, 32, weight, weight, 1e-5, film, film, True)
-        backward = launches(
-            group_norm_silu_backward._backward,
-            x, x, statistics, statistics, weight, weight, film, film, True, True,
-        )  # fmt: skip
-        return [
-            [launch.name.removesuffix("_kernel").strip("_") for launch in found]
-            for found in (forward, backward)
-        ]
-
-    for channels, side in [(320, 64), (640, 32), (960, 16), (1280, 8), (2560, 8), (1920, 16)]:
-        one = ["looped"] if side == 64 else ["resident"]
-        assert names(channels, side, dtype=FP32)[0] == one, (channels, side)
-        forward, backward = names(channels, side)
-        assert forward == one, (channels, side)
-        assert backward in (["resident_backward", "parameters"], ["looped_backward", "parameters"])
-    assert names(320, 256) == [["moments", "apply"], ["sums", "input_gradient", "parameters"]]
-    for channels, side in [(960, 16), (1920, 16), (1280, 8), (2560, 8)]:
-        assert names(channels, side, NHWC)[0] == ["resident"], (channels, side)
-    for channels, side in [(320, 32), (640, 32), (960, 32), (1280, 32), (1600, 32), (2240, 16)]:
-        assert names(channels, side, NHWC)[0] == ["looped"], (channels, side)
-    assert names(320, 64, NHWC)[0] == ["moments", "apply"]
-
-
-def test_every_plan_covers_its_slab(plan):
-    # Catches: tiles that leave something out, masks left out where there is padding, limits not kept.
-    hypothesis = pytest.importorskip("hypothesis")
-    numbers = hypothesis.strategies
-
-    @hypothesis.settings(max_examples=100, deadline=None)
-    @hypothesis.given(
-        width=numbers.integers(1, 300), count=numbers.sampled_from([1, 2, 3, 7, 8, 32]),
-        length=numbers.sampled_from([1, 2, 15, 49, 64, 77, 256, 1000, 4096, 65536]),
-        adjacent=numbers.booleans(), itemsize=numbers.sampled_from([2, 4]),
-    )  # fmt: skip
-    def check(width, count, length, adjacent, itemsize):
-        shape = (width, count, length, adjacent, itemsize)
-        found = [
-            (plan.resident_tiles(*shape, plan.RESIDENT_LANES), plan.RESIDENT_LANES),
-            (plan.forward_tiles(*shape, plan.FORWARD_LANES, plan.FORWARD_WARPS, plan.FORWARD_MOST), None),
-            (plan.chunk_tiles(*shape, plan.CHUNK_LANES, plan.CHUNK_WARPS), None),
-            (plan.chunk_tiles(*shape, plan.SUM_LANES, plan.SUM_WARPS, True), None),
-        ]
-        for tiles, most in found:
-            if tiles is None:
-                continue
-            for size in (tiles.channels, tiles.positions, tiles.warps):
-                assert size == plan.power_of_two(size)
-            covered = tiles.groups * width
-            assert tiles.groups <= count and (tiles.groups == 1 or tiles.channel_tiles == 1)
-            assert tiles.channels * tiles.channel_tiles >= covered
-            assert tiles.positions * tiles.position_tiles >= length
-            if tiles.exact:
-                assert tiles.channels * tiles.channel_tiles == covered and count % tiles.groups == 0
-                assert tiles.positions * tiles.position_tiles == length
-            if most is not None:
-                assert tiles.lanes <= most and tiles.count <= plan.RESIDENT_TILES
-            else:
-                assert tiles.channels * tiles.positions <= plan.FORWARD_LANES
-        pieces, each = plan.chunks(tiles.count, count, torch.device("meta"), plan.MOST_CHUNKS, adjacent)
-        assert (pieces - 1) * each < tiles.count <= pieces * each and pieces <= plan.MOST_CHUNKS
-
-    check()
 
 
 # ---------------------------------------------------------------------------------------------- on a GPU only
