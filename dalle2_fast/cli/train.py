@@ -13,17 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from dalle2_fast.pipeline.device import choose_device, choose_dtype
-from dalle2_fast.training.presets import (
-    EXTRA_STAGES,
-    PRESETS,
-    PRIORS,
-    STAGES,
-    Preset,
-    adjust,
-    choose_prior,
-    get_preset,
-)
-from dalle2_fast.training.state import StageFolder, TrainingError, load_weights, save_weights, write_beside
+from dalle2_fast.training.errors import TrainingError
+from dalle2_fast.training.folder import StageFolder, write_file
+from dalle2_fast.training.presets import PRESETS, get_preset
+from dalle2_fast.training.recipes import EXTRA_STAGES, PRIORS, STAGES, Preset, adjust, choose_prior
+from dalle2_fast.training.weights import load_weights, save_weights
 
 if TYPE_CHECKING:
     from dalle2_fast.data import Tokenizer
@@ -128,7 +122,7 @@ def train_stage(
     `shards`; None: what the run has, else words. pause_after: in minutes. init: an earlier weights file of
     this stage to start from. freeze: weights whose names begin so stay.
     """
-    from dalle2_fast.training.stages import make_stage  # models and data: not needed to print --help
+    from dalle2_fast.training.stages.registry import make_stage  # models and data: not needed to print --help
     from dalle2_fast.training.trainer import Trainer
 
     device, folder = torch.device(device), StageFolder(Path(out) / name)
@@ -147,17 +141,16 @@ def train_stage(
     freeze_weights(stage.model, freeze)
     folder.prepare()
     if shards is not None:
-        text = json.dumps(tokenizer.to_config())
-        write_beside(Path(out) / TOKENIZER, lambda file: file.write(text.encode()))
+        write_file(Path(out) / TOKENIZER, json.dumps(tokenizer.to_config()).encode())
     trainer = Trainer(stage, preset.recipe(name).optimisation, folder, seed=seed, device=device,
                       dtype=dtype, show_progress=show_progress)
     if folder.has_state():
         trainer.resume()
     outcome = trainer.train(pause_after)
     if outcome == "finished":
-        facts = {"preset": preset.name, "freeze": list(freeze), "steps": trainer.step,
-                 "minutes": round(trainer.elapsed / 60, 2)}
-        save_weights(folder.weights_path, stage.config | facts, trainer.ema.average)
+        facts = {"preset": preset.name, "freeze": list(freeze), "steps": trainer.state.step,
+                 "minutes": round(trainer.state.elapsed / 60, 2)}
+        save_weights(folder.weights_path, stage.config | facts, trainer.state.ema.average)
     return outcome
 
 
@@ -216,7 +209,7 @@ def export_pipeline(preset: Preset, out: Path, *, dtype: torch.dtype = torch.bfl
     """Assemble the finished stages of `out` into a pipeline: out/config.json, out/model.safetensors."""
     from dalle2_fast.data import World
     from dalle2_fast.pipeline.dalle2 import DALLE2
-    from dalle2_fast.training.stages import load_stage
+    from dalle2_fast.training.stages.registry import load_stage
 
     there = [name for name in EXTRA_STAGES if (Path(out) / name / "model.safetensors").exists()]
     models = {name: load_stage(Path(out), name) for name in (*STAGES, *there)}

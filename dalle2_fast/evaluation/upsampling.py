@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -11,12 +10,7 @@ from torch import Tensor
 
 from dalle2_fast.data.synthetic.rendering import render
 from dalle2_fast.data.synthetic.scenes import Scenes
-
-
-def psnr(images: Tensor, truth: Tensor) -> Tensor:
-    """[n] in dB: 10 log10(1 / mean squared error) of images [n, 3, H, W] in [0, 1], each for itself."""
-    error = (images.float() - truth.float()).square().flatten(1).mean(1).clamp_min(1e-12)
-    return error.log() * (-10.0 / math.log(10.0))
+from dalle2_fast.evaluation.psnr import psnr
 
 
 def score_upsampler(

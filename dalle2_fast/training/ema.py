@@ -16,6 +16,10 @@ class ExponentialMovingAverage:
     a run of a few thousand steps would still remember its random start. Floating-point buffers are averaged
     like parameters; integer buffers (counters) are copied.
 
+    torch.optim.swa_utils.AveragedModel is not used: its first update copies the weights, its decay does not
+    warm up, and its state has other names than those that saved states have. (With this decay in a
+    `multi_avg_fn` and `n_averaged` begun at 1 it computes the same numbers.)
+
     model: the model being trained; its weights are copied here as the start.
     decay: the final decay, 0 <= decay < 1.
     """

@@ -19,7 +19,8 @@ from dalle2_fast.data.text.tokenizer import WordTokenizer
 from dalle2_fast.evaluation.baselines import _bag, nearest_training_scenes
 from dalle2_fast.evaluation.clip_scores import score_clip
 from dalle2_fast.evaluation.measure import Amounts, evaluate
-from dalle2_fast.evaluation.upsampling import psnr, score_upsampler
+from dalle2_fast.evaluation.psnr import psnr
+from dalle2_fast.evaluation.upsampling import score_upsampler
 
 WORLD = World(
     shapes=["circle", "square", "ring"],

@@ -17,11 +17,15 @@ from torch import nn
 
 from dalle2_fast.training import muon
 from dalle2_fast.training.ema import ExponentialMovingAverage
+from dalle2_fast.training.errors import TrainingError
+from dalle2_fast.training.folder import StageFolder, write_file
 from dalle2_fast.training.muon import Muon, polar_factor, polar_factors
 from dalle2_fast.training.optimisers import Optimisation, make_optimizers
-from dalle2_fast.training.presets import PRESETS, STAGES, adjust, get_preset
-from dalle2_fast.training.state import StageFolder, TrainingError, load_weights, save_weights, write_beside
+from dalle2_fast.training.presets import PRESETS, get_preset
+from dalle2_fast.training.recipes import STAGES, adjust
+from dalle2_fast.training.stages.protocol import Validation
 from dalle2_fast.training.trainer import Trainer
+from dalle2_fast.training.weights import load_weights, save_weights
 
 
 class Toy:
@@ -45,13 +49,8 @@ class Toy:
         noise = 0.1 * torch.randn(4, 1, generator=generator)
         return (self.model(batch["x"]) - batch["x"].sum(1, keepdim=True) + noise).square().mean()
 
-    def metrics(self):
-        return {
-            "chance": torch.rand(()).item()
-        }  # must not disturb the training
-
-    def pictures(self):
-        return torch.rand(4, 3, 8, 8), 2
+    def validate(self):
+        return Validation({"chance": torch.rand(()).item()}, torch.rand(4, 3, 8, 8), columns=2)
 
 
 def toy_trainer(path, stage=None, seed=0, **options) -> Trainer:
@@ -69,6 +68,7 @@ def log_rows(path) -> list[dict]:
 
 
 def assert_same_state(a: Trainer, b: Trainer) -> None:
+    a, b = a.state, b.state
     for ours, theirs in ((a.model.state_dict(), b.model.state_dict()), (a.ema.average, b.ema.average)):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -80,7 +80,7 @@ def test_resume_after_a_kill_is_bit_identical(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         toy_trainer(tmp_path / "cut", Toy(stop_step=17), save_steps=7).train()
     resumed = toy_trainer(tmp_path / "cut", save_steps=7)
-    assert resumed.step == 14
+    assert resumed.state.step == 14
     assert resumed.train() == "finished"
     assert_same_state(whole, resumed)
     first, second = log_rows(tmp_path / "whole"), log_rows(tmp_path / "cut")
@@ -96,7 +96,7 @@ def test_another_seed_trains_another_model(tmp_path):
     """Catches: a seed that is accepted and ignored."""
     a, b = toy_trainer(tmp_path / "a", seed=0, steps=3), toy_trainer(tmp_path / "b", seed=1, steps=3)
     a.train(), b.train()
-    assert not torch.equal(a.model[0].weight, b.model[0].weight)
+    assert not torch.equal(a.state.model[0].weight, b.state.model[0].weight)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -105,28 +105,29 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_state(tmp_path, bad):
     with pytest.raises(TrainingError, match="not finite near step 12.*state.pt"):
         toy_trainer(tmp_path, Toy(bad_step=12, bad=bad), save_steps=5).train()
     resumed = toy_trainer(tmp_path)
-    assert resumed.step == 10
-    assert all(value.isfinite().all() for value in resumed.model.state_dict().values())
+    assert resumed.state.step == 10
+    assert all(value.isfinite().all() for value in resumed.state.model.state_dict().values())
 
 
 def test_non_finite_first_step_leaves_a_state(tmp_path):
     """Catches: a message that names a state which was never written."""
     with pytest.raises(TrainingError, match="not finite near step 0"):
         toy_trainer(tmp_path, Toy(bad_step=0)).train()
-    assert toy_trainer(tmp_path).step == 0
+    assert toy_trainer(tmp_path).state.step == 0
 
 
-def test_write_that_fails_midway_leaves_the_old_file(tmp_path):
+def test_write_that_fails_midway_leaves_the_old_file(tmp_path, monkeypatch):
     """Catches: writing in place. A full disk shows as OSError from write()."""
     path = tmp_path / "file"
     path.write_bytes(b"old")
 
-    def half(file):
-        file.write(b"new, but on")
+    def half(path, data):
+        path.open("wb").write(data[: len(data) // 2])
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(TrainingError, match="No space left on device"):
-        write_beside(path, half)
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match="cannot write .*file: No space"):
+        patch.setattr(Path, "write_bytes", half)
+        write_file(path, b"new, but on a full disk")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
 
@@ -151,9 +152,10 @@ def test_kill_between_the_two_renames_and_leftovers(tmp_path):
     """Catches: a window in which no state is found, and half files that stay for ever."""
     toy_trainer(tmp_path, steps=10, save_steps=5).train()
     os.replace(tmp_path / "state.pt", tmp_path / "state.previous.pt")  # what such a kill leaves behind
-    (tmp_path / "state.pt.partial").write_bytes(b"half")
+    (tmp_path / ".state.pt.123.partial").write_bytes(b"half")
+    (tmp_path / "state.pt.partial").write_bytes(b"half, of the previous release")
     resumed = toy_trainer(tmp_path, steps=20)
-    assert resumed.step == 10
+    assert resumed.state.step == 10
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -202,7 +204,7 @@ def test_sigterm_saves_and_stops(tmp_path):
     output, _ = process.communicate(timeout=30)
     assert output == "interrupted by SIGTERM\n"
     assert process.returncode == 0
-    assert toy_trainer(tmp_path, steps=10**9).step >= 100
+    assert toy_trainer(tmp_path, steps=10**9).state.step >= 100
 
 
 def test_minutes_follow_the_clock_and_survive_a_pause(tmp_path):
@@ -210,13 +212,13 @@ def test_minutes_follow_the_clock_and_survive_a_pause(tmp_path):
     options = dict(steps=None, minutes=0.02, log_steps=10**6, first_pictures=2**40)
     first = toy_trainer(tmp_path, **options)
     assert first.train(pause_after=0.008) == "paused"
-    assert 0.48 <= first.elapsed < 1.1
+    assert 0.48 <= first.state.elapsed < 1.1
     second = toy_trainer(tmp_path, **options)
-    assert second.elapsed == first.elapsed
+    assert second.state.elapsed == first.state.elapsed
     assert second.train() == "finished"
-    assert 1.2 <= second.elapsed < 1.9
+    assert 1.2 <= second.state.elapsed < 1.9
     row = log_rows(tmp_path)[-1]
-    assert row["step"] == second.step > first.step
+    assert row["step"] == second.state.step > first.state.step
     assert row["lr"] < 0.1 * Optimisation(batch_size=1, steps=1).learning_rate
     assert "chance" in row
 

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     opened = cli_image.open_image(args.image, "image")
     pipe = job.load()
     from dalle2_fast.data.images import to_pil
-    from dalle2_fast.evaluation.upsampling import psnr
+    from dalle2_fast.evaluation.psnr import psnr
 
     image = job.square(opened, args.image, pipe.decoder.image_size)
     options = dict(batch_size=args.batch_size, progress=not args.quiet)

@@ -1,0 +1,124 @@
+"""The folder of one training stage: what lies in it, written so that a kill never leaves half a file.
+
+    state.pt            model, EMA, optimiser, step, elapsed seconds (read back with weights_only=True)
+    state.previous.pt   the state saved before it
+    model.safetensors   the finished stage's averaged weights, its configuration in the header
+    log.jsonl           one JSON object per line
+    samples/            image grids
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dalle2_fast.checkpoints.atomic import SUFFIX, atomic_write
+from dalle2_fast.training.errors import TrainingError
+
+
+def write_file(path: Path, data: bytes | memoryview, *, backup: Path | None = None) -> None:
+    """Replace the file `path` by one that holds `data`; a reader sees the old file or the new one.
+
+    Args:
+        path: of the file; its folder must exist.
+        data: the bytes. They are in memory, because torch's and safetensors' file writers do not report a
+            full disk as an OSError; torch's may abort the process.
+        backup: where the old file is kept. None deletes it.
+
+    Raises:
+        TrainingError: the file cannot be written.
+    """
+    try:
+        with atomic_write(path, backup=backup) as temporary:
+            temporary.write_bytes(data)
+    except OSError as error:
+        raise TrainingError(f"cannot write {path}: {reason(error)}") from error
+
+
+def reason(error: OSError) -> str:
+    """What the operating system says, without the number and the path: "No space left on device"."""
+    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error  # of atomic_write's error
+    return cause.strerror or str(cause)
+
+
+class StageFolder:
+    """Reads and writes the files of one stage under `path`."""
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        self.state_path = self.path / "state.pt"
+        self.previous_path = self.path / "state.previous.pt"
+        self.weights_path = self.path / "model.safetensors"
+        self.log_path = self.path / "log.jsonl"
+
+    def prepare(self) -> None:
+        """Create the folder and clear leftovers of a killed write; an unwritable place is found now, not an
+        hour later."""
+        try:
+            (self.path / "samples").mkdir(parents=True, exist_ok=True)
+            for leftover in self.path.rglob(f"*{SUFFIX}"):
+                leftover.unlink()
+            probe = self.path / f"probe{SUFFIX}"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise TrainingError(f"--out: cannot write to {self.path}: {reason(error)}") from error
+
+    def has_state(self) -> bool:
+        return self.state_path.exists() or self.previous_path.exists()
+
+    def save_state(self, state: dict) -> None:
+        """Write the state; the present one becomes the previous. At every instant one whole state exists."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_file(self.state_path, buffer.getbuffer(), backup=self.previous_path)
+
+    def load_state(self, device: torch.device) -> tuple[dict, Path]:
+        """The newest whole state and its file. A damaged one is an error that names the previous one."""
+        path = self.state_path if self.state_path.exists() else self.previous_path
+        try:
+            return torch.load(path, map_location=device, weights_only=True), path
+        except Exception as error:
+            advice = f"; delete it to resume {self.previous_path.name}" if path == self.state_path else ""
+            raise TrainingError(f"{path}: damaged training state ({type(error).__name__}){advice}") from error
+
+    def append_log(self, rows: list[dict]) -> None:
+        """Append one JSON line per row and flush."""
+        try:
+            with open(self.log_path, "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+        except OSError as error:
+            raise TrainingError(f"cannot write {self.log_path}: {reason(error)}") from error
+
+    def trim_log(self, step: int) -> None:
+        """Drop the lines after `step`: steps that a kill undid would otherwise appear twice."""
+        if not self.log_path.exists():
+            return
+        kept = []
+        for line in self.log_path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):  # half a line, cut by the kill
+                continue
+        write_file(self.log_path, "".join(kept).encode())
+
+    def save_images(self, name: str, images: Tensor, columns: int) -> None:
+        """Write images as a grid to samples/`name`. images: float [N, 3, H, W] in [0, 1]."""
+        from PIL import Image
+
+        count, _, height, width = images.shape
+        rows = -(-count // columns)
+        sheet = torch.ones(3, rows * (height + 2), columns * (width + 2))
+        for index, image in enumerate(images.detach().float().cpu().clamp(0, 1)):
+            top, left = (index // columns) * (height + 2), (index % columns) * (width + 2)
+            sheet[:, top : top + height, left : left + width] = image
+        pixels = (sheet.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+        picture = io.BytesIO()
+        Image.fromarray(pixels).save(picture, format="PNG")
+        write_file(self.path / "samples" / name, picture.getbuffer())

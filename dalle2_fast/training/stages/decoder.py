@@ -1,0 +1,94 @@
+"""Stage `decoder`: from an image embedding and a caption to an image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dalle2_fast.data import render
+from dalle2_fast.models.decoder.model import Decoder
+from dalle2_fast.training.errors import TrainingError
+from dalle2_fast.training.recipes import Preset
+from dalle2_fast.training.stages.base import ClipGuidedStage
+from dalle2_fast.training.stages.protocol import Validation
+from dalle2_fast.training.stages.source import Source
+
+
+class DecoderStage(ClipGuidedStage):
+    """The decoder on (image, caption, image embedding).
+
+    Of the recipe: model["text_encoder"] is the configuration of a text tower trained from scratch, or "clip":
+    it starts as CLIP's. data["foreground_weight"] weights the error on objects: few of the pixels, but all of
+    the shapes. The user's images, in which nothing says where the objects are, are weighted evenly, and that
+    is said.
+    """
+
+    name = "decoder"
+    model_classes = (Decoder,)
+    stream_number = 3
+    held_out_size = 8
+
+    def __init__(self, preset: Preset, source: Source, *, out: Path) -> None:
+        super().__init__(preset, source, out=out)
+        self.size = self.model.image_size
+        self.weight = self.recipe.data.get("foreground_weight", 1.0)
+        if source.shards is not None and self.weight != 1.0:
+            print(
+                f"decoder: the preset's foreground_weight {self.weight:g} is for rendered scenes; the "
+                "pictures of --data are weighted evenly"
+            )
+            self.weight = 1.0
+
+    def build_model(self) -> Decoder:
+        options = dict(self.recipe.model)
+        tower = options.pop("text_encoder")
+        if tower == "clip":
+            tower = self.clip.text_tower()
+        else:
+            words = dict(num_tokens=self.tokenizer.vocab_size, context_length=self.tokenizer.context_length)
+            tower = tower | words
+        return Decoder(**options, text_encoder=tower, image_embed_dim=self.clip.dim_latent)
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys((self.model.image_size, self.clip.image_size)))
+
+    def loss(self, batch: dict, generator: torch.Generator) -> Tensor:
+        pixel_weight = foreground_weight(batch, self.size, self.weight) if self.weight != 1.0 else None
+        return self.model(
+            batch["images"][self.size],
+            text=batch["tokens"],
+            image_embed=self.image_embed(batch),
+            generator=generator,
+            pixel_weight=pixel_weight,
+            check_range=self.device.type == "cpu",
+        )
+
+    def validate(self) -> Validation:
+        """Upper row: held-out scenes. Lower row: sampled from their captions and embeddings."""
+        truth = self.held_out["images"][self.size]
+        sampled = self.model.sample(
+            self.image_embed(self.held_out),
+            text=self.held_out["tokens"],
+            seeds=self.fixed_seeds(len(truth)),
+            steps=20,
+            cond_scale=2.0,
+            progress=False,
+        )
+        return Validation({}, torch.cat([truth, sampled.to(truth.dtype)]), columns=len(truth))
+
+
+def foreground_weight(batch: dict, size: int, weight: float) -> Tensor:
+    """[B, 1, size, size]: `weight` on objects and one pixel around them, 1 on the background.
+
+    Objects are found as the difference between the scene and the same scene rendered without its objects.
+    """
+    if batch.get("scenes") is None:
+        raise TrainingError("foreground_weight: expected 1 where there are no rendered scenes (--data)")
+    scenes = batch["scenes"]
+    empty = render(scenes | {"nobj": torch.zeros_like(scenes["nobj"])}, size)
+    objects = ((batch["images"][size] - empty).abs().amax(1, keepdim=True) > 0.06).to(empty.dtype)
+    return 1.0 + (weight - 1.0) * F.max_pool2d(objects, 3, stride=1, padding=1)

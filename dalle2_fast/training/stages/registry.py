@@ -1,0 +1,63 @@
+"""The stages by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dalle2_fast.data import Tokenizer, WordTokenizer, World
+from dalle2_fast.training.recipes import Preset
+from dalle2_fast.training.stages.base import SceneStage
+from dalle2_fast.training.stages.clip import ClipStage
+from dalle2_fast.training.stages.decoder import DecoderStage
+from dalle2_fast.training.stages.finished import load_finished
+from dalle2_fast.training.stages.prior import ARPriorStage, PriorStage
+from dalle2_fast.training.stages.source import Source, seed_of
+from dalle2_fast.training.stages.upsampler import SecondUpsamplerStage, UpsamplerStage
+
+# A stage's name, the number of its stream and the class of its model are attributes of its class.
+STAGE_CLASSES: dict[str, type[SceneStage]] = {
+    each.name: each for each in (ClipStage, PriorStage, DecoderStage, UpsamplerStage, SecondUpsamplerStage)
+}
+
+
+def make_stage(
+    name: str,
+    preset: Preset,
+    *,
+    out: Path,
+    seed: int,
+    device: torch.device,
+    shards: str | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> SceneStage:
+    """Stage `name` of `preset`; its initial weights depend on (seed, name) only.
+
+    Args:
+        name: a key of STAGE_CLASSES.
+        preset: the recipes; it also says which prior.
+        out: folder of the run, in which the finished CLIP is found.
+        seed: of weights and scenes.
+        device: where batches are made and the model is trained.
+        shards: WebDataset shards to train on instead of scenes.
+        tokenizer: of the captions. None: that of the scenes.
+
+    Raises:
+        TrainingError: the stage needs a CLIP that is not finished, or that was trained on other captions.
+        ValueError: the preset has no recipe for this stage.
+    """
+    stage = STAGE_CLASSES[name]
+    if stage is PriorStage and preset.prior_kind == "autoregressive":
+        stage = ARPriorStage
+    world = World(**preset.world)
+    source = Source(world, tokenizer or WordTokenizer.scenes(world), shards, seed, device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, stage.stream_number))
+        return stage(preset, source, out=out)
+
+
+def load_stage(out: Path, name: str, device: torch.device | str = "cpu") -> nn.Module:
+    """The finished model of stage `name` of the run in `out`; see `load_finished`."""
+    return load_finished(out, name, STAGE_CLASSES[name].model_classes, device)
