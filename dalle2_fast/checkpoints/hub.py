@@ -43,7 +43,7 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
             f"{repo_id}: no such checkpoint folder; to fetch it from the Hugging Face hub, {_INSTALL}"
         ) from None
     try:
-        names = wanted(HfApi().list_repo_files(repo_id, revision=revision))
+        names = files_to_fetch(HfApi().list_repo_files(repo_id, revision=revision))
         patterns = [escape(name) for name in names]
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except GatedRepoError:
@@ -68,7 +68,7 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
         ) from error
 
 
-def wanted(names: Iterable[str]) -> list[str]:
+def files_to_fetch(names: Iterable[str]) -> list[str]:
     """Of the files of a repository those to fetch: all configurations and, folder by folder, the weights of
     one kind: safetensors before pickles, full precision before variants such as ".fp16"."""
     chosen, weights = [], defaultdict(list)

@@ -92,8 +92,8 @@ class WebDatasetStream:
         order = [index if index in set(good) else good[index % len(good)] for index in range(len(pictures))]
         captions = [samples[index][1] for index in order]
         images = {
-            resolution: torch.stack([pictures[index][place] for index in order]).to(self.device)
-            for place, resolution in enumerate(self.resolutions)
+            resolution: torch.stack([pictures[index][column] for index in order]).to(self.device)
+            for column, resolution in enumerate(self.resolutions)
         }
         return dict(
             images={resolution: values.float() / 255 for resolution, values in images.items()},

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dalle2_fast import DALLE2, Decoder
-from dalle2_fast.checkpoints.hub import fetch, locate, wanted
+from dalle2_fast.checkpoints.hub import fetch, files_to_fetch, locate
 from tests.support.tiny_pipeline import tiny_pipeline
 
 ID = "somebody/tiny-unclip"
@@ -113,7 +113,7 @@ def test_only_the_wanted_files_are_fetched(hub, monkeypatch):
       "prior-ckpt-step=01000000-of-01000000.ckpt"]),
 ])  # fmt: skip
 def test_one_kind_of_weights_a_folder(names, kept):
-    assert wanted(names) == kept
+    assert files_to_fetch(names) == kept
 
 
 @pytest.mark.parametrize("name", ["RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError"])

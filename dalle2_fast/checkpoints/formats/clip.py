@@ -54,40 +54,40 @@ class ClipSource:
         return convert(expected, self.tensors, self.naming, self.path)
 
 
-def read_clip(path: str | PathLike, **given: Any) -> ClipSource:
+def read_clip(path: str | PathLike, **overrides: Any) -> ClipSource:
     """Read the weights at `path` and find out what CLIP they make.
 
     path: a file (.pt, .bin, .safetensors, an index of shards), a folder with one and its configuration, a
     diffusers pipeline's folder with text_encoder/, image_encoder/ or both, or a checkpoint of our own.
-    given: arguments of our CLIP that the caller knows better.
+    overrides: arguments of our CLIP that the caller knows better.
 
     Raises FileNotFoundError, or CheckpointError for what is damaged, no CLIP, or one that ours cannot be.
     """
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    if path.is_dir() and "format_version" in _optional(path / "config.json"):
-        return _read_own(path, given)
+    if path.is_dir() and "format_version" in _json_if_present(path / "config.json"):
+        return _read_folder(path, overrides)
     if path.is_dir() and (parts := [path / name for name in PIPELINE if (path / name).is_dir()]):
-        return _both(path, [_read(part, given) for part in parts])
-    return _read(path, given)
+        return _join_towers(path, [_read(part, overrides) for part in parts])
+    return _read(path, overrides)
 
 
-def _read_own(path: Path, given: dict[str, Any]) -> ClipSource:
+def _read_folder(path: Path, overrides: dict[str, Any]) -> ClipSource:
     config, tensors = load_folder(path, ["clip"])
     if not isinstance(config.get("clip"), dict):
         raise CheckpointError(f"{path}: expected a checkpoint with a CLIP, got {config.get('model')!r}")
     reject_leftovers(tensors, ["clip"], path)
     tensors = {name.removeprefix("clip."): value for name, value in tensors.items()}
-    return ClipSource(path, NATIVE, tensors, config["clip"] | given)
+    return ClipSource(path, NATIVE, tensors, config["clip"] | overrides)
 
 
-def _read(path: Path, given: dict[str, Any]) -> ClipSource:
+def _read(path: Path, overrides: dict[str, Any]) -> ClipSource:
     file = find_tensors(path, _preferred(path)) if path.is_dir() else path
-    if (own := _header(file)) is not None:
-        return ClipSource(file, NATIVE, read_tensors(file), own | given)
+    if (header := _config_in_header(file)) is not None:
+        return ClipSource(file, NATIVE, read_tensors(file), header | overrides)
     naming, tensors = find_naming(read_tensors(file), file)
-    options = _options(file, naming, tensors) | given
+    options = _options(file, naming, tensors) | overrides
     source = ClipSource(file, naming, tensors, options)
     if naming is HUGGING_FACE and source.towers != "both":
         # A tower alone comes without the temperature: it has nothing to compare.
@@ -106,18 +106,18 @@ def _read(path: Path, given: dict[str, Any]) -> ClipSource:
 
 def _preferred(folder: Path) -> tuple[str, ...]:
     """LAION's folders hold one CLIP twice; in timm's, model.safetensors is none, but open_clip's is there."""
-    if _optional(folder / "config.json").get("model_type") in KINDS:
+    if _json_if_present(folder / "config.json").get("model_type") in KINDS:
         return HUGGING_FACE_FILES + OPEN_CLIP_FILES
     return OPEN_CLIP_FILES + HUGGING_FACE_FILES
 
 
 def _options(file: Path, naming: Naming, tensors: dict[str, Tensor]) -> dict[str, Any]:
     if naming is HUGGING_FACE:
-        config = _optional(file.with_name("config.json"))
+        config = _json_if_present(file.with_name("config.json"))
         if config.get("model_type") in KINDS:
             return from_hugging_face(config, file.with_name("config.json")) | _processor(file.parent)
         return from_shapes(tensors, naming, _towers(tensors), file)
-    config = _optional(file.with_name("open_clip_config.json"))
+    config = _json_if_present(file.with_name("open_clip_config.json"))
     if config:
         return from_open_clip(config, file.with_name("open_clip_config.json"))
     return from_shapes(tensors, naming, "both", file)
@@ -135,12 +135,12 @@ def _processor(folder: Path) -> dict[str, Any]:
     """Normalisation of the images, from beside the weights or from a pipeline's feature_extractor/."""
     for place in (folder, folder.parent / "feature_extractor"):
         for name in ("preprocessor_config.json", "processor_config.json"):
-            if found := image_statistics(_optional(place / name)):
+            if found := image_statistics(_json_if_present(place / name)):
                 return found
     return {}
 
 
-def _header(file: Path) -> dict[str, Any] | None:
+def _config_in_header(file: Path) -> dict[str, Any] | None:
     """The configuration in the header of a file that `dalle2-fast train clip` wrote."""
     if file.suffix != ".safetensors":
         return None
@@ -152,11 +152,11 @@ def _header(file: Path) -> dict[str, Any] | None:
     return config if isinstance(config, dict) and "visual_kind" in config else None
 
 
-def _optional(file: Path) -> dict[str, Any]:
+def _json_if_present(file: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
-def _both(path: Path, parts: list[ClipSource]) -> ClipSource:
+def _join_towers(path: Path, parts: list[ClipSource]) -> ClipSource:
     """One CLIP from the towers of a pipeline."""
     if len(parts) == 1:
         return parts[0]

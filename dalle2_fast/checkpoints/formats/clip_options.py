@@ -29,7 +29,7 @@ VISION_DEFAULTS = dict(
     patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=512, num_channels=3,
 )  # fmt: skip
 KINDS = {"clip": "both", "clip_text_model": "text", "clip_vision_model": "image"}
-ALONE = {"both": {}, "text": {"visual_kind": None}, "image": {"text_enc_depth": None}}  # of our CLIP
+ONE_TOWER = {"both": {}, "text": {"visual_kind": None}, "image": {"text_enc_depth": None}}  # of our CLIP
 # open_clip's settings that change the network, with the only value that ours has; None is what says nothing.
 PLAIN_VISION = dict(
     ls_init_value=None, attentional_pool=False, no_ln_pre=False, pos_embed_type="learnable",
@@ -47,13 +47,13 @@ READ_TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ra
 READ_TEXT |= {"hf_tokenizer_name", "tokenizer_kwargs", "pad_id", "eos_id", "output_tokens"}
 READ_MODEL = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
 READ_MODEL |= {"custom_text", "nonscalar_logit_scale", "init_logit_scale", "preprocess_cfg"}
-UNTOLD = (None, False, 0, {}, [])  # values that ask for nothing
+NEUTRAL = (None, False, 0, {}, [])  # values that ask for nothing
 
 
 def from_shapes(tensors: Mapping[str, Tensor], naming: Naming, towers: str, source: object) -> dict[str, Any]:
     """All but the activation, which only OpenAI's archives tell (they hold their sizes, too), and the heads
     where a width is no multiple of 64. towers: "both", "text" or "image"."""
-    options = dict(ALONE[towers])
+    options = dict(ONE_TOWER[towers])
     try:
         if towers != "image":
             options |= _text_from_shapes(tensors, naming)
@@ -104,7 +104,7 @@ def from_hugging_face(config: Mapping[str, Any], source: object) -> dict[str, An
     kind = config.get("model_type")
     if kind not in KINDS:
         raise CheckpointError(f"{source}: model_type: expected one of {', '.join(KINDS)}, got {kind!r}")
-    options: dict[str, Any] = dict(ALONE[KINDS[kind]])
+    options: dict[str, Any] = dict(ONE_TOWER[KINDS[kind]])
     activations = set()
     if KINDS[kind] != "image":
         text = _section(config, "text", TEXT_DEFAULTS)
@@ -148,7 +148,7 @@ def from_open_clip(config: Mapping[str, Any], source: object) -> dict[str, Any]:
         ("text_cfg.", text, PLAIN_TEXT, READ_TEXT),
     ):
         for key, value in section.items():
-            if key not in read and value not in (plain.get(key), *UNTOLD):
+            if key not in read and value not in (plain.get(key), *NEUTRAL):
                 expected = repr(plain[key]) if key in plain else "nothing of that name"
                 raise CheckpointError(f"{source}: {name}{key}: expected {expected}, got {value!r}")
     vision = dict(layers=12, width=768, patch_size=16, image_size=224, head_width=64, mlp_ratio=4.0) | vision

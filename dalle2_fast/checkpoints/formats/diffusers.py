@@ -24,7 +24,7 @@ from dalle2_fast.checkpoints.formats.diffusers_options import (
     unet_options,
 )
 from dalle2_fast.checkpoints.formats.karlo_keys import diffusers_conditioning_rules, diffusers_prior_rules
-from dalle2_fast.checkpoints.formats.renaming import Rules, translate, under
+from dalle2_fast.checkpoints.formats.renaming import Rules, prefixed, translate
 from dalle2_fast.checkpoints.formats.unet_keys import diffusers_rules
 from dalle2_fast.checkpoints.tensor_files import find_tensors, read_json, read_tensors
 
@@ -138,7 +138,7 @@ def read_decoder(folder: Path, text_proj: Path, scheduler: Path | None = None) -
     if scheduler is not None:
         config |= image_scheduler_options(scheduler)
     return config, _weights(
-        (under("unet.", diffusers_rules(unet)), folder),
+        (prefixed("unet.", diffusers_rules(unet)), folder),
         (diffusers_conditioning_rules(tokens), text_proj),
     )
 
@@ -161,8 +161,8 @@ def read_upsampler(
     if scheduler is not None:
         config |= image_scheduler_options(scheduler)
     return config, _weights(
-        (under("unet.", diffusers_rules(unets[0])), first),
-        (under("last_unet.", diffusers_rules(unets[1])), last),
+        (prefixed("unet.", diffusers_rules(unets[0])), first),
+        (prefixed("last_unet.", diffusers_rules(unets[1])), last),
     )
 
 

@@ -24,7 +24,7 @@ from dalle2_fast.checkpoints.formats.karlo_keys import (
     original_conditioning_rules,
     original_prior_rules,
 )
-from dalle2_fast.checkpoints.formats.renaming import Rules, count_numbers, translate, under
+from dalle2_fast.checkpoints.formats.renaming import Rules, count_numbers, prefixed, translate
 from dalle2_fast.checkpoints.formats.unet_keys import original_rules
 from dalle2_fast.checkpoints.tensor_files import SUFFIXES, read_torch, state_dict
 from dalle2_fast.checkpoints.torchscript import is_torchscript
@@ -100,13 +100,13 @@ def _recognise(file: Path) -> tuple[str | None, Any]:
     ):
         return "statistics", content
     names = content.get("state_dict", content) if isinstance(content, Mapping) else {}
-    signs = {
+    markers = {
         "prior": "model.prd_emb",
         "decoder": "model.clip_tok_proj.weight",
         "upsampler": "model_first_steps.out.2.weight",
         "clip": "token_embedding.weight",
     }
-    what = next((what for what, sign in signs.items() if sign in names), None)
+    what = next((what for what, marker in markers.items() if marker in names), None)
     return what, None if what is None else state_dict(content, file)
 
 
@@ -149,7 +149,7 @@ def _read_decoder(originals: Originals) -> Part:
         "num_image_tokens": tokens, "unit_norm": False, "embed_scale": 1.0,
         "prediction": "epsilon", "variance": "learned_range", "sample_timesteps": SAMPLING["steps"],
     }  # fmt: skip
-    rules = under("unet.", original_rules(unet), "model.") | original_conditioning_rules(tokens)
+    rules = prefixed("unet.", original_rules(unet), "model.") | original_conditioning_rules(tokens)
     return config, translate(tensors, rules, file)
 
 
@@ -162,7 +162,7 @@ def _read_upsampler(originals: Originals) -> Part:
     rules: Rules = {}
     for name, prefix in (("unet", "model_first_steps."), ("last_unet", "model_last_step.")):
         config[name] = _unet_options(tensors, prefix, file)
-        rules |= under(f"{name}.", original_rules(config[name]), prefix)
+        rules |= prefixed(f"{name}.", original_rules(config[name]), prefix)
     return config, translate(tensors, rules, file)
 
 

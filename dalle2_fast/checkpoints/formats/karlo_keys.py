@@ -9,7 +9,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from dalle2_fast.checkpoints.formats.renaming import Rules, Taken, by_part, same, stack_rows, under
+from dalle2_fast.checkpoints.formats.renaming import (
+    MadeFrom,
+    Rules,
+    parts_first,
+    prefixed,
+    renamed,
+    stack_rows,
+)
 
 HEAD_DIM = 64
 ORIGINAL, DIFFUSERS = 0, 1  # columns of the tables below
@@ -46,32 +53,32 @@ _NULL_IMAGE = ("cf_param", "learned_classifier_free_guidance_embeddings")
 def original_prior_rules(depth: int) -> Rules:
     """DiffusionPrior's tensors, but for the statistics, from those of the original prior."""
 
-    def fused_qkv(block: str, kind: str) -> Taken:
-        return Taken((f"{block}.attn.c_qkv.{kind}",), by_part(3, HEAD_DIM))
+    def fused_qkv(block: str, kind: str) -> MadeFrom:
+        return MadeFrom((f"{block}.attn.c_qkv.{kind}",), parts_first(3, HEAD_DIM))
 
-    return under("net.", _prior_rules(ORIGINAL, depth, fused_qkv), "model.")
+    return prefixed("net.", _prior_rules(ORIGINAL, depth, fused_qkv), "model.")
 
 
 def diffusers_prior_rules(depth: int) -> Rules:
     """DiffusionPrior's tensors from those of a PriorTransformer."""
 
-    def fused_qkv(block: str, kind: str) -> Taken:
-        return Taken(tuple(f"{block}.attn1.to_{part}.{kind}" for part in "qkv"), stack_rows)
+    def fused_qkv(block: str, kind: str) -> MadeFrom:
+        return MadeFrom(tuple(f"{block}.attn1.to_{part}.{kind}" for part in "qkv"), stack_rows)
 
-    statistics = {name: Taken((name,), lambda x: x.flatten()) for name in ("clip_mean", "clip_std")}
-    return under("net.", _prior_rules(DIFFUSERS, depth, fused_qkv)) | statistics
+    statistics = {name: MadeFrom((name,), lambda x: x.flatten()) for name in ("clip_mean", "clip_std")}
+    return prefixed("net.", _prior_rules(DIFFUSERS, depth, fused_qkv)) | statistics
 
 
-def _prior_rules(column: int, depth: int, fused_qkv: Callable[[str, str], Taken]) -> Rules:
+def _prior_rules(column: int, depth: int, fused_qkv: Callable[[str, str], MadeFrom]) -> Rules:
     rules: Rules = {}
     for ours, theirs in _PRIOR.items():
-        rules |= same(ours, theirs[column])
-    rules["query"] = Taken((_QUERY[column],), lambda x: x.flatten())
-    rules["positional_embedding"] = Taken(("positional_embedding",), lambda x: x.flatten(0, 1))
+        rules |= renamed(ours, theirs[column])
+    rules["query"] = MadeFrom((_QUERY[column],), lambda x: x.flatten())
+    rules["positional_embedding"] = MadeFrom(("positional_embedding",), lambda x: x.flatten(0, 1))
     for index in range(depth):
         block, theirs_block = f"transformer.resblocks.{index}", f"{_BLOCKS[column]}.{index}"
         for ours, theirs in _BLOCK.items():
-            rules |= same(f"{block}.{ours}", f"{theirs_block}.{theirs[column]}")
+            rules |= renamed(f"{block}.{ours}", f"{theirs_block}.{theirs[column]}")
         for kind in ("weight", "bias"):
             rules[f"{block}.attn.in_proj_{kind}"] = fused_qkv(theirs_block, kind)
     return rules
@@ -79,12 +86,12 @@ def _prior_rules(column: int, depth: int, fused_qkv: Callable[[str, str], Taken]
 
 def original_conditioning_rules(tokens: int) -> Rules:
     """ConditionProjection's tensors from those of the original decoder; `tokens`: made of an image."""
-    return under("text_proj.", _conditioning_rules(ORIGINAL, tokens), "model.")
+    return prefixed("text_proj.", _conditioning_rules(ORIGINAL, tokens), "model.")
 
 
 def diffusers_conditioning_rules(tokens: int) -> Rules:
     """ConditionProjection's tensors from those of an UnCLIPTextProjModel; `tokens`: made of an image."""
-    return under("text_proj.", _conditioning_rules(DIFFUSERS, tokens))
+    return prefixed("text_proj.", _conditioning_rules(DIFFUSERS, tokens))
 
 
 def _conditioning_rules(column: int, tokens: int) -> Rules:
@@ -92,7 +99,7 @@ def _conditioning_rules(column: int, tokens: int) -> Rules:
         """Rows [width, tokens] -> [tokens, width]: Karlo interleaves the context tokens in the projection."""
         return rows.unflatten(0, (-1, tokens)).transpose(0, 1).flatten(0, 1)
 
-    rules: Rules = {"null_image_embed": Taken((_NULL_IMAGE[column],))}
+    rules: Rules = {"null_image_embed": MadeFrom((_NULL_IMAGE[column],))}
     for ours, theirs in _CONDITIONING.items():
-        rules |= same(ours, theirs[column], token_after_token if ours == "image_to_tokens" else None)
+        rules |= renamed(ours, theirs[column], token_after_token if ours == "image_to_tokens" else None)
     return rules

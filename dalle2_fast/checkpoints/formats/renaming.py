@@ -12,28 +12,28 @@ from dalle2_fast.checkpoints.errors import CheckpointError, mismatches
 
 
 @dataclass(frozen=True)
-class Taken:
+class MadeFrom:
     """One of our tensors: which of theirs it is made of, and how."""
 
     names: tuple[str, ...]
     make: Callable[..., Tensor] = lambda tensor: tensor
 
 
-Rules = dict[str, Taken]  # our name -> where it comes from
+Rules = dict[str, MadeFrom]  # our name -> where it comes from
 
 
-def same(ours: str, theirs: str, make: Callable[..., Tensor] | None = None) -> Rules:
+def renamed(ours: str, theirs: str, make: Callable[..., Tensor] | None = None) -> Rules:
     """Weight and bias of one layer, `make` applied to each."""
     kinds = ("weight", "bias")
     if make is None:
-        return {f"{ours}.{kind}": Taken((f"{theirs}.{kind}",)) for kind in kinds}
-    return {f"{ours}.{kind}": Taken((f"{theirs}.{kind}",), make) for kind in kinds}
+        return {f"{ours}.{kind}": MadeFrom((f"{theirs}.{kind}",)) for kind in kinds}
+    return {f"{ours}.{kind}": MadeFrom((f"{theirs}.{kind}",), make) for kind in kinds}
 
 
 def stacked(ours: str, *theirs: str) -> Rules:
     """Weight and bias of one layer, the rows of theirs below each other."""
     return {
-        f"{ours}.{kind}": Taken(tuple(f"{name}.{kind}" for name in theirs), stack_rows)
+        f"{ours}.{kind}": MadeFrom(tuple(f"{name}.{kind}" for name in theirs), stack_rows)
         for kind in ("weight", "bias")
     }
 
@@ -42,7 +42,7 @@ def stack_rows(*rows: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
-def by_part(parts: int, head_dim: int) -> Callable[[Tensor], Tensor]:
+def parts_first(parts: int, head_dim: int) -> Callable[[Tensor], Tensor]:
     """Rows [heads, parts, head_dim] of a fused projection -> [parts, heads, head_dim], as ours are. A
     trailing kernel of one, of a convolution that is a linear layer, is dropped."""
 
@@ -53,31 +53,31 @@ def by_part(parts: int, head_dim: int) -> Callable[[Tensor], Tensor]:
     return reorder
 
 
-def without_kernel(weight: Tensor) -> Tensor:
+def without_kernel_axis(weight: Tensor) -> Tensor:
     """[out, in, 1] of a convolution that is a linear layer -> [out, in]."""
     return weight.flatten(1) if weight.dim() > 1 else weight
 
 
-def under(prefix: str, rules: Rules, theirs: str = "") -> Rules:
+def prefixed(prefix: str, rules: Rules, theirs: str = "") -> Rules:
     """The same rules for names that begin with `prefix` here and with `theirs` there."""
     return {
-        prefix + ours: Taken(tuple(theirs + name for name in taken.names), taken.make)
-        for ours, taken in rules.items()
+        prefix + ours: MadeFrom(tuple(theirs + name for name in source.names), source.make)
+        for ours, source in rules.items()
     }
 
 
 def translate(tensors: Mapping[str, Tensor], rules: Rules, source: object) -> dict[str, Tensor]:
     """Our tensors made of theirs. CheckpointError names, in their words, what is missing or left over, and
     what has a shape from which ours cannot be made."""
-    used = sorted({name for taken in rules.values() for name in taken.names})
+    used = sorted({name for source in rules.values() for name in source.names})
     if problems := mismatches(dict.fromkeys(used), dict(sorted(tensors.items()))):
         raise CheckpointError(f"{source}: the weights do not fit: " + "; ".join(problems))
     made = {}
-    for ours, taken in rules.items():
+    for ours, source in rules.items():
         try:
-            made[ours] = taken.make(*(tensors[name] for name in taken.names))
+            made[ours] = source.make(*(tensors[name] for name in source.names))
         except (RuntimeError, IndexError) as error:
-            shapes = ", ".join(f"{name} {list(tensors[name].shape)}" for name in taken.names)
+            shapes = ", ".join(f"{name} {list(tensors[name].shape)}" for name in source.names)
             raise CheckpointError(f"{source}: no {ours} can be made of {shapes} ({error})") from None
     return made
 

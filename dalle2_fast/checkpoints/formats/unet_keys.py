@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dalle2_fast.checkpoints.formats.renaming import Rules, by_part, same, stacked, without_kernel
+from dalle2_fast.checkpoints.formats.renaming import Rules, parts_first, renamed, stacked, without_kernel_axis
 
 
 @dataclass(frozen=True)
-class Place:
+class Block:
     """A residual block and the attention behind it, if there is one."""
 
     ours: str  # of both: "<ours>.res", "<ours>.attention"
@@ -27,38 +27,38 @@ class Place:
     skips: bool  # the skip is a convolution, because the block changes the width
 
 
-def unet_places(
+def unet_blocks(
     channels: Sequence[int], layers: Sequence[int], attention_levels: Sequence[int]
-) -> Iterator[Place]:
+) -> Iterator[Block]:
     """The blocks in the order in which they run. The arguments are those of our UNet."""
     width, skips, down = channels[0], [channels[0]], 0
     for level, after in enumerate(channels):
         attends = level in attention_levels
         for index in range(layers[level]):
             theirs = (f"input_blocks.{down + 1}", 0, f"down_blocks.{level}.resnets.{index}")
-            yield Place(f"down.{down}", *theirs, attends, width != after)
+            yield Block(f"down.{down}", *theirs, attends, width != after)
             width, down = after, down + 1
             skips.append(width)
         if level < len(channels) - 1:
             theirs = (f"input_blocks.{down + 1}", 0, f"down_blocks.{level}.downsamplers.0")
-            yield Place(f"down.{down}", *theirs, False, False)
+            yield Block(f"down.{down}", *theirs, False, False)
             down += 1
             skips.append(width)
 
     attends = len(attention_levels) > 0
-    yield Place("middle.0", "middle_block", 0, "mid_block.resnets.0", attends, False)
-    yield Place("middle.1", "middle_block", 1 + attends, "mid_block.resnets.1", False, False)
+    yield Block("middle.0", "middle_block", 0, "mid_block.resnets.0", attends, False)
+    yield Block("middle.1", "middle_block", 1 + attends, "mid_block.resnets.1", False, False)
 
     up = station = 0
     for number, level in enumerate(reversed(range(len(channels)))):
         after, attends = channels[level], level in attention_levels
         for index in range(layers[level] + 1):
             theirs = (f"output_blocks.{station}", 0, f"up_blocks.{number}.resnets.{index}")
-            yield Place(f"up.{up}", *theirs, attends, width + skips.pop() != after)
+            yield Block(f"up.{up}", *theirs, attends, width + skips.pop() != after)
             width, up, station = after, up + 1, station + 1
         if level > 0:
             theirs = (f"output_blocks.{station - 1}", 1 + attends, f"up_blocks.{number}.upsamplers.0")
-            yield Place(f"up.{up}", *theirs, False, False)
+            yield Block(f"up.{up}", *theirs, False, False)
             up += 1
 
 
@@ -80,48 +80,48 @@ def original_rules(unet: Mapping[str, Any]) -> Rules:
     convolutions.
     """
     rules = (
-        same("time_embed.0", "time_embed.0")
-        | same("time_embed.2", "time_embed.2")
-        | same("conv_in", "input_blocks.0.0")
-        | same("norm_out", "out.0")
-        | same("conv_out", "out.2")
+        renamed("time_embed.0", "time_embed.0")
+        | renamed("time_embed.2", "time_embed.2")
+        | renamed("conv_in", "input_blocks.0.0")
+        | renamed("norm_out", "out.0")
+        | renamed("conv_out", "out.2")
     )
     head_dim = unet["head_dim"]
-    for place in _places(unet):
-        theirs = f"{place.original}.{place.number}"
+    for block in _blocks(unet):
+        theirs = f"{block.original}.{block.number}"
         for ours, (name, _) in _RES.items():
-            if ours != "skip" or place.skips:
-                rules |= same(f"{place.ours}.res.{ours}", f"{theirs}.{name}")
-        if place.attends:
-            ours, theirs = f"{place.ours}.attention", f"{place.original}.{place.number + 1}"
-            rules |= same(f"{ours}.norm", f"{theirs}.norm")
-            rules |= same(f"{ours}.qkv", f"{theirs}.qkv", by_part(3, head_dim))
-            rules |= same(f"{ours}.context_kv", f"{theirs}.encoder_kv", by_part(2, head_dim))
-            rules |= same(f"{ours}.project", f"{theirs}.proj_out", without_kernel)
+            if ours != "skip" or block.skips:
+                rules |= renamed(f"{block.ours}.res.{ours}", f"{theirs}.{name}")
+        if block.attends:
+            ours, theirs = f"{block.ours}.attention", f"{block.original}.{block.number + 1}"
+            rules |= renamed(f"{ours}.norm", f"{theirs}.norm")
+            rules |= renamed(f"{ours}.qkv", f"{theirs}.qkv", parts_first(3, head_dim))
+            rules |= renamed(f"{ours}.context_kv", f"{theirs}.encoder_kv", parts_first(2, head_dim))
+            rules |= renamed(f"{ours}.project", f"{theirs}.proj_out", without_kernel_axis)
     return rules
 
 
 def diffusers_rules(unet: Mapping[str, Any]) -> Rules:
     """The U-Net with these arguments, from diffusers' names."""
     rules = (
-        same("time_embed.0", "time_embedding.linear_1")
-        | same("time_embed.2", "time_embedding.linear_2")
-        | same("conv_in", "conv_in")
-        | same("norm_out", "conv_norm_out")
-        | same("conv_out", "conv_out")
+        renamed("time_embed.0", "time_embedding.linear_1")
+        | renamed("time_embed.2", "time_embedding.linear_2")
+        | renamed("conv_in", "conv_in")
+        | renamed("norm_out", "conv_norm_out")
+        | renamed("conv_out", "conv_out")
     )
-    for place in _places(unet):
+    for block in _blocks(unet):
         for ours, (_, name) in _RES.items():
-            if ours != "skip" or place.skips:
-                rules |= same(f"{place.ours}.res.{ours}", f"{place.diffusers}.{name}")
-        if place.attends:
-            ours, theirs = f"{place.ours}.attention", place.diffusers.replace("resnets", "attentions")
-            rules |= same(f"{ours}.norm", f"{theirs}.group_norm")
+            if ours != "skip" or block.skips:
+                rules |= renamed(f"{block.ours}.res.{ours}", f"{block.diffusers}.{name}")
+        if block.attends:
+            ours, theirs = f"{block.ours}.attention", block.diffusers.replace("resnets", "attentions")
+            rules |= renamed(f"{ours}.norm", f"{theirs}.group_norm")
             rules |= stacked(f"{ours}.qkv", *(f"{theirs}.to_{part}" for part in "qkv"))
             rules |= stacked(f"{ours}.context_kv", *(f"{theirs}.add_{part}_proj" for part in "kv"))
-            rules |= same(f"{ours}.project", f"{theirs}.to_out.0")
+            rules |= renamed(f"{ours}.project", f"{theirs}.to_out.0")
     return rules
 
 
-def _places(unet: Mapping[str, Any]) -> Iterator[Place]:
-    return unet_places(unet["channels"], unet["layers_per_block"], unet["attention_levels"])
+def _blocks(unet: Mapping[str, Any]) -> Iterator[Block]:
+    return unet_blocks(unet["channels"], unet["layers_per_block"], unet["attention_levels"])

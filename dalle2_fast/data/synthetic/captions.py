@@ -149,7 +149,7 @@ def draw_phrasing(
         raise ValueError(f"drop: expected 0 (state everything) or 1 (leave out at random), got {drop!r}")
     tables = _tables(device)
 
-    def coin(chance: float, *shape: int) -> Tensor:
+    def bernoulli(chance: float, *shape: int) -> Tensor:
         return torch.rand(n, *shape, generator=generator, device=device) < chance
 
     def integers(high: int) -> Tensor:
@@ -160,14 +160,14 @@ def draw_phrasing(
         return torch.zeros_like(drawn) if canonical else drawn
 
     attributes = dict(
-        size=coin(0.55, MAX_OBJECTS),
-        fill_seen=coin(0.92, MAX_OBJECTS),
-        fill_solid=coin(0.15, MAX_OBJECTS),
-        position=coin(0.7),
-        background=coin(0.6),
-        texture=coin(0.8),
-        relation=coin(0.88),
-        texture_plain=coin(0.15),
+        size=bernoulli(0.55, MAX_OBJECTS),
+        fill_seen=bernoulli(0.92, MAX_OBJECTS),
+        fill_solid=bernoulli(0.15, MAX_OBJECTS),
+        position=bernoulli(0.7),
+        background=bernoulli(0.6),
+        texture=bernoulli(0.8),
+        relation=bernoulli(0.88),
+        texture_plain=bernoulli(0.15),
     )
     nouns = tuple(
         _NounPhrase(
@@ -176,8 +176,8 @@ def draw_phrasing(
             plural=synonym("plural"),
             size=synonym("size"),
             fill=synonym("fill"),
-            fill_after=coin(0.25),
-            color_first=coin(0.4),
+            fill_after=bernoulli(0.25),
+            color_first=bernoulli(0.4),
         )
         for _ in range(NAMED_OBJECTS)
     )
@@ -189,7 +189,7 @@ def draw_phrasing(
         position_phrase=integers(3),
         background_phrase=integers(len(BACKGROUND_PHRASES)),
         opener=integers(len(OPENERS)),
-        background_first=coin(0.15),
+        background_first=bernoulli(0.15),
     )
 
 

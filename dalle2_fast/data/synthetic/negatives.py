@@ -166,8 +166,8 @@ def _edit(scenes: Scenes, kind: str, generator: torch.Generator | None, world: W
 
     def another(old: Tensor, ids: Tensor) -> Tensor:
         """For each id of the table `ids` a different one of it (the same where there is no other)."""
-        place = (old[:, None] == ids).int().argmax(1)
-        return ids[(place + 1 + integers(max(len(ids) - 1, 1))) % len(ids)]
+        position = (old[:, None] == ids).int().argmax(1)
+        return ids[(position + 1 + integers(max(len(ids) - 1, 1))) % len(ids)]
 
     if kind.startswith("swap_"):
         partner = _partners(scene_kind, integers(3))

@@ -55,8 +55,8 @@ def _render(scenes: Scenes, resolution: int) -> Tensor:
         return torch.cat([scenes[key][:count, slot] for slot, count in enumerate(users)])
 
     objects = {key: flat(key) for key in ("shape", "color", "fill", "cx", "cy", "r", "rot", "cj")}
-    layers, place = _object_layers(objects, resolution)
-    tone, tone_place = _tones(objects, resolution)
+    layers, row = _object_layers(objects, resolution)
+    tone, tone_row = _tones(objects, resolution)
     colors = palette(images.device)
     first = colors.color[objects["color"]] + objects["cj"]
     change = colors.color_second[objects["color"]] + objects["cj"] - first
@@ -64,12 +64,12 @@ def _render(scenes: Scenes, resolution: int) -> Tensor:
     for count in users:
         here = slice(begin, begin + count)
         begin += count
-        coverage, fade, shade = (layer.index_select(0, place[here])[:, None] for layer in layers)
+        coverage, fade, shade = (layer.index_select(0, row[here])[:, None] for layer in layers)
         paint = first[here, :, None, None] * shade
         textured = (objects["fill"][here] != SOLID).nonzero(as_tuple=True)[0]
         if len(textured):
             start, step = (x[here][textured, :, None, None] for x in (first, change))
-            pattern = tone[tone_place[here][textured], None]
+            pattern = tone[tone_row[here][textured], None]
             paint[textured] = (start + pattern * step) * shade[textured]
         below = images[:count].mul_(fade)
         below += paint.sub_(below).mul_(coverage)
@@ -111,19 +111,19 @@ def _object_layers(objects: Scenes, resolution: int) -> tuple[_Layers, Tensor]:
         side = diagonal.mul_(0.55).div_(rho).add_(0.45)
         shadow = d.clamp_min_(0).div_(-0.016).exp_().mul_(0.20).mul_(side).clamp_min_(0)
         torch.sub(one, shadow, out=layers.fade[here])
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=device)
-    return layers, place
+    row = torch.empty_like(order)
+    row[order] = torch.arange(len(order), device=device)
+    return layers, row
 
 
 def _tones(objects: Scenes, resolution: int) -> tuple[Tensor, Tensor]:
     """Stripes and dots [T, R, R] in [0, 1]: 0 the colour, 1 its second tone; int64 [N]: the place of each
     object in them (0 for solid ones, which have none)."""
-    parts, place = [], torch.zeros_like(objects["fill"])
-    pixel = _pixel_centres(resolution, place.device)
+    parts, row = [], torch.zeros_like(objects["fill"])
+    pixel = _pixel_centres(resolution, row.device)
     for pattern in (STRIPED, DOTTED):
         chosen = (objects["fill"] == pattern).nonzero(as_tuple=True)[0]
-        place[chosen] = sum(map(len, parts)) + torch.arange(len(chosen), device=place.device)
+        row[chosen] = sum(map(len, parts)) + torch.arange(len(chosen), device=row.device)
         cx, cy, rot, radius = (objects[key][chosen, None, None] for key in ("cx", "cy", "rot", "r"))
         x, y = _local(pixel - cx, pixel[:, None] - cy, torch.cos(rot), torch.sin(rot))
         period = 0.075 + 0.15 * radius
@@ -131,7 +131,7 @@ def _tones(objects: Scenes, resolution: int) -> tuple[Tensor, Tensor]:
             parts.append(_wave(y / period, 0.42, period * resolution))
         else:
             parts.append(_dots(x, y, period * 0.92, 0.30, resolution))
-    return torch.cat(parts), place
+    return torch.cat(parts), row
 
 
 def _local(dx: Tensor, dy: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -226,13 +226,13 @@ def _place(layout: Scenes, uniform) -> tuple[Tensor, Tensor]:
 
     # two: one after the other along the relation's axis, nearly level on the other axis.
     slack = (1 - 2 * MARGIN - 2 * extent[:, 0] - 2 * extent[:, 1] - GAP).clamp_min(0)
-    share = uniform(n, 3)
-    share = share / share.sum(1, keepdim=True)
+    slack_fraction = uniform(n, 3)
+    slack_fraction = slack_fraction / slack_fraction.sum(1, keepdim=True)
     slot0_first = (rel == LEFT) | (rel == ABOVE)
     extent_a = torch.where(slot0_first, extent[:, 0], extent[:, 1])
     extent_b = torch.where(slot0_first, extent[:, 1], extent[:, 0])
-    place_a = MARGIN + share[:, 0] * slack + extent_a
-    place_b = place_a + extent_a + extent_b + GAP + share[:, 1] * slack
+    place_a = MARGIN + slack_fraction[:, 0] * slack + extent_a
+    place_b = place_a + extent_a + extent_b + GAP + slack_fraction[:, 1] * slack
     places = torch.where(slot0_first, place_a, place_b), torch.where(slot0_first, place_b, place_a)
     level = 0.5 + (uniform(n, 2) - 0.5) * 0.16
     horizontal = rel < ABOVE

@@ -86,11 +86,11 @@ def _drop(x: Tensor, y: Tensor) -> Tensor:
     big, small, height = 0.62, 0.05, 1.15
     sine = (big - small) / height
     cosine = math.sqrt(1 - sine * sine)
-    place = -sine * x + cosine * y
+    along = -sine * x + cosine * y
     below = _length(x, y) - big
     above = torch.sqrt(x * x + (y - height) ** 2 + 1e-12) - small
     flank = x * cosine + y * sine - big
-    return torch.where(place < 0, below, torch.where(place > cosine * height, above, flank))
+    return torch.where(along < 0, below, torch.where(along > cosine * height, above, flank))
 
 
 SIGNED_DISTANCES = (

@@ -55,13 +55,13 @@ class SceneStream:
         """images {resolution: float32 [B, 3, R, R] in [0, 1]}, tokens int64 [B, 36], scenes (see scenes.py);
         with negatives also negatives int64 [B, K, 36] and negative_mask bool [B, K], False: do not use.
         """
-        number, place = divmod(step, self.at_once)
+        number, position = divmod(step, self.at_once)
         if self.at_once == 1:
             return self._make(number, self.batch_size)
         if self._block is None or self._block[0] != number:
             self._block = None  # its memory is given back first
             self._block = number, self._make(number, self.at_once * self.batch_size)
-        rows = slice(place * self.batch_size, (place + 1) * self.batch_size)
+        rows = slice(position * self.batch_size, (position + 1) * self.batch_size)
 
         def part(value):
             if isinstance(value, dict):

@@ -70,13 +70,13 @@ class World:
 
     def ids(self, attribute: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """The chosen names of an attribute ("shapes", "colors", ...) as int64 indices into the full table."""
-        return self._kept(self._ids, attribute, device)
+        return self._cached(self._ids, attribute, device)
 
     def weights(self, attribute: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """float32 over the full table: how often a name is drawn, 0 for those outside the world."""
-        return self._kept(self._weights, attribute, device)
+        return self._cached(self._weights, attribute, device)
 
-    def _kept(self, make: Callable, attribute: str, device: torch.device | str) -> torch.Tensor:
+    def _cached(self, make: Callable, attribute: str, device: torch.device | str) -> torch.Tensor:
         """make(attribute) on the device; kept there, because each copy makes the host wait for a GPU."""
         if torch.device(device).type == "cpu":
             return make(attribute)

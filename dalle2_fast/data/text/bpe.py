@@ -100,8 +100,8 @@ class BPETokenizer:
                 if (rank := self._ranks.get(pair)) is not None:
                     heapq.heappush(heap, (rank, left, *pair))
 
-        for place in range(count):
-            consider(place)
+        for index in range(count):
+            consider(index)
         while heap:
             _, left, first, second = heapq.heappop(heap)
             right = after[left]
@@ -199,7 +199,7 @@ def byte_letters() -> dict[int, str]:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
     letters = {byte: chr(byte) for byte in printable}
     others = (byte for byte in range(256) if byte not in letters)
-    return letters | {byte: chr(256 + place) for place, byte in enumerate(others)}
+    return letters | {byte: chr(256 + index) for index, byte in enumerate(others)}
 
 
 @cache
