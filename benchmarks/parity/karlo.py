@@ -1,7 +1,10 @@
-"""The rows of parity.py for Karlo, beside diffusers: both hold the same random weights, scaled down."""
+"""Rows of the parity report: Karlo against diffusers. Both have the same random weights; sizes are scaled
+down."""
 
 from __future__ import annotations
 
+import copy
+import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,35 +12,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.parity.rows import CHAIN, NETWORK, Pairs, Row, on_meta
-from benchmarks.timing.provenance import parameters
+from benchmarks.cases.sizes import parameter_count
+from benchmarks.parity.rows import NETWORK, PIPELINE, Pairs, Row, on_meta
 from dalle2_fast import CLIP, DALLE2, Decoder, DiffusionPrior, Upsampler
 
-DRAWS = 3
+SEEDS = range(3)
 
 
-class Karlo:
-    """The scaled-down pipelines, made once."""
+@functools.cache
+def pipelines() -> tuple:
+    """(diffusers' scaled-down pipeline, ours loaded from its folder)."""
+    from tests.support import tiny_karlo
 
-    made: tuple | None = None
-
-    @classmethod
-    def both(cls) -> tuple:
-        """(diffusers' pipeline, our chain loaded from its folder)."""
-        from tests.support import tiny_karlo
-
-        if cls.made is None:
-            with tempfile.TemporaryDirectory() as folder:
-                theirs = tiny_karlo.pipeline(Path(folder) / "tokenizer_files")
-                theirs.set_progress_bar_config(disable=True)
-                theirs.save_pretrained(Path(folder) / "karlo")
-                cls.made = theirs, DALLE2.from_pretrained(Path(folder) / "karlo")
-        return cls.made
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = tiny_karlo.pipeline(Path(folder) / "tokenizer_files")
+        theirs.set_progress_bar_config(disable=True)
+        theirs.save_pretrained(Path(folder) / "karlo")
+        return theirs, DALLE2.from_pretrained(Path(folder) / "karlo")
 
 
-def draws() -> Iterator[tuple[Callable[..., Tensor], Tensor, Tensor]]:
-    """(normal numbers of a shape, three times, a mask of captions) for each draw."""
-    for seed in range(DRAWS):
+def random_inputs() -> Iterator[tuple[Callable[..., Tensor], Tensor, Tensor]]:
+    """(function of a shape that returns normal numbers, three timesteps, mask of three captions) per seed."""
+    for seed in SEEDS:
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int, generator=generator) -> Tensor:
@@ -48,16 +44,16 @@ def draws() -> Iterator[tuple[Callable[..., Tensor], Tensor, Tensor]]:
 
 
 def karlo_prior() -> Pairs:
-    theirs, ours = Karlo.both()
-    for normal, times, mask in draws():
+    theirs, ours = pipelines()
+    for normal, times, mask in random_inputs():
         given = (normal(3, 64), times, normal(3, 64), normal(3, 13, 64), mask)
         yield ours.prior.net(*given), theirs.prior(*given).predicted_image_embedding
         yield ours.prior._restored(given[0]), theirs.prior.post_process_latents(given[0])
 
 
 def karlo_decoder() -> Pairs:
-    theirs, ours = Karlo.both()
-    for normal, times, mask in draws():
+    theirs, ours = pipelines()
+    for normal, times, mask in random_inputs():
         x, context, classes = normal(3, 3, 16, 16), normal(3, 17, 48), normal(3, 256)
         mask = torch.nn.functional.pad(mask, (4, 0), value=True)
         expected = theirs.decoder(x, times, context, class_labels=classes, attention_mask=mask).sample
@@ -65,10 +61,10 @@ def karlo_decoder() -> Pairs:
 
 
 def karlo_text_proj() -> Pairs:
-    from dalle2_fast.models.decoder.conditioning import Caption
+    from dalle2_fast.models.captions import Caption
 
-    theirs, ours = Karlo.both()
-    for normal, _, mask in draws():
+    theirs, ours = pipelines()
+    for normal, _, mask in random_inputs():
         image, text, encodings = normal(3, 64), normal(3, 64), normal(3, 13, 64)
         context, classes = theirs.text_proj(
             image_embeddings=image, prompt_embeds=text, text_encoder_hidden_states=encodings,
@@ -82,9 +78,9 @@ def karlo_text_proj() -> Pairs:
 
 def karlo_upsampler(name: str) -> Callable[[], Pairs]:
     def measure() -> Pairs:
-        theirs, ours = Karlo.both()
+        theirs, ours = pipelines()
         net = ours.upsampler.unet if name == "first" else ours.upsampler.last_unet
-        for normal, times, _ in draws():
+        for normal, times, _ in random_inputs():
             x = normal(3, 6, 32, 32)
             yield net(x, times), getattr(theirs, f"super_res_{name}")(x, times).sample
 
@@ -92,7 +88,7 @@ def karlo_upsampler(name: str) -> Callable[[], Pairs]:
 
 
 def karlo_text() -> Pairs:
-    theirs, ours = Karlo.both()
+    theirs, ours = pipelines()
     prompts = ["the red ring", "and", ""]
     inputs = theirs.tokenizer(prompts, padding="max_length", max_length=13, return_tensors="pt")
     expected = theirs.text_encoder(inputs.input_ids)
@@ -101,29 +97,34 @@ def karlo_text() -> Pairs:
     yield encodings[mask], expected.last_hidden_state[mask]
 
 
-def karlo_chain(exact: bool) -> Callable[[], Pairs]:
-    """Five steps of each of the three diffusions, from the same noise, guidance 4 and 8."""
+def karlo_pipeline(exact: bool) -> Callable[[], Pairs]:
+    """Five steps of each of the three diffusions, from the same noise, guidance 4 and 8.
+
+    exact: diffusers' tables are computed in float64.
+    """
 
     def measure() -> Pairs:
         import pytest
-        import test_checkpoints_karlo as karlo
 
-        theirs, ours = Karlo.both()
+        from tests.checkpoints import test_karlo
+        from tests.support import tiny_karlo
+
+        theirs, ours = pipelines()
         with pytest.MonkeyPatch.context() as patch:
             if exact:
-                for name in karlo.tiny_karlo.schedulers():
-                    patch.setattr(theirs, name, karlo.copy_of(getattr(theirs, name)))
-                    karlo.in_float64(getattr(theirs, name))
-            yield karlo.both(theirs, ours, patch)
+                for name in tiny_karlo.schedulers():
+                    patch.setattr(theirs, name, copy.copy(getattr(theirs, name)))
+                    test_karlo.in_float64(getattr(theirs, name))
+            yield test_karlo.both(theirs, ours, patch)
 
     return measure
 
 
 def karlo_originals() -> Pairs:
-    """Weights, not outputs: the same ones from Karlo's original files and from diffusers' folder."""
+    """Weights, not outputs: those from Karlo's original files against those from diffusers' folder."""
     from tests.support import tiny_karlo
 
-    theirs, ours = Karlo.both()
+    theirs, ours = pipelines()
     with tempfile.TemporaryDirectory() as folder:
         tiny_karlo.original_files(Path(folder), theirs.components)
         for name, kind in (("prior", DiffusionPrior), ("decoder", Decoder), ("upsampler", Upsampler)):
@@ -134,24 +135,25 @@ def karlo_originals() -> Pairs:
 
 def karlo_rows() -> list[Row]:
     prior, decoder, upsampler = on_meta(DiffusionPrior), on_meta(Decoder), on_meta(Upsampler)
-    statistics = 2 * prior.image_embed_dim  # parameters in diffusers, buffers with us
-    text, unet = parameters(on_meta(CLIP, visual_kind=None)) - 1, parameters(upsampler)
-    whole = parameters(prior) + statistics + parameters(decoder) + 2 * unet + text
+    statistics = 2 * prior.image_embed_dim  # parameters in diffusers, buffers in ours
+    text, unet = parameter_count(on_meta(CLIP, visual_kind=None)) - 1, parameter_count(upsampler)
+    whole = parameter_count(prior) + statistics + parameter_count(decoder) + 2 * unet + text
     needs = ("diffusers", "transformers")
 
     def row(network: str, source: str, count: int, measure: Callable[[], Pairs], bound=NETWORK) -> Row:
         return Row(f"Karlo {network}", source, needs, count, measure, bound)
 
     return [
-        row("prior", "diffusers PriorTransformer", parameters(prior) + statistics, karlo_prior),
-        row("decoder", "diffusers UNet2DConditionModel", parameters(decoder.unet), karlo_decoder),
-        row("text_proj", "diffusers UnCLIPTextProjModel", parameters(decoder.text_proj), karlo_text_proj),
+        row("prior", "diffusers PriorTransformer", parameter_count(prior) + statistics, karlo_prior),
+        row("decoder", "diffusers UNet2DConditionModel", parameter_count(decoder.unet), karlo_decoder),
+        row("text_proj", "diffusers UnCLIPTextProjModel", parameter_count(decoder.text_proj),
+            karlo_text_proj),
         row("upsampler, first steps", "diffusers UNet2DModel", unet, karlo_upsampler("first")),
         row("upsampler, last step", "diffusers UNet2DModel", unet, karlo_upsampler("last")),
         row("text encoder", "transformers CLIPTextModelWithProjection", text, karlo_text),
-        row("chain, 5 steps a stage", "diffusers UnCLIPPipeline", whole, karlo_chain(False), CHAIN),
+        row("chain, 5 steps a stage", "diffusers UnCLIPPipeline", whole, karlo_pipeline(False), PIPELINE),
         row("chain, 5 steps a stage", "diffusers UnCLIPPipeline, its tables in float64", whole,
-            karlo_chain(True), CHAIN),
+            karlo_pipeline(True), PIPELINE),
         row("weights from the original files", "the same from diffusers' folder", whole - text,
             karlo_originals, 0.0),
     ]

@@ -1,4 +1,4 @@
-"""What users hand to the image models: images, seeds, random draws. Checked here once, in the same words."""
+"""What users hand to the models: embeddings, seeds, probabilities. Checked here once, in the same words."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def resolve_seeds(
     return seeds.to(device)
 
 
-def coin(
+def bernoulli(
     batch: int,
     probability: float,
     device: torch.device,
@@ -39,14 +39,14 @@ def check_probability(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a probability in [0, 1], got {value}")
 
 
-def cat_padded(
-    above: Tensor,  # [B, L, *] or [B, D]
-    below: Tensor,  # [C, M, *] or [C, D]
-) -> Tensor:  # [B + C, max(L, M), *]
-    """Rows below rows, the shorter ones with zeros (False) behind them."""
-    longest = max(above.shape[1], below.shape[1])
-    rows = []
-    for x in (above, below):
-        rest = x.new_zeros(len(x), longest - x.shape[1], *x.shape[2:])
-        rows.append(torch.cat([x, rest], dim=1))
-    return torch.cat(rows)
+def check_features(name: str, value: Tensor, letters: str, expected: tuple[int | str, ...]) -> None:
+    """TypeError unless `value` is a floating-point tensor, ValueError unless its shape is `expected`, in
+    which a string stands for any size."""
+    wanted = f"[{letters}] = ({', '.join(map(str, expected))})"
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        came = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name}: expected a floating-point tensor {wanted}, got {came}")
+    sizes = zip(expected, value.shape, strict=False)
+    fits = all(isinstance(size, str) or size == came for size, came in sizes)
+    if value.ndim != len(expected) or not fits:
+        raise ValueError(f"{name}: expected {wanted}, got {tuple(value.shape)}")

@@ -12,7 +12,7 @@ import torch
 from dalle2_fast import DALLE2, Decoder, DiffusionPrior, Upsampler, functional
 from dalle2_fast.checkpoints import CheckpointError
 from dalle2_fast.diffusion.sampling import INITIAL_NOISE
-from dalle2_fast.models.decoder.conditioning import Caption
+from dalle2_fast.models.captions import Caption
 from dalle2_fast.models.prior.base import candidate_seeds
 from dalle2_fast.pipeline.generation import STAGES
 from dalle2_fast.seeds import sample_seed
@@ -51,7 +51,7 @@ def test_prior_equals_diffusers(karlo, ours):
     expected = karlo.prior(*given).predicted_image_embedding
     assert difference(ours.prior.net(*given), expected) < 1e-5
     # without gaps and masks, in the order in which sampling does it
-    prefix = ours.prior.net.remember(*given[2:])
+    prefix = ours.prior.net.encode_prefix(*given[2:])
     assert difference(ours.prior.net.denoise(given[0], given[1], prefix), expected) < 1e-5
     assert difference(ours.prior._restored(given[0]), karlo.prior.post_process_latents(given[0])) < 1e-6
 

@@ -1,199 +1,28 @@
-"""The autoregressive prior: PCA and buckets, the dot product's prefix, the cache, drops, guidance, seeds."""
+"""The autoregressive prior: its loss, drops, guidance, the dot product's prefix, candidates, seeds."""
 
 from __future__ import annotations
 
 import json
 import math
 
-import numpy
 import pytest
 import torch
-import torch.nn.functional as F
 
 from dalle2_fast import ARPrior, DiffusionPrior
-from dalle2_fast.models.prior.autoregressive import ARPriorNetwork, draw
+from dalle2_fast.models.prior import ARPriorNetwork
 from dalle2_fast.models.prior.base import best_candidate, candidate_seeds
-
-EMBED, TEXT, LENGTH, KEPT, BUCKETS, DOTS = 24, 20, 9, 6, 16, 8
-NET = dict(
-    dim=32, depth=2, heads=4, embed_dim=EMBED, text_dim=TEXT, context_length=LENGTH, num_components=KEPT,
-    num_buckets=BUCKETS, num_dot_buckets=DOTS,
+from tests.support.small_autoregressive_prior import (
+    BUCKETS,
+    DOTS,
+    EMBED,
+    KEPT,
+    LENGTH,
+    NET,
+    caption,
+    embeddings,
+    small_net,
+    small_prior,
 )
-
-
-def embeddings(rows: int = 400, seed: int = 1, width: int = EMBED) -> torch.Tensor:
-    """Unit vectors around a common direction, with a few strong directions, as CLIP's are."""
-    generator = torch.Generator().manual_seed(seed)
-    fixed = torch.Generator().manual_seed(99)
-    basis = torch.linalg.qr(torch.randn(width, width, generator=fixed))[0]
-    spread = torch.randn(rows, width, generator=generator) * 0.7 ** torch.arange(width)
-    return F.normalize(2 * basis[0] + spread @ basis, dim=-1)
-
-
-def small_net(**changes) -> ARPriorNetwork:
-    torch.manual_seed(0)
-    net = ARPriorNetwork(**NET | changes)
-    with torch.no_grad():  # at its small initial weights the context would hardly show
-        net.proj_out.weight.mul_(20)
-        net.positional_embedding.mul_(20)
-        net.code_embedding.weight.mul_(20)
-        net.dot_embedding.weight.mul_(20)
-    return net
-
-
-def small_prior(fitted: bool = True, **options) -> ARPrior:
-    prior = ARPrior(small_net(), **options)
-    if fitted:
-        prior.fit(embeddings(), embeddings(seed=2))
-    return prior
-
-
-def caption(rows: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.tensor([5, 2, 9, 0, 7, 1])[:rows]
-    return dict(
-        text_embed=F.normalize(torch.randn(rows, EMBED, generator=generator), dim=-1),
-        text_encodings=torch.randn(rows, LENGTH, TEXT, generator=generator),
-        text_mask=torch.arange(LENGTH) < lengths[:, None],
-    )
-
-
-def told(row: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    return row["text_embed"], row["text_encodings"], row["text_mask"]
-
-
-def some_codes(rows: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return (torch.randint(BUCKETS, (rows, KEPT), generator=generator),
-            torch.randint(DOTS + 1, (rows,), generator=generator))
-
-
-# ------------------------------------------------------------------------------------------ PCA and buckets
-
-
-def test_pca_is_numpys():
-    """Catches: an uncentred covariance, rising order, columns for rows."""
-    prior, x = small_prior(), embeddings().double().numpy() * math.sqrt(EMBED)
-    _, sizes, rows = numpy.linalg.svd(x - x.mean(axis=0), full_matrices=False)
-    expected = torch.tensor(sizes**2 / (len(x) - 1)).float()
-    torch.testing.assert_close(prior.eigenvalues, expected, rtol=1e-4, atol=1e-5)
-    cosines = (prior.components.double() * torch.tensor(rows[:KEPT])).sum(dim=1).abs()
-    torch.testing.assert_close(cosines, torch.ones(KEPT, dtype=torch.float64), rtol=0, atol=1e-5)
-    share = (sizes[:KEPT] ** 2).sum() / (sizes**2).sum()
-    assert prior.explained_variance == pytest.approx(share, rel=1e-5)
-    torch.testing.assert_close(prior.components @ prior.components.T, torch.eye(KEPT), rtol=0, atol=1e-5)
-
-
-def test_round_trip_is_within_half_a_bucket():
-    """Catches: edges taken for centres, an index off by one, a range that leaves out its own data."""
-    prior, x = small_prior(unit_norm=False, embed_scale=3.0), embeddings()
-    codes = prior.quantise(x)
-    assert codes.shape == (400, KEPT) and codes.dtype == torch.int64
-    assert codes.amin(dim=0).eq(0).all() and codes.amax(dim=0).eq(BUCKETS - 1).all()
-    error = ((prior.restore(codes) - x) * 3.0) @ prior.components.T
-    half = (prior.high - prior.low) / BUCKETS / 2
-    assert (error.abs() <= half * (1 + 1e-4)).all()
-    assert (error.abs().amax(dim=0) > 0.8 * half).all()  # the bound is tight: buckets are not finer than told
-    assert torch.equal(prior.quantise(prior.restore(codes)), codes)
-
-
-def test_all_components_and_many_buckets_lose_nothing():
-    prior = ARPrior(small_net(num_components=EMBED, num_buckets=4096))
-    prior.fit(embeddings(), embeddings(seed=2))
-    back = prior.restore(prior.quantise(embeddings()))
-    torch.testing.assert_close(back, embeddings(), rtol=0, atol=2e-3)
-    torch.testing.assert_close(back.norm(dim=-1), torch.ones(400))
-    assert prior.explained_variance == pytest.approx(1.0)
-
-
-def test_what_lies_outside_is_clamped():
-    prior = small_prior(unit_norm=False)
-    far = 50 * prior.components[0]
-    codes = prior.quantise(torch.stack([far, -far]))
-    assert codes[:, 0].tolist() == [BUCKETS - 1, 0]
-
-
-def test_dot_buckets_have_equal_shares():
-    """Catches: even steps of the dot product, whose top half would be another half."""
-    prior = small_prior()
-    dots = (embeddings() * embeddings(seed=2)).sum(dim=-1)
-    counts = torch.bucketize(dots, prior.dot_edges, right=True).bincount(minlength=DOTS)
-    assert counts.sum() == 400 and (counts - 400 / DOTS).abs().max() <= 2
-
-
-def test_fit_needs_enough_pairs_and_use_needs_fit():
-    prior = small_prior(fitted=False)
-    with pytest.raises(RuntimeError, match="ARPrior: call fit"):
-        prior(**caption(), image_embed=embeddings(4))
-    with pytest.raises(RuntimeError, match="ARPrior: call fit"):
-        prior.sample(**caption())
-    with pytest.raises(ValueError, match="image_embed: expected more than num_components = 6 .* got 6"):
-        prior.fit(embeddings(6), embeddings(6))
-    with pytest.raises(ValueError, match=r"text_embed: expected \[B, E\] = \(400, 24\), got \(5, 24\)"):
-        prior.fit(embeddings(), embeddings(5))
-    with pytest.raises(ValueError, match="expected finite embeddings"):
-        prior.fit(embeddings() * float("nan"), embeddings())
-    assert not prior.fitted  # a failed fit leaves nothing half done
-    prior.fit(embeddings(), embeddings(seed=2))
-    assert prior.sample(**caption()).shape == (4, EMBED)
-
-
-# --------------------------------------------------------------------------------------------------- network
-
-
-def test_paper_size():
-    """319 of 768 dimensions, 1024 buckets, 24 layers of 26 heads x 64: 802 million parameters."""
-    with torch.device("meta"):
-        prior = ARPrior()
-    layer = 12 * 1664**2 + 13 * 1664
-    tables = (1024 + 1025 + 78 + 319 + 768 + 768 + 1024) * 1664 + 2 * 1664 + 1024 + 2 * 1664
-    assert sum(parameter.numel() for parameter in prior.parameters()) == 24 * layer + tables
-
-
-def test_each_dimension_sees_only_those_before_it():
-    """Catches: a shifted sequence, which would learn to copy and sample noise."""
-    net, (codes, dots) = small_net(), some_codes()
-    logits = net(codes, dots, *told(caption()))
-    assert logits.shape == (4, KEPT, BUCKETS)
-    for place in range(KEPT):
-        changed = codes.clone()
-        changed[:, place] = (codes[:, place] + 5) % BUCKETS
-        difference = (net(changed, dots, *told(caption())) - logits).abs().amax(dim=(0, 2))
-        assert difference[: place + 1].max() < 1e-5
-        assert (difference[place + 1 :] > 1e-3).all()
-    other = (net(codes, (dots + 1) % DOTS, *told(caption())) - logits).abs().amax(dim=(0, 2))
-    assert (other > 1e-3).all()
-
-
-def test_padding_changes_nothing():
-    net, (codes, dots), words = small_net(), some_codes(), caption()
-    logits = net(codes, dots, *told(words))
-    noise = torch.where(words["text_mask"][..., None], words["text_encodings"], 100.0)
-    torch.testing.assert_close(net(codes, dots, words["text_embed"], noise, words["text_mask"]), logits)
-    for i, length in enumerate(words["text_mask"].sum(dim=1).tolist()):
-        row = slice(i, i + 1)
-        encodings = words["text_encodings"][row, :length] if length else None
-        alone = net(codes[row], dots[row], words["text_embed"][row], encodings)
-        torch.testing.assert_close(alone, logits[row], rtol=1e-4, atol=1e-4)
-
-
-def test_cache_equals_no_cache():
-    """Catches: keys at a wrong position, a mask that forgets the grown part."""
-    net, (codes, dots), words = small_net().double(), some_codes(), caption()
-    words = told({k: v if v.dtype == torch.bool else v.double() for k, v in words.items()})
-    expected = net(codes, dots, *words)
-    prefix = net.remember(*words)
-    for place in range(KEPT):
-        logits, prefix = net.extend(dots if place == 0 else codes[:, place - 1], place, prefix)
-        torch.testing.assert_close(logits, expected[:, place], rtol=1e-9, atol=1e-9)
-
-
-def test_gradients_reach_every_parameter():
-    prior = small_prior(cond_drop_prob=0.0)
-    prior(**caption(), image_embed=embeddings(4)).backward()
-    silent = [name for name, p in prior.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert silent == []
-
 
 # -------------------------------------------------------------------------------------------------- training
 
@@ -281,18 +110,6 @@ def test_sample_shape_norm_and_seeds():
     assert (other - together).norm(dim=-1).min() > 1e-3
     drawn = [prior.sample(**words, generator=torch.Generator().manual_seed(5)) for _ in range(2)]
     assert torch.equal(*drawn)
-
-
-def test_samples_follow_the_distribution():
-    """draw() by even chances has the softmax's frequencies; temperature sharpens, 0 takes the likeliest."""
-    logits = torch.tensor([[1.0, -float("inf"), 3.0, 2.0]])
-    chance = (torch.arange(40_000) + 0.5) / 40_000
-    for temperature in (1.0, 0.5):
-        counts = draw(logits.expand(40_000, -1), chance, temperature).bincount(minlength=4) / 40_000
-        torch.testing.assert_close(counts, (logits[0] / temperature).softmax(-1), rtol=0, atol=1e-3)
-    assert draw(logits, chance[:1], 0).item() == 2
-    assert draw(logits, torch.zeros(1)).item() == 0
-    assert draw(logits, torch.full((1,), 1 - 2**-24)).item() == 3
 
 
 def record(prior: ARPrior, monkeypatch) -> list[tuple[torch.Tensor, int]]:

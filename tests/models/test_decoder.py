@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
+from dalle2_fast.models.captions import Caption
 from dalle2_fast.models.clip.model import CLIP
-from dalle2_fast.models.decoder.conditioning import Caption, ConditionProjection
+from dalle2_fast.models.decoder.conditioning import ConditionProjection
 from dalle2_fast.models.decoder.model import Decoder
 
 UNET = dict(
@@ -324,7 +325,7 @@ def test_wrong_inputs_are_named():
         decoder((image * 255).byte(), text, image_embed)
     with pytest.raises(ValueError, match=r"image_embed: expected \[B, E\] = \(4, 10\), got \(4, 9\)"):
         decoder(image, text, image_embed[:, :9])
-    with pytest.raises(ValueError, match=r"text: expected \[B, L, D\] = \(4, 7, 16\), got \(3, 7, 16\)"):
+    with pytest.raises(ValueError, match=r"text: expected \[B, L, D\] = \(4, L, 16\), got \(3, 7, 16\)"):
         decoder(image, text[:3], image_embed)
     with pytest.raises(ValueError, match="text: expected token ids or text_encodings .* got neither"):
         decoder(image, image_embed=image_embed)

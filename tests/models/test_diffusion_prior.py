@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from dalle2_fast.diffusion import GaussianDiffusion, make_schedule
+from dalle2_fast.models.captions import Caption
 from dalle2_fast.models.clip.model import CLIP
+from dalle2_fast.models.prior.caption_prefix import embed_caption
 from dalle2_fast.models.prior.diffusion import DiffusionPrior, DiffusionPriorNetwork
 from tests.support.gaussian_data import DEVIATION, MEAN, exact_net
 
@@ -70,7 +72,7 @@ def test_padding_changes_nothing():
 def test_attention_equals_a_masked_one():
     """Moving the padding behind the tail must be the same as masking it where it is (the paper's order)."""
     net, words, x, t = small_net(), caption(), image_embeddings(), torch.arange(4.0)
-    prefix, valid = net._embed_text(*told(words))
+    prefix, valid = embed_caption(net, *told(words))
     tokens = torch.cat([prefix, net._embed_tail(x, t)], dim=1)
     valid = F.pad(valid, (0, 3), value=True)
     size = tokens.shape[1]
@@ -98,7 +100,7 @@ def test_network_is_causal():
 
 def test_remembered_caption_equals_the_full_pass():
     net, words, x, t = small_net(), caption(), image_embeddings(), torch.tensor([0.0, 10.0, 500.0, 999.0])
-    prefix = net.remember(*told(words))
+    prefix = net.encode_prefix(*told(words))
     torch.testing.assert_close(net.denoise(x, t, prefix), net(x, t, *told(words)), rtol=1e-5, atol=1e-5)
     twice = net.denoise(x.repeat_interleave(2, 0), t.repeat_interleave(2), prefix.repeat_interleave(2))
     torch.testing.assert_close(twice[1::2], net(x, t, *told(words)), rtol=1e-5, atol=1e-5)
@@ -151,9 +153,9 @@ def test_drop_takes_embedding_and_encodings_together():
     ]
     assert losses[0] == losses[1]
     keep = torch.tensor([True, False, True, False])
-    embed, _, mask = prior._condition(told(caption()), keep)
-    assert not embed[~keep].any() and not mask[~keep].any()
-    assert embed[keep].any(dim=1).all() and torch.equal(mask[keep], caption()["text_mask"][keep])
+    seen = prior._condition(Caption(*told(caption())), keep)
+    assert not seen.embed[~keep].any() and not seen.mask[~keep].any()
+    assert seen.embed[keep].any(dim=1).all() and torch.equal(seen.mask[keep], caption()["text_mask"][keep])
 
 
 def test_statistics_standardise_and_come_back():

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from dalle2_fast.models.clip.model import CLIP
+from dalle2_fast.models.decoder.encoding import encode_captions
+from dalle2_fast.models.decoder.guidance import condition
 from dalle2_fast.models.decoder.model import Decoder
 from dalle2_fast.models.prior.diffusion import DiffusionPrior
 from dalle2_fast.models.upsampler.model import Upsampler
@@ -116,8 +118,8 @@ def test_decoder_guidance_leads_away_from_the_negative_caption():
     model.sample(embed, **named(told), negative=other, guidance=3.0, seeds=torch.arange(2))
     (x, t, *_), out = seen[0]
     other = tuple(y.expand(2, *y.shape[1:]) for y in other)
-    context, mask, classes = model._condition(
-        2, None, model._caption(2, None, other[1], other[2], other[0]),
+    context, mask, classes = condition(
+        model, 2, None, encode_captions(model, 2, None, other[1], other[2], other[0]),
         torch.zeros(2, dtype=torch.bool), torch.ones(2, dtype=torch.bool),
     )
     torch.testing.assert_close(out[2:], forward(x[2:], t[2:], context, classes, mask), rtol=1e-4, atol=1e-5)

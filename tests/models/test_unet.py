@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dalle2_fast.models.unet.blocks import sinusoidal_embedding
-from dalle2_fast.models.unet.model import ContextCache, UNet
+from dalle2_fast.models.time_embedding import sinusoidal_embedding
+from dalle2_fast.models.unet import ContextCache, UNet
 
 SMALL = dict(
     in_channels=3,

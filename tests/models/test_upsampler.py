@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dalle2_fast.models.upsampler import model
+from dalle2_fast.models.upsampler.crops import random_crops
 from dalle2_fast.models.upsampler.degradation import gaussian_blur
 from dalle2_fast.models.upsampler.model import Upsampler
 
@@ -85,7 +87,7 @@ def test_crop_is_a_window_of_image_and_condition_alike():
     upsampler = small_upsampler(degradation=None)
     row = torch.arange(32.0)
     coordinates = torch.stack([row[:, None].expand(32, 32), row.expand(32, 32)]).expand(5, 2, 32, 32)
-    first, second = upsampler._crop(16, fixed(), coordinates, coordinates * 2)
+    first, second = random_crops(16, 8, fixed(), coordinates, coordinates * 2)
     assert first.shape == (5, 2, 16, 16) and torch.equal(second, first * 2)
     corner = first[:, :, :1, :1]
     assert torch.equal(first - corner, coordinates[:, :, :16, :16])
@@ -129,8 +131,8 @@ def test_degradation_probability(probability, monkeypatch):
     """0 leaves the condition alone, 1 corrupts every one of them."""
     upsampler = small_upsampler(degradation_prob=probability)
     seen = []
-    enlarge = upsampler._enlarge
-    monkeypatch.setattr(upsampler, "_enlarge", lambda low: seen.append(low) or enlarge(low))
+    enlarged = model.enlarged
+    monkeypatch.setattr(model, "enlarged", lambda low, *how: seen.append(low) or enlarged(low, *how))
     upsampler(images(), images(8), generator=fixed())
     expected = gaussian_blur(images(8)) if probability else images(8)
     torch.testing.assert_close(seen[0], expected * 2 - 1)
@@ -141,8 +143,8 @@ def test_autocast_leaves_the_condition_its_levels(degradation, monkeypatch):
     """Catches: a blur or JPEG computed in bfloat16, in which 256 levels are not 256."""
     upsampler = small_upsampler(degradation=degradation, degradation_prob=1.0)
     seen = []
-    enlarge = upsampler._enlarge
-    monkeypatch.setattr(upsampler, "_enlarge", lambda low: seen.append(low) or enlarge(low))
+    enlarged = model.enlarged
+    monkeypatch.setattr(model, "enlarged", lambda low, *how: seen.append(low) or enlarged(low, *how))
     upsampler(images(), generator=fixed())
     with torch.autocast("cpu", torch.bfloat16):
         upsampler(images(), generator=fixed())

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dalle2_fast.models.unet.model import UNet
-from dalle2_fast.models.upsampler.model import UNCLIP_256, UNCLIP_1024, Upsampler
+from dalle2_fast.models.upsampler import UNCLIP_256, UNCLIP_1024, Upsampler
 from dalle2_fast.models.upsampler.tiles import windows
 
 UNET = dict(in_channels=6, out_channels=3, channels=(16, 16), layers_per_block=1, attention_levels=(),

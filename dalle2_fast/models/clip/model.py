@@ -3,8 +3,7 @@
     logits[i, j] = exp(logit_scale) * <image_i / |image_i|, text_j / |text_j|>,
     loss = (cross_entropy(rows) + cross_entropy(columns)) / 2.
 
-Source: CLIP, arXiv 2103.00020. Weight names are those of OpenAI's files and of open_clip's `CLIP` class. The
-hard-negative captions, which widen their own image's softmax row, follow NegCLIP, arXiv 2210.01936.
+Source: CLIP, arXiv 2103.00020. Weight names are those of OpenAI's files and of open_clip's `CLIP` class.
 """
 
 from __future__ import annotations
@@ -26,79 +25,15 @@ from dalle2_fast.checkpoints.pretrained import Pretrained
 from dalle2_fast.checkpoints.weights import unfilled
 from dalle2_fast.data.images import check_images
 from dalle2_fast.functional import contrastive_loss
+from dalle2_fast.models.clip.hard_negatives import check_negatives, loss_with_negatives
 from dalle2_fast.models.clip.resnet import ModifiedResNet
-from dalle2_fast.models.transformer import TextTransformer, Transformer
-from dalle2_fast.modules import GroupNormSiLU
+from dalle2_fast.models.clip.vision_transformer import VisionTransformer
+from dalle2_fast.models.transformer import TextTransformer
+from dalle2_fast.ops._dtypes import compute_dtype
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the images CLIP was trained on, per channel
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 LARGEST_LOGIT_SCALE = math.log(100.0)
-
-
-def convolution_stem(width: int, patch_size: int) -> nn.Sequential:
-    """Stride-2 3x3 convolutions down to one pixel per patch, then a 1x1 to `width` (arXiv 2106.14881).
-
-    It replaces the patch embedding where images are few and small: edges are learned sooner.
-    """
-    groups = 8
-    steps = patch_size.bit_length() - 1
-    if steps < 1 or 2**steps != patch_size or width % (groups * patch_size // 2):
-        raise ValueError(
-            "conv_vit: expected visual_patch_size a power of two >= 2 and dim_image divisible by "
-            f"{groups // 2} * visual_patch_size, got visual_patch_size={patch_size}, dim_image={width}"
-        )
-    layers: list[nn.Module] = []
-    channels = 3
-    for step in range(steps):
-        out_channels = width // 2 ** (steps - 1 - step)
-        layers += [
-            nn.Conv2d(channels, out_channels, 3, stride=2, padding=1, bias=False),
-            GroupNormSiLU(groups, out_channels),
-        ]
-        channels = out_channels
-    return nn.Sequential(*layers, nn.Conv2d(channels, width, 1, bias=False))
-
-
-class VisionTransformer(nn.Module):
-    """Normalised images [B, 3, S, S] -> embedding [B, output_dim] (not normalised) at the class token."""
-
-    def __init__(
-        self,
-        image_size: int,
-        patch_size: int,
-        width: int,
-        depth: int,
-        heads: int,
-        output_dim: int,
-        *,
-        mlp_ratio: float = 4.0,
-        quick_gelu: bool = False,
-        stem: bool = False,
-    ):
-        super().__init__()
-        if patch_size < 1 or image_size % patch_size:
-            raise ValueError(
-                f"visual_image_size: expected a multiple of the patch size {patch_size}, got {image_size}"
-            )
-        scale = width**-0.5
-        if stem:
-            self.conv1 = convolution_stem(width, patch_size)
-        else:
-            self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
-        self.class_embedding = nn.Parameter(scale * torch.randn(width))
-        positions = (image_size // patch_size) ** 2 + 1
-        self.positional_embedding = nn.Parameter(scale * torch.randn(positions, width))
-        self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, depth, heads, mlp_ratio=mlp_ratio, quick_gelu=quick_gelu)
-        self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(scale * torch.randn(width, output_dim))
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.conv1(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
-        x = self.ln_pre(x + self.positional_embedding.to(x.dtype))
-        x = self.transformer(x)
-        return self.ln_post(x[:, 0]) @ self.proj
 
 
 class CLIP(TextTransformer, Pretrained):
@@ -252,7 +187,7 @@ class CLIP(TextTransformer, Pretrained):
         if return_loss and len(text) != len(images):
             raise ValueError(f"text: expected one caption per image = {len(images)}, got {len(text)}")
         if negative_text is not None:
-            self._check_negatives(text, negative_text, negative_mask)
+            check_negatives(text, negative_text, negative_mask)
         if self.training:
             # The value is clamped, not the gradient: else a scale at the limit could never come down again.
             with torch.no_grad():
@@ -268,7 +203,7 @@ class CLIP(TextTransformer, Pretrained):
         if negative_text is None:
             return contrastive_loss(image_features, text_features, scale)
         text_features, negatives = text_features[:batch], text_features[batch:].unflatten(0, (batch, -1))
-        return _loss_with_negatives(image_features, text_features, negatives, negative_mask, scale)
+        return loss_with_negatives(image_features, text_features, negatives, negative_mask, scale)
 
     # ------------------------------------------------------------------------------------------- checkpoints
 
@@ -319,38 +254,7 @@ class CLIP(TextTransformer, Pretrained):
         if self.config["text_enc_depth"] is None:
             raise ValueError(f"{name}: expected a CLIP with a text tower, got one with text_enc_depth=None")
 
-    def _check_negatives(self, text: Tensor, negative_text: Tensor, negative_mask: Tensor | None) -> None:
-        batch, length = text.shape
-        if negative_text.ndim != 3 or negative_text.shape[0] != batch or negative_text.shape[2] != length:
-            came = tuple(negative_text.shape)
-            raise ValueError(f"negative_text: expected [B, K, L] = ({batch}, K, {length}), got {came}")
-        if negative_mask is not None and (
-            negative_mask.dtype != torch.bool or negative_mask.shape != negative_text.shape[:2]
-        ):
-            raise ValueError(
-                f"negative_mask: expected bool [B, K] = {tuple(negative_text.shape[:2])}, "
-                f"got {negative_mask.dtype} {tuple(negative_mask.shape)}"
-            )
-
 
 def _unit(x: Tensor) -> Tensor:
     """x / |x| in at least float32: a float16 norm overflows, and CLIP turns NaN in half precision."""
-    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
-
-
-def _loss_with_negatives(
-    image_features: Tensor,  # [B, D], unit norm
-    text_features: Tensor,  # [B, D], unit norm
-    negative_features: Tensor,  # [B, K, D], unit norm
-    negative_mask: Tensor | None,  # bool [B, K]
-    scale: Tensor,
-) -> Tensor:
-    # Autocast would round the cosines to bfloat16, whose steps near 1 exceed a hard negative's margin.
-    with torch.autocast(image_features.device.type, enabled=False):
-        logits = scale * image_features @ text_features.T
-        extra = scale * (negative_features @ image_features[:, :, None]).squeeze(-1)
-        if negative_mask is not None:
-            extra = extra.masked_fill(~negative_mask, float("-inf"))
-        target = torch.arange(len(logits), device=logits.device)
-        by_image = F.cross_entropy(torch.cat([logits, extra], dim=1), target)
-        return (by_image + F.cross_entropy(logits.T, target)) / 2
+    return F.normalize(x.to(compute_dtype(x.dtype)), dim=-1)

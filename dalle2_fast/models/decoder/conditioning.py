@@ -7,20 +7,11 @@ Source: unCLIP, arXiv 2204.06125, section 2.1. With Karlo's widths 7,878,400 par
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class Caption:
-    """A batch of encoded captions."""
-
-    embed: Tensor  # [B, text_embed_dim], one vector a caption
-    encodings: Tensor  # [B, L, text_encoding_dim]
-    mask: Tensor  # bool [B, L], True = a token
+from dalle2_fast.models.captions import Caption
 
 
 class ConditionProjection(nn.Module):

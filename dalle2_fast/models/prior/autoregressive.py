@@ -10,20 +10,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dalle2_fast.diffusion.progress import with_progress
 from dalle2_fast.functional import sample_noise
-from dalle2_fast.models.clip.model import CLIP
-from dalle2_fast.models.inputs import coin
+from dalle2_fast.models.inputs import bernoulli
 from dalle2_fast.models.prior.autoregressive_network import ARPriorNetwork
-from dalle2_fast.models.prior.base import Caption, CaptionedPrior, best_candidate
-from dalle2_fast.models.prior.pca import PCA
+from dalle2_fast.models.prior.base import EmbeddingPrior, EncodedText, best_candidate
+from dalle2_fast.models.prior.buckets import fit_buckets, sample_bucket
+from dalle2_fast.ops._dtypes import compute_dtype
+
+if TYPE_CHECKING:
+    from dalle2_fast.models.clip.model import CLIP
 
 
-class ARPrior(CaptionedPrior):
+class ARPrior(EmbeddingPrior):
     """Caption -> CLIP image embedding, by an autoregressive Transformer. Call `fit` before training.
 
     net: an ARPriorNetwork, or a dict of its arguments; widths that such a dict (or None) leaves open come
@@ -83,19 +88,13 @@ class ARPrior(CaptionedPrior):
             )
         if not (image_embed.isfinite().all() and text_embed.isfinite().all()):
             raise ValueError("image_embed, text_embed: expected finite embeddings, got NaN or infinity")
-        scaled = self._scaled(image_embed).to("cpu", torch.float64)
-        pca = PCA.fit(scaled)
-        components = pca.components[:kept]
-        values = (scaled - pca.mean) @ components.T
-        dots = self._dots(image_embed, text_embed).to("cpu", torch.float64)
-        places = torch.arange(1, self.net.num_dot_buckets, dtype=torch.float64) / self.net.num_dot_buckets
-        found = dict(
-            mean=pca.mean, components=components, eigenvalues=pca.variances,
-            low=values.amin(dim=0), high=values.amax(dim=0), dot_edges=torch.quantile(dots, places),
-            fitted=torch.tensor(True),
-        )
+        found = fit_buckets(
+            self.scale_embedding(image_embed), self._dots(image_embed, text_embed), kept,
+            self.net.num_dot_buckets,
+        )  # fmt: skip
         for name, value in found.items():
             getattr(self, name).copy_(value)
+        self.fitted.fill_(True)
 
     @property
     def explained_variance(self) -> float:
@@ -105,7 +104,7 @@ class ARPrior(CaptionedPrior):
     def quantise(self, image_embed: Tensor) -> Tensor:
         """[B, E] -> buckets int64 [B, K], 0 .. num_buckets - 1, by falling eigenvalue."""
         self._check_embed("image_embed", image_embed)
-        scaled = self._scaled(image_embed)
+        scaled = self.scale_embedding(image_embed)
         values = (scaled - self.mean.to(scaled.dtype)) @ self.components.to(scaled.dtype).T
         low, width = self._buckets(scaled.dtype)
         return ((values - low) / width).floor().clamp(0, self.net.num_buckets - 1).long()
@@ -113,7 +112,7 @@ class ARPrior(CaptionedPrior):
     def restore(self, codes: Tensor) -> Tensor:
         """Buckets int64 [B, K] -> the embedding [B, E] at their centres, float32 (float64 for such weights),
         of unit norm if unit_norm."""
-        dtype = torch.float64 if self.mean.dtype == torch.float64 else torch.float32
+        dtype = compute_dtype(self.mean.dtype)
         low, width = self._buckets(dtype)
         values = low + (codes.to(dtype) + 0.5) * width
         embed = (values @ self.components.to(dtype) + self.mean.to(dtype)) / self.embed_scale
@@ -126,7 +125,8 @@ class ARPrior(CaptionedPrior):
 
     def _dots(self, image_embed: Tensor, text_embed: Tensor) -> Tensor:
         """z_i . z_t, [B]."""
-        return (self._scaled(image_embed) * self._scaled(text_embed)).sum(dim=-1) / self.embed_scale**2
+        product = self.scale_embedding(image_embed) * self.scale_embedding(text_embed)
+        return product.sum(dim=-1) / self.embed_scale**2
 
     def _need_fit(self) -> None:
         # Looked at once: asking a GPU would stall every training step.
@@ -155,15 +155,15 @@ class ARPrior(CaptionedPrior):
         """
         self._need_fit()
         caption = self._caption(text, text_embed, text_encodings, text_mask)
-        batch, device = len(caption[0]), caption[0].device
+        batch, device = len(caption.embed), caption.embed.device
         image_embed = self._embed_image(image, image_embed, batch)
-        keep = ~coin(batch, self.cond_drop_prob, device, generator)
-        codes, dots = self.quantise(image_embed), self._dots(image_embed, caption[0])
+        keep = ~bernoulli(batch, self.cond_drop_prob, device, generator)
+        codes, dots = self.quantise(image_embed), self._dots(image_embed, caption.embed)
         dot_codes = torch.bucketize(dots, self.dot_edges.to(dots.dtype), right=True)
         dot_codes = torch.where(keep, dot_codes, self.net.num_dot_buckets)
-        logits = self.net(codes, dot_codes, *self._condition(caption, keep))
-        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        return F.cross_entropy(logits.to(wide).flatten(0, 1), codes.flatten())
+        kept = self._condition(caption, keep)
+        logits = self.net(codes, dot_codes, kept.embed, kept.encodings, kept.mask)
+        return F.cross_entropy(logits.to(compute_dtype(logits.dtype)).flatten(0, 1), codes.flatten())
 
     # ------------------------------------------------------------------------------------------- sampling
 
@@ -175,7 +175,7 @@ class ARPrior(CaptionedPrior):
         text_embed: Tensor | None = None,  # [B, E], instead of text
         text_encodings: Tensor | None = None,  # [B, L, text_dim]
         text_mask: Tensor | None = None,  # bool [B, L]
-        negative: Caption | None = None,  # (embed [1 or B, E], encodings, mask), as CLIP.encode_text gives it
+        negative: EncodedText | None = None,  # (embed [1 or B, E], encodings, mask)
         num_samples_per_batch: int = 2,
         seeds: Tensor | None = None,  # int64 [B]
         generator: torch.Generator | None = None,
@@ -204,51 +204,32 @@ class ARPrior(CaptionedPrior):
         """
         self._need_fit()
         caption = self._caption(text, text_embed, text_encodings, text_mask)
-        count, steps = num_samples_per_batch, self.net.num_components
-        if count < 1:
-            raise ValueError(f"num_samples_per_batch: expected at least 1, got {count}")
+        steps = self.net.num_components
         if not 0.0 <= temperature < math.inf:
             raise ValueError(f"temperature: expected a finite number >= 0, got {temperature}")
         if not 0.0 <= dot_quantile < 1.0:
             raise ValueError(f"dot_quantile: expected a number in [0, 1), got {dot_quantile}")
         seeds, guidance, prefix = self._candidates(
-            caption, negative, count, seeds, generator, cond_scale, guidance
-        )
+            caption, negative, num_samples_per_batch, seeds, generator,
+            cond_scale if guidance is None else guidance,
+        )  # fmt: skip
 
         # One number in (0, 1) for each choice of each candidate, by its seed and the choice's place alone.
         chances = torch.special.ndtr(sample_noise(seeds, 0, (len(seeds), steps + 1)))
         chances = chances.clamp(max=1 - 2**-24)
         dot_codes = ((dot_quantile + (1 - dot_quantile) * chances[:, 0]) * self.net.num_dot_buckets).long()
         last = dot_codes.clamp(max=self.net.num_dot_buckets - 1)
-        untold = torch.full_like(last, self.net.num_dot_buckets) if negative is None else last
+        unconditional = torch.full_like(last, self.net.num_dot_buckets) if negative is None else last
         codes = []
-        places = range(steps)
-        if progress:
-            if progress is True:
-                from tqdm import tqdm as progress
-            places = progress(places, total=steps)
-        for place in places:
+        for place in with_progress(range(steps), progress):
             if guidance is not None:  # conditional rows, then unconditional ones: one pass
-                last = torch.cat([last, untold if place == 0 else last])
+                last = torch.cat([last, unconditional if place == 0 else last])
             logits, prefix = self.net.extend(last, place, prefix)
-            logits = logits if logits.dtype == torch.float64 else logits.float()
+            logits = logits.to(compute_dtype(logits.dtype))
             if guidance is not None:
-                told, nothing = logits.chunk(2)
+                with_caption, without = logits.chunk(2)
                 scale = guidance[:, None] if isinstance(guidance, Tensor) else guidance
-                logits = nothing + scale * (told - nothing)
-            last = draw(logits, chances[:, place + 1], temperature)
+                logits = without + scale * (with_caption - without)
+            last = sample_bucket(logits, chances[:, place + 1], temperature)
             codes.append(last)
-        return best_candidate(self.restore(torch.stack(codes, dim=1)), caption[0])
-
-
-def draw(logits: Tensor, chance: Tensor, temperature: float = 1.0) -> Tensor:
-    """logits [B, N], chance [B] in [0, 1) -> a bucket of each row, int64 [B], by the inverse distribution.
-
-    Buckets are ordered, so a last digit that differs between two batches (matrix products round by their
-    shape) can at worst move a choice to the bucket beside it; a maximum of N perturbed logits would jump.
-    """
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    cumulative = torch.softmax(logits / temperature, dim=-1).cumsum(dim=-1)
-    target = chance[:, None].to(cumulative.dtype) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+        return best_candidate(self.restore(torch.stack(codes, dim=1)), caption.embed)

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle2_fast.models.prior.diffusion_network import CaptionPrefix, Prefix, pack
+from dalle2_fast.models.prior.caption_prefix import PrefixCache, embed_caption, encode_prefix, pack
 from dalle2_fast.models.transformer import Transformer
 
 
-class ARPriorNetwork(CaptionPrefix):
+class ARPriorNetwork(nn.Module):
     """Causal Transformer over a caption, the bucket of z_i . z_t and those of the first K - 1 dimensions.
 
     num_components: K, the dimensions that are spelt; num_buckets: of each of them; num_dot_buckets: of the
@@ -79,7 +79,7 @@ class ARPriorNetwork(CaptionPrefix):
         attention_mask: Tensor | None = None,  # bool [B, L], True = attend
     ) -> Tensor:
         """Logits [B, K, num_buckets] of every dimension, each from the true buckets of those before it."""
-        prefix, valid = self._embed_text(proj_embedding, encoder_hidden_states, attention_mask)
+        prefix, valid = embed_caption(self, proj_embedding, encoder_hidden_states, attention_mask)
         tail = torch.cat([self.dot_embedding(dot_codes)[:, None], self.code_embedding(codes[:, :-1])], dim=1)
         tail = tail + self.positional_embedding[self.context_length + 1 :].to(tail.dtype)
         tokens = torch.cat([prefix, tail.to(prefix.dtype)], dim=1)
@@ -89,13 +89,15 @@ class ARPriorNetwork(CaptionPrefix):
         x = x.gather(1, places[:, :, None].expand(-1, -1, x.shape[2]))
         return self.proj_out(self.ln_final(x))
 
+    encode_prefix = encode_prefix
+
     def extend(
         self,
         codes: Tensor,  # int64 [B]
         place: int,  # 0: codes are of the dot product; k: of dimension k (counted from 1)
-        prefix: Prefix,
-    ) -> tuple[Tensor, Prefix]:  # logits [B, num_buckets] of dimension place + 1, the longer prefix
-        """One more position behind `remember`'s prefix: what `forward` computes there, from cached keys."""
+        prefix: PrefixCache,
+    ) -> tuple[Tensor, PrefixCache]:  # logits [B, num_buckets] of dimension place + 1, the longer prefix
+        """One more position behind the cached ones: what `forward` computes there, from their keys."""
         table = self.dot_embedding if place == 0 else self.code_embedding
         x = table(codes)[:, None]
         x = x + self.positional_embedding[self.context_length + 1 + place].to(x.dtype)
@@ -104,4 +106,4 @@ class ARPriorNetwork(CaptionPrefix):
         for block, past in zip(self.transformer.resblocks, prefix.keys_values, strict=True):
             x, grown = block(x, past=past, mask=valid[:, None, None, :])
             keys_values.append(grown)
-        return self.proj_out(self.ln_final(x[:, 0])), Prefix(keys_values, valid)
+        return self.proj_out(self.ln_final(x[:, 0])), PrefixCache(keys_values, valid)

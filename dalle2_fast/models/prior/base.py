@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle2_fast.checkpoints import Pretrained
-from dalle2_fast.models.clip.model import CLIP
-from dalle2_fast.models.inputs import cat_padded, check_probability, resolve_seeds
-from dalle2_fast.models.prior.diffusion_network import Prefix
+from dalle2_fast.models.captions import Caption, check_encodings
+from dalle2_fast.models.clip_conditioned import ClipConditioned
+from dalle2_fast.models.inputs import check_features, check_probability, resolve_seeds
+from dalle2_fast.models.prior.caption_prefix import PrefixCache
 from dalle2_fast.seeds import derived_seeds
 
-Caption = tuple[Tensor, Tensor | None, Tensor | None]  # embedding, encodings, mask
+if TYPE_CHECKING:
+    from dalle2_fast.models.clip.model import CLIP
+
+EncodedText = tuple[Tensor, Tensor | None, Tensor | None]  # what CLIP.encode_text returns
 
 
-class CaptionedPrior(Pretrained, nn.Module):
-    """A prior over CLIP image embeddings; a subclass adds to `config` what it has besides.
+class EmbeddingPrior(ClipConditioned):
+    """Caption -> CLIP image embedding; a subclass adds to `config` what it has besides.
 
     diffuses: whether `sample` is a diffusion, with steps and a sampler to choose.
     """
@@ -36,9 +40,7 @@ class CaptionedPrior(Pretrained, nn.Module):
         embed_scale: float | None,
         unit_norm: bool,
     ):
-        super().__init__()
-        # In a tuple, so that it is no submodule: a checkpoint holds its weights once, under "clip.".
-        self._clip = (None if clip is None else clip.eval(),)
+        super().__init__(clip, unit_norm, embed_scale)
         net = build_net(kind, net, clip, image_embed_dim)
         check_probability("cond_drop_prob", cond_drop_prob)
         if embed_scale is None:
@@ -50,87 +52,9 @@ class CaptionedPrior(Pretrained, nn.Module):
         self.net = net
         self.image_embed_dim = net.embed_dim
         self.cond_drop_prob = cond_drop_prob
-        self.embed_scale, self.unit_norm = float(embed_scale), unit_norm
+        self.embed_scale = float(embed_scale)
 
-    @property
-    def clip(self) -> CLIP | None:
-        return self._clip[0]
-
-    def _scaled(self, embed: Tensor) -> Tensor:
-        embed = embed if embed.dtype == torch.float64 else embed.float()
-        return (F.normalize(embed, dim=-1) if self.unit_norm else embed) * self.embed_scale
-
-    def _condition(self, caption: Caption, keep: Tensor) -> Caption:
-        """What the network is told: scaled embedding, encodings, mask. Where keep [B] is False it is told
-        nothing: a zero embedding (the projection's bias speaks for it) and no text positions."""
-        text_embed, text_encodings, text_mask = caption
-        weights = self.net.text_embed_proj.weight.dtype
-        embed = torch.where(keep[:, None], self._scaled(text_embed), 0.0).to(weights)
-        if text_encodings is None:
-            return embed, None, None
-        if text_mask is None:
-            text_mask = torch.ones(text_encodings.shape[:2], dtype=torch.bool, device=embed.device)
-        return embed, text_encodings.to(weights), text_mask & keep[:, None]
-
-    def _with_and_without(self, caption: Caption, guided: bool, negative: Caption | None = None) -> Caption:
-        """The condition of every row, and behind it, for guidance, that of rows that are told nothing, or
-        the caption `negative`."""
-        keep = torch.ones(len(caption[0]), dtype=torch.bool, device=caption[0].device)
-        condition = self._condition(caption, keep)
-        if not guided:
-            return condition
-        without = self._condition(caption, ~keep) if negative is None else self._condition(negative, keep)
-        pairs = zip(condition, without, strict=True)
-        return tuple(None if a is None else cat_padded(a, b) for a, b in pairs)
-
-    def _negative(self, negative: Caption | None, caption: Caption) -> Caption | None:
-        """`negative`, as CLIP.encode_text returns captions, for every row of `caption`."""
-        if negative is None:
-            return None
-        embed, encodings, mask = self._caption(None, *negative)
-        batch = len(caption[0])
-        if len(embed) not in (1, batch) or (encodings is None) != (caption[1] is None):
-            raise ValueError(
-                f"negative: expected 1 or {batch} captions, with encodings if the caption has them, got "
-                f"{len(embed)}, {'without' if encodings is None else 'with'} encodings"
-            )
-        return tuple(x if x is None else x.expand(batch, *x.shape[1:]) for x in (embed, encodings, mask))
-
-    def _candidates(
-        self,
-        caption: Caption,
-        negative: Caption | None,
-        count: int,
-        seeds: Tensor | None,
-        generator: torch.Generator | None,
-        cond_scale: float | Tensor,
-        guidance: float | Tensor | None,
-    ) -> tuple[Tensor, float | Tensor | None, Prefix]:
-        """For `count` candidates a caption: their seeds [B * count], guidance (= cond_scale; [B * count], a
-        number, or None for none) and the captions' part of the network, once for all steps."""
-        batch, device = len(caption[0]), caption[0].device
-        seeds = candidate_seeds(resolve_seeds(seeds, batch, device, generator), count)
-        guidance = cond_scale if guidance is None else guidance
-        if isinstance(guidance, Tensor):
-            guidance = guidance.to(device).expand(batch).repeat_interleave(count)
-        elif guidance == 1.0:
-            guidance = None
-        condition = self._with_and_without(caption, guidance is not None, self._negative(negative, caption))
-        return seeds, guidance, self.net.remember(*condition).repeat_interleave(count)
-
-    def _embed_image(self, image: Tensor | None, image_embed: Tensor | None, batch: int) -> Tensor:
-        if (image is None) == (image_embed is None):
-            raise ValueError("image, image_embed: expected exactly one of the two")
-        if image is not None:
-            with torch.no_grad():
-                image_embed = self._need_clip("image").encode_image(image, normalize=self.unit_norm)
-        self._check_embed("image_embed", image_embed, batch)
-        return image_embed
-
-    def _need_clip(self, what: str) -> CLIP:
-        if self.clip is None:
-            raise ValueError(f"{what}: needs a prior built with clip=...; without one pass {what}_embed")
-        return self.clip
+    # ------------------------------------------------------------------------------------- what users hand in
 
     def _caption(
         self,
@@ -144,31 +68,93 @@ class CaptionedPrior(Pretrained, nn.Module):
         if text is not None:
             if text_encodings is not None or text_mask is not None:
                 raise ValueError("text_encodings, text_mask: expected with text_embed only, not with text")
-            with torch.no_grad():
-                return self._need_clip("text").encode_text(text, normalize=self.unit_norm)
+            self._need_clip("text")
+            return self.encode_with_clip(text)
         self._check_embed("text_embed", text_embed)
-        if text_encodings is None:
-            if text_mask is not None:
-                raise ValueError("text_mask: expected together with text_encodings only")
-            return text_embed, None, None
-        batch, limit, width = len(text_embed), self.net.context_length, self.net.text_dim
-        shape = tuple(text_encodings.shape)
-        if len(shape) != 3 or shape[0] != batch or shape[1] > limit or shape[2] != width:
-            expected = f"[B, L, D] = ({batch}, L <= {limit}, {width})"
-            raise ValueError(f"text_encodings: expected {expected}, got {shape}")
-        if text_mask is not None and (text_mask.dtype != torch.bool or text_mask.shape != shape[:2]):
-            came = f"{text_mask.dtype} {tuple(text_mask.shape)}"
-            raise ValueError(f"text_mask: expected bool [B, L] = {shape[:2]}, got {came}")
-        return text_embed, text_encodings, text_mask
+        if text_encodings is not None:
+            check_encodings(
+                text_encodings, text_mask, len(text_embed), self.net.text_dim, self.net.context_length
+            )
+        elif text_mask is not None:
+            raise ValueError("text_mask: expected together with text_encodings only")
+        return Caption(text_embed, text_encodings, text_mask)
+
+    def _embed_image(self, image: Tensor | None, image_embed: Tensor | None, batch: int) -> Tensor:
+        if (image is None) == (image_embed is None):
+            raise ValueError("image, image_embed: expected exactly one of the two")
+        if image is not None:
+            self._need_clip("image")
+            image_embed = self.embed_with_clip(image)
+        self._check_embed("image_embed", image_embed, batch)
+        return image_embed
+
+    def _negative(self, negative: EncodedText | None, caption: Caption) -> Caption | None:
+        """`negative`, as CLIP.encode_text returns captions, for every row of `caption`."""
+        if negative is None:
+            return None
+        negative = self._caption(None, *negative)
+        rows, batch = len(negative.embed), len(caption.embed)
+        if rows not in (1, batch) or (negative.encodings is None) != (caption.encodings is None):
+            raise ValueError(
+                f"negative: expected 1 or {batch} captions, with encodings if the caption has them, got "
+                f"{rows}, {'without' if negative.encodings is None else 'with'} encodings"
+            )
+        return negative.expand(batch)
+
+    def _need_clip(self, what: str) -> None:
+        if self.clip is None:
+            raise ValueError(f"{what}: needs a prior built with clip=...; without one pass {what}_embed")
 
     def _check_embed(self, name: str, embed: Tensor, batch: int | None = None) -> None:
-        width = self.image_embed_dim
-        if not isinstance(embed, Tensor) or not embed.is_floating_point():
-            came = embed.dtype if isinstance(embed, Tensor) else type(embed).__name__
-            raise TypeError(f"{name}: expected a floating-point tensor [B, {width}], got {came}")
-        if embed.ndim != 2 or embed.shape[1] != width or batch not in (None, len(embed)):
-            expected = f"({'B' if batch is None else batch}, {width})"
-            raise ValueError(f"{name}: expected [B, E] = {expected}, got {tuple(embed.shape)}")
+        check_features(name, embed, "B, E", ("B" if batch is None else batch, self.image_embed_dim))
+
+    # --------------------------------------------------------------------------------- what the network sees
+
+    def _condition(self, caption: Caption, keep: Tensor) -> Caption:
+        """What the network is told: scaled embedding, encodings, mask. Where keep [B] is False it is told
+        nothing: a zero embedding (the projection's bias speaks for it) and no text positions."""
+        weights = self.net.text_embed_proj.weight.dtype
+        embed = torch.where(keep[:, None], self.scale_embedding(caption.embed), 0.0).to(weights)
+        if caption.encodings is None:
+            return Caption(embed)
+        mask = caption.mask
+        if mask is None:
+            mask = torch.ones(caption.encodings.shape[:2], dtype=torch.bool, device=embed.device)
+        return Caption(embed, caption.encodings.to(weights), mask & keep[:, None])
+
+    def _encode_prefix(
+        self, caption: Caption, guided: bool = False, negative: Caption | None = None
+    ) -> PrefixCache:
+        """The captions' part of the network, and behind it, for guidance, that of rows that are told nothing,
+        or the caption `negative`."""
+        keep = torch.ones(len(caption.embed), dtype=torch.bool, device=caption.embed.device)
+        condition = self._condition(caption, keep)
+        if guided:
+            without = self._condition(caption, ~keep) if negative is None else self._condition(negative, keep)
+            condition = condition.followed_by(without)
+        return self.net.encode_prefix(condition.embed, condition.encodings, condition.mask)
+
+    def _candidates(
+        self,
+        caption: Caption,
+        negative: EncodedText | None,
+        count: int,
+        seeds: Tensor | None,
+        generator: torch.Generator | None,
+        guidance: float | Tensor,
+    ) -> tuple[Tensor, float | Tensor | None, PrefixCache]:
+        """For `count` candidates a caption: their seeds [B * count], guidance ([B * count], a number, or None
+        for none) and the captions' part of the network, once for all steps."""
+        if count < 1:
+            raise ValueError(f"num_samples_per_batch: expected at least 1, got {count}")
+        batch, device = len(caption.embed), caption.embed.device
+        seeds = candidate_seeds(resolve_seeds(seeds, batch, device, generator), count)
+        if isinstance(guidance, Tensor):
+            guidance = guidance.to(device).expand(batch).repeat_interleave(count)
+        elif guidance == 1.0:
+            guidance = None
+        prefix = self._encode_prefix(caption, guidance is not None, self._negative(negative, caption))
+        return seeds, guidance, prefix.repeat_interleave(count)
 
 
 def build_net(

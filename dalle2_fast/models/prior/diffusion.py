@@ -10,20 +10,25 @@ Source: unCLIP, arXiv 2204.06125, section 2.2 and appendix C.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dalle2_fast.diffusion.analytic_variance import measure_x0_error
 from dalle2_fast.diffusion.process import GaussianDiffusion
 from dalle2_fast.diffusion.schedules import make_schedule
-from dalle2_fast.models.clip.model import CLIP
-from dalle2_fast.models.inputs import coin
-from dalle2_fast.models.prior.base import Caption, CaptionedPrior, best_candidate
+from dalle2_fast.models.inputs import bernoulli
+from dalle2_fast.models.prior.base import EmbeddingPrior, EncodedText, best_candidate
 from dalle2_fast.models.prior.diffusion_network import DiffusionPriorNetwork
+from dalle2_fast.ops._dtypes import compute_dtype
+
+if TYPE_CHECKING:
+    from dalle2_fast.models.clip.model import CLIP
 
 
-class DiffusionPrior(CaptionedPrior):
+class DiffusionPrior(EmbeddingPrior):
     """Caption -> CLIP image embedding.
 
     The defaults are Karlo's prior: 1,022,030,080 numbers, of which 1,536 are embedding statistics (buffers).
@@ -95,12 +100,12 @@ class DiffusionPrior(CaptionedPrior):
         self._check_embed("image_embed", image_embed)
         if len(image_embed) < 2:
             raise ValueError(f"image_embed: expected at least 2 embeddings, got {len(image_embed)}")
-        scaled = self._scaled(image_embed)
+        scaled = self.scale_embedding(image_embed)
         self.clip_mean.copy_(scaled.mean(dim=0))
         self.clip_std.copy_(scaled.std(dim=0).clamp(min=1e-4))
 
     def _standardised(self, embed: Tensor) -> Tensor:
-        scaled = self._scaled(embed)
+        scaled = self.scale_embedding(embed)
         return (scaled - self.clip_mean.to(scaled.dtype)) / self.clip_std.to(scaled.dtype)
 
     def _restored(self, x: Tensor) -> Tensor:
@@ -125,27 +130,13 @@ class DiffusionPrior(CaptionedPrior):
         if not self.analytic_variance:
             raise ValueError("fit_variance: expected a prior with analytic_variance=True")
         caption = self._caption(text, text_embed, text_encodings, text_mask)
-        batch, device = len(caption[0]), caption[0].device
-        x0 = self._standardised(self._embed_image(image, image_embed, batch))
-        prefix = self.net.remember(*self._with_and_without(caption, guided=False))
-        steps = len(self.x0_error)
-        times = torch.linspace(0, steps - 1, min(points, steps)).round().long()
-        errors = []
-        for t in times.tolist():
-            t = torch.full((batch,), t, device=device)
-            drawn_on = device if generator is None else generator.device
-            noise = torch.randn(x0.shape, generator=generator, device=drawn_on, dtype=x0.dtype).to(device)
-            x = self.diffusion.add_noise(x0, t, noise)
-            output = self.net.denoise(x, self.diffusion.schedule.net_time(t).to(device), prefix)
-            found = self.diffusion.predict_x0(x, t, output.to(x.dtype))
-            if self.sample_clip is not None:
-                found = found.clamp(-self.sample_clip, self.sample_clip)
-            errors.append((found - x0).square().mean())
-        errors = torch.stack(errors).cpu().double()
-        place = torch.arange(steps)
-        right = torch.searchsorted(times, place).clamp(min=1)
-        share = (place - times[right - 1]) / (times[right] - times[right - 1])
-        self.x0_error.copy_(torch.lerp(errors[right - 1], errors[right], share.double()))
+        x0 = self._standardised(self._embed_image(image, image_embed, len(caption.embed)))
+        prefix = self._encode_prefix(caption)
+        error = measure_x0_error(
+            self.diffusion, lambda x, t: self.net.denoise(x, t, prefix), x0, points=points,
+            clip=self.sample_clip, generator=generator,
+        )  # fmt: skip
+        self.x0_error.copy_(error)
 
     # ------------------------------------------------------------------------------------------- training
 
@@ -162,11 +153,11 @@ class DiffusionPrior(CaptionedPrior):
     ) -> Tensor:
         """The training loss, a scalar: squared error of the embedding, mean over entries and batch."""
         caption = self._caption(text, text_embed, text_encodings, text_mask)
-        batch, device = len(caption[0]), caption[0].device
-        image_embed = self._embed_image(image, image_embed, batch)
-        condition = self._condition(caption, ~coin(batch, self.cond_drop_prob, device, generator))
+        batch, device = len(caption.embed), caption.embed.device
+        x0 = self._standardised(self._embed_image(image, image_embed, batch))
+        kept = self._condition(caption, ~bernoulli(batch, self.cond_drop_prob, device, generator))
         losses = self.diffusion.training_loss(
-            lambda x, t: self.net(x, t, *condition), self._standardised(image_embed), generator=generator
+            lambda x, t: self.net(x, t, kept.embed, kept.encodings, kept.mask), x0, generator=generator
         )
         return losses.mean()
 
@@ -180,7 +171,7 @@ class DiffusionPrior(CaptionedPrior):
         text_embed: Tensor | None = None,  # [B, E], instead of text
         text_encodings: Tensor | None = None,  # [B, L, text_dim]
         text_mask: Tensor | None = None,  # bool [B, L]
-        negative: Caption | None = None,  # (embed [1 or B, E], encodings, mask), as CLIP.encode_text gives it
+        negative: EncodedText | None = None,  # (embed [1 or B, E], encodings, mask)
         num_samples_per_batch: int = 2,
         seeds: Tensor | None = None,  # int64 [B]
         generator: torch.Generator | None = None,
@@ -205,12 +196,10 @@ class DiffusionPrior(CaptionedPrior):
         sampler_options: further keywords of GaussianDiffusion.sample (eta, dynamic_threshold, ...).
         """
         caption = self._caption(text, text_embed, text_encodings, text_mask)
-        count = num_samples_per_batch
-        if count < 1:
-            raise ValueError(f"num_samples_per_batch: expected at least 1, got {count}")
         seeds, guidance, prefix = self._candidates(
-            caption, negative, count, seeds, generator, cond_scale, guidance
-        )
+            caption, negative, num_samples_per_batch, seeds, generator,
+            cond_scale if guidance is None else guidance,
+        )  # fmt: skip
 
         def net(x: Tensor, t: Tensor) -> Tensor:
             if guidance is not None:  # conditional rows, then unconditional ones: one pass
@@ -218,7 +207,7 @@ class DiffusionPrior(CaptionedPrior):
             return self.net.denoise(x, t, prefix).to(x.dtype)
 
         # The state stays in float32 also for half-precision weights: many small steps drown in rounding.
-        double = self.net.proj_in.weight.dtype == torch.float64
+        dtype = compute_dtype(self.net.proj_in.weight.dtype)
         if self.analytic_variance and sampler == "ddpm":
             if (self.x0_error < 0).any():
                 raise RuntimeError("DiffusionPrior: analytic_variance needs fit_variance(...) first")
@@ -226,7 +215,7 @@ class DiffusionPrior(CaptionedPrior):
         options = dict(
             seeds=seeds, steps=self.sample_timesteps if steps is None else steps, sampler=sampler,
             guidance=guidance, clip=self.sample_clip, progress=progress, device=seeds.device,
-            dtype=torch.float64 if double else torch.float32,
+            dtype=dtype,
         ) | sampler_options
         x = self.diffusion.sample(net, (len(seeds), self.image_embed_dim), **options)
-        return best_candidate(self._restored(x), caption[0])
+        return best_candidate(self._restored(x), caption.embed)

@@ -7,68 +7,18 @@ Source: unCLIP, arXiv 2204.06125, section 2.2; the defaults are the public Karlo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle2_fast.models.prior.caption_prefix import PrefixCache, embed_caption, encode_prefix, pack
+from dalle2_fast.models.time_embedding import sinusoidal_embedding
 from dalle2_fast.models.transformer import Transformer
-from dalle2_fast.models.unet.blocks import sinusoidal_embedding
 
 TAIL = 3  # positions behind the caption: time, noised embedding, query
 
 
-@dataclass
-class Prefix:
-    """What the network remembers of a caption between sampling steps."""
-
-    keys_values: list[tuple[Tensor, Tensor]]  # of each block, [B, H, P, D]
-    valid: Tensor  # bool [B, P]
-
-    def repeat_interleave(self, count: int) -> Prefix:
-        """Each caption `count` times, side by side."""
-        keys_values = [tuple(x.repeat_interleave(count, 0) for x in pair) for pair in self.keys_values]
-        return Prefix(keys_values, self.valid.repeat_interleave(count, 0))
-
-
-class CaptionPrefix(nn.Module):
-    """A causal Transformer whose sequence begins with [text encodings, text embedding].
-
-    Subclasses own text_embed_proj, text_encodings_proj, positional_embedding (its first context_length + 1
-    rows are the caption's) and transformer.
-    """
-
-    def remember(
-        self,
-        proj_embedding: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Prefix:
-        """Compute the caption's part once, for all that follows it."""
-        tokens, valid = self._embed_text(proj_embedding, encoder_hidden_states, attention_mask)
-        tokens, lengths = pack(tokens, valid)
-        valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-        return Prefix(self.transformer.prefill(tokens), valid)
-
-    def _embed_text(
-        self, text_embed: Tensor, text_encodings: Tensor | None, text_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """-> (tokens [B, L + 1, dim], valid bool [B, L + 1])."""
-        batch = len(text_embed)
-        embed = self.text_embed_proj(text_embed)[:, None]
-        embed = embed + self.positional_embedding[self.context_length].to(embed.dtype)
-        if text_encodings is None:
-            return embed, torch.ones(batch, 1, dtype=torch.bool, device=embed.device)
-        length = text_encodings.shape[1]
-        x = self.text_encodings_proj(text_encodings)
-        x = x + self.positional_embedding[:length].to(x.dtype)
-        if text_mask is None:
-            text_mask = torch.ones(batch, length, dtype=torch.bool, device=x.device)
-        return torch.cat([x, embed], dim=1), F.pad(text_mask, (0, 1), value=True)
-
-
-class DiffusionPriorNetwork(CaptionPrefix):
+class DiffusionPriorNetwork(nn.Module):
     """Causal Transformer over [text encodings, text embedding, time, noised image embedding, query].
 
     The defaults are Karlo's (20 layers of 32 heads x 64).
@@ -121,7 +71,7 @@ class DiffusionPriorNetwork(CaptionPrefix):
         attention_mask: Tensor | None = None,  # bool [B, L], True = attend
     ) -> Tensor:
         """Predicted image embedding [B, E]. The call shape is that of diffusers' PriorTransformer."""
-        prefix, valid = self._embed_text(proj_embedding, encoder_hidden_states, attention_mask)
+        prefix, valid = embed_caption(self, proj_embedding, encoder_hidden_states, attention_mask)
         tail = self._embed_tail(hidden_states, timestep)
         tokens = torch.cat([prefix, tail], dim=1)
         valid = F.pad(valid, (0, TAIL), value=True)
@@ -130,7 +80,9 @@ class DiffusionPriorNetwork(CaptionPrefix):
         x = x[torch.arange(len(x), device=x.device), lengths - 1]
         return self.proj_out(self.ln_final(x))
 
-    def denoise(self, hidden_states: Tensor, timestep: Tensor, prefix: Prefix) -> Tensor:
+    encode_prefix = encode_prefix
+
+    def denoise(self, hidden_states: Tensor, timestep: Tensor, prefix: PrefixCache) -> Tensor:
         """hidden_states [B, E], timestep [B] -> predicted image embedding [B, E], as `forward` gives it."""
         tail = self._embed_tail(hidden_states, timestep)
         batch = len(tail)
@@ -148,17 +100,3 @@ class DiffusionPriorNetwork(CaptionPrefix):
         query = self.query.to(noised.dtype).expand_as(noised)
         tail = torch.stack([time.to(noised.dtype), noised, query], dim=1)
         return tail + self.positional_embedding[self.context_length + 1:].to(tail.dtype)
-
-
-def pack(tokens: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's valid tokens first, in order: [B, S, D], bool [B, S] -> ([B, S', D], lengths [B]).
-
-    With the gaps at the end a causal pass never sees them: attention needs no mask and keeps its fast path.
-    Positions were embedded before, so the result is that of masking. On the CPU the columns that no row uses
-    are dropped; on a GPU, asking for their number would stall the queue.
-    """
-    lengths = valid.sum(dim=1)
-    order = torch.argsort((~valid).to(torch.uint8), dim=1, stable=True)
-    if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and len(tokens):
-        order = order[:, : int(lengths.max())]
-    return tokens.gather(1, order[:, :, None].expand(-1, -1, tokens.shape[2])), lengths

@@ -1,4 +1,4 @@
-"""What the U-Net is made of: residual and attention blocks, embeddings of time and place."""
+"""What the U-Net is made of: residual and attention blocks, the layout of the first grid, the fine level."""
 
 from __future__ import annotations
 
@@ -10,17 +10,6 @@ from torch import Tensor, nn
 
 from dalle2_fast.functional import cross_attention
 from dalle2_fast.modules import GroupNormSiLU
-
-
-def sinusoidal_embedding(time: Tensor, width: int) -> Tensor:
-    """[cos(time f), sin(time f)], f falling geometrically from 1 to 1/10000; time [B] -> float32 [B, width].
-
-    Source: Vaswani et al. 2017, cosines first as in ADM. width is even.
-    """
-    half = width // 2
-    exponent = torch.arange(half, device=time.device, dtype=torch.float32) / half
-    angle = time.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
 class Layout(nn.Module):

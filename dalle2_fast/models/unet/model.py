@@ -8,27 +8,16 @@ parameters.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle2_fast.models.unet.blocks import AttentionBlock, FineLevel, Layout, ResBlock, sinusoidal_embedding
+from dalle2_fast.models.time_embedding import sinusoidal_embedding
+from dalle2_fast.models.unet.blocks import AttentionBlock, FineLevel, Layout, ResBlock
+from dalle2_fast.models.unet.checks import check_context, check_fine, check_widths, per_level
+from dalle2_fast.models.unet.context import ContextCache, ContextReader
 from dalle2_fast.modules import GroupNormSiLU
-
-
-@dataclass(frozen=True)
-class ContextCache:
-    """Keys and values of one context for every attention layer of one U-Net, made by `UNet.encode_context`.
-
-    They do not depend on the timestep, so a sampling run makes them once and passes this object where the
-    context itself would go.
-    """
-
-    keys: tuple[Tensor, ...]  # one [B, heads, S, head_dim] per attention layer
-    values: tuple[Tensor, ...]
-    mask: Tensor | None  # bool [B, S], True = attend
 
 
 class UNet(nn.Module):
@@ -83,10 +72,10 @@ class UNet(nn.Module):
         super().__init__()
         channels = tuple(channels)
         levels = len(channels)
-        layers = _per_level("layers_per_block", layers_per_block, levels)
-        head_dims = _per_level("head_dim", head_dim, levels)
+        layers = per_level("layers_per_block", layers_per_block, levels)
+        head_dims = per_level("head_dim", head_dim, levels)
         attention_levels = tuple(sorted(set(attention_levels)))
-        _check_widths(channels, layers, attention_levels, head_dims, num_groups, patch_size)
+        check_widths(channels, layers, attention_levels, head_dims, num_groups, patch_size)
         if kernel_in % 2 == 0 or kernel_out % 2 == 0:
             raise ValueError(f"kernel_in, kernel_out: expected odd sizes, got {kernel_in}, {kernel_out}")
         embed_dim = 4 * channels[0] if embed_dim is None else embed_dim
@@ -166,7 +155,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.conv_out.bias)
         self.fine = None
         if fine is not None:
-            _check_fine(fine, patch_size, num_groups)
+            check_fine(fine, patch_size, num_groups)
             self.fine = FineLevel(
                 in_channels, out_channels, width, patch_size // fine["patch_size"], **fine,
                 embed_dim=embed_dim, num_groups=num_groups, film=film,
@@ -183,7 +172,7 @@ class UNet(nn.Module):
         mask: Tensor | None = None,  # bool [B, S], True = attend
     ) -> ContextCache:
         """Keys and values of `context` for all attention layers: what `forward` would make at every step."""
-        _check_context(context, mask, self.cross_dim)
+        check_context(context, mask, self.cross_dim)
         context = context.to(self.conv_in.weight.dtype)
         pairs = [block.encode_context(context) for block in self.attention_blocks()]
         return ContextCache(tuple(k for k, _ in pairs), tuple(v for _, v in pairs), mask)
@@ -213,7 +202,7 @@ class UNet(nn.Module):
                 raise ValueError("attention_mask: a ContextCache carries its own mask, got a second one")
         elif cache is not None:
             cache = self.encode_context(cache, attention_mask)
-        context = _ContextReader(cache)
+        context = ContextReader(cache)
 
         hidden = sample.to(dtype)
         if self.patch_size > 1:
@@ -270,69 +259,6 @@ class _Layer(nn.Module):
         self.attention = attention
         self.takes_skip = takes_skip
 
-    def forward(self, x: Tensor, embed: Tensor, context: _ContextReader) -> Tensor:
+    def forward(self, x: Tensor, embed: Tensor, context: ContextReader) -> Tensor:
         x = self.res(x, embed)
         return x if self.attention is None else self.attention(x, *context.next())
-
-
-class _ContextReader:
-    """Hands each attention layer its keys and values in turn."""
-
-    def __init__(self, cache: ContextCache | None):
-        self.mask = None if cache is None else cache.mask
-        self.pairs = None if cache is None else iter(zip(cache.keys, cache.values, strict=True))
-
-    def next(self) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
-        return (None, None) if self.pairs is None else (next(self.pairs), self.mask)
-
-
-def _per_level(name: str, value: int | Sequence[int], levels: int) -> tuple[int, ...]:
-    values = (value,) * levels if isinstance(value, int) else tuple(value)
-    if len(values) != levels:
-        raise ValueError(f"{name}: expected one int or one per level ({levels}), got {value!r}")
-    return values
-
-
-def _check_widths(channels, layers, attention_levels, head_dims, num_groups, patch_size) -> None:
-    if not channels or min(channels) < 1 or patch_size < 1 or min(layers) < 1 or num_groups < 1:
-        raise ValueError(
-            "channels, layers_per_block, patch_size, num_groups: expected positive numbers, got "
-            f"{channels}, {layers}, {patch_size}, {num_groups}"
-        )
-    if channels[0] % 2:
-        raise ValueError(f"channels: expected an even first width (half sines, half cosines), got {channels}")
-    for level, width in enumerate(channels):
-        if width % num_groups:
-            raise ValueError(f"num_groups: {num_groups} must divide every width, got channels {channels}")
-        needs_heads = level in attention_levels or (attention_levels and level == len(channels) - 1)
-        if needs_heads and width % head_dims[level]:
-            raise ValueError(f"head_dim: {head_dims[level]} must divide the width {width} of level {level}")
-    if any(not 0 <= level < len(channels) for level in attention_levels):
-        raise ValueError(f"attention_levels: expected levels 0..{len(channels) - 1}, got {attention_levels}")
-
-
-def _check_fine(fine: dict[str, int], patch_size: int, num_groups: int) -> None:
-    names = ("patch_size", "channels", "layers")
-    if set(fine) != set(names) or any(not isinstance(value, int) or value < 1 for value in fine.values()):
-        raise ValueError(f"fine: expected positive ints {', '.join(names)}, got {fine!r}")
-    if patch_size % fine["patch_size"] or patch_size == fine["patch_size"]:
-        raise ValueError(
-            f"fine: patch_size must divide the net's, {patch_size}, and be smaller, got {fine['patch_size']}"
-        )
-    if fine["channels"] % num_groups:
-        raise ValueError(f"num_groups: {num_groups} must divide fine's channels, got {fine['channels']}")
-
-
-def _check_context(context: Tensor, mask: Tensor | None, cross_dim: int | None) -> None:
-    if cross_dim is None:
-        raise ValueError(
-            "encoder_hidden_states: this UNet has cross_dim=None and takes no context, got "
-            f"{tuple(context.shape)}"
-        )
-    if context.ndim != 3 or context.shape[2] != cross_dim:
-        raise ValueError(f"encoder_hidden_states: expected [B, S, {cross_dim}], got {tuple(context.shape)}")
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != context.shape[:2]):
-        raise ValueError(
-            f"attention_mask: expected bool [B, S] = {tuple(context.shape[:2])}, got {mask.dtype} "
-            f"{tuple(mask.shape)}"
-        )

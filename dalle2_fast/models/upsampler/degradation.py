@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle2_fast.models.upsampler.jpeg import jpeg
+from dalle2_fast.ops._dtypes import compute_dtype
 
 # Orders and sizes are choices of the host, drawn anew for each of so many parts of a batch.
 _PARTS = 8
@@ -47,7 +48,7 @@ def bsr(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     if not len(images):
         return images
     dtype = images.dtype
-    images = images if dtype == torch.float64 else images.float()  # half precision has not even 256 levels
+    images = images.to(compute_dtype(dtype))  # half precision has not even 256 levels
     steps = (_random_blur, _random_blur, _random_noise, _sometimes(_random_sensor, 0.25),
              _sometimes(_random_jpeg, 0.75))
     parts = images.split(max(1, math.ceil(len(images) / _PARTS)))

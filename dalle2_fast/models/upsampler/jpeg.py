@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dalle2_fast.ops._dtypes import compute_dtype
+
 _LUMINANCE = (
     (16, 11, 10, 16, 24, 40, 51, 61),
     (12, 12, 14, 19, 26, 58, 60, 55),
@@ -48,7 +50,7 @@ def jpeg(
     if not isinstance(quality, Tensor) and not 1 <= quality <= 100:
         raise ValueError(f"quality: expected a number in [1, 100], got {quality}")
     height, width = images.shape[-2:]
-    dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(images.dtype)
     x = (images.to(dtype) * 255).round()
     multiple = 16 if subsample and images.shape[1] == 3 else 8
     x = F.pad(x, (0, -width % multiple, 0, -height % multiple), mode="replicate")

@@ -17,6 +17,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dalle2_fast.models.unet.model import UNet
+from dalle2_fast.ops._dtypes import compute_dtype
+
 
 class Tiles:
     """Windows of tile x tile pixels on a picture of height x width, and their weights.
@@ -72,6 +75,18 @@ class Tiles:
                         total = output.new_zeros(shape)
                     total[place] += down[:, None] * across * output
         return total
+
+
+def tiles_for(unet: UNet, height: int, width: int, tile: int | None, overlap: int | None) -> Tiles | None:
+    """None where one pass does it. One that is not allowed is an error in any case."""
+    if tile is None:
+        if overlap is not None:
+            raise ValueError(f"overlap: expected a tile with it, got overlap={overlap} alone")
+        return None
+    weight = unet.conv_in.weight
+    dtype = compute_dtype(weight.dtype)
+    tiles = Tiles(height, width, tile, overlap, unet.size_multiple, weight.device, dtype)
+    return None if len(tiles) == 1 else tiles
 
 
 def windows(length: int, tile: int, overlap: int, multiple: int) -> list[tuple[int, Tensor]]:

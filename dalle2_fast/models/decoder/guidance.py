@@ -1,0 +1,78 @@
+"""A decoder's U-Net with its conditions filled in, and the unconditional rows that guidance needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dalle2_fast.models.captions import Caption, cat_padded
+from dalle2_fast.models.decoder.encoding import encode_negative
+from dalle2_fast.models.inputs import check_features
+
+if TYPE_CHECKING:
+    from dalle2_fast.models.decoder.model import Decoder
+
+
+def condition(
+    decoder: Decoder,
+    batch: int,
+    image_embed: Tensor | None,  # [B, E]
+    caption: Caption | None,
+    keep_image: Tensor,  # bool [B]
+    keep_text: Tensor,  # bool [B]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Context [B, S, cross_dim], its mask bool [B, S] and class embedding [B, embed_dim] of a batch; what is
+    None counts as dropped."""
+    weight = decoder.text_proj.image_to_time.weight
+    if image_embed is None:
+        image_embed = weight.new_zeros(batch, decoder.image_embed_dim)
+        keep_image = torch.zeros_like(keep_image)
+    else:
+        check_features("image_embed", image_embed, "B, E", (batch, decoder.image_embed_dim))
+        image_embed = decoder.scale_embedding(image_embed).to(weight.dtype)
+    if caption is None:
+        caption = Caption(
+            weight.new_zeros(batch, decoder.text_embed_dim),
+            weight.new_zeros(batch, 1, decoder.text_encoding_dim),
+            torch.ones(batch, 1, dtype=torch.bool, device=weight.device),
+        )
+        keep_text = torch.zeros_like(keep_text)
+    return decoder.text_proj(image_embed, caption, keep_image, keep_text)
+
+
+def guided_denoiser(
+    decoder: Decoder,
+    batch: int,
+    image_embed: Tensor | None,
+    caption: Caption | None,
+    guidance: float | Tensor | None,
+    negative: Tensor | tuple | None = None,
+    extra: Tensor | None = None,  # [B, C', H, W], input channels beside x
+) -> tuple[Callable[[Tensor, Tensor], Tensor], float | Tensor | None]:
+    """The network as GaussianDiffusion calls it, and the guidance to call it with (None for none)."""
+    device = decoder.unet.conv_in.weight.device
+    if not isinstance(guidance, Tensor) and guidance == 1.0:
+        guidance = None
+    keep_image = torch.full((batch,), image_embed is not None, device=device)
+    keep_text = torch.full((batch,), caption is not None, device=device)
+    context, mask, classes = condition(decoder, batch, image_embed, caption, keep_image, keep_text)
+    if guidance is not None:
+        nothing = torch.zeros_like(keep_image)
+        other = encode_negative(decoder, batch, negative)
+        without = condition(decoder, batch, image_embed, other, nothing, ~nothing)
+        context, mask, classes = (
+            cat_padded(*pair) for pair in zip((context, mask, classes), without, strict=True)
+        )
+    cache = decoder.unet.encode_context(context, mask)  # the same at every step
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        if extra is not None:
+            x = torch.cat([x, extra.to(x.dtype)], dim=1)
+        if guidance is not None:
+            x, t = torch.cat([x, x]), torch.cat([t, t])
+        return decoder.unet(x, t, cache, classes)
+
+    return denoise, guidance

@@ -1,0 +1,21 @@
+"""Configurations of published upsamplers."""
+
+from __future__ import annotations
+
+# unCLIP's own two, appendix C: their losses are on crops of a quarter of the side, their samplers DDIM.
+# Upsampler(**UNCLIP_256) has 700 million parameters, Upsampler(**UNCLIP_1024) 300 million.
+UNCLIP_256 = dict(
+    unet=dict(
+        in_channels=6, out_channels=3, channels=(320, 640, 960, 1280), layers_per_block=3,
+        attention_levels=(), cross_dim=None, dropout=0.1,
+    ),
+    image_size=256, low_res_size=64, degradation="blur", schedule="cosine", sample_timesteps=27,
+)
+UNCLIP_1024 = dict(
+    unet=dict(
+        in_channels=6, out_channels=3, channels=(192, 192, 384, 384, 768, 768), layers_per_block=2,
+        attention_levels=(), cross_dim=None,
+    ),
+    image_size=1024, low_res_size=256, degradation="bsr", schedule="linear", sample_timesteps=15,
+    sample_tile=512,
+)

@@ -1,0 +1,90 @@
+"""Sampling from an upsampler, whole or in tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dalle2_fast.data.images import check_images
+from dalle2_fast.functional import sample_noise
+from dalle2_fast.models.inputs import resolve_seeds
+from dalle2_fast.models.unet.model import UNet
+from dalle2_fast.models.upsampler.condition import enlarged, noised
+from dalle2_fast.models.upsampler.tiles import tiles_for
+from dalle2_fast.ops._dtypes import compute_dtype
+
+if TYPE_CHECKING:
+    from dalle2_fast.models.upsampler.model import Upsampler
+
+# The noise of the condition while sampling: a Philox step that no sampler reaches, nor the initial noise.
+_CONDITION_NOISE_STEP = 2**31 - 2
+
+
+@torch.no_grad()
+def sample(
+    upsampler: Upsampler,
+    low_res: Tensor,  # [B, C, h, w] in [0, 1]
+    *,
+    seeds: Tensor | None = None,  # int64 [B]
+    generator: torch.Generator | None = None,
+    steps: int | None = None,
+    sampler: str = "ddpm",
+    noise_level: float = 0.0,
+    tile: int | None = None,
+    overlap: int | None = None,
+    progress: Callable | bool | None = None,
+    **sampler_options,
+) -> Tensor:
+    """Images [B, C, factor * h, factor * w] float32 in [0, 1].
+
+    seeds: one int64 an image, the same seed giving the same picture in any batch; None draws them from
+    `generator`, or from torch's own. noise_level: of the condition, at most max_noise_level: more noise,
+    more invention.
+
+    tile: side of the windows of the result in which the net runs, one window of one image at a time
+    (None: sample_tile; a side that holds the whole picture is one pass); overlap: of neighbours, by
+    default a quarter of it, see Tiles. Both are multiples of what the U-Net halves. The net's memory is
+    then that of one window: counted for Karlo's net in float32, about 5 GB of activations for a tile of
+    512, 18 GB for a whole picture of 1024 (an estimate: the live tensors, without workspaces).
+
+    Further keywords (eta, clip, dynamic_threshold, x_T, start, callback) go to GaussianDiffusion.sample.
+    """
+    check_images("low_res", low_res, upsampler.channels)
+    if not 0.0 <= noise_level <= upsampler.max_noise_level:
+        raise ValueError(
+            f"noise_level: expected a number in [0, max_noise_level] = [0, {upsampler.max_noise_level}], got "
+            f"{noise_level}"
+        )
+    batch, _, height, width = low_res.shape
+    height, width = height * upsampler.factor, width * upsampler.factor
+    upsampler.check_size("low_res times the factor", height, width)
+    weight = upsampler.unet.conv_in.weight
+    dtype = compute_dtype(weight.dtype)
+    seeds = resolve_seeds(seeds, batch, weight.device, generator)
+    low_res, level = low_res.to(weight.device, dtype) * 2 - 1, None
+    if upsampler.max_noise_level > 0:
+        level = torch.full((batch,), noise_level, device=weight.device)
+        noise = sample_noise(seeds, _CONDITION_NOISE_STEP, tuple(low_res.shape), dtype=dtype)
+        low_res = noised(low_res, level, noise)
+    condition = enlarged(low_res, upsampler.factor, upsampler.resize)
+    tile = upsampler.sample_tile if tile is None else tile
+    tiles = tiles_for(upsampler.unet, height, width, tile, overlap)
+
+    def denoiser(unet: UNet) -> Callable[[Tensor, Tensor], Tensor]:
+        def predict(x: Tensor, condition: Tensor, t: Tensor, level: Tensor | None) -> Tensor:
+            return upsampler.predict(unet, x, t, condition, level)
+
+        if tiles is None:
+            return lambda x, t: predict(x, condition, t, level)
+        return lambda x, t: tiles.run(predict, (t, level), x, condition)
+
+    images = upsampler.diffusion.sample(
+        denoiser(upsampler.unet), (batch, upsampler.channels, height, width),
+        last_net=None if upsampler.last_unet is None else denoiser(upsampler.last_unet), seeds=seeds,
+        sampler=sampler, steps=upsampler.sample_timesteps if steps is None else steps, progress=progress,
+        device=weight.device, dtype=dtype, **sampler_options,
+    )  # fmt: skip
+    return ((images + 1) / 2).clamp(0, 1)
