@@ -1,7 +1,8 @@
-"""The ops of dalle2_fast as functions: check the arguments, choose an implementation, call it.
+"""The ops of dalle2_fast as functions: each checks its arguments, chooses an implementation and calls it.
 
-Every function takes `impl`: "auto" (the fused kernel where one can run, otherwise the reference), "reference"
-or "fused" (raises where it cannot run; there is no silent fall-back).
+Every function but `sample_noise` has the argument `impl`: "auto" (the fused kernel where one can run,
+otherwise the reference), "reference" or "fused" (raises where no kernel can run; there is no silent
+fall-back). Each function is defined in its op's module in `dalle2_fast.ops`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Thin modules around the ops. Each has the parameters, so the state_dict, of the module that it replaces."""
+"""Thin modules around the ops. Each has the parameters, and so the state_dict, of the module it replaces."""
 
 from __future__ import annotations
 
@@ -9,10 +9,27 @@ from dalle2_fast import functional
 
 
 class GroupNormSiLU(nn.GroupNorm):
-    """`nn.GroupNorm` followed by an optional scale and shift per sample and by SiLU.
+    """`nn.GroupNorm`, an optional scale and shift per sample, and SiLU in one op.
 
     y = silu(gn(x) * (1 + scale) + shift), see `functional.group_norm_silu`. The state_dict is that of
-    `nn.GroupNorm`, also for activation=None, which is a plain norm.
+    `nn.GroupNorm`.
+
+    Args:
+        num_groups: number of groups, a divisor of num_channels.
+        num_channels: number of channels C.
+        eps: number >= 0 that is added to the variance.
+        affine: whether the norm has a weight and a bias [C].
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+        activation: "silu" or None; None makes a plain norm.
+        impl: "auto", "reference" or "fused", see `functional`.
+
+    Source: Wu and He, 1803.08494 (group norm); Dhariwal and Nichol, 2105.05233, equation 4 (scale and shift).
+
+    Example:
+        >>> norm = GroupNormSiLU(num_groups=4, num_channels=8)
+        >>> norm(torch.randn(2, 8, 4, 4), scale=torch.randn(2, 8)).shape
+        torch.Size([2, 8, 4, 4])
     """
 
     def __init__(
@@ -37,6 +54,16 @@ class GroupNormSiLU(nn.GroupNorm):
         scale: Tensor | None = None,  # [N, C]
         shift: Tensor | None = None,  # [N, C]
     ) -> Tensor:  # [N, C, *]
+        """`functional.group_norm_silu` with this module's parameters; its errors are those of the function.
+
+        Args:
+            x: floating [N, C, *].
+            scale: FiLM scale [N, C]. None means 0.
+            shift: FiLM shift [N, C]. None means 0.
+
+        Returns:
+            [N, C, *] in the dtype and memory format of x.
+        """
         return functional.group_norm_silu(
             x, self.num_groups, self.weight, self.bias, self.eps, scale, shift, self.activation, self.impl
         )

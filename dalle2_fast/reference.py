@@ -1,8 +1,8 @@
 """The specification of every op: plain, differentiable torch.
 
-A kernel is right when it agrees with the function of the same name in this file, evaluated in float64. The
-functions here expect arguments that `functional` has checked. float16 and bfloat16 are widened to float32 for
-the maths and rounded once at the end; float32 and float64 are computed as they are.
+A kernel is correct if it agrees with the reference of the same name, evaluated in float64. References do not
+check their arguments; `functional` does. They compute in float32, or float64 for float64 input, and round the
+result once at the end. Each reference is in its op's module in `dalle2_fast.ops`.
 """
 
 from __future__ import annotations

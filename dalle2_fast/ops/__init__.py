@@ -1,1 +1,4 @@
-"""The ops, one module each: public function, checks, reference. `dalle2_fast.functional` names them all."""
+"""The ops, one module per op: the public function, its checks and its reference, in this order.
+
+`dalle2_fast.functional` exports the public functions, `dalle2_fast.reference` the references.
+"""

@@ -1,4 +1,4 @@
-"""What this installation and this machine have."""
+"""Versions, backends and hardware of this installation."""
 
 from __future__ import annotations
 
@@ -16,12 +16,26 @@ LOSSES = ("contrastive_loss", "soft_contrastive_loss", "sigmoid_loss")  # in dal
 def build_info() -> dict[str, object]:
     """Versions and backends of this installation, as a JSON-able dict.
 
-    Keys: `dalle2_fast`, `python`, `platform`, `torch`, `triton` (None when not installed), `cuda` (the
-    version that torch was built with, or None), `devices` (names of the GPUs that torch can use),
-    `cpu_threads`, `native_extension` (whether `dalle2_fast._C` is there and loads), `native` (how it was
-    built: `compiler`, `cuda`, `why_no_cuda`, `targets`; or None), `why_no_native` (or None), `kernels` (names
-    of the ops that have a Triton kernel), `fused_ops` (those that impl="auto" runs fused on this machine, the
-    losses on the CPU from MIN_FUSED_LOGITS on) and `why_not_fused` (why no Triton kernel does, or None).
+    Returns:
+        A dict with these keys:
+
+        - `dalle2_fast`, `python`, `platform`, `torch`: versions.
+        - `triton`: its version, or None where it is not installed.
+        - `cuda`: the CUDA version that torch was built with, or None.
+        - `devices`: names of the GPUs that torch can use.
+        - `cpu_threads`: number of threads of torch.
+        - `native_extension`: whether `dalle2_fast._C` is installed and loads.
+        - `native`: how it was built (`compiler`, `cuda`, `why_no_cuda`, `targets`), or None.
+        - `why_no_native`: why it is not usable, or None.
+        - `kernels`: names of the ops that have a Triton kernel.
+        - `fused_ops`: names of the ops that impl="auto" runs fused on this machine. On the CPU the losses run
+          fused from 2^22 logits on.
+        - `why_not_fused`: why no Triton kernel runs on this machine, or None.
+
+    Example:
+        >>> from dalle2_fast import build_info
+        >>> build_info()["kernels"]
+        ['group_norm_silu', 'cross_attention', 'diffusion_step', 'add_noise', 'sample_noise']
     """
     devices = []
     if torch.cuda.is_available():
@@ -64,7 +78,7 @@ def _why_not_fused() -> str | None:
 def cpu_has_bfloat16() -> bool:
     """Whether this x86 CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX), as torch reports it.
 
-    Elsewhere torch emulates it: measured 50 times slower than float32 on an AVX2 machine.
+    Other CPUs emulate it: on an AVX2 machine bfloat16 was measured 50 times slower than float32.
     """
     if hasattr(torch.cpu, "get_capabilities"):  # public in newer versions of torch
         has = torch.cpu.get_capabilities()

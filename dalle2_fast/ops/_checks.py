@@ -1,7 +1,7 @@
-"""Argument checks of the public ops: the same on every backend, raised before any work is done.
+"""Checks of arguments that several ops share. They are the same on every backend and run before any work.
 
-A wrong type or dtype is a TypeError, a wrong shape, value or device a ValueError. Each message names the
-argument, what was expected (the letters and the numbers of a shape) and what came.
+A wrong type or dtype is a TypeError; a wrong shape, value or device is a ValueError. Each message names the
+argument, what was expected (for a shape its letters and its numbers) and what came.
 """
 
 from __future__ import annotations
@@ -14,13 +14,9 @@ import torch
 from torch import Tensor
 
 
-def _name(value: object) -> str:
-    return type(value).__name__
-
-
 def tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {_name(value)}")
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
 
 
 def floating(name: str, value: Tensor) -> None:
@@ -41,7 +37,7 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
 
 def finite_number(name: str, value: object) -> None:
     if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number, got {_name(value)}")
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not -math.inf < value < math.inf:  # torch.compile cannot trace isfinite of a symbolic float
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
@@ -52,7 +48,7 @@ def positive_number(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a number > 0, got {value}")
 
 
-def seeds_and_step(seeds, step, batch: int) -> None:
+def seeds_and_step(seeds: object, step: object, batch: int) -> None:
     tensor("seeds", seeds)
     if seeds.dtype != torch.int64:
         raise TypeError(f"seeds: expected torch.int64, got {seeds.dtype}")
@@ -60,7 +56,8 @@ def seeds_and_step(seeds, step, batch: int) -> None:
     step_index(step, seeds)
 
 
-def step_index(step, like: Tensor, length: int | None = None) -> None:
+def step_index(step: object, like: Tensor, length: int | None = None) -> None:
+    """An int, or an int64 scalar tensor on the device of `like`. length: rows of the indexed table."""
     if isinstance(step, Tensor):
         if step.dtype != torch.int64:
             raise TypeError(f"step: expected torch.int64, got {step.dtype}")
@@ -70,13 +67,19 @@ def step_index(step, like: Tensor, length: int | None = None) -> None:
             raise ValueError(f"step: expected device {like.device}, got {step.device}")
         return
     if not isinstance(step, int) or isinstance(step, bool):
-        raise TypeError(f"step: expected an int or an int64 scalar tensor, got {_name(step)}")
+        raise TypeError(f"step: expected an int or an int64 scalar tensor, got {type(step).__name__}")
     if step < 0 or step >= (2**63 if length is None else length):
         expected = "0 <= step < 2**63" if length is None else f"0 <= step < {length} (the rows of table)"
         raise ValueError(f"step: expected {expected}, got {step}")
 
 
-def contrastive(image_features, text_features, logit_scale, logit_bias=None) -> None:
+def contrastive(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+) -> None:
+    """The arguments that all contrastive losses share."""
     floating("image_features", image_features)
     if image_features.dim() != 2 or image_features.shape[0] == 0 or image_features.shape[1] == 0:
         raise ValueError(f"image_features: expected [N, D], N and D >= 1, got {tuple(image_features.shape)}")
@@ -88,7 +91,7 @@ def contrastive(image_features, text_features, logit_scale, logit_bias=None) -> 
             floating(name, value)
             if value.numel() != 1:
                 raise ValueError(f"{name}: expected a scalar, got {tuple(value.shape)}")
-            if value.dim() > 0 or value.device.type != "cpu":  # a scalar on the CPU goes with any device
+            if value.dim() > 0 or value.device.type != "cpu":  # a scalar on the CPU fits any device
                 same_device(name, value, "image_features", image_features)
         elif value is not None:
             finite_number(name, value)

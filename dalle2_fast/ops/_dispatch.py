@@ -10,25 +10,26 @@ from torch import Tensor
 
 from dalle2_fast.ops import _native
 
-# On the CPU, from this many logits on dalle2_fast._C is no slower than the reference up to D = 512: with one
-# thread contrastive_loss takes 1.11 times as long for N = 1448, 0.98 for 2048, 0.85 for 4096 (one product of
-# N^2 D more, and less traffic).
+# With at least this many logits dalle2_fast._C is not slower than the reference on the CPU, up to D = 512.
+# With one thread contrastive_loss takes 1.11 times as long for N = 1448, 0.98 for 2048 and 0.85 for 4096: it
+# computes one product of N^2 D more, and moves less memory.
 MIN_FUSED_LOGITS = 1 << 22
-MIN_COMPUTE_CAPABILITY = 8  # below it no configuration of a kernel has been compiled
+MIN_COMPUTE_CAPABILITY = 8  # the tests compile no kernel for older GPUs
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _CHOICES = ("auto", "reference", "fused")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-# Triton settles on its interpreter, which runs kernels on CPU tensors for tests, when a kernel is defined.
+# The interpreter runs kernels on CPU tensors, for tests. Triton chooses it when a kernel is defined, so a
+# later change of the variable has no effect.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def use_reference(impl: str, tensor: Tensor, *others: Tensor | None) -> bool:
-    """Whether an op on these floating tensors, all on one device, runs as its reference; if not, its kernel
-    is loaded. It runs before every op: about 1.5 us.
+    """Whether an op on these floating tensors runs as its reference. If not, its kernel is loaded.
 
-    "auto" asks for CUDA tensors of a supported dtype and GPU, and for Triton. "fused" raises RuntimeError
-    where a kernel cannot run; in Triton's interpreter (TRITON_INTERPRET=1) it also takes tensors on the CPU.
+    It runs before every op and takes about 1.5 us. All tensors are on one device. "auto" takes the kernel for
+    CUDA tensors of a supported dtype and GPU where Triton is installed. "fused" raises RuntimeError where a
+    kernel cannot run; in Triton's interpreter (TRITON_INTERPRET=1) it also takes tensors on the CPU.
     """
     if impl == "auto":
         if not tensor.is_cuda:
@@ -43,11 +44,11 @@ def use_reference(impl: str, tensor: Tensor, *others: Tensor | None) -> bool:
 
 
 def use_native(impl: str, image: Tensor, text: Tensor) -> bool:
-    """Whether a contrastive loss of image [n, D] and text [m, D], floating and on one device, runs in
-    dalle2_fast._C, on the CPU or the GPU; if so, its ops are loaded.
+    """Whether a contrastive loss of image [n, D] and text [m, D] runs in dalle2_fast._C.
 
-    On the CPU "auto" leaves few logits to the reference, see MIN_FUSED_LOGITS. "fused" raises RuntimeError
-    where dalle2_fast._C cannot run.
+    If so, its ops are loaded. Both tensors are floating and on one device, the CPU or a GPU. On the CPU
+    "auto" takes the reference below MIN_FUSED_LOGITS logits. "fused" raises RuntimeError where dalle2_fast._C
+    cannot run.
     """
     if impl == "auto":
         if image.device.type == "cpu" and image.shape[0] * text.shape[0] < MIN_FUSED_LOGITS:
@@ -82,11 +83,11 @@ def _why_dtype_unsupported(*tensors: Tensor | None, dtypes: tuple[torch.dtype, .
 
 # --------------------------------------------------------------------------------------------- Triton kernels
 
-_kernel_answers: dict[torch.device, str | None] = {}  # what load_kernels answered
+_kernel_answers: dict[torch.device, str | None] = {}  # results of load_kernels
 
 
 def _why_no_kernels(device: torch.device) -> str | None:
-    if torch.compiler.is_compiling():  # no look-up that torch.compile would guard and recompile on
+    if torch.compiler.is_compiling():  # a look-up in the dictionary would become a guard, and recompile
         return load_kernels(device)
     if device not in _kernel_answers:
         _kernel_answers[device] = load_kernels(device)
@@ -94,7 +95,7 @@ def _why_no_kernels(device: torch.device) -> str | None:
 
 
 def load_kernels(device: torch.device) -> str | None:
-    """Load the Triton kernels; return None, or why they cannot run on this device. Then nothing is loaded."""
+    """Load the Triton kernels and return None, or load nothing and return why none runs on this device."""
     if not HAS_TRITON:
         return "the kernels need the package triton, which is not installed"
     if device.type == "cuda":
@@ -106,7 +107,7 @@ def load_kernels(device: torch.device) -> str | None:
     elif not _INTERPRETED:
         hint = "TRITON_INTERPRET=1, set before dalle2_fast is imported, interprets them on the CPU"
         return f"no kernel runs on device cpu; {hint}"
-    # Statements, not importlib: torch.compile can trace them.
+    # torch.compile can trace import statements, but not importlib.
     import dalle2_fast.kernels.cross_attention.forward
     import dalle2_fast.kernels.diffusion.noise
     import dalle2_fast.kernels.diffusion.step
@@ -118,7 +119,7 @@ def load_kernels(device: torch.device) -> str | None:
 def why_gpu_unsupported(device: torch.device) -> str | None:
     if torch.version.cuda is None:
         return "the kernels are for NVIDIA GPUs and a torch built with CUDA"
-    if not torch.cuda.is_available():  # a tensor of FakeTensorMode
+    if not torch.cuda.is_available():  # a tensor of FakeTensorMode may still be on a CUDA device
         return "there is no CUDA device"
     properties = torch.cuda.get_device_properties(device)
     if properties.major < MIN_COMPUTE_CAPABILITY:
@@ -129,7 +130,7 @@ def why_gpu_unsupported(device: torch.device) -> str | None:
 
 # ------------------------------------------------------------------------------------------ dalle2_fast._C
 
-_native_answers: dict[torch.device, str | None] = {}  # what load_native answered
+_native_answers: dict[torch.device, str | None] = {}  # results of load_native
 
 
 def _why_no_native(device: torch.device) -> str | None:
@@ -141,7 +142,7 @@ def _why_no_native(device: torch.device) -> str | None:
 
 
 def load_native(device: torch.device) -> str | None:
-    """Load the ops of dalle2_fast._C. Returns None, or why they cannot run on this device."""
+    """Load the ops of dalle2_fast._C and return None, or return why they cannot run on this device."""
     if device.type not in ("cpu", "cuda"):
         return f"no kernel runs on device {device.type}"
     if _native.WHY_ABSENT is not None:

@@ -1,4 +1,4 @@
-"""Is the native module `dalle2_fast._C` (csrc/) here, and what is in it?"""
+"""Whether the native module `dalle2_fast._C` (csrc/) is installed, and how it was built."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 def _why_absent() -> str | None:
     if importlib.util.find_spec("dalle2_fast._C") is not None:
         return None
-    # Python looks into the current folder first: a checkout there hides an installed package.
-    places = [str(Path(entry or ".").resolve() / "dalle2_fast") for entry in sys.path]
-    found = PathFinder.find_spec("dalle2_fast._C", places)
+    # Python searches the current folder first, so a checkout there hides an installed package.
+    folders = [str(Path(entry or ".").resolve() / "dalle2_fast") for entry in sys.path]
+    found = PathFinder.find_spec("dalle2_fast._C", folders)
     if found is not None and found.origin is not None:
         here, there = Path(__file__).parent.parent, Path(found.origin).parent
         return (
@@ -23,14 +23,15 @@ def _why_absent() -> str | None:
     return "the native module dalle2_fast._C was not built: `pip install -v -e .` in the sources says why"
 
 
-WHY_ABSENT = _why_absent()  # why dalle2_fast._C is not here, or None: a constant for torch.compile
+WHY_ABSENT = _why_absent()  # None if dalle2_fast._C is installed; a constant, because torch.compile reads it
 
 
 def describe() -> tuple[dict[str, object] | None, str | None]:
-    """How dalle2_fast._C was built, as a JSON-able dict, and None; or None and why it is not usable.
+    """(how dalle2_fast._C was built, as a JSON-able dict, None), or (None, why it is not usable).
 
-    Keys: `compiler`, `cuda` (nvcc's version, or None), `why_no_cuda` (or None) and `targets`: the GPUs that
-    each CUDA file is for. "90a" is compute capability 9.0 alone, "80" 8.0 to 8.9, "80+PTX" 8.0 and all newer.
+    Keys: `compiler`, `cuda` (version of nvcc, or None), `why_no_cuda` (or None) and `targets`: the GPUs for
+    which each CUDA file was compiled. "90a" means compute capability 9.0 only, "80" means 8.0 to 8.9,
+    "80+PTX" means 8.0 and all newer ones.
     """
     if WHY_ABSENT is not None:
         return None, WHY_ABSENT

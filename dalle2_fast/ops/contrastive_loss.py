@@ -21,37 +21,46 @@ def contrastive_loss(
 ) -> Tensor:  # scalar
     """Symmetric InfoNCE: mean cross-entropy of finding each image's text and each text's image.
 
-    Fused, the N^2 logits exist a tile at a time: beside the gradients it takes a workspace of 16 MB on the
-    CPU and 256 MB on a GPU, whatever N is. It then has no second derivative.
+    The fused form computes the N^2 logits one tile at a time. In addition to the gradients it takes a
+    workspace of 16 MB on the CPU and 256 MB on a GPU, regardless of N. It has no second derivative.
 
     Args:
-        image_features, text_features: floating; row i of one belongs to row i of the other. Usually of unit
-            norm.
-        logit_scale: factor of the inner products (a temperature's inverse, already exponentiated).
-        logit_bias: added to every logit (it cancels; accepted because open_clip does).
+        image_features: floating [N, D], usually of unit norm.
+        text_features: floating [N, D]; row i belongs to row i of image_features.
+        logit_scale: factor of the inner products: a number or a scalar tensor. It is the inverse of the
+            temperature, already exponentiated.
+        logit_bias: number or scalar tensor that is added to every logit. It cancels, and is accepted because
+            open_clip passes it.
         impl: "auto", "reference" or "fused".
 
     Returns:
         A float32 scalar (float64 for float64 features). The maths is float32 also under autocast.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, shape or device, or the batch is empty.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, value or device, or N or D is 0.
         RuntimeError: impl="fused" and no kernel can run here.
 
     Source: Radford et al., 2103.00020, figure 3.
+
+    Example:
+        >>> from dalle2_fast import functional
+        >>> features = torch.eye(4)
+        >>> round(functional.contrastive_loss(features, features, logit_scale=1.0).item(), 4)
+        0.7437
     """
     _checks.contrastive(image_features, text_features, logit_scale, logit_bias)
     if not _dispatch.use_native(impl, image_features, text_features):
         return contrastive_loss_reference(image_features, text_features, logit_scale, logit_bias)
     scale = scalar_like(logit_scale, image_features)
     loss = torch.ops.dalle2_fast.contrastive_loss(image_features, text_features, scale)[0]
-    if isinstance(logit_bias, Tensor):  # it cancels; its gradient is 0, not None
+    if isinstance(logit_bias, Tensor):  # the bias cancels, but its gradient must be 0 and not None
         loss = loss + 0 * logit_bias.to(loss).reshape(())
     return loss
 
 
 def scalar_like(value: Tensor | float, like: Tensor) -> Tensor:
-    """[], on the device of `like` and in the dtype of sums of its values."""
+    """A scalar tensor on the device of `like`, in the dtype in which sums over `like` are computed."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if isinstance(value, Tensor):
         return value.to(like.device, dtype).reshape(())
@@ -80,6 +89,6 @@ def scaled_logits(
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    if device.type == "meta":  # knows no autocast; to ask torch for it would break torch 2.11's compiler
+    if device.type == "meta":  # it has no autocast, and asking for it breaks the compiler of torch 2.11
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

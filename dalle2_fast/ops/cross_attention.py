@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dalle2_fast.ops import _checks, _dispatch
 
-_MAX_HEAD_WIDTH = 128  # of the kernel
+_MAX_HEAD_WIDTH = 128  # the largest D that the kernel supports
 
 
 def cross_attention(
@@ -21,28 +21,43 @@ def cross_attention(
     softmax_scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:  # [B, H, T, D]
-    """Attention of q on context keys and, in the same softmax, optionally on the image's own keys.
+    """Attention of q to context keys and, in the same softmax, optionally to the keys of the image itself.
 
     out = softmax(softmax_scale * q [context_k; image_k]^T) [context_v; image_v]. Without image keys this is
     plain (cross-)attention; `cross_attention(q, k, v)` is bidirectional self-attention.
 
+    All tensors but the mask have one floating dtype and any strides. Under autocast their dtypes may differ,
+    because autocast casts them all to its dtype.
+
     Args:
-        q, context_k, context_v, image_k, image_v: one floating dtype (any mix under autocast, which casts all
-            to its dtype), any strides.
-        context_mask: True = attend. Image keys are always attended to.
-        softmax_scale: D ** -0.5 when None.
+        q: queries [B, H, T, D].
+        context_k: keys of the context [B, H, S, D].
+        context_v: values of the context [B, H, S, D].
+        context_mask: bool [B, S], True = attend. Image keys are always attended to.
+        image_k: keys of the image [B, H, T2, D], together with image_v.
+        image_v: values of the image [B, H, T2, D].
+        softmax_scale: factor of the scores; None means D ** -0.5.
         impl: "auto", "reference" or "fused".
 
     Returns:
-        The dtype of q; under autocast the autocast dtype. A query that may attend to no key at all gives
-        zeros, and zero gradients.
+        [B, H, T, D] in the dtype of q; under autocast in the autocast dtype. A query that may attend to no
+        key at all gives zeros, and zero gradients.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, shape or device, or only one of image_k and
-            image_v is given, or impl="fused" and D > 128.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, value or device, only one of image_k and image_v is
+            given, or impl="fused" and D > 128.
         RuntimeError: impl="fused" and no kernel can run here.
 
     Source: Vaswani et al., 1706.03762; the joint softmax over text and image keys: GLIDE, 2112.10741.
+
+    Example:
+        >>> from dalle2_fast import functional
+        >>> q = torch.randn(2, 4, 16, 8)
+        >>> k, v = torch.randn(2, 2, 4, 7, 8)
+        >>> mask = torch.ones(2, 7, dtype=torch.bool)
+        >>> functional.cross_attention(q, k, v, mask, image_k=q, image_v=q).shape
+        torch.Size([2, 4, 16, 8])
     """
     _check_arguments(q, context_k, context_v, context_mask, image_k, image_v, softmax_scale)
     if softmax_scale is None:
@@ -61,7 +76,7 @@ def cross_attention(
 
 
 def _is_too_wide(q: Tensor, impl: str) -> bool:
-    """Whether the head width is beyond the kernel's; with impl="fused" that is a ValueError."""
+    """Whether the kernel does not support the head width. With impl="fused" that is a ValueError."""
     width = q.shape[3]
     if width > _MAX_HEAD_WIDTH and impl == "fused":
         raise ValueError(f'q: expected a head width D <= {_MAX_HEAD_WIDTH} with impl="fused", got {width}')
@@ -86,7 +101,7 @@ def _check_arguments(
     if (image_k is None) != (image_v is None):
         given, missing = ("image_k", "image_v") if image_v is None else ("image_v", "image_k")
         raise ValueError(f"{missing}: expected a tensor because {given} is given, got None")
-    device = q.device.type  # meta knows no autocast
+    device = q.device.type  # torch has no autocast for the meta device
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     pairs = [("context", "S", context_k, context_v)]
     if image_k is not None:
@@ -99,7 +114,7 @@ def _check_arguments(
             length = k.shape[2]
             _checks.shape(name, value, f"B, H, {letter}, D", (batch, heads, length, width))
             _checks.same_device(name, value, "q", q)
-            # Under autocast the dtypes meet in attention itself.
+            # Under autocast the dtypes may differ here, because attention casts them to one dtype.
             if value.dtype != q.dtype and not autocast:
                 raise TypeError(f"{name}: expected {q.dtype} (that of q), got {value.dtype}")
     if context_mask is not None:
@@ -135,8 +150,8 @@ def cross_attention_reference(
         return q * 0 if q.requires_grad else torch.zeros_like(q)
     if mask is not None:
         if image_k is None or image_k.shape[2] == 0:
-            # A softmax over nothing is 0 / 0 forward and backward. Let such rows attend to everything and
-            # discard what they found: zeros, and zero gradients, whatever the backend under SDPA does.
+            # A softmax over no keys is 0 / 0 forward and backward. Let such rows attend to all keys and
+            # replace their results by 0: then their gradients are 0, too, on every backend of torch.
             empty = ~mask.any(dim=1)[:, None]
             mask = mask | empty
         mask = mask[:, None, None, :]

@@ -30,48 +30,61 @@ def diffusion_step(
     previous_x0: Tensor | None = None,  # [B, C, *]
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # x_next, x0: [B, C, *]
-    """One step of any sampler, from the network's output to the next x.
+    """One step of any sampler: from the output of the network to the next x.
 
-    Guidance, then x0 from the prediction, then its bound, then the update that DDPM, DDIM and
+    Guidance comes first, then x0 from the prediction, then its clipping, then the update that DDPM, DDIM and
     DPM-Solver++(2M) share because each of them is linear:
 
         x_next = a x + b x0 + c previous_x0 + std noise(seed, step)
 
     Args:
-        x: the current samples, x = alpha x0 + sigma epsilon.
-        model_output: what the network returned. With guidance its first B rows are conditional, the last B
-            unconditional. With learned_range it has 2C channels, the second half in about [-1, 1].
-        table: float32 on the device of x; a row per step, columns (alpha, sigma, a, b, c, std, log_var_min,
-            log_var_max).
-        step: the row; an int, or an int64 scalar tensor on the device of x (then nothing waits for the
-            device).
-        seeds: per sample, for the noise of this step. None leaves the noise out, whatever std is: the mean of
-            the update, which is all there is when the sampler is deterministic.
-        guidance: out = unconditional + guidance * (conditional - unconditional). A float must be finite. None
-            means that the network was run without unconditional rows.
-        guidance_rescale: in [0, 1]; how far the guided output is brought back to the standard deviation of
-            the conditional one.
-        prediction: "epsilon", "sample" (x0) or "v_prediction" (v = alpha epsilon - sigma x0).
-        clip: x0 is clamped to [-clip, clip].
-        dynamic_threshold: a quantile p in (0, 1]: x0 is clamped to [-s, s] with s = max(quantile_p(|x0|),
-            bound) per sample and brought back to [-bound, bound]; bound is clip, or 1 without clip.
-        learned_range: the noise's standard deviation is exp(log_var / 2) with log_var between log_var_min
-            (v = -1) and log_var_max (v = 1), v the second half of the network's conditional rows. Where
-            std is 0 (the last step) no noise is added.
-        previous_x0: x0 of the step before, for multistep samplers. None: x0 itself stands in for it.
+        x: current samples [B, C, *]; x = alpha x0 + sigma epsilon.
+        model_output: output of the network, floating. Without guidance it has B rows; with guidance 2B, of
+            which the first B are conditional and the last B unconditional. It has C channels; with
+            learned_range 2C, of which the second half is in about [-1, 1].
+        table: float32 or float64 [steps, 8] on the device of x. Each row is one step; its columns are (alpha,
+            sigma, a, b, c, std, log_var_min, log_var_max).
+        step: row of the table: an int, or an int64 scalar tensor on the device of x. With a tensor nothing
+            waits for the device.
+        seeds: int64 [B], seeds of the noise of this step. None adds no noise, also where std > 0: x_next is
+            the mean of the update. That is the whole update of a deterministic sampler.
+        guidance: weight w of out = unconditional + w * (conditional - unconditional): a finite number, a
+            scalar tensor or a tensor [B]. None means that model_output has no unconditional rows.
+        guidance_rescale: number in [0, 1]; how far the standard deviation of the guided output is brought
+            back to that of the conditional output.
+        prediction: what the network predicts: "epsilon", "sample" (x0) or "v_prediction" (v = alpha epsilon -
+            sigma x0).
+        clip: number > 0; x0 is clamped to [-clip, clip].
+        dynamic_threshold: quantile p in (0, 1]. Per sample, x0 is clamped to [-s, s] with s =
+            max(quantile_p(|x0|), clip) and scaled to [-clip, clip]; here clip is 1 where it is not given.
+        learned_range: the standard deviation of the noise is exp(log_var / 2), where log_var goes from
+            log_var_min (v = -1) to log_var_max (v = 1) and v is the second half of the conditional rows'
+            channels. Where std is 0 (the last step) no noise is added.
+        previous_x0: x0 of the previous step [B, C, *], for multistep samplers. None means x0 of this step.
         impl: "auto", "reference" or "fused".
 
     Returns:
-        x_next and x0 (bounded), in the dtype of x; the maths is float32 (float64 for float64 input).
+        x_next and the clipped x0, both [B, C, *] in the dtype of x. The maths is float32 (float64 for a
+        float64 x).
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, shape, device or range.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, value or device.
         RuntimeError: impl="fused" and no kernel can run here, or an input requires a gradient, which only the
             reference has (impl="auto" then takes it).
 
-    Sources: Ho et al., 2006.11239; Nichol and Dhariwal, 2102.09672, equation 15; Song et al., 2010.02502,
+    Source: Ho et al., 2006.11239; Nichol and Dhariwal, 2102.09672, equation 15; Song et al., 2010.02502,
     equation 12; Lu et al., 2211.01095, algorithm 2; Ho and Salimans, 2207.12598; Lin et al., 2305.08891,
     section 3.4; Saharia et al., 2205.11487, section 2.3.
+
+    Example:
+        >>> from dalle2_fast import functional
+        >>> x, model_output = torch.randn(2, 3, 4, 4), torch.randn(4, 3, 4, 4)
+        >>> table = torch.tensor([[0.8, 0.6, 0.5, 0.5, 0.0, 0.1, -4.0, -1.0]])  # a sampler of one step
+        >>> options = dict(seeds=torch.tensor([7, 8]), guidance=3.0, clip=1.0)
+        >>> x_next, x0 = functional.diffusion_step(x, model_output, table, 0, **options)
+        >>> x_next.shape, bool(x0.abs().max() <= 1)
+        (torch.Size([2, 3, 4, 4]), True)
     """
     tensors = dict(seeds=seeds, guidance=guidance, previous_x0=previous_x0)
     options = dict(
@@ -90,7 +103,7 @@ def diffusion_step(
             'impl="fused": diffusion_step has no fused gradient; use impl="auto" or torch.no_grad()'
         )
     guidance_tensor, guidance_number = (guidance, None) if isinstance(guidance, Tensor) else (None, guidance)
-    # In the order of the schema (kernels/diffusion/step.py): torch would take 4 us more to parse keywords.
+    # The order is that of the schema in kernels/diffusion/step.py: keywords cost 4 us (one CPU host).
     return torch.ops.dalle2_fast.diffusion_step(
         x, model_output, table, *tensor_or_number(step), seeds, guidance_tensor, guidance_number,
         guidance_rescale, prediction, clip, dynamic_threshold, learned_range, previous_x0,
@@ -187,14 +200,14 @@ def diffusion_step_reference(
     """x_next = a x + b x0 + c previous_x0 + std noise(seed, step)"""
     dtype = compute_dtype(x.dtype)
     batch, channels = x.shape[:2]
-    # index_select, because table[step] with a tensor on the GPU would wait for the device.
+    # table[step] with a tensor on the GPU would wait for the device; index_select does not.
     row = table.index_select(0, step.reshape(1))[0] if isinstance(step, Tensor) else table[step]
     alpha, sigma, a, b, c, std, log_var_min, log_var_max = row.to(dtype).unbind()
 
     output = model_output.to(dtype)
     variance_logit = None
     if learned_range:
-        # The variance is not guided: the conditional rows' prediction is the one that is meant.
+        # The variance is not guided: it is that of the conditional rows.
         output, variance_logit = output[:, :channels], output[:batch, channels:]
     if guidance is not None:
         output = _guide(output[:batch], output[batch:], guidance, guidance_rescale)
@@ -255,7 +268,7 @@ def _threshold(x0: Tensor, quantile: float, bound: float) -> Tensor:
 
 
 def quantile_of_rows(magnitude: Tensor, p: float) -> Tensor:  # [B, n] -> [B]
-    """The p-quantile of each row with linear interpolation, as torch.quantile but for rows of any length."""
+    """The p-quantile of each row with linear interpolation: torch.quantile for rows of any length."""
     n = magnitude.shape[1]
     position = p * (n - 1)
     below = min(int(position), n - 1)

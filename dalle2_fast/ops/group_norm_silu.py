@@ -22,29 +22,39 @@ def group_norm_silu(
     activation: str | None = "silu",
     impl: str = "auto",
 ) -> Tensor:  # [N, C, *]
-    """Group normalisation, an optional scale and shift per sample (FiLM), and SiLU: one op.
+    """Group normalisation, an optional scale and shift per sample (FiLM), and SiLU in one op.
 
-    y = act(gn(x) * (1 + scale) + shift), gn(x) = (x - mean) / sqrt(var + eps) * weight + bias, where mean and
-    the biased variance are taken over each sample's group of C / num_groups channels and all positions.
+    y = act(gn(x) * (1 + scale) + shift), gn(x) = (x - mean) / sqrt(var + eps) * weight + bias. The mean and
+    the biased variance are taken over each sample's group of C / num_groups channels and over all positions.
 
     Args:
-        x: floating point; 2 to 5 dimensions are usual, contiguous or channels_last.
+        x: floating point [N, C, *]. Usually 2 to 5 dimensions, contiguous or channels_last.
         num_groups: a divisor of C.
-        weight, bias: parameters of the norm, any floating dtype. None means 1 and 0.
-        eps: added to the variance, >= 0.
-        scale, shift: per sample and channel, any floating dtype. None means 0.
+        weight: factor of the normalised values [C], any floating dtype. None means 1.
+        bias: offset of the normalised values [C], any floating dtype. None means 0.
+        eps: number >= 0 that is added to the variance.
+        scale: FiLM scale [N, C], any floating dtype. None means 0.
+        shift: FiLM shift [N, C], any floating dtype. None means 0.
         activation: "silu" or None.
         impl: "auto", "reference" or "fused".
 
     Returns:
-        The dtype of x. Statistics and maths are float32 (float64 for float64 input), rounded once at the end;
-        autocast does not change this.
+        [N, C, *] in the dtype and memory format of x. Statistics and maths are float32 (float64 for a float64
+        x) and are rounded once at the end; autocast does not change this.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, shape or device.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, value or device.
         RuntimeError: impl="fused" and no kernel can run here.
 
     Source: Wu and He, 1803.08494 (group norm); Dhariwal and Nichol, 2105.05233, equation 4 (scale and shift).
+
+    Example:
+        >>> from dalle2_fast import functional
+        >>> x = torch.randn(2, 8, 4, 4)
+        >>> scale, shift = torch.randn(2, 16).chunk(2, dim=1)
+        >>> functional.group_norm_silu(x, num_groups=4, scale=scale, shift=shift).shape
+        torch.Size([2, 8, 4, 4])
     """
     _check_arguments(x, num_groups, weight, bias, eps, scale, shift, activation)
     if _dispatch.use_reference(impl, x):
@@ -105,7 +115,8 @@ def group_norm_silu_reference(
     y = x.to(dtype)
     if layout != torch.contiguous_format and x.numel() > 0:
         # In this layout torch's CPU variance is E[x^2] - E[x]^2: float32 results are 8 % off for mean 1e3 and
-        # sigma 1. The norm does not see a constant taken from a whole group: take its first element away.
+        # sigma 1. A constant that is subtracted from a whole group does not change the norm, so subtract the
+        # group's first element.
         group_width = x.shape[1] // num_groups
         first = y.detach()[(slice(None), slice(None, None, group_width)) + (0,) * (x.dim() - 2)]  # [N, G]
         y = y - per_sample(first.repeat_interleave(group_width, dim=1), x)
@@ -120,7 +131,7 @@ def group_norm_silu_reference(
     )
     if scale is not None:
         gain = per_sample(1 + scale.to(dtype), x)
-        # addcmul is one pass over y where a product and a sum would be two.
+        # addcmul makes one pass over y; a product and a sum would make two.
         y = y * gain if shift is None else torch.addcmul(per_sample(shift.to(dtype), x), y, gain)
     elif shift is not None:
         y = y + per_sample(shift.to(dtype), x)

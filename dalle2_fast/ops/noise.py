@@ -1,4 +1,4 @@
-"""noise[b, e] = normal e % 4 of Philox4x32-10(key = seeds[b], counter = (e // 4, step)),
+"""noise[b, e] = normal number e % 4 of Philox4x32-10(key = seeds[b], counter = (e // 4, step)),
 x_t = alpha x0 + sigma noise
 """
 
@@ -27,22 +27,36 @@ def sample_noise(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # [B, *]
-    """Standard normal noise that depends on (seed, step, element), not on batch mates or the device.
+    """Standard normal noise that depends on (seed, step, element) only, not on the batch or the device.
 
     Element e of sample b is normal number e % 4 of Philox4x32-10 with key seeds[b] and counter (e // 4,
-    step); elements count in the order of a contiguous tensor. Words become numbers by Box-Muller in float32.
+    step); elements are counted in the order of a contiguous tensor. Box-Muller in float32 turns words into
+    numbers.
 
     Args:
-        seeds: one per sample; all 64 bits count.
-        step: >= 0; an int, or an int64 scalar tensor on the device of the noise.
-        shape: of the noise; shape[0] is the number of seeds.
-        device: where the noise is wanted; the device of seeds when None.
-        dtype: floating; every dtype gets the same numbers, rounded.
+        seeds: int64 [B], one per sample; all 64 bits count.
+        step: an int >= 0, or an int64 scalar tensor on the device of the noise.
+        shape: shape of the noise; shape[0] = B is the number of seeds.
+        device: device of the noise; None means the device of seeds.
+        dtype: floating dtype of the noise. Every dtype gets the same numbers, rounded.
+
+    Returns:
+        [B, *] on `device`, in `dtype`.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type or shape.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, value or device.
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+
+    Example:
+        >>> from dalle2_fast import functional
+        >>> seeds = torch.tensor([7, 8])
+        >>> noise = functional.sample_noise(seeds, step=0, shape=(2, 3, 4, 4))
+        >>> noise.shape
+        torch.Size([2, 3, 4, 4])
+        >>> torch.equal(noise[1:], functional.sample_noise(seeds[1:], step=0, shape=(1, 3, 4, 4)))
+        True
     """
     if device is not None:
         _checks.tensor("seeds", seeds)
@@ -54,7 +68,7 @@ def sample_noise(
 
 
 def tensor_or_number(step: int | Tensor) -> tuple[Tensor | None, int]:
-    """A step as the ops take it: what is on the device stays there, and a number is not sent there."""
+    """(tensor, 0) or (None, number): the fused ops take a step so that no number is sent to the device."""
     return (step, 0) if isinstance(step, Tensor) else (None, step)
 
 
@@ -73,7 +87,7 @@ def sample_noise_reference(
     shape: tuple[int, ...],  # (B, *)
     dtype: torch.dtype,
 ) -> Tensor:  # [B, *] on the device of seeds
-    """noise[b, 4 i + j] = normal j of Philox(key = seeds[b], counter = (i, step))"""
+    """noise[b, 4 i + j] = normal number j of Philox4x32-10(key = seeds[b], counter = (i, step))"""
     maths = compute_dtype(dtype)
     batch = shape[0]
     elements = 1
@@ -104,7 +118,7 @@ def philox_4x32_10(
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # An int64 product wraps modulo 2^64, so its bit pattern is the unsigned 64-bit product. The shift
+        # An int64 product wraps modulo 2^64, so its bits are those of the unsigned 64-bit product. The shift
         # copies the sign into the upper half; the mask after the exclusive or removes it.
         product0 = c0 * _PHILOX_M0
         product1 = c2 * _PHILOX_M1
@@ -119,8 +133,8 @@ def philox_4x32_10(
 
 def box_muller(word0: Tensor, word1: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Box-Muller: two words -> two independent standard normal numbers."""
-    # The uniforms are float32 whatever the dtype (u in (0, 1], the product is exact), so that a float64 run
-    # sees the same numbers as a float32 one and not others that differ by the rounding of u.
+    # The uniform numbers are float32 for every dtype (u in (0, 1], the product is exact), so that a float64
+    # run gets the same numbers as a float32 run. In float64 they would differ by the rounding of u.
     uniform0 = (word0.to(torch.float32) * 2.0**-32 + 2.0**-33).to(dtype)
     uniform1 = (word1.to(torch.float32) * 2.0**-32).to(dtype)
     radius = uniform0.log_().mul_(-2).sqrt_()
@@ -137,25 +151,35 @@ def add_noise(
     step: int | Tensor = 0,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # x_t, noise: [B, *]
-    """The forward process: x_t = alpha x0 + sigma noise.
+    """The forward process of diffusion: x_t = alpha x0 + sigma noise.
 
     Args:
-        x0: clean samples, floating.
-        alpha, sigma: floating, one per sample.
-        noise: standard normal, the shape of x0; or
-        seeds, step: draw it by `sample_noise`. Exactly one of noise and seeds is given.
+        x0: clean samples [B, *], floating.
+        alpha: signal coefficient of each sample [B], floating.
+        sigma: noise coefficient of each sample [B], floating.
+        noise: standard normal noise [B, *]. Exactly one of noise and seeds is given.
+        seeds: int64 [B]; the noise is then `sample_noise(seeds, step, x0.shape)`.
+        step: step of the noise that seeds give: an int >= 0, or an int64 scalar tensor on the device of x0.
         impl: "auto", "reference" or "fused".
 
     Returns:
-        x_t in the dtype of x0 (the maths is float32, or float64 for float64 input), and the noise that was
-        added.
+        x_t [B, *] in the dtype of x0, and the noise [B, *] that was added. The maths is float32 (float64 for
+        a float64 x0).
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, shape or device; both or neither of noise and
-            seeds.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, value or device, or both or neither of noise and seeds
+            are given.
         RuntimeError: impl="fused" and no kernel can run here.
 
     Source: Kingma et al., 2107.00630, equation 1.
+
+    Example:
+        >>> from dalle2_fast import functional
+        >>> x0, alpha, sigma = torch.zeros(2, 3), torch.full((2,), 0.8), torch.full((2,), 0.6)
+        >>> x_t, noise = functional.add_noise(x0, alpha, sigma, seeds=torch.tensor([7, 8]), step=0)
+        >>> torch.equal(x_t, 0.6 * noise)
+        True
     """
     _check_add_noise(x0, alpha, sigma, noise, seeds, step)
     if _dispatch.use_reference(impl, x0, noise):

@@ -18,12 +18,31 @@ def sigmoid_loss(
     logit_bias: Tensor | float,
     impl: str = "auto",
 ) -> Tensor:  # scalar
-    """SigLIP's loss: every pair of the batch is a binary question. Sum over pairs, divided by N.
+    """SigLIP's loss: each of the N^2 pairs is a binary question. The sum over pairs is divided by N.
 
-    Arguments, dtypes and errors as `contrastive_loss`; logit_bias is required (it is -10 at the start of
-    training).
+    Args:
+        image_features: floating [N, D], usually of unit norm.
+        text_features: floating [N, D]; row i belongs to row i of image_features.
+        logit_scale: factor of the inner products: a number or a scalar tensor.
+        logit_bias: number or scalar tensor that is added to every logit; SigLIP's training starts with -10.
+        impl: "auto", "reference" or "fused".
+
+    Returns:
+        A float32 scalar (float64 for float64 features). The maths is float32 also under autocast.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, value or device, or N or D is 0.
+        RuntimeError: impl="fused" and no kernel can run here.
 
     Source: Zhai et al., 2303.15343, equation 1.
+
+    Example:
+        >>> from dalle2_fast import functional
+        >>> features = torch.eye(4)
+        >>> loss = functional.sigmoid_loss(features, features, logit_scale=10.0, logit_bias=-5.0)
+        >>> round(loss.item(), 4)
+        0.0269
     """
     _checks.contrastive(image_features, text_features, logit_scale, logit_bias)
     if logit_bias is None:

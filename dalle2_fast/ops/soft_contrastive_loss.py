@@ -21,9 +21,31 @@ def soft_contrastive_loss(
 ) -> Tensor:  # scalar
     """`contrastive_loss` with soft targets: pairs that resemble each other are not pushed fully apart.
 
-    The targets are softmax(logit_scale * (I I^T + T T^T) / 2), row by row, for both directions. They carry no
-    gradient: otherwise features could lower the loss by moving the targets. Arguments, dtypes and errors as
-    `contrastive_loss`.
+    For both directions the targets are softmax(logit_scale * (I I^T + T T^T) / 2), row by row. They carry no
+    gradient: otherwise the loss could be lowered by moving the targets.
+
+    Args:
+        image_features: floating [N, D], usually of unit norm.
+        text_features: floating [N, D]; row i belongs to row i of image_features.
+        logit_scale: factor of the inner products: a number or a scalar tensor.
+        impl: "auto", "reference" or "fused".
+
+    Returns:
+        A float32 scalar (float64 for float64 features). The maths is float32 also under autocast.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, value or device, or N or D is 0.
+        RuntimeError: impl="fused" and no kernel can run here.
+
+    Source: Shariatnia, "Simple CLIP", 2021 (github.com/moein-shariatnia/OpenAI-CLIP), where the targets carry
+    a gradient.
+
+    Example:
+        >>> from dalle2_fast import functional
+        >>> features = torch.eye(4)
+        >>> round(functional.soft_contrastive_loss(features, features, logit_scale=0.0).item(), 4)
+        1.3863
     """
     _checks.contrastive(image_features, text_features, logit_scale)
     if not _dispatch.use_native(impl, image_features, text_features):
