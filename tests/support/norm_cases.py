@@ -25,7 +25,7 @@ def make(shape, device, mean=0.5, sigma=2.0, layout=torch.contiguous_format):
 def compare(
     shape, groups, *, dtype, device, layout=torch.contiguous_format, given=PARAMETERS, activation="silu"
 ):
-    """Errors of values and all gradients against float64, compared with those of plain torch at this dtype."""
+    """Errors of values and all gradients against float64, next to those of plain torch at this dtype."""
     inputs = make(shape, device, layout=layout)
     inputs["x"] = inputs["x"].to(dtype).float()
     inputs = {name: value for name, value in inputs.items() if name == "x" or name in given}
