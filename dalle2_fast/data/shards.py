@@ -1,7 +1,7 @@
-"""WebDatasetStream: batches of one's own image-caption pairs, read from WebDataset shards.
+"""WebDatasetStream: batches of image-caption pairs of the user, read from WebDataset shards.
 
 A shard is a tar file in which the files of one sample share their name: 0001.jpg, 0001.txt. The library
-`webdataset` (extra "train") reads them; it is imported when a stream is built, not before.
+`webdataset` (extra "train") reads shards; it is imported when a stream is built, not before.
 """
 
 from __future__ import annotations
@@ -27,20 +27,34 @@ from dalle2_fast.data.text.tokenizer import Tokenizer, WordTokenizer, split_word
 from dalle2_fast.seeds import mix_seed
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
-CAPTION_KEYS = ("txt", "caption", "json")  # of a json: its "caption" or "text"
+CAPTION_KEYS = ("txt", "caption", "json")  # in a JSON file, the caption is "caption" or "text"
 
 
 class WebDatasetStream:
-    """Endless batches from shards, a function of (shards, seed, step): a resumed run sees the same ones.
+    """Endless batches from shards, a function of (shards, seed, step): a resumed run sees the same batches.
 
-    shards: a path or URL, with braces (data-{000..099}.tar) or wildcards, a folder of .tar files, or a list.
-    resolutions: every picture is cut to its central square and reduced by area to each of them.
-    tokenizer: None builds one of at most `vocab_size` words from the first captions of the shards. Words that
-        it does not know become <unk>, over-long captions are cut.
-    shuffle: samples held back for shuffling; shards are shuffled for every pass, too. 0: neither.
-    workers: threads that decode pictures.
-    Samples without picture or caption are left out; the place of a picture that cannot be decoded is taken by
-    another one of the batch. `skipped` counts both by reason, and a warning tells.
+    Samples without image or caption are left out. An image that cannot be decoded is replaced by another one
+    of its batch, with that one's caption. `skipped` counts both by reason, and a warning reports them.
+
+    Args:
+        shards: a path or URL, with braces (data-{000..099}.tar) or wildcards, a folder of .tar files, or a
+            list of these.
+        batch_size: samples per batch, at least 1.
+        resolutions: every image is cropped to its central square and reduced by area to each of these sides,
+            in pixels.
+        seed: of the order of shards and samples.
+        device: of the batches.
+        tokenizer: for the captions; words that it does not know become <unk>, captions that are too long are
+            cut. None builds a WordTokenizer from the first 50,000 captions.
+        vocab_size: the largest vocabulary of the tokenizer that is built.
+        shuffle: samples in the shuffle buffer; the shards are also shuffled, anew for every pass. 0 keeps
+            the order of both.
+        workers: threads that decode images.
+
+    Raises:
+        ImportError: `webdataset` is not installed.
+        FileNotFoundError: a local shard does not exist.
+        ValueError: the batch size is no int >= 1, or no shard holds a sample with image and caption.
     """
 
     def __init__(
@@ -68,9 +82,19 @@ class WebDatasetStream:
         self.tokenizer = tokenizer or self._build_tokenizer(vocab_size)
 
     def batch(self, step: int) -> dict:
-        """images {resolution: float32 [B, 3, R, R] in [0, 1]}, tokens int64 [B, L], captions list of B str.
+        """The batch of a step.
 
-        Steps are cheap in order; others read, but do not decode, what is between (backwards: from the start).
+        Args:
+            step: from 0. Steps in order are cheap. A jump forwards reads, but does not decode, the samples
+                between; a jump backwards reads from the start.
+
+        Returns:
+            images: {resolution: float32 [B, 3, R, R] in [0, 1]}, rounded to 8 bits.
+            tokens: int64 [B, L].
+            captions: B strings.
+
+        Raises:
+            ValueError: the step is no int >= 0, or no image of the batch can be decoded.
         """
         if not isinstance(step, int) or step < 0:
             raise ValueError(f"step: expected an int >= 0, got {step!r}")
@@ -85,10 +109,11 @@ class WebDatasetStream:
         good = [index for index, picture in enumerate(pictures) if not isinstance(picture, Exception)]
         for picture in pictures:
             if isinstance(picture, Exception):
-                self._skip("picture cannot be decoded", picture)
+                self._skip("image cannot be decoded", picture)
         if not good:
-            raise ValueError(f"shards: none of the {self.batch_size} pictures of step {step} can be decoded")
-        # Not the next sample instead: then a resumed stream would have to decode all that it skips.
+            raise ValueError(f"shards: none of the {self.batch_size} images of step {step} can be decoded")
+        # The next sample of the shard is no replacement: a resumed stream would have to decode all that it
+        # skips, in order to know which samples a batch holds.
         order = [index if index in set(good) else good[index % len(good)] for index in range(len(pictures))]
         captions = [samples[index][1] for index in order]
         images = {
@@ -105,11 +130,11 @@ class WebDatasetStream:
         try:
             with Image.open(io.BytesIO(data)) as image:
                 return [to_square(image, resolution) for resolution in self.resolutions]
-        except Exception as error:  # PIL raises almost anything on damaged files
+        except Exception as error:  # PIL raises almost any exception on damaged files
             return error
 
     def _endless(self) -> Iterator[tuple[bytes, str]]:
-        """(picture, caption) of all passes; the order depends on (seed, pass) only."""
+        """(image file, caption) of all passes; the order depends on (seed, pass) only."""
         for epoch in itertools.count():
             some = False
             for sample in self._one_pass(epoch):
@@ -117,7 +142,7 @@ class WebDatasetStream:
                 yield sample
             if not some:
                 raise ValueError(
-                    f"shards: no sample with a picture ({', '.join(IMAGE_KEYS)}) and a caption "
+                    f"shards: no sample with an image ({', '.join(IMAGE_KEYS)}) and a caption "
                     f"({', '.join(CAPTION_KEYS)}) in {len(self.shards)} shards; skipped: {dict(self.skipped)}"
                 )
 
@@ -136,7 +161,7 @@ class WebDatasetStream:
             image = next((sample[key] for key in IMAGE_KEYS if key in sample), None)
             caption = _caption(sample)
             if image is None:
-                self._skip("no picture", sample["__key__"])
+                self._skip("no image", sample["__key__"])
             elif not split_words(caption):
                 self._skip("no caption", sample["__key__"])
             else:
@@ -144,13 +169,16 @@ class WebDatasetStream:
 
     def _build_tokenizer(self, size: int, samples: int = 50_000) -> WordTokenizer:
         captions = [caption for _, caption in itertools.islice(self._one_pass(0, shuffle=False), samples)]
-        self.skipped.clear()  # they will be met again
+        self.skipped.clear()  # the same samples are counted again when batches are read
         if not captions:
-            next(self._endless())  # raises, saying why
+            next(self._endless())  # raises, with the reason
         return WordTokenizer.from_captions(captions, size)
 
     def _skip(self, reason: str, what: object) -> bool:
-        """Count a bad sample; warn of the 1st, 2nd, 4th, 8th ... for each reason. True: go on."""
+        """Count a bad sample, and warn at the 1st, 2nd, 4th, 8th ... of each reason.
+
+        Always True, which tells webdataset to go on.
+        """
         self.skipped[reason] += 1
         count = self.skipped[reason]
         if count & (count - 1) == 0:
@@ -170,8 +198,20 @@ def _import_webdataset():
 
 
 def expand_shards(shards: str | Path | Sequence[str | Path]) -> list[str]:
-    """Paths and URLs of all shards, in order; FileNotFoundError for a local one that does not exist."""
-    from braceexpand import braceexpand  # comes with webdataset
+    """The paths and URLs of all shards, in order.
+
+    Args:
+        shards: as of WebDatasetStream.
+
+    Raises:
+        FileNotFoundError: a local shard does not exist, or a folder has no .tar file.
+        ValueError: `shards` is an empty list.
+
+    Example:
+        >>> expand_shards("https://host/data-{1..2}.tar")
+        ['https://host/data-1.tar', 'https://host/data-2.tar']
+    """
+    from braceexpand import braceexpand  # a dependency of webdataset
 
     found = []
     for pattern in [shards] if isinstance(shards, str | Path) else shards:
@@ -190,21 +230,33 @@ def expand_shards(shards: str | Path | Sequence[str | Path]) -> list[str]:
 
 
 def to_square(image: Image.Image, resolution: int) -> Tensor:
-    """The central square as uint8 [3, R, R]: averaged over areas, or bicubic where it must grow."""
+    """The central square of an image, reduced by area, or enlarged bicubically, to `resolution` pixels.
+
+    Args:
+        image: of any mode; see `canonical`.
+        resolution: the side of the result, in pixels.
+
+    Returns:
+        uint8 [3, resolution, resolution].
+
+    Example:
+        >>> to_square(Image.new("RGB", (40, 30), "red"), 2)[:, 0, 0]
+        tensor([255,   0,   0], dtype=torch.uint8)
+    """
     image = canonical(image)
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
-    # The same box for all resolutions: pictures of different sizes stay aligned.
+    # The box does not depend on the resolution, so that images of different sizes stay aligned.
     method = Image.Resampling.BOX if side >= resolution else Image.Resampling.BICUBIC
     image = image.resize((resolution, resolution), method, box=(left, top, left + side, top + side))
     pixels = torch.from_numpy(np.array(image))
-    if image.mode == "F":  # in [0, 1], but for bicubic overshoot
+    if image.mode == "F":  # in [0, 1] except for bicubic overshoot
         return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).expand(3, -1, -1)
     return pixels.permute(2, 0, 1)
 
 
 def _caption(sample: dict) -> str:
-    """The caption of a raw sample, "" if there is none."""
+    """The caption of a sample as read from the tar file, "" if there is none."""
     for key in CAPTION_KEYS:
         if key not in sample:
             continue

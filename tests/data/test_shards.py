@@ -92,12 +92,12 @@ def test_bad_samples_are_counted_and_reported(tmp_path):
     ]
     good = [{"jpg": picture("blue", kind="JPEG"), "json": json.dumps({"caption": "a blue one"}).encode()}]
     write_shard(tmp_path / "a.tar", bad + good * 3)
-    with pytest.warns(UserWarning, match="picture cannot be decoded"):
+    with pytest.warns(UserWarning, match="image cannot be decoded"):
         stream = WebDatasetStream(tmp_path / "a.tar", 4, (8,), shuffle=0)
         batch = stream.batch(0)  # the damaged one and the three good ones
     assert batch["captions"] == ["a blue one"] * 4
     assert batch["images"][8][0, 2].min() > 0.95
-    assert stream.skipped == {"picture cannot be decoded": 1, "no caption": 3, "no picture": 1}
+    assert stream.skipped == {"image cannot be decoded": 1, "no caption": 3, "no image": 1}
 
 
 def test_unreadable_shards(tmp_path):
@@ -107,7 +107,7 @@ def test_unreadable_shards(tmp_path):
     with pytest.warns(UserWarning, match="shard cannot be read"):
         stream = WebDatasetStream(tmp_path, 2, (8,), tokenizer=WordTokenizer(["red"]))
         assert len(stream.batch(3)["captions"]) == 2
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no sample with a picture"):
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no sample with an image"):
         WebDatasetStream(tmp_path / "bad.tar", 2).batch(0)
     with pytest.raises(FileNotFoundError, match="missing.tar"):
         WebDatasetStream(tmp_path / "missing.tar", 2)

@@ -1,4 +1,4 @@
-"""WordTokenizer: one token per word. `tokenizer_from_config` rebuilds this one or the byte-pair one."""
+"""WordTokenizer: one token per word. `tokenizer_from_config` rebuilds a WordTokenizer or a BPETokenizer."""
 
 from __future__ import annotations
 
@@ -18,11 +18,23 @@ _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")  # letters and digits, joined 
 
 
 class WordTokenizer:
-    """Captions to rows of word ids: 0 padding, 1 begin, 2 end, 3 unknown, then the words.
+    """Captions -> rows of word ids: 0 padding, 1 begin, 2 end, 3 unknown, then the words.
 
-    table: every word, in the order of the ids (the specials not counted).
-    context_length: tokens of a row, begin and end included.
-    known: the words of the table that a caption may use (None: all): those that a checkpoint was trained on.
+    Args:
+        table: every word, different and in lower case, in the order of the ids, without the four specials.
+        context_length: tokens per row, begin and end included; at least 3.
+        known: the words of the table that a caption may use, such as those that a checkpoint was trained on.
+            None allows all.
+
+    Raises:
+        TypeError, ValueError: the arguments are not as described; the message names the words.
+
+    Example:
+        >>> tokenizer = WordTokenizer(["a", "red", "star"], context_length=6)
+        >>> tokenizer.encode("A red star.")
+        tensor([[1, 4, 5, 6, 2, 0]])
+        >>> tokenizer.encode("a blue star", unknown="token")
+        tensor([[1, 4, 3, 6, 2, 0]])
     """
 
     def __init__(
@@ -47,16 +59,25 @@ class WordTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Ids run from 0 to vocab_size - 1."""
+        """The number of ids, which run from 0 to vocab_size - 1."""
         return len(SPECIALS) + len(self.table)
 
     def encode(
         self, captions: str | Sequence[str], *, unknown: str = "error", truncate: bool = False
     ) -> Tensor:
-        """int64 [captions, context_length]. Case and punctuation do not matter.
+        """One row of ids per caption; case and punctuation do not matter.
 
-        unknown: "error" names the unknown words in a ValueError, "token" writes id 3 for them.
-        truncate: cut over-long captions instead of raising ValueError. An empty caption always raises.
+        Args:
+            captions: one or several, of 1 to context_length - 2 words.
+            unknown: "error" raises for unknown words, "token" writes id 3 for them.
+            truncate: cut captions that are too long instead of raising.
+
+        Returns:
+            int64 [captions, context_length].
+
+        Raises:
+            TypeError: a caption is not a str.
+            ValueError: a caption is empty, too long, or has unknown words, which the message names.
         """
         if unknown not in ("error", "token"):
             raise ValueError(f'unknown: expected "error" or "token", got {unknown!r}')
@@ -84,7 +105,14 @@ class WordTokenizer:
         return [BOS, *ids, EOS] + [PAD] * (room - len(ids))
 
     def decode(self, row: Tensor | Sequence[int]) -> str:
-        """The words of one row [L] of ids; padding, begin and end are left out."""
+        """The words of one row, without padding, begin and end.
+
+        Args:
+            row: ids [L], a tensor or a sequence of ints.
+
+        Raises:
+            ValueError: the row has another shape, or an id lies outside of the vocabulary.
+        """
         if isinstance(row, Tensor) and row.dim() != 1:
             raise ValueError(f"row: expected [L], got {tuple(row.shape)}")
         ids = [int(index) for index in row]
@@ -95,12 +123,13 @@ class WordTokenizer:
         return " ".join(names[index] for index in ids if index not in (PAD, BOS, EOS))
 
     def to_config(self) -> dict:
-        """JSON-able; `WordTokenizer.from_config` rebuilds it."""
+        """A JSON-able dict from which `from_config` rebuilds the tokenizer."""
         known = None if self.words == self.table else list(self.words)
         return {"table": list(self.table), "context_length": self.context_length, "known": known}
 
     @classmethod
     def from_config(cls, config: dict) -> WordTokenizer:
+        """Rebuild a tokenizer from `to_config()`; ValueError for other keys."""
         unexpected = sorted(set(config) - {"table", "context_length", "known"})
         if unexpected or "table" not in config:
             raise ValueError(f"tokenizer: expected keys table, context_length, known; got {sorted(config)}")
@@ -108,20 +137,38 @@ class WordTokenizer:
 
     @classmethod
     def scenes(cls, world: World | None = None) -> WordTokenizer:
-        """The scenes' 126 ids, whatever the world; known are the words that its captions use."""
+        """The tokenizer of the synthetic scenes: always their 126 ids; known are the words of `world`.
+
+        Example:
+            >>> WordTokenizer.scenes().vocab_size
+            126
+        """
         return cls(WORDS[len(SPECIALS) :], MAX_LENGTH, known=scene_words(world))
 
     @classmethod
     def from_captions(
         cls, captions: Iterable[str], size: int = 8192, context_length: int = MAX_LENGTH
     ) -> WordTokenizer:
-        """The most frequent words of one's own captions; `size` is the resulting vocab_size at most."""
+        """A tokenizer of the most frequent words of some captions.
+
+        Args:
+            captions: the text to count; at least one word.
+            size: the largest vocab_size; more than the four specials.
+            context_length: tokens per row, begin and end included.
+
+        Raises:
+            ValueError: `size` is too small, or there is no word.
+
+        Example:
+            >>> WordTokenizer.from_captions(["the cat", "the dog"], size=6).words
+            ('the', 'cat')
+        """
         if size <= len(SPECIALS):
             raise ValueError(f"size: expected more than {len(SPECIALS)}, got {size}")
         counts = Counter(word for caption in captions for word in split_words(caption))
         if not counts:
             raise ValueError("captions: expected at least one word, got none")
-        ranked = sorted(counts, key=lambda word: (-counts[word], word))  # ties by name: the same on every run
+        ranked = sorted(counts, key=lambda word: (-counts[word], word))  # ties by name: every run agrees
         return cls(ranked[: size - len(SPECIALS)], context_length)
 
     def __eq__(self, other: object) -> bool:
@@ -129,15 +176,32 @@ class WordTokenizer:
 
 
 def split_words(caption: str) -> list[str]:
-    """Lower-case words of a caption, punctuation removed."""
+    """The words of a caption in lower case, without punctuation.
+
+    Example:
+        >>> split_words("The cat's blue-green hat.")
+        ['the', "cat's", 'blue-green', 'hat']
+    """
     return _WORD.findall(caption.lower())
 
 
-Tokenizer = WordTokenizer | BPETokenizer  # what a CLIP and a DALLE2 can read with
+Tokenizer = WordTokenizer | BPETokenizer  # what turns captions into tokens for a CLIP and a DALLE2
 
 
 def tokenizer_from_config(config: dict) -> Tokenizer:
-    """Rebuild what `to_config` described: `kind` says which; without it, as in older checkpoints, words."""
+    """Rebuild a tokenizer from its `to_config()`.
+
+    Args:
+        config: its "kind" is "bpe", "words" or missing, as in older checkpoints, which means words.
+
+    Raises:
+        ValueError: another kind, or other keys than that kind has.
+
+    Example:
+        >>> config = BPETokenizer(context_length=20).to_config()
+        >>> tokenizer_from_config(config).context_length
+        20
+    """
     if (kind := config.get("kind", "words")) not in ("words", "bpe"):
         raise ValueError(f'tokenizer: expected kind "bpe" or none, got {kind!r}')
     return BPETokenizer.from_config(config) if kind == "bpe" else WordTokenizer.from_config(config)
