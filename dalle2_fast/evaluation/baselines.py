@@ -18,7 +18,7 @@ from dalle2_fast.data.synthetic.captions import make_captions
 from dalle2_fast.data.synthetic.scenes import Scenes, sample_scenes
 from dalle2_fast.data.synthetic.vocabulary import WORD_TO_ID, WORDS
 from dalle2_fast.data.synthetic.world import World
-from dalle2_fast.evaluation.reader import Reading
+from dalle2_fast.evaluation.reading.table import Reading
 
 
 def shuffle_pictures(reading: Reading, kind: Tensor) -> Reading:

@@ -21,7 +21,7 @@ from dalle2_fast.data.synthetic.world import World
 from dalle2_fast.data.text.tokenizer import WordTokenizer
 from dalle2_fast.evaluation.baselines import nearest_training_scenes, shuffle_pictures
 from dalle2_fast.evaluation.clip_scores import score_clip
-from dalle2_fast.evaluation.reader import Reader
+from dalle2_fast.evaluation.reading.reader import Reader
 from dalle2_fast.evaluation.scores import ATTRIBUTES, score_captions
 from dalle2_fast.evaluation.upsampling import score_upsampler
 from dalle2_fast.pipeline.dalle2 import DALLE2

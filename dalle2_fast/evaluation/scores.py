@@ -14,12 +14,13 @@ from torch import Tensor
 from dalle2_fast.data.synthetic.scenes import Scenes
 from dalle2_fast.data.synthetic.shapes import geometry
 from dalle2_fast.data.synthetic.vocabulary import COUNT, KINDS
-from dalle2_fast.evaluation.reader import CELL, ROOM, Reading
+from dalle2_fast.evaluation.reading.table import Reading
 
 ATTRIBUTES = (
     "count", "color", "shape", "binding", "fill", "size", "position", "relation", "background", "texture",
     "everything",
 )  # fmt: skip
+ROOM, CELL = 0.465, 0.27  # places of single objects: see data.synthetic.scenes
 MATCHED = 3  # objects of a scene that differ from one another, at most
 
 

@@ -13,8 +13,8 @@ from dalle2_fast.data.synthetic.scenes import sample_scenes
 from dalle2_fast.data.synthetic.vocabulary import BACKGROUNDS, COUNT, ONE, RELATIONS, TWO
 from dalle2_fast.data.synthetic.world import World
 from dalle2_fast.evaluation.baselines import shuffle_pictures
-from dalle2_fast.evaluation.components import holes, label_components
-from dalle2_fast.evaluation.reader import Reader
+from dalle2_fast.evaluation.reading.components import holes, label_components
+from dalle2_fast.evaluation.reading.reader import Reader
 from dalle2_fast.evaluation.scores import ATTRIBUTES, judge, score_captions
 
 PLAIN = World(

@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Areas of objects as parts of the canvas.
+MIN_AREA = 0.0065  # a third of the smallest object; less is a speck
+MIN_INNER_AREA = 0.6 * MIN_AREA  # of a region that has lost its outline
+LARGE_AREA = 0.08  # more than any medium object
+
 
 def label_components(mask: Tensor) -> Tensor:  # bool [n, H, W] -> int64 [n, H, W]
     """-1 outside the mask; inside, one number per 4-connected component, unique over the whole batch.
