@@ -1,4 +1,4 @@
-"""A progress bar and a clock for each stage of the chain."""
+"""A progress bar and a wall-clock time for each stage of the pipeline."""
 
 from __future__ import annotations
 
@@ -9,23 +9,40 @@ from contextlib import contextmanager
 import torch
 from tqdm.auto import tqdm
 
+Progress = bool | Callable[[str, Iterable, int | None], Iterable]
 
-class StageWatch:
-    """`with watch("prior", batches) as track:` times the block into `seconds["prior"]`, and
-    `track(iterable, total)` wraps the loop over the diffusion steps inside it.
 
-    progress: False = silent; True = one tqdm bar per stage on stderr, also for a stage that runs in several
-    batches; a callable(stage, iterable, total) -> iterable wraps each loop itself.
+class StageTimer:
+    """Times the stages of one call and shows their progress.
+
+    `with timer("prior", batches) as track:` writes the seconds of the block into `seconds["prior"]`;
+    `track(iterable, total)` wraps the loop over the diffusion steps in it.
+
+    Args:
+        progress: False shows nothing. True draws one tqdm bar per stage on stderr, also for a stage that runs
+            in several batches. A callable(stage, iterable, total) -> iterable wraps each loop itself.
+        device: where the stages run; a GPU is synchronised before the clock is read.
+
+    Raises:
+        TypeError: `progress` is neither a bool nor a callable.
+
+    Example:
+        >>> timer = StageTimer(False, torch.device("cpu"))
+        >>> with timer("prior") as track:
+        ...     steps = list(track(range(3), 3))
+        >>> steps, list(timer.seconds)
+        ([0, 1, 2], ['prior'])
     """
 
-    def __init__(self, progress: bool | Callable, device: torch.device) -> None:
+    def __init__(self, progress: Progress, device: torch.device) -> None:
         if not isinstance(progress, bool) and not callable(progress):
             raise TypeError(f"progress: expected a bool or a callable, got {type(progress).__name__}")
         self.progress, self.device = progress, device
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def __call__(self, stage: str, batches: int = 1) -> Iterator[Callable]:
+    def __call__(self, stage: str, batches: int = 1) -> Iterator[Callable[..., Iterable]]:
+        """Time a block as `stage`, which runs its loop `batches` times."""
         bar = tqdm(desc=f"{stage:>9}", unit="step") if self.progress is True else None
 
         def track(iterable: Iterable, total: int | None = None) -> Iterable:
@@ -49,6 +66,6 @@ class StageWatch:
                 bar.close()
 
     def _now(self) -> float:
-        if self.device.type == "cuda":  # kernels run on after the call has returned
+        if self.device.type == "cuda":  # kernels still run when the call that launched them has returned
             torch.cuda.synchronize(self.device)
         return time.perf_counter()

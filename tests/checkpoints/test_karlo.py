@@ -14,7 +14,10 @@ from dalle2_fast.checkpoints import CheckpointError
 from dalle2_fast.diffusion.sampling import INITIAL_NOISE
 from dalle2_fast.models.captions import Caption
 from dalle2_fast.models.prior.base import candidate_seeds
-from dalle2_fast.pipeline.generation import STAGES
+from dalle2_fast.pipeline.context import STAGES, GenerationContext
+from dalle2_fast.pipeline.decoding import encode_decoder_captions
+from dalle2_fast.pipeline.settings import resolve_settings
+from dalle2_fast.pipeline.stages import sample_decoder, upsample
 from dalle2_fast.seeds import sample_seed
 
 pytest.importorskip("diffusers", reason="needs diffusers, whose Karlo is the oracle")
@@ -173,9 +176,8 @@ def test_the_comparison_would_notice(karlo, karlo_folder, monkeypatch, change, v
     if change in ours.sampling and change != "guidance":
         ours.sampling[change] = value
     elif change == "guidance":
-        chosen = ours._chosen
-        told = lambda size, **given: chosen(size, **given) | {"guidance": value}  # noqa: E731
-        monkeypatch.setattr(ours, "_chosen", told)
+        changed = lambda *args, **given: DALLE2.generate(ours, *args, **given | {change: value})  # noqa: E731
+        monkeypatch.setattr(ours, "generate", changed)
     else:
         part = ours.prior if change in ("sample_clip", "unit_norm") else ours.upsampler
         setattr(part, change, value)
@@ -292,7 +294,7 @@ def test_a_pipeline_of_image_variations(karlo, ours, monkeypatch, tmp_path):
     loaded = DALLE2.from_pretrained(tmp_path / "theirs")
     assert loaded.prior is None
     same(loaded.decoder, ours.decoder)
-    with pytest.raises(ValueError, match="prompt: this chain has no prior"):
+    with pytest.raises(ValueError, match="prompt: this pipeline has no prior"):
         loaded("the ring", prior_steps=2)
     with pytest.raises(CheckpointError, match="a chain with a DiffusionPrior as its prior, got none"):
         DiffusionPrior.from_pretrained(tmp_path / "theirs")
@@ -311,11 +313,13 @@ def test_a_pipeline_of_image_variations(karlo, ours, monkeypatch, tmp_path):
         decoder_latents=noise.start("decoder", 3, 16, 16), output_type="np",
         super_res_latents=noise.start("upsampler", 3, 32, 32),
     ).images  # fmt: skip
-    run = again._run(1, 1, 7, None, None, False)
-    with run.evaluating(), torch.no_grad():  # `variations` draws with DDIM, the paper's sampler for them
-        told, chosen = again._told(run, None, 1, 1), again._chosen(steps=3, upsampler_steps=3)
-        found = again._draw(run, again.embed_image(picture), chosen, 32, **told)
-    assert difference(found.images, torch.from_numpy(expected).permute(0, 3, 1, 2)) < 1e-3
+    context = GenerationContext.for_inputs(again, 1, 1, seed=7)
+    settings = resolve_settings(again, 32, steps=3, upsampler_steps=3)
+    with context.evaluation_mode(), torch.no_grad():  # `variations` samples with DDIM, as the paper does
+        captions = encode_decoder_captions(context, None, 1, settings)
+        low_res = sample_decoder(context, again.embed_image(picture), captions, settings)
+        images = upsample(context, low_res, settings, 32)
+    assert difference(images, torch.from_numpy(expected).permute(0, 3, 1, 2)) < 1e-3
 
 
 # ----------------------------------------------------------------------------------------- the original files

@@ -60,7 +60,7 @@ def test_slerp_turns_evenly():
 def test_slerp_refuses():
     a = torch.ones(1, 3)
     short = a[:, :2], r"got \(1, 3\) and \(1, 2\)"
-    for b, words in [(-a, "not opposite"), (0 * a, "got one of zeros"), short]:
+    for b, words in [(-a, "not opposite"), (0 * a, "got a zero vector"), short]:
         with pytest.raises(ValueError, match=words):
             slerp(a, b, 0.5)
 

@@ -11,7 +11,9 @@ from PIL import Image
 
 from dalle2_fast import DALLE2, ARPrior, Upsampler
 from dalle2_fast.cli import main
-from dalle2_fast.pipeline.generation import STAGES, Run, candidate_seeds
+from dalle2_fast.pipeline.context import STAGES, GenerationContext, candidate_seeds
+from dalle2_fast.pipeline.settings import SamplingSettings
+from dalle2_fast.pipeline.stages import encode_captions, sample_decoder, sample_image_embeddings
 from dalle2_fast.seeds import sample_seed
 from tests.support.tiny_pipeline import tiny_pipeline
 
@@ -85,11 +87,12 @@ def test_the_candidate_nearest_to_the_caption_is_kept(pipe):
 
 
 def alone(pipe, caption, own):
-    """The decoder's picture of one caption from a sample seed."""
-    run = Run(pipe, 0, [own])
+    """The decoder's image of one caption from a sample seed."""
+    context, settings = GenerationContext(pipe, 0, [own]), SamplingSettings.from_dict(pipe.sampling)
     with torch.no_grad():
-        image_embed, told = pipe._prior(run, [caption], 1, pipe.sampling)
-        return pipe._draw(run, image_embed, pipe.sampling, 16, **told).low_res
+        captions = encode_captions(context, [caption], None)
+        image_embed = sample_image_embeddings(context, captions, settings)
+        return sample_decoder(context, image_embed, captions.for_decoder, settings)
 
 
 def test_more_candidates_begin_with_the_same_ones():
@@ -101,7 +104,7 @@ def test_more_candidates_begin_with_the_same_ones():
 def test_candidates_need_a_clip_that_sees(pipe):
     blind = full_chain()
     blind.clip.visual = None
-    with pytest.raises(ValueError, match="candidates: this chain's CLIP sees no images"):
+    with pytest.raises(ValueError, match="candidates: expected 1, because this CLIP has no image tower"):
         blind("a red ring", 1, candidates=2)
     with pytest.raises(ValueError, match="candidates: expected at least 1, got 0"):
         pipe("a red ring", 1, candidates=0)
@@ -127,9 +130,9 @@ def test_tiles_reach_the_upsamplers(pipe):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (dict(size=16, upsampler_steps=3), "upsampler_steps: no upsampler makes pictures of 16 x 16, got 3"),
-        (dict(size=32, upsampler2_steps=3), "upsampler2_steps: no upsampler2 makes .* 32 x 32, got 3"),
-        (dict(size=16, tile=64), "tile: no upsampler makes pictures of 16 x 16, got 64"),
+        (dict(size=16, upsampler_steps=3), "upsampler_steps: no upsampler runs for images of 16 x 16, got 3"),
+        (dict(size=32, upsampler2_steps=3), "upsampler2_steps: no upsampler2 runs .* 32 x 32, got 3"),
+        (dict(size=16, tile=64), "tile: no upsampler runs for images of 16 x 16, got 64"),
     ],
 )
 def test_settings_without_effect_are_refused(pipe, options, says):

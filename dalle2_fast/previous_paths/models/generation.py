@@ -1,3 +1,3 @@
-from dalle2_fast.pipeline.generation import Generation
+from dalle2_fast.pipeline.context import Generation
 
 __all__ = ["Generation"]

@@ -1,3 +1,3 @@
-from dalle2_fast.pipeline.editing import Inversion
+from dalle2_fast.pipeline.inversion import Inversion
 
 __all__ = ["Inversion"]

@@ -1,0 +1,185 @@
+"""GenerationContext: what the stages of one call share, a seed for every image, batches and the clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dalle2_fast.pipeline.progress import Progress, StageTimer
+from dalle2_fast.pipeline.settings import check_count
+from dalle2_fast.seeds import sample_seed
+
+if TYPE_CHECKING:
+    from dalle2_fast.pipeline.dalle2 import DALLE2
+
+STAGES = ("text", "prior", "decoder", "upsampler", "upsampler2")  # a stage's position derives its seeds
+
+
+@dataclass
+class Generation:
+    """What a call of the pipeline made: B = P * N rows, N images of each of P inputs, input after input.
+
+    Args:
+        images: float32 [B, 3, size, size] in [0, 1].
+        low_res: float32 [B, 3, S, S] in [0, 1], the decoder's output.
+        image_embed: [B, D], the prior's output, or what the decoder was given.
+        seed: the seed of the call.
+        sample_seeds: int64 [B], the seed of each row.
+        seconds: stage -> wall-clock seconds.
+    """
+
+    images: Tensor
+    low_res: Tensor
+    image_embed: Tensor
+    seed: int
+    sample_seeds: Tensor
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class GenerationContext:
+    """One call of the pipeline, with one row per image.
+
+    Args:
+        pipe: the pipeline.
+        seed: the seed of the call, for its result.
+        sample_seeds: one seed per row; rows of one input are next to each other.
+        batch_size: at most so many rows run at a time; None is all of them.
+        progress: see StageTimer.
+
+    Raises:
+        TypeError, ValueError: batch_size is no int of at least 1, or progress is neither a bool nor a
+            callable.
+    """
+
+    def __init__(
+        self,
+        pipe: DALLE2,
+        seed: int,
+        sample_seeds: Sequence[int],
+        *,
+        batch_size: int | None = None,
+        progress: Progress = False,
+    ) -> None:
+        self.pipe, self.seed, self.sample_seeds = pipe, seed, list(sample_seeds)
+        self.batch_size = batch_size if batch_size is None else check_count("batch_size", batch_size)
+        self.timer = StageTimer(progress, pipe.device)
+
+    @classmethod
+    def for_inputs(
+        cls,
+        pipe: DALLE2,
+        inputs: int,
+        num_images: int,
+        *,
+        candidates: int = 1,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        batch_size: int | None = None,
+        progress: Progress = False,
+    ) -> GenerationContext:
+        """`num_images` images of each input, and `candidates` rows for each image.
+
+        Image i of every input has the same seed, which depends on (seed, i) only.
+        """
+        check_count("num_images", num_images)
+        seed = resolve_seed(seed, generator)
+        rows: list[int] = []
+        for index in range(num_images):
+            rows += candidate_seeds(sample_seed(seed, index), candidates)
+        return cls(pipe, seed, rows * inputs, batch_size=batch_size, progress=progress)
+
+    @property
+    def batches(self) -> list[slice]:
+        """The rows of each batch."""
+        rows = len(self.sample_seeds)
+        step = self.batch_size or max(1, rows)
+        return [slice(start, start + step) for start in range(0, rows, step)]
+
+    def repeat(self, inputs: Tensor) -> Tensor:  # [P, *] -> [B, *]
+        """One row for each image, from one row for each input."""
+        return inputs.repeat_interleave(len(self.sample_seeds) // len(inputs), dim=0)
+
+    def select(self, rows: Tensor) -> None:  # int64 [R]
+        """Continue with these rows only."""
+        self.sample_seeds = [self.sample_seeds[row] for row in rows.tolist()]
+
+    def evaluation_mode(self) -> AbstractContextManager[None]:
+        """`with context.evaluation_mode():` runs the pipeline's modules in evaluation mode."""
+        return evaluation_mode(self.pipe)
+
+    def sample(self, stage: str, sample: Callable[..., Tensor], **options: Any) -> Tensor:
+        """sample(seeds=..., **options) of all rows; `stage` is one of STAGES. Otherwise as `run`."""
+        # With the same seeds all stages would start from the same noise.
+        seeds = [sample_seed(seed, STAGES.index(stage)) for seed in self.sample_seeds]
+        return self.run(stage, sample, seeds=torch.tensor(seeds, device=self.pipe.device), **options)
+
+    def run(self, stage: str, function: Callable[..., Tensor], **options: Any) -> Tensor:
+        """function(**options, progress=...) batch after batch, timed as `stage`; results as one tensor.
+
+        Tensors among the options have one row per image and are cut into batches.
+        """
+        results = []
+        with self.timer(stage, len(self.batches)) as track:
+            for rows in self.batches:
+                inputs = {k: v[rows] if isinstance(v, Tensor) else v for k, v in options.items()}
+                results.append(function(**inputs, progress=track))
+            return torch.cat(results)
+
+    def result(self, images: Tensor, low_res: Tensor, image_embed: Tensor) -> Generation:
+        """The result of the call. FloatingPointError if an image is not finite."""
+        if not torch.isfinite(images).all():
+            dtype = self.pipe.dtype
+            raise FloatingPointError(f"the images are not finite in {dtype}: use float32 or bfloat16")
+        return Generation(
+            images=images.float(),
+            low_res=low_res.float(),
+            image_embed=image_embed,
+            seed=self.seed,
+            sample_seeds=torch.tensor(self.sample_seeds),
+            seconds=self.timer.seconds,
+        )
+
+
+def resolve_seed(seed: int | None, generator: torch.Generator | None = None) -> int:
+    """`seed`, or one drawn from `generator`, or else from torch's global generator.
+
+    Raises:
+        TypeError: `seed` is no int.
+        ValueError: `seed` is not in 0 ... 2^63 - 1, or both are given.
+    """
+    if seed is None:
+        device = "cpu" if generator is None else generator.device
+        return int(torch.randint(2**32, (), generator=generator, device=device))
+    if generator is not None:
+        raise ValueError("seed, generator: expected at most one of the two")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: expected an int, got {seed!r}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected 0 ... 2^63 - 1, got {seed}")
+    return seed
+
+
+def candidate_seeds(seed: int, count: int) -> list[int]:
+    """The seeds of an image's candidates: the image's seed first, then seeds derived from it.
+
+    More candidates never change the first ones. Derivation uses negative positions, so that no candidate has
+    the seed of a stage.
+    """
+    return [seed, *(sample_seed(seed, -candidate) for candidate in range(1, count))]
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every submodule is as before, because a trainer may be sampling."""
+    training = [child for child in module.modules() if child.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child in training:
+            child.training = True
