@@ -1,7 +1,7 @@
 """The command line: `dalle2-fast generate|variations|interpolate|...`.
 
-Nothing here imports torch before a command needs it, so `--help` answers at once. Every error that the user
-can put right leaves through `main` as one line on stderr and exit code 2.
+Nothing imports torch before a command needs it, so that `--help` answers at once. Every error that the user
+can correct ends in `main` as one line on stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -14,30 +14,40 @@ from typing import NoReturn
 
 from dalle2_fast import __version__
 
-# command -> (module with add_arguments(parser) and run(args) -> int, what it does). A module is imported only
-# for its own command.
+# command -> (module with add_arguments(parser) and run(args) -> int, what it does). Only the module of the
+# command that runs is imported.
 COMMANDS = {
-    "generate": ("dalle2_fast.cli.generate", "draw pictures from a caption"),
-    "variations": ("dalle2_fast.cli.editing.variations", "draw other pictures of the same content"),
-    "interpolate": ("dalle2_fast.cli.editing.interpolate", "draw the way from one picture to another"),
-    "text-diff": ("dalle2_fast.cli.editing.text_diff", "change a picture by the difference of two captions"),
-    "inpaint": ("dalle2_fast.cli.editing.inpaint", "repaint a part of a picture"),
-    "invert": ("dalle2_fast.cli.editing.invert", "find the noise that draws a picture"),
+    "generate": ("dalle2_fast.cli.generate", "make images of a caption"),
+    "variations": ("dalle2_fast.cli.editing.variations", "make other images of the same content"),
+    "interpolate": ("dalle2_fast.cli.editing.interpolate", "make the images from one image to another"),
+    "text-diff": ("dalle2_fast.cli.editing.text_diff", "change an image by the difference of two captions"),
+    "inpaint": ("dalle2_fast.cli.editing.inpaint", "repaint a part of an image"),
+    "invert": ("dalle2_fast.cli.editing.invert", "find the noise from which an image is sampled"),
     "reconstruct": (
-        "dalle2_fast.cli.editing.reconstruct", "draw a picture from a few components of its embedding",
+        "dalle2_fast.cli.editing.reconstruct", "make an image from a few components of its embedding",
     ),
     "vocabulary": ("dalle2_fast.cli.vocabulary", "list the words that a checkpoint knows"),
-    "info": ("dalle2_fast.cli.info", "versions, backends and the checkpoint"),
+    "info": ("dalle2_fast.cli.info", "show versions, backends and the checkpoint"),
     "train": ("dalle2_fast.cli.train", "train CLIP, prior, decoder and upsampler"),
     "evaluate": ("dalle2_fast.cli.evaluate", "score a checkpoint against captions and baselines"),
 }
-# TypeError is not among them: out of a command line it is a fault of the program and deserves its traceback.
+# TypeError is not among them: from a command line it is a fault of the program, and shows its traceback.
 USER_ERRORS = (ValueError, OSError, FloatingPointError, ImportError)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line; returns the exit code: 0 done, 2 a user's error (one line on stderr), 130
-    interrupted."""
+    """Run a command line.
+
+    Args:
+        argv: the words after `dalle2-fast`; None is this process's.
+
+    Returns:
+        The exit code: 0 done, 2 an error that the user can correct (one line on stderr), 130 interrupted.
+
+    Example:
+        >>> main(["vocabulary", "--checkpoint", "no/such/folder"])
+        2
+    """
     argv = sys.argv[1:] if argv is None else argv
     try:
         code = _run(argv)
@@ -45,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    except BrokenPipeError:  # `dalle2-fast vocabulary | head`: the reader has what it wanted
+    except BrokenPipeError:  # `dalle2-fast vocabulary | head`: the reader has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -56,22 +66,22 @@ def main(argv: list[str] | None = None) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, as for every other error: twenty lines of usage would hide it."""
+        """One line, as for every other error, because twenty lines of usage would hide it."""
         self.exit(2, f"{self.prog}: {message} (options: {self.prog} --help)\n")
 
 
 def _run(argv: list[str]) -> int:
     parser = _Parser(
         prog="dalle2-fast",
-        description="DALL-E 2 in PyTorch: captions to pictures, and the training behind it.",
+        description="DALL-E 2 in PyTorch: from captions to images, and its training.",
     )
     parser.add_argument("--version", action="version", version=f"dalle2-fast {__version__}")
-    parser.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code an error occurred")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     chosen = next((word for word in argv if not word.startswith("-")), None)
     command = None
     for name, (home, purpose) in COMMANDS.items():
-        underscored = name.replace("-", "_")  # as the methods are spelt
+        underscored = name.replace("-", "_")  # the spelling of the methods
         subparser = subparsers.add_parser(
             name,
             aliases=[underscored] if underscored != name else [],
@@ -86,7 +96,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _is_environment(error: Exception) -> bool:
-    """Errors of torch's and the trainer's that are RuntimeErrors by class and the user's to put right."""
+    """Whether it is a RuntimeError of torch, safetensors or the trainer that the user can correct."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"OutOfMemoryError", "TrainingError", "SafetensorError"})
 

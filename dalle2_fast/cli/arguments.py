@@ -1,90 +1,130 @@
-"""Arguments that the commands which draw share, and the kinds of numbers they take."""
+"""Arguments that several commands share, and the types of numbers that they take."""
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from dalle2_fast.pipeline import device
+from dalle2_fast.pipeline.device import DTYPES
+from dalle2_fast.pipeline.settings import SAMPLERS, SamplingSettings
 
-# What goes on to the chain under its own name, and is written into the PNG file.
-SETTINGS = ("steps", "guidance", "candidates", "prior_steps", "prior_guidance", "upsampler_steps",
-            "upsampler2_steps", "size", "tile", "sampler")  # fmt: skip
+DEVICE_HELP = "auto (default: a GPU if there is one), cpu, cuda, cuda:1, ..."
 
 
 def add_seed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--seed", type=seed, help="the same seed gives the same pictures (default: a random one)"
+        "--seed", type=seed, help="the same seed gives the same images (default: a random one)"
     )
+
+
+def add_num_images(parser: argparse.ArgumentParser, what: str = "images") -> None:
+    parser.add_argument("--num-images", type=positive_int, default=4, metavar="N", help=f"{what} (default 4)")
 
 
 def add_decoder(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=count, metavar="N", help="diffusion steps of the decoder")
+    parser.add_argument("--steps", type=positive_int, metavar="N", help="diffusion steps of the decoder")
     parser.add_argument(
-        "--guidance", type=scale, metavar="X", help="how closely the decoder follows what it is told"
+        "--guidance",
+        type=non_negative_float,
+        metavar="X",
+        help="guidance scale of the decoder: how closely it follows its conditioning (1: no guidance)",
     )
+
+
+def add_decoder_caption(parser: argparse.ArgumentParser, of: str = "image alone decides") -> None:
+    parser.add_argument("--caption", help=f"a caption for the decoder (default: the {of})")
 
 
 def add_candidates(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--candidates", type=count, metavar="N",
-        help="pictures drawn for each one asked for: the one that CLIP finds nearest to the caption is kept",
-    )  # fmt: skip
+        "--candidates",
+        type=positive_int,
+        metavar="N",
+        help="images sampled for each one asked for: the one that CLIP finds nearest to the caption is kept",
+    )
 
 
 def add_prior(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prior-steps", type=count, metavar="N", help="diffusion steps of the prior")
-    parser.add_argument("--prior-guidance", type=scale, metavar="X", help="how closely the prior follows it")
+    parser.add_argument("--prior-steps", type=positive_int, metavar="N", help="diffusion steps of the prior")
+    parser.add_argument(
+        "--prior-guidance", type=non_negative_float, metavar="X", help="guidance scale of the prior"
+    )
 
 
 def add_upsamplers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--upsampler-steps", type=count, metavar="N", help="those of the upsampler")
-    parser.add_argument("--upsampler2-steps", type=count, metavar="N", help="of a second one, to 1024")
     parser.add_argument(
-        "--size",
-        type=count,
-        metavar="PIXELS",
-        help="side of a picture, one that the checkpoint makes: 64, 256, 1024 (default: its largest)",
+        "--upsampler-steps", type=positive_int, metavar="N", help="diffusion steps of the upsampler"
     )
     parser.add_argument(
-        "--tile", type=count, metavar="PIXELS", help="upsample in overlapping tiles, to save memory: 512"
+        "--upsampler2-steps",
+        type=positive_int,
+        metavar="N",
+        help="diffusion steps of a second upsampler, to 1024",
+    )
+    parser.add_argument(
+        "--size",
+        type=positive_int,
+        metavar="PIXELS",
+        help="side of an image, one that the checkpoint makes: 64, 256, 1024 (default: its largest)",
+    )
+    parser.add_argument(
+        "--tile",
+        type=positive_int,
+        metavar="PIXELS",
+        help="upsample in overlapping tiles of this side, to save memory: 512",
     )
 
 
 def add_sampler(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sampler", choices=("ddpm", "ddim", "dpm++"), help="update rule of every stage")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="update rule of every stage")
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: the one in the package")
 
 
 def add_output(parser: argparse.ArgumentParser, default: str) -> None:
+    """How to run and where to write; `default` is the file name without -SEED.png."""
     parser.add_argument(
-        "--batch-size", type=count, metavar="N", help="at most N pictures at a time, to save memory"
+        "--batch-size", type=positive_int, metavar="N", help="at most N images at a time, to save memory"
     )
-    device.add_arguments(parser)
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: the one in the package")
+    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", *DTYPES),
+        help="auto (default): bf16 on a device that computes in it, fp32 elsewhere",
+    )
+    add_checkpoint(parser)
     parser.add_argument(
         "--output", type=Path, metavar="FILE.png", help=f"the grid (default: {default}-SEED.png here)"
     )
-    parser.add_argument("--individual", type=Path, metavar="DIR", help="also write every picture on its own")
+    parser.add_argument("--individual", type=Path, metavar="DIR", help="also write each image to a file")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
-def start_from_own_noise(args: argparse.Namespace) -> None:
-    """The default of --guidance where x_T is found by inversion, as the chain's methods have it; set here so
-    that it is written into the file."""
+def default_to_no_guidance(args: argparse.Namespace) -> None:
+    """The default of --guidance where x_T is found by inversion, as in the methods of the pipeline.
+
+    It is set here so that it is written into the file.
+    """
     args.guidance = 1.0 if args.guidance is None else args.guidance
 
 
-def settings(args: argparse.Namespace) -> dict[str, object]:
-    """The settings that a command has; None is the checkpoint's."""
-    return {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The size and the SamplingSettings that a command has as options; None is the checkpoint's value."""
+    names = (*SamplingSettings.names(), "size")
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
-def count(text: str) -> int:
+def positive_int(text: str) -> int:
     return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
 
 
-def count_or_none(text: str) -> int:
+def non_negative_int(text: str) -> int:
     return _number(text, int, lambda value: value >= 0, "a whole number of at least 0")
 
 
@@ -92,19 +132,19 @@ def seed(text: str) -> int:
     return _number(text, int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
 
 
-def scale(text: str) -> float:
+def non_negative_float(text: str) -> float:
     return _number(text, float, lambda value: math.isfinite(value) and value >= 0, "a number of at least 0")
 
 
-def share(text: str) -> float:
+def fraction(text: str) -> float:
     return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
-def strength(text: str) -> float:
+def positive_fraction(text: str) -> float:
     return _number(text, float, lambda value: 0 < value <= 1, "a number above 0 and up to 1")
 
 
-def _number(text: str, kind: type, allowed, expected: str):
+def _number(text: str, kind: type, allowed: Callable[[Any], bool], expected: str) -> Any:
     try:
         value = kind(text)
     except ValueError:

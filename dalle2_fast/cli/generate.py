@@ -1,29 +1,29 @@
-"""`dalle2-fast generate CAPTION`: a PNG grid, and where the time went."""
+"""`dalle2-fast generate CAPTION`: images of a caption as a PNG grid, and the seconds of each stage."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from dalle2_fast.cli import arguments, picture
-from dalle2_fast.cli import image as cli_image
+from dalle2_fast.cli import arguments
+from dalle2_fast.cli.image_files import MAX_COLUMNS, open_image
 from dalle2_fast.cli.job import Job
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("caption", help='what to draw, e.g. "a large red circle above a small blue square"')
-    parser.add_argument(
-        "--num-images", type=arguments.count, default=4, metavar="N", help="pictures (default 4)"
-    )
+    """Declare the options of `dalle2-fast generate`."""
+    parser.add_argument("caption", help='e.g. "a large red circle above a small blue square"')
+    arguments.add_num_images(parser)
     arguments.add_seed(parser)
     parser.add_argument(
-        "--init-image", type=Path, metavar="FILE", help="a picture for the decoder to start from; shown first"
+        "--init-image", type=Path, metavar="FILE", help="an image for the decoder to start from; shown first"
     )
     parser.add_argument(
         "--strength",
-        type=arguments.strength,
+        type=arguments.positive_fraction,
         metavar="X",
-        help="how much of the decoder's way is made from it: 1 forgets the picture (default 0.6)",
+        help="the part of the decoder's steps made from it: 1 forgets the image (default 0.6)",
     )
     arguments.add_decoder(parser)
     arguments.add_candidates(parser)
@@ -34,25 +34,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Generate and write; the exit code."""
     if not args.caption.strip():
         raise ValueError("caption: expected words, got an empty caption")
     if args.strength is not None and args.init_image is None:
-        raise ValueError("--strength: expected --init-image FILE beside it")
+        raise ValueError("--strength: expected together with --init-image FILE")
     job = Job(args, args.caption)
-    opened = cli_image.open_image(args.init_image, "--init-image") if args.init_image is not None else None
+    opened = None if args.init_image is None else open_image(args.init_image, "--init-image")
     pipe = job.load()
     from dalle2_fast.data.images import resized, to_pil
 
-    start, source, labels, columns = {}, [], None, None
+    start: dict[str, Any] = {}
+    shown, labels, columns = [], None, None
     if opened is not None:
         image = job.square(opened, args.init_image)
         strength = 0.6 if args.strength is None else args.strength
         start = {"init_image": image, "strength": strength}
-    made = pipe.generate(args.caption, args.num_images, **job.shared(), **start)
-    pictures = to_pil(made.images)
-    if opened is not None:
-        source = to_pil(resized(image, job.size))
-        labels = ["start", *[f"strength {strength:g}"] * len(pictures)]
-        columns = picture.WIDEST
-    texts = {"caption": args.caption}
-    return job.write(source + pictures, made.seconds, texts=texts, labels=labels, columns=columns)
+        shown = to_pil(resized(image, job.size))
+        labels = ["start", *[f"strength {strength:g}"] * args.num_images]
+        columns = MAX_COLUMNS
+    made = pipe.generate(args.caption, args.num_images, **job.options(), **start)
+    images = shown + to_pil(made.images)
+    return job.write(images, made.seconds, texts={"caption": args.caption}, labels=labels, columns=columns)

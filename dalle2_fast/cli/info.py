@@ -6,34 +6,36 @@ import argparse
 from pathlib import Path
 
 from dalle2_fast import __version__
-from dalle2_fast.pipeline import device as _device
+from dalle2_fast.cli.arguments import add_checkpoint
+from dalle2_fast.pipeline.device import choose_device, choose_dtype
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: the one in the package")
+    """Declare the options of `dalle2-fast info`."""
+    add_checkpoint(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print the report; the exit code."""
     from dalle2_fast.checkpoints import embedded_path
     from dalle2_fast.ops._build_info import build_info
 
-    build = build_info() | {"dalle2_fast": __version__}
-    for key, value in build.items():
+    for key, value in (build_info() | {"dalle2_fast": __version__}).items():
         _print(key.replace("_", " "), _words(value))
-    device = _device.choose_device("auto")
-    dtype = str(_device.choose_dtype("auto", device)).removeprefix("torch.")
+    device = choose_device("auto")
+    dtype = str(choose_dtype("auto", device)).removeprefix("torch.")
     _print("default", f"{device}, {dtype}")
     path = args.checkpoint or embedded_path()
     try:
-        _print("checkpoint", _checkpoint(path))
+        _print("checkpoint", _describe_checkpoint(path))
     except (ValueError, FileNotFoundError) as error:
         if args.checkpoint is not None:
             raise
-        _print("checkpoint", f"none ({error})")  # the rest of the report is still worth having
+        _print("checkpoint", f"none ({error})")  # the rest of the report is still useful
     return 0
 
 
-def _checkpoint(path: Path) -> str:
+def _describe_checkpoint(path: Path) -> str:
     from dalle2_fast.checkpoints import open_checkpoint
 
     checkpoint = open_checkpoint(path)
@@ -46,12 +48,13 @@ def _checkpoint(path: Path) -> str:
     for name, tensor in tensors.items():
         part = name.partition(".")[0]
         counts[part] = counts.get(part, 0) + tensor.numel()
-    stored = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
     sizes = ", ".join(f"{part} {count:,}" for part, count in counts.items())
-    return f"{checkpoint.path} ({layout}, {', '.join(stored)}; numbers stored: {sizes})"
+    return f"{checkpoint.path} ({layout}, {', '.join(dtypes)}; numbers stored: {sizes})"
 
 
 def _words(value: object) -> str:
+    """A value of the report as text."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""A command that draws, from arguments to file: checks before any work, the chain, the grid, the report."""
+"""A command that makes images, from its arguments to its files: checks, pipeline, grid, report."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import json
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dalle2_fast import __version__
-from dalle2_fast.cli import arguments
-from dalle2_fast.cli import image as cli_image
-from dalle2_fast.cli import picture as cli_picture
-from dalle2_fast.pipeline import device
+from dalle2_fast.cli.arguments import given_settings
+from dalle2_fast.cli.image_files import check_writable, default_file_name, save_png, square_image
+from dalle2_fast.pipeline.device import choose_device, choose_dtype
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,28 +24,38 @@ if TYPE_CHECKING:
 
 
 class Job:
-    """Made at once it refuses what cannot be written or does not exist; `load` then reads the checkpoint."""
+    """One run of such a command: construct it, `load` the pipeline, call it with `options()`, `write`.
+
+    Args:
+        args: the parsed command line.
+        name: what is made, for the default file name.
+
+    Raises:
+        ValueError, OSError: a device that does not exist, or a file that could not be written.
+    """
 
     def __init__(self, args: argparse.Namespace, name: str) -> None:
         self.args, self.began = args, time.perf_counter()
         self.seed = secrets.randbelow(2**32) if args.seed is None else args.seed
-        self.output = args.output or Path(cli_picture.file_name(name, self.seed))
+        self.output = args.output or Path(default_file_name(name, self.seed))
         if self.output.suffix.lower() != ".png":
             raise ValueError(f"--output: expected a name that ends in .png, got {str(self.output)!r}")
         if self.output.is_dir():
             raise IsADirectoryError(f"--output: {self.output} is a folder, expected a file name")
-        cli_picture.check_writable(self.output.parent, "--output")
+        check_writable(self.output.parent, "--output")
         if args.individual is not None:
-            cli_picture.check_writable(args.individual, "--individual")
-        self.device = device.choose_device(args.device)
-        self.dtype = device.choose_dtype(args.dtype, self.device)
-        self.start_up, self.notes = 0.0, []
+            check_writable(args.individual, "--individual")
+        self.device = choose_device(args.device)
+        self.dtype = choose_dtype(args.dtype, self.device)
+        self.start_up = 0.0  # seconds
+        self.notes: list[str] = []  # printed at the end, so that an error stays one line
 
     def load(self) -> DALLE2:
-        from dalle2_fast.ops import _build_info
+        """Read the checkpoint."""
+        from dalle2_fast.ops._build_info import cpu_has_bfloat16
         from dalle2_fast.pipeline.dalle2 import DALLE2
 
-        emulated = self.device.type == "cpu" and not _build_info.cpu_has_bfloat16()
+        emulated = self.device.type == "cpu" and not cpu_has_bfloat16()
         if self.args.dtype in ("bf16", "fp16") and emulated:
             print(f"note: this CPU computes {self.args.dtype} in software; fp32 is faster", file=sys.stderr)
         self.pipe = DALLE2.from_pretrained(self.args.checkpoint, device=self.device, dtype=self.dtype)
@@ -55,65 +64,92 @@ class Job:
 
     @property
     def size(self) -> int:
-        """The side of what is drawn; wrong ones are refused by the chain."""
+        """The side of the images to be made; the pipeline refuses a wrong one."""
         return self.args.size or self.pipe.sizes[-1]
 
-    def square(self, picture: Image, path: Path, side: int | None = None) -> Tensor:
-        """The opened picture as the chain takes it, square; what it is made into (`side`, by default the size
-        of what is drawn) is said at the end, so that a refusal stays one line."""
-        image, note = cli_image.square(picture, path, side or self.size)
-        self.notes += [note] if note else []
-        return image
+    def square(self, image: Image, path: Path, side: int | None = None) -> Tensor:
+        """The central square of an opened image, [1, 3, S, S]; the report says how the image is changed.
 
-    def shared(self) -> dict[str, object]:
-        """Seed, settings and progress, as every method of the chain takes them."""
-        common = dict(seed=self.seed, batch_size=self.args.batch_size, progress=not self.args.quiet)
-        return common | arguments.settings(self.args)
+        side: the size to which the pipeline will resize it; None is `size`.
+        """
+        square, note = square_image(image, path, side or self.size)
+        self.notes += [note] if note else []
+        return square
+
+    def options(self) -> dict[str, Any]:
+        """Seed, batch size, progress and settings, as the methods of the pipeline take them."""
+        shared = dict(seed=self.seed, batch_size=self.args.batch_size, progress=not self.args.quiet)
+        return shared | given_settings(self.args)
 
     def write(
         self,
-        pictures: Sequence[Image],
-        seconds: dict[str, float],
+        images: Sequence[Image],
+        seconds: Mapping[str, float],
         *,
-        texts: dict[str, object],
-        lines: dict[str, object] | None = None,
+        texts: Mapping[str, object],
+        lines: Mapping[str, object] | None = None,
         labels: Sequence[str] | None = None,
         columns: int | None = None,
     ) -> int:
-        """Write the grid (and single pictures), print where it is and what it took; the exit code."""
-        given = arguments.settings(self.args).items()
-        settings = self.pipe.sampling | {name: value for name, value in given if value is not None}
-        settings |= {"device": self.device.type, "dtype": self._dtype}
-        texts = texts | {"seed": self.seed, "settings": json.dumps(settings)}
-        texts |= {"Software": f"dalle2_fast {__version__}"}
+        """Write the grid, and the images one by one if asked for, and print the report.
+
+        Args:
+            images: of one size, at least one.
+            seconds: stage -> seconds.
+            texts: what this command adds to the text chunks of the PNG files.
+            lines: what it adds to the report.
+            labels: a line of text below each image.
+            columns: of the grid.
+
+        Returns:
+            The exit code, 0.
+        """
+        from dalle2_fast.data.images import image_grid
+
+        texts = {**texts, **self._provenance()}
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        sheet = cli_picture.grid(pictures, labels=labels, columns=columns)
-        cli_picture.save_png(sheet, self.output, texts | {"num_images": len(pictures)})
+        grid = image_grid(images, labels=labels, columns=columns)
+        save_png(grid, self.output, texts | {"num_images": len(images)})
         for note in self.notes:
             print(note, file=sys.stderr)
-        width, height = pictures[0].size
-        report = {"image": f"{self.output.resolve()} ({len(pictures)} of {width} x {height})"}
+        width, height = images[0].size
+        report = {"image": f"{self.output.resolve()} ({len(images)} of {width} x {height})"}
         if self.args.individual is not None:
-            self.args.individual.mkdir(parents=True, exist_ok=True)
-            for index, picture in enumerate(pictures):
-                one = texts | {"index": index} | ({"label": labels[index]} if labels else {})
-                cli_picture.save_png(picture, self.args.individual / f"{index:03d}.png", one)
+            self._write_individual(images, texts, labels)
             report["individual"] = str(self.args.individual.resolve())
         seconds = {"start-up": self.start_up, **seconds}
+        times = ", ".join(f"{name} {spent:.2f}" for name, spent in seconds.items())
         report |= lines or {}
         report |= {
             "seed": self.seed,
-            "device": f"{self._device_name()}, {self._dtype}",
+            "device": f"{self._device_name()}, {self._dtype_name()}",
             "backend": _backend_name(),
-            "seconds": ", ".join(f"{name} {spent:.2f}" for name, spent in seconds.items())
-            + f", in all {sum(seconds.values()):.2f}",
+            "seconds": f"{times}, in all {sum(seconds.values()):.2f}",
         }
         for key, value in report.items():
             print(f"{key + ':':<12}{value}")
         return 0
 
-    @property
-    def _dtype(self) -> str:
+    def _provenance(self) -> dict[str, object]:
+        """Text chunks from which the images can be made again."""
+        given = {name: value for name, value in given_settings(self.args).items() if value is not None}
+        settings = self.pipe.sampling | given | {"device": self.device.type, "dtype": self._dtype_name()}
+        return {
+            "seed": self.seed,
+            "settings": json.dumps(settings),
+            "Software": f"dalle2_fast {__version__}",
+        }
+
+    def _write_individual(
+        self, images: Sequence[Image], texts: dict[str, object], labels: Sequence[str] | None
+    ) -> None:
+        folder = self.args.individual
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, image in enumerate(images):
+            label = {"label": labels[index]} if labels else {}
+            save_png(image, folder / f"{index:03d}.png", texts | {"index": index} | label)
+
+    def _dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
     def _device_name(self) -> str:
@@ -121,12 +157,13 @@ class Job:
 
         if self.device.type == "cuda":
             return f"{self.device} ({torch.cuda.get_device_name(self.device)})"
-        threads = f"{self.device} ({torch.get_num_threads()} threads)"
-        return threads if self.device.type == "cpu" else str(self.device)
+        if self.device.type == "cpu":
+            return f"{self.device} ({torch.get_num_threads()} threads)"
+        return str(self.device)
 
 
 def _backend_name() -> str:
     from dalle2_fast.ops._build_info import KERNELS, build_info
 
-    fused = [name for name in build_info()["fused_ops"] if name in KERNELS]  # the losses draw nothing
+    fused = [name for name in build_info()["fused_ops"] if name in KERNELS]  # no image needs the losses
     return f"fused ({', '.join(fused)}), else reference" if fused else "reference (plain PyTorch)"

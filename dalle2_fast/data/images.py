@@ -154,7 +154,7 @@ def as_images(name: str, given: Tensor | Image | Sequence[Image], device: torch.
     Args:
         name: what an error message calls the argument.
         given: a tensor [3, S, S] or [B, 3, S, S] in [0, 1], a PIL image, or several of one size; S is any
-            size, but the images must be square (see `middle_square`).
+            size, but the images must be square (see `central_square`).
         device: of the result.
 
     Raises:
@@ -217,7 +217,7 @@ def expect_one(name: str, rows: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------ squares and sizes
 
 
-def middle_square(images: Tensor) -> Tensor:
+def central_square(images: Tensor) -> Tensor:
     """[B, C, H, W] -> the largest square in the middle, [B, C, S, S]."""
     height, width = images.shape[-2:]
     side = min(height, width)

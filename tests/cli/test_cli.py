@@ -193,7 +193,7 @@ def test_unknown_device(name, says):
 def test_cuda_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device.choose_device("auto").type == "cpu"
-    with pytest.raises(ValueError, match="--device: cuda asked for, but torch .* sees 0 CUDA device"):
+    with pytest.raises(ValueError, match="--device: expected .* got cuda, but torch .* finds 0 CUDA device"):
         device.choose_device("cuda")
 
 

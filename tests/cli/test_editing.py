@@ -108,7 +108,7 @@ def test_what_is_done_to_a_picture_is_said(command):
     code, _, err = command("variations", "wide.png", "--num-images", "1")
     assert code == 0
     assert err == (
-        "note: wide.png is 60 x 40: its middle 40 x 40 is used, resized to 32 x 32 (bicubic, antialiased)\n"
+        "note: wide.png is 60 x 40: its central 40 x 40 is used, resized to 32 x 32 (bicubic, antialiased)\n"
     )
     Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save("clear.png")
     err = command("variations", "clear.png", "--num-images", "1")[2]
@@ -125,7 +125,7 @@ def test_components_from_a_folder(command):
     assert command("reconstruct", "a.png", "--dims", "1,16", "--pca-folder", "folder")[0] == 0
     os.mkdir("empty")
     code, _, err = command("reconstruct", "a.png", "--pca-folder", "empty")
-    assert code == 2 and "--pca-folder: expected at least 2 pictures in empty, found 0" in err
+    assert code == 2 and "--pca-folder: expected at least 2 images in empty, found 0" in err
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -142,8 +142,8 @@ def test_help(name, capsys):
     ("arguments", "says"),
     [
         (["variations", "nowhere.png"], "image: no such file: nowhere.png"),
-        (["variations", "."], "image: . is a folder, expected a picture"),
-        (["variations", "text.png"], "image: text.png is not a picture that Pillow can read"),
+        (["variations", "."], "image: . is a folder, expected an image"),
+        (["variations", "text.png"], "image: text.png is not an image that Pillow can read"),
         (["variations", "half.png"], "image: half.png cannot be read"),
         (["variations", "a.png", "--size", "100"], "size: expected one of 16, 32, got 100"),
         (["variations", "a.png", "--caption", "a zebra"], "zebra"),
@@ -154,11 +154,11 @@ def test_help(name, capsys):
         (["invert", "a.png", "--steps", "1"], "--steps: expected at least 2, got 1"),
         (["reconstruct", "a.png", "--dims", "17"], "--dims: expected numbers of up to 16 components, got 17"),
         (["reconstruct", "a.png", "--pca-folder", "a.png"], "--pca-folder: a.png is not a folder"),
-        (["inpaint", "a.png", "--mask", "wide.png"], "expected the picture's size 32 x 32, got 60 x 40"),
+        (["inpaint", "a.png", "--mask", "wide.png"], "expected the image's size 32 x 32, got 60 x 40"),
         (["inpaint", "a.png", "--box", "0,0,0.001,1"], "expected something to repaint, got nothing"),
         (["inpaint", "a.png", " ", "--mask", "mask.png"], "caption: expected words"),
-        (["generate", "a ring", "--strength", "0.5"], "--strength: expected --init-image FILE beside it"),
-        (["generate", "a ring", "--init-image", "text.png"], "--init-image: text.png is not a picture"),
+        (["generate", "a ring", "--strength", "0.5"], "--strength: expected together with --init-image FILE"),
+        (["generate", "a ring", "--init-image", "text.png"], "--init-image: text.png is not an image"),
     ],
 )
 def test_refused(command, arguments, says):

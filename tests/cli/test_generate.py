@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from dalle2_fast import DALLE2, cli
-from dalle2_fast.cli import picture as cli_picture
+from dalle2_fast.cli.image_files import default_file_name, save_png
+from dalle2_fast.data.images import GRID_GAP, image_grid
 from dalle2_fast.ops import _build_info
 from tests.support.tiny_pipeline import tiny_pipeline
 
@@ -235,7 +236,7 @@ def test_an_interrupt_leaves_nothing(generate, monkeypatch):
 @pytest.mark.parametrize(("count", "size"), [(1, (8, 6)), (2, (20, 6)), (3, (20, 16)), (5, (32, 16))])
 def test_grid(count, size):
     pictures = [Image.new("RGB", (8, 6), (index, 0, 0)) for index in range(count)]
-    sheet = cli_picture.grid(pictures)
+    sheet = image_grid(pictures)
     assert sheet.size == size
     assert sheet.getpixel((0, 0)) == (0, 0, 0)
     if count > 1:
@@ -245,16 +246,16 @@ def test_grid(count, size):
 def test_labels_do_not_run_into_each_other():
     """Catches: lines under small pictures that are printed over one another."""
     red, blue = (Image.new("RGB", (16, 16), color) for color in ("red", "blue"))
-    one = cli_picture.grid([red], labels=["of variance 17.7%"])
-    two = cli_picture.grid([red, blue], labels=["of variance 17.7%"] * 2)
-    assert two.width == 2 * one.width + cli_picture.GAP > 100
-    first, second = (two.crop((x, 16, x + one.width, two.height)) for x in (0, one.width + cli_picture.GAP))
+    one = image_grid([red], labels=["of variance 17.7%"])
+    two = image_grid([red, blue], labels=["of variance 17.7%"] * 2)
+    assert two.width == 2 * one.width + GRID_GAP > 100
+    first, second = (two.crop((x, 16, x + one.width, two.height)) for x in (0, one.width + GRID_GAP))
     assert first.tobytes() == second.tobytes() == one.crop((0, 16, one.width, one.height)).tobytes()
 
 
 def test_failed_write_keeps_the_old_picture(tmp_path, monkeypatch):
     path = tmp_path / "x.png"
-    cli_picture.save_png(Image.new("RGB", (2, 2), "red"), path, {"caption": "ring é"})
+    save_png(Image.new("RGB", (2, 2), "red"), path, {"caption": "ring é"})
     with Image.open(path) as picture:
         assert picture.text["caption"] == "ring é"
 
@@ -264,7 +265,7 @@ def test_failed_write_keeps_the_old_picture(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", half)
     with pytest.raises(OSError, match="x.png: cannot be written .No space left on device"):
-        cli_picture.save_png(Image.new("RGB", (2, 2), "blue"), path, {})
+        save_png(Image.new("RGB", (2, 2), "blue"), path, {})
     assert os.listdir(tmp_path) == ["x.png"]
     with Image.open(path) as picture:
         assert picture.getpixel((0, 0)) == (255, 0, 0)
@@ -280,7 +281,7 @@ def test_failed_write_keeps_the_old_picture(tmp_path, monkeypatch):
     ],
 )
 def test_file_name(caption, name):
-    assert cli_picture.file_name(caption, 7) == name
+    assert default_file_name(caption, 7) == name
 
 
 @pytest.mark.gpu

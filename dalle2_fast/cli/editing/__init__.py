@@ -1,1 +1,1 @@
-"""The commands that begin with a picture."""
+"""The commands that begin with an image."""

@@ -1,0 +1,103 @@
+"""Image files of a command: those it is given, opened and made square, and the PNG files it writes."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+MAX_COLUMNS = 8  # of a grid whose images have an order
+
+
+def open_image(path: Path, argument: str) -> Image:
+    """The image in a file, completely read and upright; errors name the argument and the file."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        image = Image.open(path)
+        image.load()  # opening reads the header only
+        return ImageOps.exif_transpose(image)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{argument}: no such file: {path}") from None
+    except IsADirectoryError:
+        raise IsADirectoryError(f"{argument}: {path} is a folder, expected an image") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{argument}: {path} is not an image that Pillow can read") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{argument}: {path} cannot be read ({error})") from None
+
+
+def square_image(image: Image, path: Path, side: int) -> tuple[Tensor, str | None]:
+    """The central square of an opened image, and a note that says how the image is changed, if it is.
+
+    Args:
+        image: as `open_image` gives it.
+        path: its file, for the note.
+        side: the size to which the pipeline will resize it.
+
+    Returns:
+        float32 [1, 3, S, S] in [0, 1], with transparency laid on white, and the note or None.
+    """
+    from dalle2_fast.data.images import central_square, from_pil, is_transparent
+
+    whole = from_pil(image)
+    square = central_square(whole)
+    height, width = whole.shape[2:]
+    changes = []
+    if height != width:
+        changes.append(f"its central {square.shape[2]} x {square.shape[3]} is used")
+    if square.shape[-1] != side:
+        changes.append(f"resized to {side} x {side} (bicubic, antialiased)")
+    if is_transparent(image):
+        changes.append("transparency laid on white")
+    return square, f"note: {path} is {width} x {height}: {', '.join(changes)}" if changes else None
+
+
+def save_png(image: Image, path: Path, texts: Mapping[str, object]) -> None:
+    """Write a PNG file, complete or not at all.
+
+    Args:
+        image: what to write.
+        path: the file.
+        texts: text chunks (Pillow: Image.open(path).text).
+
+    Raises:
+        OSError: the file cannot be written; the message names it.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
+    from dalle2_fast.checkpoints.atomic import atomic_write
+
+    info = PngInfo()
+    for key, value in texts.items():
+        info.add_itxt(key, str(value))  # iTXt, because a caption may hold any letter
+    with atomic_write(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Raise if a file in `folder`, which may not exist yet, could not be written. Creates nothing."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{option}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"{option}: no permission to write in {existing}")
+
+
+def default_file_name(caption: str, seed: int) -> str:
+    """A name that says what is in the file; another seed gives another name.
+
+    Example:
+        >>> default_file_name("A red ring!", 7)
+        'a-red-ring-7.png'
+    """
+    words = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:60].rstrip("-")
+    return f"{words or 'picture'}-{seed}.png"
