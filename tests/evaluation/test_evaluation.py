@@ -207,7 +207,7 @@ def test_a_world_without_held_out_pairs_has_no_comp_split(tmp_path, capsys):
     (["--seed", "-1"], "--seed: expected 0 to"),
     (["--output", "scores.txt"], "--output: expected a name that ends in .json"),
     (["--output", "nowhere/scores.json"], "--output: the folder"),
-    (["--device", "cuda:99"], "--device: cuda:99 asked for"),
+    (["--device", "cuda:99"], "--device: expected a device of this machine, got cuda:99"),
     (["--guidance", "-1"], "guidance: expected a finite number >= 0"),
     (["--checkpoint", "nowhere"], "nowhere: no such checkpoint folder"),
 ])  # fmt: skip
