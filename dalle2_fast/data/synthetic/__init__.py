@@ -1,1 +1,10 @@
-"""The world of captioned scenes that needs no download: drawn, described and rendered by rules."""
+"""A world of captioned scenes that needs no download: sampled, described and rendered by rules.
+
+    vocabulary, words      the names of all attributes and the words of the captions
+    world                  the part of the vocabulary that scenes are sampled from
+    shapes, palette        what objects and colours look like
+    scenes                 random arrangements of objects, as tensors
+    rendering              their images
+    captions, negatives    their captions, and captions that are wrong by one change
+    stream                 batches of all of these
+"""

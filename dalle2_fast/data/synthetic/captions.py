@@ -1,8 +1,9 @@
-"""English captions of scenes as token rows, without a Python string in between.
+"""English captions of scenes, as rows of tokens and without a Python string in between.
 
-A caption is decided in two steps. `draw_phrasing` draws what is left to taste: which attributes to state,
-which synonym, which phrase. `stated` and `compose` then apply it to scenes. Applied to two scenes, one
-phrasing gives two captions that differ in nothing but what the scenes differ in: see negatives.py.
+A caption is made in two steps. `draw_phrasing` samples what does not follow from the scene: which attributes
+are stated, which synonym and which phrase are used. `stated` and `compose` then apply the phrasing to scenes.
+One phrasing, applied to two scenes, gives two captions that differ only where the scenes differ: see
+negatives.py.
 
 Pattern: [opener] [count | a] [size] [fill] [colour] [shape] ... [relation | and] ... [position] [background].
 """
@@ -47,11 +48,11 @@ from dalle2_fast.data.synthetic.vocabulary import (
     WORD_TO_ID,
 )
 
-NAMED_OBJECTS = 3  # noun phrases at most; "count" names its equal objects once
+NAMED_OBJECTS = 3  # the most noun phrases of a caption; "count" names its equal objects once
 
 
 class _NounPhrase(NamedTuple):
-    """Per scene, for one object: which row of the synonym tables, and the order of the words."""
+    """Of one object per scene: the column of the synonym tables, and the order of the words."""
 
     color: Tensor  # int64 [n]
     shape: Tensor
@@ -63,7 +64,7 @@ class _NounPhrase(NamedTuple):
 
 
 class Phrasing(NamedTuple):
-    """Everything about n captions that does not depend on the scenes."""
+    """Everything about n captions that does not depend on the scenes; K = 5 object slots."""
 
     drop: float
     size: Tensor  # bool [n, K]: state the size?
@@ -82,7 +83,7 @@ class Phrasing(NamedTuple):
     background_first: Tensor  # bool [n]
 
     def rows(self, index: Tensor) -> Phrasing:
-        """The phrasing of the captions `index`."""
+        """The phrasing of some of the captions; `index`: int64 [m], repetitions allowed."""
 
         def take(value):
             if isinstance(value, _NounPhrase):
@@ -95,20 +96,20 @@ class Phrasing(NamedTuple):
 
 
 def _phrases(phrases: tuple[str, ...]) -> Tensor:
-    """int64 [phrases, longest]: tokens, padded by 0."""
+    """The tokens of phrases, int64 [phrases, longest], padded by 0."""
     rows = [[WORD_TO_ID[word] for word in phrase.split()] for phrase in phrases]
     longest = max(map(len, rows))
     return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
 
 
 def _alternatives(phrases: tuple[tuple[str, ...], ...], width: int) -> Tensor:
-    """int64 [entries, alternatives, width]"""
+    """The tokens of alternative phrases, int64 [entries, alternatives, width], padded by 0."""
     tables = [torch.nn.functional.pad(_phrases(group), (0, width))[:, :width] for group in phrases]
     return torch.stack(tables)
 
 
 def _synonyms(names: tuple[str, ...], synonyms: dict[str, tuple[str, ...]]) -> Tensor:
-    """int64 [names, choices]: the canonical name twice, then its synonyms, filled up with the former."""
+    """int64 [names, choices]: the canonical name twice, then its synonyms, padded by the canonical name."""
     rows = [(name, name, *synonyms.get(name, (name,))) for name in names]
     choices = max(map(len, rows))
     rows = [row + (row[0],) * (choices - len(row)) for row in rows]
@@ -144,7 +145,22 @@ def draw_phrasing(
     drop: float = 1.0,
     canonical: bool = False,
 ) -> Phrasing:
-    """Draw the phrasing of n captions; options as in `make_captions`. The order of the draws is fixed."""
+    """Sample the phrasing of n captions. The order of the random numbers is fixed.
+
+    Args:
+        n: how many captions.
+        generator: on `device`; None takes torch's default generator.
+        device: of the tensors.
+        drop: 1 leaves attributes out at random, as people do; 0 states all of them.
+        canonical: use no synonyms.
+
+    Raises:
+        ValueError: `drop` is neither 0 nor 1.
+
+    Example:
+        >>> draw_phrasing(4).opener.shape
+        torch.Size([4])
+    """
     if drop not in (0, 1):
         raise ValueError(f"drop: expected 0 (state everything) or 1 (leave out at random), got {drop!r}")
     tables = _tables(device)
@@ -194,7 +210,11 @@ def draw_phrasing(
 
 
 def stated(scenes: Scenes, phrasing: Phrasing) -> dict[str, Tensor]:
-    """Which attributes the captions state: bool size, fill [n, K]; pos, bg, btex, rel [n]."""
+    """Which attributes the captions of scenes state.
+
+    Returns:
+        bool tensors: size, fill [n, K]; pos, bg, btex, rel [n]. Shape and colour are always stated.
+    """
     kind, seen, everything = scenes["kind"], scenes["fill"] > 0, phrasing.drop == 0
     fill = torch.where(seen, phrasing.fill_seen, phrasing.fill_solid)
     background = phrasing.background | everything
@@ -210,7 +230,16 @@ def stated(scenes: Scenes, phrasing: Phrasing) -> dict[str, Tensor]:
 
 
 def compose(scenes: Scenes, phrasing: Phrasing) -> Tensor:
-    """The captions of n scenes: int64 [n, 36], <bos> words <eos>, then 0."""
+    """The captions of n scenes: int64 [n, 36], <bos>, the words, <eos>, then 0.
+
+    Example:
+        >>> from dalle2_fast.data import WordTokenizer, World, sample_scenes
+        >>> world = World(shapes=["star"], colors=["red"], fills=["solid"], sizes=["small"], kinds=["one"])
+        >>> scenes = sample_scenes(1, split="all", world=world)
+        >>> tokens = compose(scenes, draw_phrasing(1, canonical=True))
+        >>> "red" in WordTokenizer.scenes().decode(tokens[0]), tokens.shape
+        (True, torch.Size([1, 36]))
+    """
     device, kind, n = scenes["kind"].device, scenes["kind"], len(scenes["kind"])
     tables, says = _tables(device), stated(scenes, phrasing)
     counted = kind == COUNT
@@ -268,7 +297,7 @@ def compose(scenes: Scenes, phrasing: Phrasing) -> Tensor:
     early = phrasing.background_first
     parts = [constant(BOS), only(early, background), *body, only(~early, background), constant(EOS)]
     tokens = torch.cat(parts, 1)
-    order = torch.argsort((tokens == 0).int(), dim=1, stable=True)  # close the gaps
+    order = torch.argsort((tokens == 0).int(), dim=1, stable=True)  # words first, in their order
     return torch.gather(tokens, 1, order)[:, :MAX_LENGTH]
 
 
@@ -278,10 +307,25 @@ def make_captions(
     drop: float = 1.0,
     canonical: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Captions of n scenes: tokens int64 [n, 36], and which attributes they state (see `stated`).
+    """Sample a phrasing, and caption scenes with it.
 
-    drop: 1 leaves attributes out at random, as people do; 0 states all of them.
-    canonical: no synonyms. The generator must live on the scenes' device.
+    Args:
+        scenes: n scenes.
+        generator: on the device of the scenes; None takes torch's default generator.
+        drop: 1 leaves attributes out at random, as people do; 0 states all of them.
+        canonical: use no synonyms.
+
+    Returns:
+        The tokens, int64 [n, 36], and which attributes they state (see `stated`).
+
+    Raises:
+        ValueError: `drop` is neither 0 nor 1.
+
+    Example:
+        >>> from dalle2_fast.data import sample_scenes
+        >>> tokens, says = make_captions(sample_scenes(2))
+        >>> tokens.shape, says["size"].shape
+        (torch.Size([2, 36]), torch.Size([2, 5]))
     """
     device = scenes["kind"].device
     phrasing = draw_phrasing(len(scenes["kind"]), generator, device, drop=drop, canonical=canonical)

@@ -1,10 +1,10 @@
-"""Hard negatives: captions that are false of a picture by one exchange or one change.
+"""Hard negatives: captions that one exchange or one change makes wrong for an image.
 
-A bag of words tells a caption from random others, but not from these. The wrong caption is the right one's
-phrasing applied to an edited scene, so nothing but the meaning differs; and an edit counts only where it
-- is told by the caption and makes it false (both orders of "a red star and a blue ring" are true),
-- gives attributes that a scene of the split can have: otherwise implausible words would give it away, and
-  pairs held out of training would be learnt as always wrong.
+A bag of words distinguishes a caption from random ones, but not from these. The wrong caption is the phrasing
+of the right one, applied to an edited scene, so that only the meaning differs. An edit counts only if
+- the caption states it and becomes false by it (both orders of "a red star and a blue ring" are true), and
+- a scene of the split can have the edited attributes: otherwise implausible words would give the negative
+  away, and pairs that are held out of training would be learnt as always wrong.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from dalle2_fast.data.synthetic.vocabulary import (
 )
 from dalle2_fast.data.synthetic.world import World
 
-# Every kind with its weight when kinds are drawn: what is hard to learn often. With weights of 1 and 2 a CLIP
-# that had seen 106k pictures told top from bottom, but not left from right (column of one object, by a linear
-# probe of the image embedding: 58 %); 26k more with these weights made it 80 %.
+# The weight with which each kind is sampled: large for what is hard to learn. With weights of 1 and 2, a CLIP
+# that had seen 106k images distinguished top from bottom, but not left from right: a linear probe of the
+# image embedding found the column of a single object in 58 % of images. 26k more images with these weights
+# made it 80 %.
 NEGATIVE_KINDS = {
     "swap_colors": 2.0,
     "swap_shapes": 2.0,
@@ -62,14 +63,33 @@ def hard_negatives(
     split: str = "all",
     world: World | None = None,
 ) -> tuple[Scenes, Tensor]:
-    """Edited scenes, to be captioned with `compose(edited, phrasing)`; bool [n]: are they hard negatives?
+    """Edit scenes so that their captions become hard negatives of the images.
 
-    kind: "swap_colors", "swap_shapes", "swap_sizes", "swap_fills" exchange an attribute of two objects,
-        "swap_objects" exchanges the objects (that is: reverses a relation); "change_..." draws another
-        relation, color, shape, size, fill, count, position, background or texture of the world.
-    phrasing: of the captions (from `draw_phrasing`); None: captions that state everything (`drop=0`).
-    split: "train" and "iid" refuse negatives that show what these splits leave out.
-    Edited scenes keep their places and radii: caption them, do not render them.
+    Edited scenes keep their positions and radii: caption them with `compose(edited, phrasing)`, but do not
+    render them.
+
+    Args:
+        scenes: n scenes.
+        generator: on the device of the scenes; None takes torch's default generator.
+        kind: "swap_colors", "swap_shapes", "swap_sizes" and "swap_fills" exchange an attribute of two
+            objects, "swap_objects" exchanges the objects, which reverses a relation, and "change_..." samples
+            another relation, color, shape, size, fill, count, position, background or texture of the world.
+        phrasing: of the captions, from `draw_phrasing`; None states everything (`drop=0`).
+        split: "train" and "iid" refuse negatives that show what these splits leave out.
+        world: of the scenes; None takes the whole world.
+
+    Returns:
+        The edited scenes, and which of them are hard negatives, bool [n].
+
+    Raises:
+        ValueError: the kind or the split does not exist.
+
+    Example:
+        >>> from dalle2_fast.data import World, sample_scenes
+        >>> scenes = sample_scenes(2, world=World(kinds=["one"]))
+        >>> edited, hard = hard_negatives(scenes, kind="change_color")
+        >>> (edited["color"][:, 0] != scenes["color"][:, 0]).all().item(), hard.shape
+        (True, torch.Size([2]))
     """
     if kind not in NEGATIVE_KINDS:
         raise ValueError(f"kind: expected one of {', '.join(NEGATIVE_KINDS)}; got {kind!r}")
@@ -89,11 +109,30 @@ def sample_negatives(
     split: str = "train",
     world: World | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`count` hard negatives of different kinds for every caption `compose(scenes, phrasing)`.
+    """Sample hard negatives of different kinds for every caption `compose(scenes, phrasing)`.
 
-    kinds: name -> weight (default NEGATIVE_KINDS); drawn among those that apply to the caption.
-    Returns tokens int64 [n, count, 36]; mask bool [n, count], False where too few kinds apply (not to be
-    used); kinds int64 [n, count], indices into the keys of `kinds`.
+    Args:
+        scenes: n scenes.
+        phrasing: of their captions, from `draw_phrasing`.
+        generator: on the device of the scenes; None takes torch's default generator.
+        count: negatives per caption, from 1 to the number of kinds.
+        kinds: name -> weight, sampled among those that apply to the caption; None takes NEGATIVE_KINDS.
+        split: "train" and "iid" refuse negatives that show what these splits leave out.
+        world: of the scenes; None takes the whole world.
+
+    Returns:
+        tokens: int64 [n, count, 36].
+        mask: bool [n, count], False where too few kinds apply; do not use these tokens.
+        kinds: int64 [n, count], indices into the keys of `kinds`.
+
+    Raises:
+        ValueError: the count is out of range, or a kind or the split does not exist.
+
+    Example:
+        >>> from dalle2_fast.data import draw_phrasing, sample_scenes
+        >>> tokens, mask, kinds = sample_negatives(sample_scenes(4), draw_phrasing(4), count=2)
+        >>> tokens.shape, mask.shape, kinds.shape
+        (torch.Size([4, 2, 36]), torch.Size([4, 2]), torch.Size([4, 2]))
     """
     kinds = NEGATIVE_KINDS if kinds is None else kinds
     if not 1 <= count <= len(kinds):
@@ -102,15 +141,15 @@ def sample_negatives(
     if unknown:
         raise ValueError(f"kinds: expected names of {', '.join(NEGATIVE_KINDS)}; got {', '.join(unknown)}")
     n, device = len(scenes["kind"]), scenes["kind"].device
-    scenes = {key: value for key, value in scenes.items() if value.dtype == torch.int64}  # no places
-    # All kinds of all scenes at once, [kinds * n] rows: a few large operations instead of many small ones.
+    scenes = {key: value for key, value in scenes.items() if value.dtype == torch.int64}  # without positions
+    # All kinds of all scenes at once, [kinds * n] rows: few large operations instead of many small ones.
     parts = [_edit(scenes, kind, generator, world or World()) for kind in kinds]
     edited = {key: torch.cat([part[key] for part in parts]) for key in scenes}
     rows = torch.arange(n, device=device).repeat(len(kinds))
     true = {key: value[rows] for key, value in scenes.items()}
     hard = _is_hard(true, edited, phrasing.rows(rows), split, world).view(len(kinds), n).T
 
-    # Weighted draw without replacement: the least of exponential variates with rates = weights.
+    # Weighted sampling without replacement: the smallest of exponential variates with rates = weights.
     weights = torch.tensor(list(kinds.values()), device=device)
     uniform = torch.rand(n, len(kinds), generator=generator, device=device)
     waiting = -torch.log1p(-uniform) / weights
@@ -122,9 +161,12 @@ def sample_negatives(
 
 
 def contradicts(scenes: Scenes, claimed: Scenes, says: dict[str, Tensor]) -> Tensor:
-    """bool [n]: is what captions of `claimed` say (the attributes `says`, see `stated`) false of `scenes`?
+    """Whether captions of `claimed` are false of `scenes`, bool [n].
 
-    Both must be of the same kinds. Attributes that are not said claim nothing.
+    Args:
+        scenes: the n real scenes.
+        claimed: the n scenes that the captions describe, of the same kinds.
+        says: which attributes the captions state (see `stated`); the others claim nothing.
     """
 
     def agrees(key: str) -> Tensor:  # [n, claimed object, real object]
@@ -134,11 +176,11 @@ def contradicts(scenes: Scenes, claimed: Scenes, says: dict[str, Tensor]) -> Ten
     match = agrees("shape") & agrees("color")
     match &= (agrees("size") | ~said_size) & (agrees("fill") | ~said_fill)
 
-    def matches(*order: int) -> Tensor:  # claimed object i is real object order[i]
+    def matches(*order: int) -> Tensor:  # whether claimed object i is real object order[i]
         return torch.stack([match[:, i, j] for i, j in enumerate(order)]).all(0)
 
     kind, rel = scenes["kind"], scenes["rel"]
-    inverse = torch.tensor([*_INVERSE_RELATION.values(), -1], device=rel.device)[rel]  # the last for rel = -1
+    inverse = torch.tensor([*_INVERSE_RELATION.values(), -1], device=rel.device)[rel]  # the last: rel = -1
     same_order = matches(0, 1) & ((claimed["rel"] == rel) | ~says["rel"])
     other_order = matches(1, 0) & ((claimed["rel"] == inverse) | ~says["rel"])
     three = torch.stack([matches(*order) for order in permutations(range(3))]).any(0)
@@ -157,7 +199,7 @@ def _is_hard(scenes: Scenes, edited: Scenes, phrasing: Phrasing, split: str, wor
 
 
 def _edit(scenes: Scenes, kind: str, generator: torch.Generator | None, world: World) -> Scenes:
-    """The scenes after one edit; unchanged where it makes no sense."""
+    """The scenes after one edit; unchanged where the edit does not apply."""
     scene_kind, device = scenes["kind"], scenes["kind"].device
     n = len(scene_kind)
 
@@ -165,7 +207,7 @@ def _edit(scenes: Scenes, kind: str, generator: torch.Generator | None, world: W
         return torch.randint(0, high, (n,), generator=generator, device=device)
 
     def another(old: Tensor, ids: Tensor) -> Tensor:
-        """For each id of the table `ids` a different one of it (the same where there is no other)."""
+        """For each id of the table `ids`, another one of it, or the same if there is no other."""
         position = (old[:, None] == ids).int().argmax(1)
         return ids[(position + 1 + integers(max(len(ids) - 1, 1))) % len(ids)]
 
@@ -175,7 +217,7 @@ def _edit(scenes: Scenes, kind: str, generator: torch.Generator | None, world: W
         names = ("shape", "color", "size", "fill") if key == "object" else (key,)
         swapped = {name: scenes[name].gather(1, partner) for name in names}
         if key == "object":
-            inside = (scenes["rel"] == INSIDE)[:, None]  # the outer one stays the large one
+            inside = (scenes["rel"] == INSIDE)[:, None]  # the outer object stays the large one
             swapped["size"] = torch.where(inside, scenes["size"], swapped["size"])
         return scenes | swapped
 
@@ -186,7 +228,7 @@ def _edit(scenes: Scenes, kind: str, generator: torch.Generator | None, world: W
         new = another(scenes["rel"], world.ids("relations", device))
         return scenes | {"rel": torch.where(scene_kind == TWO, new, scenes["rel"])}
     if kind == "change_position":
-        # Another row or another column, not both: else the easier of the two is enough.
+        # Another row or another column, but not both, because then the easier of the two would be enough.
         pos, step, along_row = scenes["pos"], 1 + integers(2), integers(2) == 1
         new = torch.where(along_row, pos // 3 * 3 + (pos + step) % 3, (pos + 3 * step) % 9)
         return scenes | {"pos": torch.where(scene_kind == ONE, new, scenes["pos"])}
@@ -194,7 +236,7 @@ def _edit(scenes: Scenes, kind: str, generator: torch.Generator | None, world: W
         new = another(scenes["nobj"], torch.arange(2, MAX_OBJECTS + 1, device=device))
         return scenes | {"nobj": torch.where(scene_kind == COUNT, new, scenes["nobj"])}
 
-    # One attribute of one object (of all, where they are alike).
+    # One attribute of one object, or of all objects where they are alike.
     key = kind.removeprefix("change_")
     slot = integers(6) % scenes["nobj"].clamp(1, NAMED_OBJECTS)  # 6: a multiple of 1, 2 and 3
     slot = torch.where(scene_kind == COUNT, 0, slot)
@@ -205,7 +247,7 @@ def _edit(scenes: Scenes, kind: str, generator: torch.Generator | None, world: W
 
 
 def _partners(kind: Tensor, draw: Tensor) -> Tensor:
-    """int64 [n, K]: the slot that each slot changes places with; itself where nothing is exchanged."""
+    """The slot with which each slot is exchanged, int64 [n, K]; itself where nothing is exchanged."""
     identity, exchanges = list(range(MAX_OBJECTS)), []
     for a, b in ((0, 1), (0, 2), (1, 2)):
         order = identity.copy()

@@ -1,7 +1,7 @@
 """Colours of objects and backgrounds, and which of them can be told apart.
 
-An object may lie on a background only if its tones are far, in CIE Lab, from every tone that the
-background (texture and soft shadow included) can take.
+An object may lie on a background only if its tones are far, in CIE Lab, from every tone that the background
+takes with its texture and under a soft shadow.
 """
 
 from __future__ import annotations
@@ -23,22 +23,30 @@ BACKGROUND_RGB_255 = (
     (28, 38, 90), (165, 228, 190), (200, 185, 240), (150, 205, 245),
 )  # fmt: skip
 
-# Least Lab distances: first tone to background, second tone to background, inner to outer object.
+# The smallest Lab distances allowed: first tone to background, second tone to background, inner to outer
+# object.
 FIRST_TONE_DISTANCE, SECOND_TONE_DISTANCE, INSIDE_DISTANCE = 30, 24, 34
-SHADOW = 0.82  # the darkest factor that the shadow beside an object puts on the background
+SHADOW = 0.82  # the smallest factor by which the shadow next to an object darkens the background
 
 
 class Palette(NamedTuple):
+    """The colour tables on one device: float32 RGB in [0, 1], except for the two of bool."""
+
     color: Tensor  # [12, 3] RGB in [0, 1]
     color_second: Tensor  # [12, 3] the stripes and dots on an object
     background: Tensor  # [8, 3]
     background_second: Tensor  # [8, 3] the other tone of a background's texture
     allowed: Tensor  # bool [12 colours, 3 fills, 8 backgrounds]
-    contrast: Tensor  # bool [12, 12]: may one lie inside the other?
+    contrast: Tensor  # bool [12, 12]: may an object of one colour lie inside one of the other?
 
 
 def rgb_to_lab(rgb: Tensor) -> Tensor:
-    """sRGB [..., 3] in [0, 1] -> CIE L*a*b* (D65) [..., 3]."""
+    """sRGB [..., 3] in [0, 1] -> CIE L*a*b* under D65 [..., 3].
+
+    Example:
+        >>> [round(x) for x in rgb_to_lab(torch.tensor([1.0, 0.0, 0.0])).tolist()]
+        [53, 80, 67]
+    """
     rgb = rgb.clamp(0, 1)
     linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     to_xyz = rgb.new_tensor(
@@ -85,7 +93,12 @@ def _allowed(color: Tensor, color_second: Tensor, background: Tensor, background
 
 @functools.cache
 def palette(device: str | torch.device = "cpu") -> Palette:
-    """The colour tables on a device, computed on the CPU at first use (so that every device agrees)."""
+    """The colour tables on a device, computed once and on the CPU, so that every device has the same ones.
+
+    Example:
+        >>> palette().allowed.shape
+        torch.Size([12, 3, 8])
+    """
     if torch.device(device) != torch.device("cpu"):
         return Palette(*(table.to(device) for table in palette()))
     color = torch.tensor(COLOR_RGB_255) / 255.0

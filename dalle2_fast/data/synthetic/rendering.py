@@ -1,6 +1,6 @@
-"""Pictures of scenes: anti-aliased analytically from signed distances; any resolution shows the same scene.
+"""Images of scenes, anti-aliased analytically from signed distances, so that every resolution shows the same.
 
-Per object: image <- image * fade;  image <- image + coverage * (colour * shade - image), slot after slot.
+Per object, slot after slot:  image <- image * fade;  image <- image + coverage * (colour * shade - image).
 """
 
 from __future__ import annotations
@@ -15,29 +15,47 @@ from dalle2_fast.data.synthetic.scenes import Scenes, valid_slots
 from dalle2_fast.data.synthetic.shapes import SIGNED_DISTANCES, geometry
 from dalle2_fast.data.synthetic.vocabulary import DOTTED, SOLID, STRIPED, TEXTURES
 
-TEXTURE_PERIOD = 0.125  # of the canvas
+TEXTURE_PERIOD = 0.125  # in units of the canvas
 
-# Scene pixels rendered at once. On a CPU, a quarter of it loses 20 % to the overhead of each operation, and
-# more wins nothing but takes memory. Elsewhere: few launches, and some 100 bytes a pixel, 3 GB.
+# Scene pixels per chunk. On a CPU, a quarter of this number loses 20 % to the overhead of each operation, and
+# a larger one takes more memory without a gain. Other devices need few launches; at about 100 bytes per pixel
+# their chunk takes 3 GB.
 CPU_CHUNK_PIXELS, DEVICE_CHUNK_PIXELS = 2**20, 2**25
 
 
 class _Layers(NamedTuple):
-    """What m objects do to the image below them: float32 planes [m, R, R]."""
+    """What m objects do to the image below them; float32 planes [m, R, R]."""
 
     coverage: Tensor  # 1 inside, 0 outside
-    fade: Tensor  # 1 - soft shadow to the lower right
+    fade: Tensor  # 1 - the soft shadow to the lower right
     shade: Tensor  # light from the top left
 
 
 def render(scenes: Scenes, resolution: int = 64) -> Tensor:
-    """The pictures, float32 [n, 3, resolution, resolution] in [0, 1], on the scenes' device."""
+    """The images of scenes.
+
+    Args:
+        scenes: n scenes.
+        resolution: height and width, in pixels; at least 1.
+
+    Returns:
+        float32 [n, 3, resolution, resolution] in [0, 1], on the device of the scenes.
+
+    Raises:
+        ValueError: the resolution is no int >= 1.
+
+    Example:
+        >>> from dalle2_fast.data import sample_scenes
+        >>> render(sample_scenes(2), resolution=16).shape
+        torch.Size([2, 3, 16, 16])
+    """
     if not isinstance(resolution, int) or resolution < 1:
         raise ValueError(f"resolution: expected an int >= 1, got {resolution!r}")
     device = scenes["nobj"].device
     limit = CPU_CHUNK_PIXELS if device.type == "cpu" else DEVICE_CHUNK_PIXELS
     chunk = max(1, limit // resolution**2)
-    # Crowded scenes first: then the scenes that use a slot are always the first few, and need no gathering.
+    # Scenes with many objects come first: the scenes that use a slot are then the first rows, and a slice of
+    # the images is enough.
     order = torch.argsort(scenes["nobj"], descending=True, stable=True)
     images = torch.empty(len(order), 3, resolution, resolution, device=device)
     for start in range(0, len(order), chunk):
@@ -47,11 +65,11 @@ def render(scenes: Scenes, resolution: int = 64) -> Tensor:
 
 
 def _render(scenes: Scenes, resolution: int) -> Tensor:
-    """One chunk, sorted by falling number of objects."""
+    """The images of one chunk, whose scenes are sorted by decreasing number of objects."""
     images = _background(scenes, resolution)
     users = valid_slots(scenes).sum(0).tolist()  # scenes that use each slot
 
-    def flat(key: str) -> Tensor:  # objects, slot after slot: [N, ...]
+    def flat(key: str) -> Tensor:  # of all objects, slot after slot: [N, ...]
         return torch.cat([scenes[key][:count, slot] for slot, count in enumerate(users)])
 
     objects = {key: flat(key) for key in ("shape", "color", "fill", "cx", "cy", "r", "rot", "cj")}
@@ -77,7 +95,7 @@ def _render(scenes: Scenes, resolution: int) -> Tensor:
 
 
 def _object_layers(objects: Scenes, resolution: int) -> tuple[_Layers, Tensor]:
-    """All objects' layers [N, R, R], sorted by shape; int64 [N]: the place of each object in them."""
+    """The layers [N, R, R] of all objects, sorted by shape, and the row of each object in them, int64 [N]."""
     shape = objects["shape"]
     device, table = shape.device, geometry(shape.device)
     order = torch.argsort(shape, stable=True)
@@ -117,8 +135,12 @@ def _object_layers(objects: Scenes, resolution: int) -> tuple[_Layers, Tensor]:
 
 
 def _tones(objects: Scenes, resolution: int) -> tuple[Tensor, Tensor]:
-    """Stripes and dots [T, R, R] in [0, 1]: 0 the colour, 1 its second tone; int64 [N]: the place of each
-    object in them (0 for solid ones, which have none)."""
+    """The patterns of objects with stripes or dots, and the row of each object in them.
+
+    Returns:
+        float32 [T, R, R]: 0 is the first tone of the colour, 1 its second tone.
+        int64 [N]: 0 for solid objects, which have no pattern.
+    """
     parts, row = [], torch.zeros_like(objects["fill"])
     pixel = _pixel_centres(resolution, row.device)
     for pattern in (STRIPED, DOTTED):
@@ -135,12 +157,12 @@ def _tones(objects: Scenes, resolution: int) -> tuple[Tensor, Tensor]:
 
 
 def _local(dx: Tensor, dy: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Offsets from an object's centre in its own, turned frame."""
+    """Offsets from the centre of an object, in the frame that is rotated with it."""
     return cos * dx + sin * dy, -sin * dx + cos * dy
 
 
 def _background(scenes: Scenes, resolution: int) -> Tensor:
-    """[n, 3, R, R]: the background's two tones, mixed by its texture."""
+    """The backgrounds [n, 3, R, R]: two tones, mixed by the texture."""
     colors = palette(scenes["bg"].device)
     first = (colors.background[scenes["bg"]] + scenes["bj"])[:, :, None, None]
     change = (colors.background_second[scenes["bg"]] + scenes["bj"])[:, :, None, None] - first
@@ -153,7 +175,7 @@ def _background(scenes: Scenes, resolution: int) -> Tensor:
 
 
 def _texture(name: str, phase: Tensor, resolution: int) -> Tensor:
-    """[n, R or 1, R or 1] in [0, 1] (gradient: up to 1.6): how much of the second tone."""
+    """The weight of the second tone, [n, R or 1, R or 1] in [0, 1]; up to 1.6 for a gradient."""
     pixel, period = _pixel_centres(resolution, phase.device), TEXTURE_PERIOD
     x = pixel[None, None, :] + phase[:, 0, None, None] * period * 2
     y = pixel[None, :, None] + phase[:, 1, None, None] * period * 2
@@ -173,12 +195,12 @@ def _pixel_centres(resolution: int, device: torch.device) -> Tensor:
 
 
 def _wave(phase: Tensor, duty: float, period_pixels: Tensor | float) -> Tensor:
-    """Anti-aliased square wave of period 1: 1 on the fraction `duty`."""
+    """An anti-aliased square wave of period 1, which is 1 on the fraction `duty` of it."""
     distance = (phase - torch.floor(phase) - 0.5).abs() * 2
     return (0.5 + (duty - distance) * 0.5 * period_pixels).clamp(0, 1)
 
 
 def _dots(x: Tensor, y: Tensor, period: Tensor | float, radius: float, resolution: int) -> Tensor:
-    """Anti-aliased dots on a square grid; `radius` in periods."""
+    """Anti-aliased dots on a square grid; `radius` is in periods."""
     dx, dy = x / period - torch.floor(x / period) - 0.5, y / period - torch.floor(y / period) - 0.5
     return (0.5 - (torch.sqrt(dx * dx + dy * dy) - radius) * period * resolution).clamp(0, 1)

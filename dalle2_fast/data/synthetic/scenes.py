@@ -1,15 +1,15 @@
-"""Scenes: random, valid arrangements of objects as a dict of tensors.
+"""Scenes: random, valid arrangements of objects, as a dict of tensors.
 
-A dict of n scenes with K = 5 object slots, of which the first `nobj` are used:
+A dict of n scenes has K = 5 object slots, of which the first `nobj` are used:
     kind [n]          int64, index into KINDS
     nobj [n]          int64, 1..5
     shape, color, fill, size [n, K]   int64, indices into SHAPES, COLORS, FILLS, SIZES
-    r, rot, cx, cy [n, K]   float32: radius and centre in units of the canvas (y down), turn in radians
+    r, rot, cx, cy [n, K]   float32: radius and centre in units of the canvas (y down), rotation in radians
     rel [n]           int64: slot 0 is RELATIONS[rel] of slot 1 ("inside": slot 1 inside slot 0); -1 unless
-                      the kind is two
-    pos [n]           int64, index into POSITIONS, -1 unless kind one
+                      the kind is "two"
+    pos [n]           int64, index into POSITIONS; -1 unless the kind is "one"
     bg, btex [n]      int64, indices into BACKGROUNDS, TEXTURES
-    cj [n, K, 3], bj [n, 3], ph [n, 2]   float32: colour jitters, phase of the texture
+    cj [n, K, 3], bj [n, 3], ph [n, 2]   float32: colour jitter of objects, of the background; texture phase
 """
 
 from __future__ import annotations
@@ -43,19 +43,24 @@ from dalle2_fast.data.synthetic.world import OUTER_SHAPES, World
 Scenes = dict[str, Tensor]
 
 SPLITS = ("train", "iid", "comp", "all")
-MARGIN = 0.035  # between an object and the canvas's edge
+MARGIN = 0.035  # between an object and the edge of the canvas
 GAP = 0.05  # at least, between two related objects
-PAIR_EXTENT = 0.435  # largest sum of two half extents that still leaves room for both
-STALE_ROUNDS = 40  # proposals without one accepted scene before giving up
+PAIR_EXTENT = 0.435  # the largest sum of two half extents with which both objects fit on the canvas
+STALE_ROUNDS = 40  # rounds of proposals without one accepted scene before sampling gives up
 
 
 def valid_slots(scenes: Scenes) -> Tensor:
-    """bool [n, K]: which object slots are used."""
+    """Which object slots are used, bool [n, K]."""
     return torch.arange(MAX_OBJECTS, device=scenes["nobj"].device)[None] < scenes["nobj"][:, None]
 
 
 def held_out_pairs(device: torch.device | str = "cpu") -> Tensor:
-    """bool [12 shapes, 12 colours]: the 12 pairs that no training scene shows."""
+    """The 12 pairs that no training scene shows, bool [12 shapes, 12 colours].
+
+    Example:
+        >>> held_out_pairs().sum().item()
+        12
+    """
     held = torch.zeros(len(SHAPES), len(COLORS), dtype=torch.bool, device=device)
     shapes = torch.arange(len(SHAPES), device=device)
     held[shapes, (5 * shapes + 3) % 12] = True
@@ -63,13 +68,14 @@ def held_out_pairs(device: torch.device | str = "cpu") -> Tensor:
 
 
 def has_held_out_pair(scenes: Scenes) -> Tensor:
-    """bool [n]: does an object have a held-out (shape, colour)?"""
+    """Whether an object of each scene has a held-out pair of shape and colour, bool [n]."""
     held = held_out_pairs(scenes["shape"].device)[scenes["shape"], scenes["color"]]
     return (held & valid_slots(scenes)).any(1)
 
 
 def has_held_out_relation(scenes: Scenes) -> Tensor:
-    """bool [n]: is (object, relation, object) of the tenth of all such tuples that training leaves out?"""
+    """Whether (object, relation, object) is one of the tenth of all such tuples that training leaves out,
+    bool [n]."""
     shape, color = scenes["shape"], scenes["color"]
     code = torch.full_like(shape[:, 0], 7)
     for column in (shape[:, 0], color[:, 0], shape[:, 1], color[:, 1], scenes["rel"].clamp_min(0)):
@@ -78,7 +84,16 @@ def has_held_out_relation(scenes: Scenes) -> Tensor:
 
 
 def in_split(scenes: Scenes, split: str) -> Tensor:
-    """bool [n]. train: nothing held out; iid: no held-out pair; comp: at least one; all: everything."""
+    """Whether each scene belongs to a split, bool [n].
+
+    Args:
+        scenes: n scenes.
+        split: "train" has nothing that is held out, "iid" no held-out pair of shape and colour, "comp" at
+            least one such pair, "all" everything.
+
+    Raises:
+        ValueError: another split.
+    """
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}; got {split!r}")
     if split == "train":
@@ -97,10 +112,27 @@ def sample_scenes(
     world: World | None = None,
     device: torch.device | str = "cpu",
 ) -> Scenes:
-    """n random scenes of a world (default: the whole) on a device; the generator must live there, too.
+    """Sample random scenes.
 
-    split: "train" leaves out 12 of 144 (shape, colour) pairs and a tenth of the (object, relation, object)
-    tuples; "iid" leaves out the pairs only; every scene of "comp" shows one; "all" leaves out nothing.
+    Args:
+        n: how many, from 0.
+        generator: on `device`; None takes torch's default generator.
+        split: "train" leaves out 12 of the 144 pairs of shape and colour and a tenth of the tuples (object,
+            relation, object); "iid" leaves out the pairs only; every scene of "comp" shows such a pair; "all"
+            leaves out nothing.
+        world: what scenes may show; None takes the whole world.
+        device: of the tensors.
+
+    Returns:
+        The dict of tensors that the module describes.
+
+    Raises:
+        ValueError: `n` is no int >= 0, the split does not exist, or the world has no scene in it.
+
+    Example:
+        >>> scenes = sample_scenes(3, torch.Generator().manual_seed(0))
+        >>> scenes["shape"].shape, scenes["kind"].dtype
+        (torch.Size([3, 5]), torch.int64)
     """
     if not isinstance(n, int) or n < 0:
         raise ValueError(f"n: expected an int >= 0, got {n!r}")
@@ -111,7 +143,7 @@ def sample_scenes(
         proposals = int((n - found) * (8 if split == "comp" else 1.6)) + 64
         scenes, accepted = _propose(proposals, generator, world, torch.device(device))
         accepted &= in_split(scenes, split)
-        rows = accepted.nonzero()[:, 0]  # once: a GPU's host waits for it
+        rows = accepted.nonzero()[:, 0]  # once, because the host of a GPU waits for it
         parts.append({key: value[rows] for key, value in scenes.items()})
         found += len(parts[-1]["kind"])
         stale = 0 if len(parts[-1]["kind"]) else stale + 1
@@ -123,7 +155,7 @@ def sample_scenes(
 def _propose(
     n: int, generator: torch.Generator | None, world: World, device: torch.device
 ) -> tuple[Scenes, Tensor]:
-    """Scenes, and which of them are sound. The order of the draws is part of the format: do not change it."""
+    """Random scenes, and which of them are sound. The order of the random numbers must stay: it is pinned."""
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator, device=device)
@@ -146,7 +178,7 @@ def _propose(
     several = integers(4, n) + 2
     nobj = torch.where(kind == ONE, 1, torch.where(kind == TWO, 2, torch.where(kind == COUNT, several, 3)))
 
-    # "count": all alike, and small enough for their grid.
+    # "count": all objects are alike, and small enough for their grid.
     alike = (kind == COUNT)[:, None]
     for attribute in (shape, color, fill, size):
         attribute.copy_(torch.where(alike, attribute[:, :1], attribute))
@@ -161,7 +193,7 @@ def _propose(
     size[:, 0], size[:, 1] = torch.where(inside, LARGE, size[:, 0]), torch.where(inside, SMALL, size[:, 1])
     fill[:, :2] = torch.where(inside[:, None], SOLID, fill[:, :2])
 
-    # "two": shrink the larger one until both fit.
+    # "two": shrink the larger object until both fit.
     apart = (kind == TWO) & ~inside
     for _ in range(3):
         crowded = apart & (_pair_extent(shape, size) > PAIR_EXTENT)
@@ -184,7 +216,7 @@ def _propose(
     in_world = torch.zeros(len(BACKGROUNDS), dtype=torch.bool, device=device)
     in_world[world.ids("backgrounds", device)] = True
     choices = (visible & in_world).float()
-    # multinomial wants one; refused below
+    # multinomial needs at least one choice; is_sound refuses these scenes
     choices[:, 0] = torch.where(choices.sum(1) == 0, 1.0, choices[:, 0])
     bg = torch.multinomial(choices, 1, generator=generator)[:, 0]
     btex = weighted("textures", n)
@@ -201,7 +233,7 @@ def _propose(
 
 
 def _pair_extent(shape: Tensor, size: Tensor) -> Tensor:
-    """[n]: sum of the half extents that slots 0 and 1 have at most."""
+    """The largest sum of the half extents of slots 0 and 1, [n]."""
     table = geometry(shape.device)
     extent = table.extent[shape[:, :2]] * table.radii[size[:, :2], 1]
     return extent[:, 0] + extent[:, 1]
@@ -212,19 +244,22 @@ def _bounded(value: Tensor, bound: Tensor) -> Tensor:
 
 
 def _place(layout: Scenes, uniform) -> tuple[Tensor, Tensor]:
-    """Centres [n, K] of all objects. Every arrangement draws for every scene: no draw depends on data."""
+    """The centres of all objects, two tensors [n, K].
+
+    Every kind of arrangement takes random numbers for every scene, so that none of them depends on the data.
+    """
     kind, rel, pos, extent = layout["kind"], layout["rel"], layout["pos"], layout["extent"]
     n, slots, device = *extent.shape, extent.device
     cx, cy = torch.full((n, slots), 0.5, device=device), torch.full((n, slots), 0.5, device=device)
     inside, apart = rel == INSIDE, (kind == TWO) & (rel != INSIDE)
 
-    # one: a cell of the 3 x 3 positions.
+    # "one": a cell of the 3 x 3 positions.
     room = 0.5 - MARGIN - extent[:, 0]
     for centre, cell in ((cx, (pos % 3) - 1), (cy, (pos.clamp_min(0) // 3) - 1)):
         offset = cell * torch.minimum(torch.full_like(room, 0.27), room) + (uniform(n) - 0.5) * 0.05
         centre[:, 0] = torch.where(kind == ONE, 0.5 + _bounded(offset, room), centre[:, 0])
 
-    # two: one after the other along the relation's axis, nearly level on the other axis.
+    # "two": one after the other along the axis of the relation, nearly level on the other axis.
     slack = (1 - 2 * MARGIN - 2 * extent[:, 0] - 2 * extent[:, 1] - GAP).clamp_min(0)
     slack_fraction = uniform(n, 3)
     slack_fraction = slack_fraction / slack_fraction.sum(1, keepdim=True)
@@ -240,14 +275,14 @@ def _place(layout: Scenes, uniform) -> tuple[Tensor, Tensor]:
         cx[:, slot] = torch.where(apart, torch.where(horizontal, place, level[:, slot]), cx[:, slot])
         cy[:, slot] = torch.where(apart, torch.where(horizontal, level[:, slot], place), cy[:, slot])
 
-    # inside: the outer one anywhere, the inner one near its middle.
+    # "inside": the outer object anywhere, the inner one near its middle.
     middle = 0.5 + (uniform(n, 2) - 0.5) * 2 * (0.5 - MARGIN - extent[:, :1]).clamp_min(0)
     inner_only = torch.tensor([0.0, 1.0], device=device)
     for axis, centre in enumerate((cx, cy)):
         offset = (uniform(n, 2) - 0.5) * 0.03 * inner_only
         centre[:, :2] = torch.where(inside[:, None], middle[:, axis : axis + 1] + offset, centre[:, :2])
 
-    # count and three: different cells of a 3 x 3 (all small) or 2 x 2 grid.
+    # "count" and "three": different cells of a grid, 3 x 3 if all are small, else 2 x 2.
     nine = (kind == COUNT) & (layout["size"].amax(1) == SMALL)
     cell9 = torch.argsort(uniform(n, 9), 1)[:, :slots]
     cell4 = torch.nn.functional.pad(torch.argsort(uniform(n, 4), 1), (0, slots - 4))
@@ -264,10 +299,14 @@ def _place(layout: Scenes, uniform) -> tuple[Tensor, Tensor]:
 
 
 def is_sound(scenes: Scenes, world: World | None = None) -> Tensor:
-    """bool [n]: could these attributes (kind, count, looks, background; not the places) be those of a scene?
+    """Whether the attributes of each scene are possible, bool [n].
 
-    Objects can be seen on their background and told from each other, fit on the canvas, show their fill, and
-    use nothing outside the world.
+    The objects must differ visibly from their background and from each other, fit on the canvas, show their
+    fill, and use nothing outside of the world. Positions are not looked at.
+
+    Args:
+        scenes: n scenes; kind, counts, looks and background are read.
+        world: None takes the whole world.
     """
     shape, color, fill, size, kind = (scenes[key] for key in ("shape", "color", "fill", "size", "kind"))
     device, used, world = shape.device, valid_slots(scenes), world or World()
@@ -280,7 +319,7 @@ def is_sound(scenes: Scenes, world: World | None = None) -> Tensor:
     for attribute, plural in (("kind", "kinds"), ("bg", "backgrounds"), ("btex", "textures")):
         fine &= (world.weights(plural, device) > 0)[scenes[attribute]]
 
-    for a, b in ((0, 1), (0, 2), (1, 2)):  # two objects of one look could not be told apart
+    for a, b in ((0, 1), (0, 2), (1, 2)):  # two objects that look the same cannot be told apart
         same = (shape[:, a] == shape[:, b]) & (color[:, a] == color[:, b])
         fine &= ~(same & ((kind == THREE) | ((kind == TWO) & (b == 1))))
 

@@ -1,7 +1,7 @@
-"""Signed distances of the twelve unit shapes: negative inside, zero on the edge, x right, y down.
+"""Signed distances of the twelve unit shapes: negative inside, zero on the edge; x right, y down.
 
-Where a distance is not exact outside (diamond, star, polygons beyond a corner) it is a lower bound,
-which only softens the shadow there. Formulas: Inigo Quilez, "2D distance functions".
+Outside of diamonds, stars and the corners of polygons the distance is a lower bound and not exact, which only
+softens the shadow there. Source of the formulas: Inigo Quilez, "2D distance functions".
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def _box(x: Tensor, y: Tensor, half_width: float, half_height: float) -> Tensor:
 
 
 def _polygon(x: Tensor, y: Tensor, corners: int, radius: float, turn: float = 0.0) -> Tensor:
-    """Regular polygon: fold the angle so that one corner is left, then one half-plane."""
+    """A regular polygon: fold the angle onto one corner, then take the distance to one half-plane."""
     angle = torch.atan2(x, -y) + turn
     sector = 2 * math.pi / corners
     angle = angle - sector * torch.round(angle / sector)
     rho = _length(x, y)
     across, along = rho * torch.sin(angle).abs(), rho * torch.cos(angle)
-    half = sector / 2  # direction of the edge's normal
+    half = sector / 2  # the direction of the edge's normal
     return across * math.sin(half) + along * math.cos(half) - radius * math.cos(half)
 
 
@@ -81,7 +81,7 @@ def _crescent(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _drop(x: Tensor, y: Tensor) -> Tensor:
-    """Uneven capsule: big end below, small end above."""
+    """A capsule with a large end below and a small end above."""
     x, y = x.abs(), -(y - 0.35)
     big, small, height = 0.62, 0.05, 1.15
     sine = (big - small) / height
@@ -108,12 +108,12 @@ SIGNED_DISTANCES = (
     _drop,
 )
 
-# Area that each shape shall have, in units of pi * radius^2 (thin ones would look big otherwise).
+# The area of each shape, in units of pi * radius^2. Thin shapes of area 1 would look too large.
 AREAS = (1.0, 1.0, 0.82, 0.88, 1.0, 1.0, 0.75, 0.85, 1.0, 0.85, 0.75, 0.85)
-JITTER_DEGREES = 8  # objects are turned by at most this angle; extents allow one degree more
+JITTER_DEGREES = 8  # the largest rotation of an object; extents allow for one degree more
 
-# What `calibrate()` returns, kept so that nothing is computed at import; a test repeats it.
-# Per shape: scale for the wished area, centroid of the unit shape (x, y), half extent when turned.
+# What `calibrate()` returns, written down so that nothing is computed at import; a test measures it again.
+# Per shape: scale for the area above, centroid of the unit shape (x, y), half extent when rotated.
 CALIBRATION = (
     (1.0014681, 2.6573415e-11, -3.4156329e-09, 1.0011799),  # circle
     (0.9886738, -4.083682e-10, 4.6516053e-09, 1.0123919),  # square
@@ -129,21 +129,28 @@ CALIBRATION = (
     (1.3472992, 2.8493347e-10, 0.20778969, 1.4184227),  # drop
 )
 
-SIZE_RADII = ((0.090, 0.105), (0.135, 0.155), (0.195, 0.220))  # of the canvas: least, most
+SIZE_RADII = ((0.090, 0.105), (0.135, 0.155), (0.195, 0.220))  # smallest and largest, of the canvas
 
 
 class Geometry(NamedTuple):
-    scale: Tensor  # [12] multiply the radius by it
-    center_x: Tensor  # [12] centroid of the unit shape, which is put at the object's place
+    """The constants of the shapes on one device: float32, except for the one of bool."""
+
+    scale: Tensor  # [12] a factor of the radius
+    center_x: Tensor  # [12] centroid of the unit shape, which lies at the object's centre
     center_y: Tensor  # [12]
-    extent: Tensor  # [12] half side of the box around the turned shape, per unit radius
-    radii: Tensor  # [3 sizes, 2]
-    fill_visible: Tensor  # bool [12, 3 sizes]: can stripes and dots be seen on it?
+    extent: Tensor  # [12] half side of the box around the rotated shape, per unit radius
+    radii: Tensor  # [3 sizes, 2] smallest and largest radius, in units of the canvas
+    fill_visible: Tensor  # bool [12, 3 sizes]: do stripes and dots show on it?
 
 
 @functools.cache
 def geometry(device: str | torch.device = "cpu") -> Geometry:
-    """The shapes' constants as float32 tensors on a device."""
+    """The constants of the shapes on a device.
+
+    Example:
+        >>> geometry().radii.shape
+        torch.Size([3, 2])
+    """
     columns = torch.tensor(CALIBRATION).T.contiguous()
     fill_visible = torch.ones(len(SHAPES), len(SIZES), dtype=torch.bool)
     for name in ("ring", "crescent"):  # too thin at any size
@@ -155,7 +162,13 @@ def geometry(device: str | torch.device = "cpu") -> Geometry:
 
 
 def calibrate(steps: int = 801) -> list[tuple[float, float, float, float]]:
-    """Measure every unit shape on a grid over [-2, 2]^2: the rows of `CALIBRATION`."""
+    """Measure every unit shape on a grid of steps x steps points over [-2, 2]^2: the rows of `CALIBRATION`.
+
+    Example:
+        >>> scale, center_x, center_y, extent = calibrate(101)[0]
+        >>> round(scale, 1), round(extent, 1)  # of the circle
+        (1.0, 1.0)
+    """
     axis = torch.linspace(-2, 2, steps)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     rows = []

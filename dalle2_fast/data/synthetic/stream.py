@@ -16,13 +16,30 @@ from dalle2_fast.seeds import mix_seed
 
 
 class SceneStream:
-    """Batches of a world as a pure function of (seed, step): whoever resumes at a step sees the same batches.
+    """Batches of a world, a pure function of (seed, step): a resumed run sees the same batches.
 
-    resolutions: of the pictures, all of the same scenes. split: see `sample_scenes`.
-    negatives: how many hard-negative captions per picture (True: 3, False: none). canonical, drop: see
-    `make_captions`. at_once: how many neighbouring batches are made together; a batch is some thousand
-    launches whatever its size, which a GPU should not wait for each time. The same seed gives different
-    batches on different kinds of devices, and with another at_once.
+    The same seed gives other batches on another kind of device, and with another `at_once`.
+
+    Args:
+        world: what scenes may show; None takes the whole world.
+        batch_size: scenes per batch, at least 1.
+        resolutions: sides of the images in pixels, all of the same scenes.
+        seed: of scenes, captions and negatives.
+        split: see `sample_scenes`.
+        device: of the batches.
+        negatives: hard-negative captions per image; True means 3, False none.
+        canonical: use no synonyms in captions.
+        drop: 1 leaves attributes out of captions at random, 0 states all of them.
+        at_once: consecutive batches that are made together. A batch takes about a thousand kernel launches
+            regardless of its size, and a GPU should not wait for them at every step.
+
+    Raises:
+        ValueError: batch_size or at_once is no int >= 1.
+
+    Example:
+        >>> batch = SceneStream(batch_size=2, resolutions=(8, 16)).batch(0)
+        >>> batch["images"][16].shape, batch["tokens"].shape
+        (torch.Size([2, 3, 16, 16]), torch.Size([2, 36]))
     """
 
     def __init__(
@@ -49,17 +66,26 @@ class SceneStream:
         self.canonical, self.drop = canonical, drop
         self.tokenizer = WordTokenizer.scenes(self.world)
         self.at_once = at_once
-        self._block: tuple[int, dict] | None = None  # the last batches made together, and their number
+        self._block: tuple[int, dict] | None = None  # the number of the last block of batches, and the block
 
     def batch(self, step: int) -> dict:
-        """images {resolution: float32 [B, 3, R, R] in [0, 1]}, tokens int64 [B, 36], scenes (see scenes.py);
-        with negatives also negatives int64 [B, K, 36] and negative_mask bool [B, K], False: do not use.
+        """The batch of a step, which is an int from 0.
+
+        Returns:
+            images: {resolution: float32 [B, 3, R, R] in [0, 1]}.
+            tokens: int64 [B, 36].
+            scenes: see scenes.py.
+            negatives: int64 [B, K, 36], if the stream has them.
+            negative_mask: bool [B, K], if the stream has negatives; False: do not use.
+
+        Raises:
+            ValueError: the world has no scene in the split.
         """
         number, position = divmod(step, self.at_once)
         if self.at_once == 1:
             return self._make(number, self.batch_size)
         if self._block is None or self._block[0] != number:
-            self._block = None  # its memory is given back first
+            self._block = None  # frees its memory before the next block is made
             self._block = number, self._make(number, self.at_once * self.batch_size)
         rows = slice(position * self.batch_size, (position + 1) * self.batch_size)
 

@@ -1,7 +1,7 @@
-"""The words of the scenes: names of every attribute, their synonyms and the phrases of the captions.
+"""The words of the scenes: the names of every attribute, their synonyms and the phrases of the captions.
 
-The index of a name in its tuple is the value that scene tensors carry; the index of a word in
-`WORDS` is its token. Both are fixed: trained checkpoints and committed measurements depend on them.
+The index of a name in its tuple is the value in the scene tensors; the index of a word in `WORDS` is its
+token. Both are fixed, because trained checkpoints and committed measurements depend on them.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ BACKGROUNDS = ("white", "black", "gray", "beige", "navy", "mint", "lavender", "s
 TEXTURES = ("plain", "striped", "checkered", "dotted", "gradient")
 KINDS = ("one", "two", "count", "three")
 
-# The same as numbers, where the code has to ask about one of them.
+# The same names as indices, for code that asks about one of them.
 ONE, TWO, COUNT, THREE = range(4)
 LEFT, RIGHT, ABOVE, BELOW, INSIDE = range(5)
 SOLID, STRIPED, DOTTED = range(3)
 SMALL, MEDIUM, LARGE = range(3)
 MAX_OBJECTS = 5
 
-# Synonyms; the canonical name is drawn more often than each of them.
+# Synonyms. The canonical name is sampled more often than each of them.
 SHAPE_SYNONYMS = {
     "circle": ("disk",),
     "cross": ("plus",),
@@ -59,7 +59,7 @@ COLOR_SYNONYMS = {
 FILL_SYNONYMS = {"solid": ("plain",), "striped": ("stripy",), "dotted": ("spotted",)}
 SIZE_SYNONYMS = {"small": ("little", "tiny"), "medium": ("mid-sized",), "large": ("big", "huge")}
 
-# Phrases: one is drawn per caption.
+# Phrases. One is sampled per caption.
 OPENERS = ("", "", "", "a picture of", "an image of", "a drawing of", "there is", "a photo of")
 FILL_NOUNS = {"striped": "stripes", "dotted": "dots"}  # "a red circle with stripes"
 RELATION_PHRASES = (
@@ -80,7 +80,7 @@ POSITION_PHRASES = (
     ("at the bottom", "near the bottom edge", "in the lower part"),
     ("in the bottom right corner", "at the bottom right", "in the lower right"),
 )
-BACKGROUND_PHRASES = (  # before and after "<texture> <color>"
+BACKGROUND_PHRASES = (  # what stands before and after "<texture> <color>"
     ("on a", "background"),
     ("against a", "backdrop"),
     ("over a", "background"),
@@ -89,11 +89,11 @@ BACKGROUND_PHRASES = (  # before and after "<texture> <color>"
 
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 PAD, BOS, EOS, UNK = range(4)
-MAX_LENGTH = 36  # tokens of a caption row, <bos> and <eos> included
+MAX_LENGTH = 36  # tokens per caption row, <bos> and <eos> included
 
 
 def _words() -> tuple[str, ...]:
-    """Every word once, in the order in which the token ids were given out."""
+    """Every word once, in the order of the token ids."""
     names = (SHAPES, PLURALS, COLORS, FILLS, SIZES, BACKGROUNDS, TEXTURES, COUNTS, OPENERS)
     extra = ("and", "a", "an", "with", "stripes", "dots", "textured")
     synonyms = (SHAPE_SYNONYMS, PLURAL_SYNONYMS, COLOR_SYNONYMS, FILL_SYNONYMS, SIZE_SYNONYMS)

@@ -1,4 +1,4 @@
-"""Which words the captions of a world can contain."""
+"""The words that the captions of a world can contain."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from dalle2_fast.data.synthetic.world import World
 
 
 def scene_words(world: World | None = None) -> tuple[str, ...]:
-    """Every word that captions of the world use (default: the whole), in the order of their ids."""
+    """Every word that captions of a world use, in the order of the token ids.
+
+    Args:
+        world: None takes the whole world.
+
+    Example:
+        >>> words = scene_words()
+        >>> len(words), words[:3]
+        (119, ('circle', 'square', 'triangle'))
+    """
     world = world or World()
     phrases = ["a", *v.OPENERS, *world.backgrounds, *world.textures]
     phrases += [part for pair in v.BACKGROUND_PHRASES for part in pair]

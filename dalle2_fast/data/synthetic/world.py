@@ -1,4 +1,4 @@
-"""World: which part of the vocabulary the scenes are drawn from."""
+"""World: the part of the vocabulary that scenes are sampled from."""
 
 from __future__ import annotations
 
@@ -22,17 +22,34 @@ RELATION_WEIGHTS = (1.0, 1.0, 1.0, 1.0, 0.6)
 TEXTURE_WEIGHTS = (0.4, 0.15, 0.15, 0.15, 0.15)
 KIND_WEIGHTS = (0.30, 0.35, 0.20, 0.15)
 
-OUTER_SHAPES = ("circle", "square", "pentagon", "hexagon")  # roomy enough to hold another object
+OUTER_SHAPES = ("circle", "square", "pentagon", "hexagon")  # large enough inside for another object
 
 
 class World:
-    """A choice of names per attribute; None means every name that the other choices leave possible.
+    """A choice of names per attribute; scenes use nothing outside of it.
 
-    shapes, colors, fills, sizes, backgrounds, textures: what objects and backgrounds may look like.
-    kinds: "one" object somewhere, "two" in a relation, "count" two to five alike, "three" different ones.
-    relations: those of "two".
-    Scenes use nothing outside the choice. ValueError for a name that does not exist, an empty choice, or a
-    kind or relation that the other choices rule out ("inside" needs a large outer, a small inner object).
+    None means every name that the other choices leave possible.
+
+    Args:
+        shapes: of objects, names of SHAPES.
+        colors: of objects, names of COLORS.
+        fills: of objects: "solid", "striped", "dotted".
+        sizes: of objects: "small", "medium", "large".
+        backgrounds: colours of the background, names of BACKGROUNDS.
+        textures: of the background, names of TEXTURES.
+        kinds: of scenes: "one" object somewhere, "two" in a relation, "count" two to five alike, "three"
+            different ones.
+        relations: of scenes of "two": "left", "right", "above", "below", "inside".
+
+    Raises:
+        TypeError: a choice is a single string.
+        ValueError: a name does not exist, a choice is empty, or a kind or relation is impossible with the
+            other choices ("inside" needs a large outer object and a small inner one).
+
+    Example:
+        >>> world = World(shapes=["star", "ring"], kinds=["one"])
+        >>> world
+        World(shapes=['star', 'ring'], kinds=['one'], relations=['left', 'right', 'above', 'below'])
     """
 
     def __init__(
@@ -56,7 +73,7 @@ class World:
         impossible_relations = {} if (reason := self._why_not_inside()) is None else {"inside": reason}
         self.relations = _possible("relations", relations, RELATIONS, impossible_relations)
         impossible_kinds = {}
-        if not {"small", "medium"} & set(self.sizes):  # large objects do not fit beside each other
+        if not {"small", "medium"} & set(self.sizes):  # two large objects do not fit on the canvas
             reason = 'it needs the size "small" or "medium"'
             impossible_kinds = dict.fromkeys(("two", "count", "three"), reason)
         self.kinds = _possible("kinds", kinds, KINDS, impossible_kinds)
@@ -69,15 +86,15 @@ class World:
         return None if "solid" in self.fills else 'it needs the fill "solid"'
 
     def ids(self, attribute: str, device: torch.device | str = "cpu") -> torch.Tensor:
-        """The chosen names of an attribute ("shapes", "colors", ...) as int64 indices into the full table."""
+        """The chosen names of an attribute ("shapes", "colors", ...) as indices into its table, int64."""
         return self._cached(self._ids, attribute, device)
 
     def weights(self, attribute: str, device: torch.device | str = "cpu") -> torch.Tensor:
-        """float32 over the full table: how often a name is drawn, 0 for those outside the world."""
+        """How often each name of an attribute is sampled, float32 [full table]; 0 outside of the world."""
         return self._cached(self._weights, attribute, device)
 
     def _cached(self, make: Callable, attribute: str, device: torch.device | str) -> torch.Tensor:
-        """make(attribute) on the device; kept there, because each copy makes the host wait for a GPU."""
+        """`make(attribute)` on the device, copied once, because every copy makes the host wait for a GPU."""
         if torch.device(device).type == "cpu":
             return make(attribute)
         key = make.__name__, attribute, str(device)
@@ -93,11 +110,17 @@ class World:
         return chosen * torch.tensor(_WEIGHTS.get(attribute, (1.0,) * len(chosen)))
 
     def to_config(self) -> dict[str, list[str]]:
-        """JSON-able; `World(**config)` and `World.from_config(config)` rebuild it."""
+        """A JSON-able dict; `World(**config)` and `World.from_config(config)` rebuild the world.
+
+        Example:
+            >>> World(kinds=["one"]).to_config()["kinds"]
+            ['one']
+        """
         return {attribute: list(getattr(self, attribute)) for attribute in _TABLES}
 
     @classmethod
     def from_config(cls, config: dict) -> World:
+        """Rebuild a world from `to_config()`; ValueError for other keys."""
         unknown = sorted(set(config) - set(_TABLES))
         if unknown:
             raise ValueError(f"world: expected keys of {sorted(_TABLES)}, got {unknown}")
@@ -147,7 +170,7 @@ def _choice(argument: str, names: Sequence[str] | None, table: tuple[str, ...]) 
 def _possible(
     argument: str, names: Sequence[str] | None, table: tuple[str, ...], impossible: dict[str, str]
 ) -> tuple[str, ...]:
-    """The choice; asked for by name, an impossible one is an error, otherwise it is left out."""
+    """The choice without what is impossible; ValueError if an impossible name was asked for."""
     if names is None:
         return tuple(name for name in table if name not in impossible)
     chosen = _choice(argument, names, table)
