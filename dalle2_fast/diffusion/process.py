@@ -9,9 +9,9 @@ from torch import Tensor
 
 from dalle2_fast import functional
 from dalle2_fast.diffusion import inversion, sampling, training, vlb
-from dalle2_fast.diffusion.sampler_tables import VARIANCES, step_times
+from dalle2_fast.diffusion.names import PREDICTIONS, VARIANCES, WEIGHTINGS
+from dalle2_fast.diffusion.sampler_tables import step_times
 from dalle2_fast.diffusion.schedules import Schedule
-from dalle2_fast.diffusion.weighting import PREDICTIONS, WEIGHTINGS
 from dalle2_fast.ops._broadcast import per_sample
 from dalle2_fast.ops._dtypes import compute_dtype
 

@@ -11,11 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dalle2_fast.diffusion.names import SAMPLERS, SPACINGS, VARIANCES
 from dalle2_fast.diffusion.schedules import Schedule
-
-SAMPLERS = ("ddpm", "ddim", "dpm++")
-SPACINGS = ("time", "log_snr")
-VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 
 
 def step_times(schedule: Schedule, steps: int, spacing: str = "time") -> Tensor:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PREDICTIONS = ("epsilon", "sample", "v_prediction")
-WEIGHTINGS = ("uniform", "simple", "x0", "v", "min_snr")
-
 
 def loss_weight(
     log_snr: Tensor,  # [B]

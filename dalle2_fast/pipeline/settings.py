@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from dalle2_fast.diffusion.names import SAMPLERS
 from dalle2_fast.pipeline.parts import UPSAMPLERS
 
 if TYPE_CHECKING:
     from dalle2_fast.pipeline.dalle2 import DALLE2
-
-SAMPLERS = ("ddpm", "ddim", "dpm++")
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,11 @@ ARROWS = {
     "functional": {"ops"},
     "modules": {"functional", "ops"},
     "losses": {"functional", "ops"},
-    "diffusion": {"functional", "seeds", "ops"},
+    "diffusion": {"functional", "seeds", "ops", "_lazy"},
     "data": {"seeds", "ops", "_lazy"},
     "checkpoints": {"ops", "data"},
     "models": {"seeds", "modules", "functional", "ops", "diffusion", "data", "checkpoints", "_lazy"},
-    "pipeline": {"seeds", "models", "ops", "data", "checkpoints", "_lazy"},
+    "pipeline": {"seeds", "models", "diffusion", "ops", "data", "checkpoints", "_lazy"},
     "evaluation": {"seeds", "pipeline", "models", "diffusion", "data", "checkpoints"},
     "training": {"evaluation", "pipeline", "models", "diffusion", "data", "checkpoints", "functional",
                  "seeds"},  # fmt: skip
