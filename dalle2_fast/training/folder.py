@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dalle2_fast.checkpoints.atomic import SUFFIX, atomic_write
+from dalle2_fast.data.images import image_grid, to_pil
 from dalle2_fast.training.errors import TrainingError
 
 
@@ -110,15 +111,6 @@ class StageFolder:
 
     def save_images(self, name: str, images: Tensor, columns: int) -> None:
         """Write images as a grid to samples/`name`. images: float [N, 3, H, W] in [0, 1]."""
-        from PIL import Image
-
-        count, _, height, width = images.shape
-        rows = -(-count // columns)
-        sheet = torch.ones(3, rows * (height + 2), columns * (width + 2))
-        for index, image in enumerate(images.detach().float().cpu().clamp(0, 1)):
-            top, left = (index // columns) * (height + 2), (index % columns) * (width + 2)
-            sheet[:, top : top + height, left : left + width] = image
-        pixels = (sheet.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-        picture = io.BytesIO()
-        Image.fromarray(pixels).save(picture, format="PNG")
-        write_file(self.path / "samples" / name, picture.getbuffer())
+        png = io.BytesIO()
+        image_grid(to_pil(images), columns=columns).save(png, format="PNG")
+        write_file(self.path / "samples" / name, png.getbuffer())

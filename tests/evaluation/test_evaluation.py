@@ -19,7 +19,6 @@ from dalle2_fast.data.text.tokenizer import WordTokenizer
 from dalle2_fast.evaluation.baselines import _bag, nearest_training_scenes
 from dalle2_fast.evaluation.clip_scores import score_clip
 from dalle2_fast.evaluation.measure import Amounts, evaluate
-from dalle2_fast.evaluation.psnr import psnr
 from dalle2_fast.evaluation.upsampling import score_upsampler
 
 WORLD = World(
@@ -90,13 +89,6 @@ def test_synonyms_are_one_concept_and_filler_none():
     captions = "a tiny crimson disk under a square", "a picture of a small red circle below a square"
     rows = words.encode(captions)
     assert torch.equal(*_bag(rows)) and _bag(rows)[0].sum() == 5
-
-
-# Catches: a PSNR of the batch instead of the mean over pictures; decibels of the wrong base or range.
-def test_psnr():
-    truth = torch.full((2, 3, 4, 4), 0.5)
-    images = truth + torch.tensor([0.1, 0.01])[:, None, None, None]
-    assert psnr(images, truth).tolist() == pytest.approx([20.0, 40.0], abs=1e-3)
 
 
 def test_an_upsampler_that_knows_the_truth_beats_bicubic_and_bicubic_equals_itself():

@@ -1,0 +1,84 @@
+"""The files of a stage. Each test names the fault it would catch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from dalle2_fast.training.errors import TrainingError
+from dalle2_fast.training.folder import StageFolder, write_file
+from dalle2_fast.training.weights import load_weights, save_weights
+from tests.support.toy_training import toy_trainer
+
+
+def test_write_that_fails_midway_leaves_the_old_file(tmp_path, monkeypatch):
+    """Catches: writing in place. A full disk shows as OSError from write()."""
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def half(path, data):
+        path.open("wb").write(data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match="cannot write .*file: No space"):
+        patch.setattr(Path, "write_bytes", half)
+        write_file(path, b"new, but on a full disk")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_full_disk_while_training_keeps_both_states(tmp_path, monkeypatch):
+    """Catches: rotating the good state away before the new one is whole."""
+    trainer = toy_trainer(tmp_path, steps=10, save_steps=5)
+    trainer.train()
+    before = {p.name: p.read_bytes() for p in tmp_path.glob("state*.pt")}
+    assert set(before) == {"state.pt", "state.previous.pt"}
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(TrainingError, match="cannot write .*No space left"):
+        trainer.save()
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("state*")} == before
+
+
+def test_kill_between_the_two_renames_and_leftovers(tmp_path):
+    """Catches: a window in which no state is found, and half files that stay for ever."""
+    toy_trainer(tmp_path, steps=10, save_steps=5).train()
+    os.replace(tmp_path / "state.pt", tmp_path / "state.previous.pt")  # what such a kill leaves behind
+    (tmp_path / ".state.pt.123.partial").write_bytes(b"half")
+    (tmp_path / "state.pt.partial").write_bytes(b"half, of the previous release")
+    resumed = toy_trainer(tmp_path, steps=20)
+    assert resumed.state.step == 10
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_damaged_state_is_named(tmp_path):
+    """Catches: a traceback from the unpickler, or silently starting anew."""
+    toy_trainer(tmp_path, steps=4, save_steps=2).train()
+    (tmp_path / "state.pt").write_bytes((tmp_path / "state.pt").read_bytes()[:500])
+    with pytest.raises(TrainingError, match="damaged training state.*state.previous.pt"):
+        toy_trainer(tmp_path)
+
+
+def test_unwritable_folder(tmp_path):
+    """Catches: finding out after an hour. A file stands where the folder should be (works for root, too)."""
+    (tmp_path / "out").write_text("in the way")
+    with pytest.raises(TrainingError, match="--out: cannot write to .*out"):
+        StageFolder(tmp_path / "out" / "clip").prepare()
+
+
+def test_weights_file_round_trip_and_damage(tmp_path):
+    """Catches: a configuration that parts from its weights; a traceback for a cut file."""
+    path = tmp_path / "model.safetensors"
+    save_weights(path, {"model": {"dim": 3}}, {"w": torch.arange(6.0).view(2, 3).T})
+    config, tensors = load_weights(path)
+    assert config == {"model": {"dim": 3}}
+    assert torch.equal(tensors["w"], torch.arange(6.0).view(2, 3).T)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(TrainingError, match="model.safetensors: not a readable weights file"):
+        load_weights(path)
