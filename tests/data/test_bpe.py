@@ -1,6 +1,6 @@
 """CLIP's byte-pair tokenizer: open_clip's ids on hard strings, the rows around them, other vocabularies.
 
-bpe_expected.json was written by open_clip 2.32's SimpleTokenizer; where that is installed it is asked again.
+bpe_expected.json was written by the SimpleTokenizer of open_clip 2.32, which is run again if it is installed.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ TOKENIZER = BPETokenizer()
 
 @pytest.mark.parametrize("case", CASES, ids=[str(index) for index in range(len(CASES))])
 def test_ids_are_those_of_open_clip(case):
-    """Another cleaning, pattern, byte alphabet or order of merges: each shows on one of these."""
+    """Another cleaning, pattern, byte alphabet or order of merges changes the ids of at least one case."""
     assert TOKENIZER.tokenize(case["text"]) == case["ids"]
 
 
 def test_rows_and_texts_are_those_of_open_clip_itself():
-    """Whole rows, cut ones, and decoding, on the corpus and on random mixtures of scripts and signs."""
+    """Whole rows, cut rows and decoding, on the cases and on random mixtures of scripts and signs."""
     open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
     theirs, draw = open_clip.tokenizer.SimpleTokenizer(), random.Random(0)
     signs = "abc'sT&;!é漢字🙂‘’ \n一½Ⅷ١ſ<>/w_ﬁＡ\u0301\u200d"
@@ -48,7 +48,7 @@ def test_rows_and_texts_are_those_of_open_clip_itself():
 
 
 def test_merges_of_any_order_equal_the_plain_algorithm():
-    """A heap that pops a pair twice, or keeps one whose symbol has been merged with its other neighbour."""
+    """A heap that gives a pair twice, or a pair whose symbol has been merged with its other neighbour."""
 
     def plainly(word: str) -> list[str]:
         symbols = [*word[:-1], word[-1] + "</w>"]
@@ -68,7 +68,7 @@ def test_merges_of_any_order_equal_the_plain_algorithm():
         assert [TOKENIZER._names[index] for index in TOKENIZER.tokenize(word)] == plainly(word)
 
 
-def test_a_very_long_word_is_no_trap():
+def test_a_very_long_word_takes_seconds():
     """A quadratic merge would take hours for this."""
     assert len(TOKENIZER.tokenize("ab" * 200_000)) > 1000
 
@@ -133,11 +133,11 @@ def test_wrong_arguments():
             BPETokenizer(merges=merges)
 
 
-# ------------------------------------------------------------------------------------ the chain reads with it
+# ------------------------------------------------------------------------------------ a pipeline that uses it
 
 
-def chain_with(tokenizer: BPETokenizer) -> DALLE2:
-    """The tiny chain with text towers for this tokenizer's ids."""
+def pipeline_with(tokenizer: BPETokenizer) -> DALLE2:
+    """A tiny pipeline whose text towers have the ids of this tokenizer."""
     pipe = tiny_pipeline(own_text_encoder=False)
     sizes = dict(num_text_tokens=tokenizer.vocab_size, text_seq_len=tokenizer.context_length)
     prior = DiffusionPrior(pipe.prior.config["net"] | {"context_length": tokenizer.context_length},
@@ -149,7 +149,7 @@ def chain_with(tokenizer: BPETokenizer) -> DALLE2:
 
 def test_the_command_line(tmp_path, capsys):
     """generate, info and vocabulary with a checkpoint whose tokenizer reads any text."""
-    checkpoint = str(chain_with(BPETokenizer(9, ["r e", "re d</w>"])).save_pretrained(tmp_path / "chain"))
+    checkpoint = str(pipeline_with(BPETokenizer(9, ["r e", "re d</w>"])).save_pretrained(tmp_path / "pipeline"))
     again = DALLE2.from_pretrained(checkpoint)
     assert again.tokenizer == BPETokenizer(9, ["r e", "re d</w>"])
     assert cli.main(["vocabulary", "--checkpoint", checkpoint]) == 0
@@ -255,7 +255,7 @@ def test_damaged_folders(tmp_path):
 
 
 def test_hugging_face_writes_such_folders(tmp_path):
-    """What transformers saves is read, and its ids agree where its simpler cleaning does."""
+    """What transformers saves is read; the ids agree where its simpler cleaning does."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     merges = ["r e", "re d</w>", "r i", "n g</w>", "ri ng</w>"]
     folder = folder_of_hugging_face(tmp_path / "in", merges, "merges.txt")
@@ -268,7 +268,7 @@ def test_hugging_face_writes_such_folders(tmp_path):
 
 
 def test_importing_the_data_needs_no_text_library():
-    """ftfy and regex are read for the first caption, not by everything that touches a stream of scenes."""
+    """ftfy and regex are imported for the first caption, not by everything that needs a stream of scenes."""
     import subprocess
 
     code = "import sys, dalle2_fast.data; print({'ftfy', 'regex'} & set(sys.modules))"

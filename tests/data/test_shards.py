@@ -33,7 +33,7 @@ def write_shard(path, samples):
 
 
 def samples(count, offset=0):
-    """The caption names the picture's colour and the sample's number."""
+    """Samples whose caption names the colour of the image and the number of the sample."""
     names = list(COLORS)
     for index in range(offset, offset + count):
         name = names[index % 3]
@@ -53,7 +53,7 @@ def same(a, b):
     return images and torch.equal(a["tokens"], b["tokens"]) and a["captions"] == b["captions"]
 
 
-def test_pictures_belong_to_their_captions(shards):
+def test_images_belong_to_their_captions(shards):
     stream = WebDatasetStream(str(shards / "data-{0..2}.tar"), 7, (8, 16), shuffle=20)
     seen = []
     for step in range(6):
