@@ -1,15 +1,11 @@
-"""Paths and options of the benchmarks, what the machine is, and the table at the end of a run."""
+"""Options of the benchmarks, the description of the machine, and the table at the end of a run."""
 
 from __future__ import annotations
 
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tests")]
 
 RIVALS = ("triton", "open_clip_torch", "inf-cl", "liger-kernel", "apex", "diffusers", "transformers",
           "dalle2-pytorch", "torchvision")  # fmt: skip

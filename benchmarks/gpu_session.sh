@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# Everything that waits for a GPU, in one call of about thirty minutes, or stage by stage:
+# Everything that needs a GPU, in one call of about thirty minutes, or stage by stage:
 #
 #   benchmarks/gpu_session.sh OUT [build | tests | quick | full | profile | report] ...
 #
-# OUT receives logs, the runs' JSON files and the profiles; results/ and the README are written by `report`. A
-# stage that fails or runs out of its time does not stop the next; the status is then 1. `full` takes nine minutes:
-# rows that do not fit say so, and keep the figures of `quick`. Nothing is downloaded:
-# Python has to have torch for CUDA, triton, pybind11, ninja, pytest, pytest-benchmark and matplotlib.
+# OUT receives the logs, the JSON files of the runs and the profiles. `report` writes benchmarks/results and
+# the README. A stage that fails or runs out of its time does not stop the next one; the status is then 1.
+# `full` takes nine minutes; rows that do not fit are listed as absent and keep the figures of `quick`. Nothing
+# is downloaded: Python needs torch for CUDA, triton, pybind11, ninja, pytest, pytest-benchmark, matplotlib.
 set -u
-cd "$(dirname "$0")/.."
 if [ $# -lt 1 ]; then
-    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
     exit 2
 fi
 out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
 shift
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 [ $# -gt 0 ] || set -- build tests quick full profile report
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python}
 failed=()
 
-# stage seconds command...
+# stage NAME SECONDS COMMAND...
 stage() {
     local name=$1 seconds=$2
     shift 2
@@ -42,8 +42,8 @@ for name in "$@"; do
         stage build 120 env DALLE2_FAST_NATIVE=cuda "$python" setup.py build_ext --inplace
         "$python" -m dalle2_fast info
         ;;
-    tests)  # those that run the kernels where there is a GPU, and those that only a GPU can run
-        workers=()  # most of the time is compiling, which pytest-xdist's workers share
+    tests)  # those that run the kernels on a GPU if there is one, and those that need one
+        workers=()  # most of the time is compilation, which the workers of pytest-xdist share
         "$python" -c "import xdist" 2>/dev/null && workers=(-n 10)
         stage tests 300 "$python" -m pytest -q "${workers[@]}" -m "not gpu" tests/kernels \
             tests/ops tests/benchmarks
@@ -59,7 +59,8 @@ for name in "$@"; do
         ;;
     profile)
         latest=$(ls -t "$out"/full.json "$out"/quick.json 2>/dev/null | head -n 1)
-        stage profile 150 "$python" -m benchmarks.timing.profile_rows "${latest:-$out/quick.json}" --output "$out/profiles"
+        stage profile 150 "$python" -m benchmarks.timing.profile_rows "${latest:-$out/quick.json}" \
+            --output "$out/profiles"
         ;;
     report)
         runs=()

@@ -1,6 +1,6 @@
-"""The U-Nets of other packages that `dalle2_fast.patch` is measured and tested on: full size, or small.
+"""U-Nets of other packages on which `dalle2_fast.patch` is measured and tested, in full size or small.
 
-The small ones keep the kinds of blocks and scale the widths down. Weights are random: no file is downloaded.
+The small ones have the same kinds of blocks with smaller widths. Weights are random; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ NAMES = tuple(_CONFIGS)
 
 
 def package(name: str) -> str:
-    """What has to be importable."""
+    """The package that must be importable to build the U-Net of this name."""
     return "dalle2_pytorch" if name == "dalle2-pytorch" else "diffusers"
 
 
 def build(name: str, *, small: bool = False, **changes) -> nn.Module:
-    """The U-Net, on the default device and dtype. changes: of its constructor's arguments."""
+    """The U-Net, on the default device and dtype. changes: other arguments of its constructor."""
     config = {**_CONFIGS[name], **(_SMALL[name] if small else {}), **changes}
     if package(name) == "dalle2_pytorch":
         from dalle2_pytorch import Unet
@@ -86,9 +86,9 @@ def build(name: str, *, small: bool = False, **changes) -> nn.Module:
 def inputs(
     name: str, net: nn.Module, batch: int, generator: torch.Generator | None = None, **options
 ) -> dict:
-    """Keyword arguments of `run`. options: device and dtype of the floating ones."""
+    """Keyword arguments for `run`. options: device and dtype of the floating-point ones."""
 
-    def draw(*shape: int) -> Tensor:
+    def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, **options)
 
     device = options.get("device")
@@ -96,25 +96,25 @@ def inputs(
     if name == "dalle2-pytorch":
         small = net.channels_out == 3 and net.null_image_hiddens.shape[1] < 128
         side, tokens, width = (16, 5, 20) if small else (64, 77, 512)
-        return dict(x=draw(batch, 3, side, side), time=time, image_embed=draw(batch, width),
-                    text_encodings=draw(batch, tokens, net.text_to_cond.in_features))  # fmt: skip
+        return dict(x=randn(batch, 3, side, side), time=time, image_embed=randn(batch, width),
+                    text_encodings=randn(batch, tokens, net.text_to_cond.in_features))  # fmt: skip
     config = net.config
     given = dict(
-        sample=draw(batch, config.in_channels, config.sample_size, config.sample_size), timestep=time
+        sample=randn(batch, config.in_channels, config.sample_size, config.sample_size), timestep=time
     )
     if name == "karlo upsampler":
         return given
     small = config.cross_attention_dim < 100
     tokens = 5 if small else 77
     if name == "kandinsky 2.2":
-        embeds = draw(batch, config.encoder_hid_dim)
+        embeds = randn(batch, config.encoder_hid_dim)
         return given | dict(encoder_hidden_states=None, added_cond_kwargs=dict(image_embeds=embeds))
     if name == "karlo decoder":
         tokens += 4
         lengths = torch.arange(batch, device=device) % tokens + 2
         given["attention_mask"] = torch.arange(tokens, device=device) < lengths[:, None]
-        given["class_labels"] = draw(batch, config.block_out_channels[0] * 4)
-    return given | dict(encoder_hidden_states=draw(batch, tokens, config.cross_attention_dim))
+        given["class_labels"] = randn(batch, config.block_out_channels[0] * 4)
+    return given | dict(encoder_hidden_states=randn(batch, tokens, config.cross_attention_dim))
 
 
 def run(net: nn.Module, given: dict) -> Tensor:

@@ -1,7 +1,7 @@
-"""Other packages' U-Nets, patched and as they were: a call, or a loss and its gradient by all parameters.
+"""Rows of other packages' U-Nets, patched and unpatched: a forward pass, or a loss and all its gradients.
 
-Full sizes, random weights, bfloat16. "unpatched" is a copy of the same network with the same weights, so what
-a row compares is the patch alone; each also compiled.
+They have their full size, random weights and bfloat16. "unpatched" is a copy of the same network with the
+same weights, so a row compares the patch alone. Both are also timed compiled.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import foreign_unets
-from benchmarks.cases.networks import Foreign, shake, squared
-from benchmarks.cases.registry import Case, add, compiled_module, running
+from benchmarks.cases.registry import Case, add, compiled_module, op_implementation
+from benchmarks.cases.rival_networks import RivalNetwork, noise_loss
+from benchmarks.cases.sizes import fill_zeros, parameter_count
 from dalle2_fast.adapters.patch import patch, unpatch
 
 
@@ -22,7 +23,7 @@ def make_patched(name: str, batch: int, device: str, dtype: torch.dtype, tiny: b
         torch.manual_seed(0)
         net = foreign_unets.build(name, small=tiny)
         if device != "meta":
-            shake(net)
+            fill_zeros(net)
     net = net.to(dtype).eval()
     patch(net)
     generator = None if device == "meta" else torch.Generator(device=device).manual_seed(0)
@@ -38,7 +39,7 @@ def call(net: nn.Module, image_embeds: Tensor | None = None, **given) -> Tensor:
 
 
 def loss(net: nn.Module, **given) -> Tensor:
-    return squared(call(net, **given), given["sample"] if "sample" in given else given["x"])
+    return noise_loss(call(net, **given), given["sample"] if "sample" in given else given["x"])
 
 
 def unpatched(net: nn.Module) -> nn.Module:
@@ -59,27 +60,27 @@ def unpatched_and_compiled(net: nn.Module) -> nn.Module:
     return other
 
 
-def nothing(net: nn.Module, other: nn.Module) -> None:
-    """A copy has the weights already."""
+def no_copy(net: nn.Module, other: nn.Module) -> None:
+    """`other` is a copy of `net`, with its weights."""
 
 
 def add_patched(name: str, batch: int, *, gradient: bool = False) -> None:
     function = loss if gradient else call
 
     def ours(impl: str, **inputs) -> Tensor:
-        with running(impl):
+        with op_implementation(impl):
             return function(**inputs)
 
     def make(device: str, dtype: torch.dtype, tiny: bool) -> dict:
         return make_patched(name, batch, device, dtype, tiny)
 
-    def weights() -> int:
+    def weight_bytes() -> int:
         net = make("meta", torch.bfloat16, False)["net"]
-        return sum(2 * parameter.numel() for parameter in net.parameters()) * (3 if gradient else 1)
+        return 2 * parameter_count(net) * (3 if gradient else 1)
 
     compiled = {
-        "ours compiled": Foreign(compiled_copy, nothing, function),
-        "unpatched compiled": Foreign(unpatched_and_compiled, nothing, function),
+        "ours compiled": RivalNetwork(compiled_copy, no_copy, function),
+        "unpatched compiled": RivalNetwork(unpatched_and_compiled, no_copy, function),
     }
     for rival in compiled.values():
         rival.compiles = True
@@ -88,8 +89,8 @@ def add_patched(name: str, batch: int, *, gradient: bool = False) -> None:
             f"patched {name}, {'loss and gradient' if gradient else 'forward'}, batch {batch}",
             make,
             ours,
-            {"unpatched": Foreign(unpatched, nothing, function), **compiled},
-            bytes=weights,
+            {"unpatched": RivalNetwork(unpatched, no_copy, function), **compiled},
+            bytes=weight_bytes,
             images=batch,
             backward=("net",) if gradient else (),
             with_forward=gradient,
@@ -99,7 +100,7 @@ def add_patched(name: str, batch: int, *, gradient: bool = False) -> None:
     )
 
 
-# At batch 2 (one image with guidance) launching is most of the time; the larger ones are bound by the GPU.
+# At batch 2 (one image with guidance) most of the time is launch overhead; larger batches are GPU-bound.
 for unet, training_batch in (
     ("karlo decoder", 8), ("karlo upsampler", 1), ("kandinsky 2.2", 8), ("stable diffusion 1.5", 8),
     ("dalle2-pytorch", 8),

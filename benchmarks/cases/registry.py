@@ -1,7 +1,7 @@
-"""What is timed: one registry of cases. Adding a row is adding a Case in one of the files beside this one.
+"""The registry of everything that is timed. To add a row, add a `Case` in one of the modules of this folder.
 
-A case makes a set of inputs, runs ours on it, and names rivals that compute the same. Rivals of packages that
-are not installed are listed as absent, with the reason.
+A case makes a set of inputs, runs our implementation on it, and names rivals that compute the same. A rival
+whose package is not installed is listed as absent, with the reason.
 """
 
 from __future__ import annotations
@@ -9,41 +9,44 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-Inputs = Mapping[str, object]  # tensors, None, and for whole networks the nn.Module
+Inputs = Mapping[str, object]  # tensors, None, and the nn.Module where a whole network is timed
 
 
 @dataclass(frozen=True)
 class Case:
     """A row of the table: one shape of an op, a network or a job.
 
-    make(device, dtype, tiny) -> inputs, seeded. Tiny ones are for a check on the CPU.
+    make(device, dtype, tiny) -> inputs, seeded. Tiny inputs are for a check on the CPU.
     ours(impl, **inputs) -> tensor or tensors; with impl="reference" and float64 inputs it is the truth.
-    rivals: name -> function of the inputs, or text saying why there is none here.
-    bytes: the least that has to move (every input read once, every output written once); flops: what the
-        matrix units have to do. Numbers, or functions that find them when they are needed.
-    images: how many one call makes or learns from; 0: the row has no images per second.
-    package: what has to be installed to make the inputs; without it the row is absent.
-    device: where it is timed, "cuda" (bfloat16) or "cpu" (float32).
-    backward: what is timed is the gradient of `ours` (or of the rival) by these inputs; that by a network is
-        the gradient by all its parameters. with_forward: and the call itself.
-    checked: the outputs a rival must agree on, None for all; not those with noise of its own.
-    own_weights: rivals that are built with weights of their own: they must give as many finite numbers as we
-        do, which ones cannot be compared.
-    slack: what ours may be off by, of its size, beside 1.5 times plain torch's error.
-    same_bits: two calls of ours must give equal bits; not where torch's own convolutions do not.
-    wall: launching is part of the time: no graph, `calls` calls in a row.
-    make_check: as make without `tiny`, smaller, where the truth at full size would not fit: what the check
-        before the time is run on.
-    target_us, factors, launches, share, peak: the goals on an H200 in bfloat16: microseconds, how many times
-        faster than each rival, kernels of one call, share of the nearer measured ceiling, bytes of memory
-        beyond the inputs.
+    rivals: name -> function of the inputs, or a text that says why there is none.
+    bytes: lower bound of the memory traffic (every input is read once, every output is written once).
+    flops: operations of the matrix units. bytes and flops are numbers, or functions that compute them when
+        they are needed.
+    images: number of images that one call generates or trains on; 0: the row has no images per second.
+    package: package that must be installed to make the inputs; without it the row is absent.
+    device: where the case is timed, "cuda" (bfloat16) or "cpu" (float32).
+    backward: inputs whose gradient is timed, of `ours` or of the rival. For a network the gradient is that of
+        all its parameters.
+    with_forward: the forward pass is timed together with the backward pass.
+    checked_outputs: indices of the outputs in which a rival must agree, None for all. Outputs with random
+        noise are left out.
+    unshared_weights: names of rivals that are built with other weights. Their outputs cannot be compared;
+        they must have the same size and be finite.
+    slack: error of ours that is allowed, relative to the norm, in addition to 1.5 times that of plain torch.
+    same_bits: two calls of ours must give equal bits. False where torch's convolutions do not.
+    wall_clock: the launch is part of the time: no CUDA graph, but `calls` calls in a row.
+    make_check: like make, without `tiny`, for the check before timing; set where the float64 truth of the
+        full size would not fit into memory.
+    target_us, target_factors, target_launches, target_share, target_peak_bytes: the goals on an H200 in
+        bfloat16: microseconds; speed-up over each rival; kernels per call; share of the nearer measured
+        ceiling; bytes of memory beyond the inputs.
     """
 
     name: str
@@ -57,32 +60,40 @@ class Case:
     device: str = "cuda"
     backward: tuple[str, ...] = ()
     with_forward: bool = False
-    checked: tuple[int, ...] | None = None
-    own_weights: tuple[str, ...] = ()
+    checked_outputs: tuple[int, ...] | None = None
+    unshared_weights: tuple[str, ...] = ()
     slack: float = 1e-6
     same_bits: bool = True
-    wall: bool = False
+    wall_clock: bool = False
     calls: int = 50
     make_check: Callable[[str, torch.dtype], dict[str, object]] | None = None
     target_us: float | None = None
-    factors: Mapping[str, float] = field(default_factory=dict)
-    launches: int | None = None
-    share: float | None = None
-    peak: int | None = None
+    target_factors: Mapping[str, float] = field(default_factory=dict)
+    target_launches: int | None = None
+    target_share: float | None = None
+    target_peak_bytes: int | None = None
 
 
+# Modules of benchmarks/cases in the order of their rows.
+TRITON_OPS = ("group_norm_silu", "cross_attention", "diffusion_step")
+MODULES = (*TRITON_OPS, "contrastive", "networks", "generation", "training_steps", "patched")
 CASES: dict[str, Case] = {}
+
+
+def device_suffix(device: str) -> str:
+    """The end of a case's name: rows of a CPU say so."""
+    return " (CPU)" if device == "cpu" else ""
 
 
 def add(case: Case) -> None:
     if case.name in CASES:
-        raise ValueError(f"a second case {case.name!r}: the name is what results are compared by")
+        raise ValueError(f"a second case {case.name!r}: results are compared by name, so it must be unique")
     CASES[case.name] = case
 
 
-def load() -> dict[str, Case]:
-    """All rows, the ops' first."""
-    for module in ("ops", "contrastive", "networks", "jobs", "patched"):
+def load(modules: Sequence[str] = MODULES) -> dict[str, Case]:
+    """Import these modules, which register their rows, and return the registry."""
+    for module in modules:
         importlib.import_module(f"benchmarks.cases.{module}")
     return CASES
 
@@ -92,22 +103,28 @@ def installed(package: str) -> bool:
 
 
 def needs(package: str, rival: Callable) -> Callable | str:
-    """The rival, or why there is none."""
+    """The rival, or why it is absent."""
     return rival if installed(package) else f"{package} is not installed"
 
 
-QUICK = False  # set by --quick: compilers may not search then
+def reference_unless_cpu(device: str, reference: Callable) -> Callable | str:
+    """Our network with the reference of every op: a rival on a GPU only."""
+    return "on a CPU ours runs the same reference" if device == "cpu" else reference
+
+
+QUICK = False  # set by --quick: compilers then skip their search for the fastest configuration
 
 
 def _mode() -> str:
-    # On a CPU its search compiles one C++ program after the other.
+    # On a CPU the search of max-autotune compiles one C++ program after the other.
     return "default" if QUICK or not torch.cuda.is_available() else "max-autotune-no-cudagraphs"
 
 
 def compiled(function: Callable, network: bool = False) -> Callable:
-    """max-autotune without CUDA graphs of its own: every contestant is replayed from the benchmark's.
+    """torch.compile with max-autotune but without CUDA graphs: the benchmark captures every implementation.
 
-    network: compiling takes a minute or more, for which --quick has no time."""
+    network: compiling takes a minute or more, for which --quick has no time.
+    """
 
     @functools.cache
     def make():
@@ -124,18 +141,19 @@ def compiled_module(module: torch.nn.Module) -> None:
     module.compile(mode=_mode(), dynamic=False)
 
 
-def drawer(device: str, dtype: torch.dtype) -> Callable[..., Tensor]:
+def rounded_randn(device: str, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """A function of a shape, whose numbers are rounded to bfloat16: every dtype sees the same ones."""
     generator = None if device == "meta" else torch.Generator(device=device).manual_seed(0)
 
-    def draw(*shape: int) -> Tensor:  # rounded to bfloat16, so that every dtype sees the same numbers
+    def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, generator=generator).bfloat16().to(dtype)
 
-    return draw
+    return randn
 
 
 @contextlib.contextmanager
-def running(impl: str) -> Iterator[None]:
-    """Our networks choose their ops by themselves; here with impl="reference" none of them is fused."""
+def op_implementation(impl: str) -> Iterator[None]:
+    """Within the block, our networks use the reference of every op (impl="reference") or choose as usual."""
     from dalle2_fast.ops import _dispatch
 
     if impl != "reference":

@@ -3,12 +3,12 @@
     python -m benchmarks.jobs.contrastive_memory [--sizes 4096 8192 16384] [--threads 1 2] [--rounds 3]
     python -m benchmarks.jobs.contrastive_memory --sizes 65536 131072 --skip reference open_clip --add
 
-Every run is a process of its own, which makes its features, runs a small loss to load what it needs, resets
-its peak of resident memory and then runs the loss once: the peak less what was resident before is the extra
-memory, gradients included. In every round the implementations take turns, so that whatever else the machine
-does meets all of them. Losses and gradients must agree, or there is no result:
-benchmarks/results/contrastive_memory.json. --add keeps its other rows; open_clip's formula needs about
-16 N^2 bytes, ours does not. `python -m benchmarks.timing.report` draws the curves.
+Every run is a separate process. It makes its features, runs a small loss to load what it needs, resets the
+peak of its resident memory and then runs the loss once. The extra memory is the peak minus the resident
+memory before, gradients included. In every round the implementations take turns, so that other load on the
+machine affects all of them. The result, benchmarks/results/contrastive_memory.json, is written only if losses
+and gradients agree. --add keeps its other rows. open_clip's formula needs about 16 N^2 bytes, ours does not.
+`python -m benchmarks.timing.report` plots the curves.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ JOBS = {
 
 
 def status(field: str) -> int:
-    """Bytes, from this process's status."""
+    """A field of this process's status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def measure(loss: str, implementation: str, n: int, width: int, threads: int) -> dict:
-    """Runs in its own process."""
+    """One run, for which `in_a_process` starts a new process."""
     torch.set_num_threads(threads)
     function = JOBS[loss][implementation]
 
@@ -74,7 +74,7 @@ def measure(loss: str, implementation: str, n: int, width: int, threads: int) ->
 
     torch.autograd.grad(function(*(few := inputs(64))), few[:3])
     leaves = inputs(n)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
     before = status("VmRSS")
     wall, cpu = time.perf_counter(), time.process_time()
     value = function(*leaves)
@@ -85,7 +85,7 @@ def measure(loss: str, implementation: str, n: int, width: int, threads: int) ->
 
 
 def in_a_process(*arguments) -> dict:
-    command = [sys.executable, __file__, "--one", *map(str, arguments)]
+    command = [sys.executable, "-m", "benchmarks.jobs.contrastive_memory", "--one", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     return json.loads(done.stdout)
 
@@ -118,13 +118,16 @@ def compare(loss: str, n: int, width: int, threads: int, rounds: int, skip: list
 
 
 def ratio(ours: list[dict], theirs: list[dict], key: str) -> float:
-    """Median over rounds: the two of a round ran one after the other."""
+    """Median over rounds of the ratio of two runs, which ran one after the other."""
     return round(statistics.median(a[key] / b[key] for a, b in zip(ours, theirs, strict=True)), 3)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--one", nargs=5, metavar=("LOSS", "IMPLEMENTATION", "N", "D", "THREADS"))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.jobs.contrastive_memory", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--one", nargs=5, metavar=("LOSS", "IMPLEMENTATION", "N", "D", "THREADS"),
+                        help="one run in this process; prints its result")
     parser.add_argument("--losses", nargs="+", default=["contrastive_loss"], choices=list(JOBS))
     parser.add_argument("--sizes", nargs="+", type=int, default=[4096, 8192, 16384])
     parser.add_argument("--width", type=int, default=512)
@@ -132,7 +135,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--skip", nargs="+", default=[], help="implementations, e.g. those that do not fit")
     parser.add_argument("--name", default="contrastive_memory", help="of the file in benchmarks/results")
-    parser.add_argument("--note", default="", help="what a reader must know, e.g. what else the machine did")
+    parser.add_argument("--note", default="", help="kept in the rows, e.g. other load on the machine")
     parser.add_argument("--add", action="store_true", help="keep the file's rows of other sizes or threads")
     arguments = parser.parse_args()
     if arguments.one:
@@ -153,7 +156,7 @@ def main() -> None:
                 rows[key_of(row)] = row
                 print(json.dumps(row), flush=True)
                 ordered = [rows[key] for key in sorted(rows)]
-                save(arguments.name, {**about, "rows": ordered})  # each as it comes
+                save(arguments.name, {**about, "rows": ordered})  # after each row, so that none is lost
     print(path)
 
 

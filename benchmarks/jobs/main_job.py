@@ -1,30 +1,30 @@
-"""Caption -> pictures with the checkpoint in the package: seconds per stage on the CPU.
+"""From a caption to images with the checkpoint in the package: seconds per stage on the CPU.
 
     python -m benchmarks.jobs.main_job            writes benchmarks/results/main_job.json
 
-Start-up (imports and loading) is measured once, in this fresh process; the stages are the median of --repeats
-runs after a first one, which is reported too because it is what a user of the command line waits for.
+Start-up (imports and loading) is measured once, in this new process. The stages are the median of --repeats
+runs after a first one. The first run is reported, too, because it is what a user of the command line waits
+for.
 """
 
 from __future__ import annotations
 
 import time
 
-START = time.perf_counter()
-
-import argparse  # noqa: E402  (START comes first: imports are part of what is measured)
+START = time.perf_counter()  # before the other imports, which are part of the start-up
 
 import torch  # noqa: E402
 
-from benchmarks.timing.provenance import check_images, machine, medians, parameters, save, versions  # noqa: E402
+from benchmarks.cases.sizes import parameter_count  # noqa: E402
+from benchmarks.jobs.images import CAPTION, check_images, medians, options  # noqa: E402
+from benchmarks.timing.provenance import machine, save, versions  # noqa: E402
 from dalle2_fast import DALLE2  # noqa: E402
 
-CAPTION = "a large red circle above a small blue square on a navy background"
 PARTS = ("clip", "prior", "decoder", "upsampler")
 
 
 def run(pipe: DALLE2, num_images: int) -> tuple[torch.Tensor, dict[str, float]]:
-    """The pictures of one run and the seconds of its stages, the rest and the whole."""
+    """The images of one run, and the seconds of its stages, of the rest and in total."""
     begin = time.perf_counter()
     made = pipe.generate(CAPTION, num_images, seed=0)
     total = time.perf_counter() - begin
@@ -32,13 +32,8 @@ def run(pipe: DALLE2, num_images: int) -> tuple[torch.Tensor, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--num-images", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--checkpoint", help="a folder; default: the checkpoint in the package")
-    arguments = parser.parse_args()
-
-    where = machine()
+    arguments = options("main_job", __doc__).parse_args()
+    this_machine = machine()
     pipe = DALLE2.from_pretrained(arguments.checkpoint)
     startup = time.perf_counter() - START
 
@@ -48,15 +43,15 @@ def main() -> None:
     for _ in range(arguments.repeats):
         images, seconds = run(pipe, arguments.num_images)
         if not torch.equal(images, first):
-            raise RuntimeError("the same seed gave different pictures: nothing is reported")
+            raise RuntimeError("the same seed gave different images: nothing is reported")
         runs.append(seconds)
 
     path = save("main_job", {
-        "machine": where,
+        "machine": this_machine,
         "versions": versions("numpy", "safetensors"),
         "job": {"caption": CAPTION, "num_images": arguments.num_images, "size": 256, "dtype": "float32",
                 **pipe.sampling},
-        "parameters": {part: parameters(getattr(pipe, part)) for part in PARTS},
+        "parameters": {part: parameter_count(getattr(pipe, part)) for part in PARTS},
         "seconds": {"startup": round(startup, 3), "first_run": medians([cold]), "median": medians(runs)},
         "repeats": arguments.repeats,
     })

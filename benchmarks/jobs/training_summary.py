@@ -2,8 +2,8 @@
 
     python -m benchmarks.jobs.training_summary NAME STAGE=LOG.jsonl [STAGE=LOG.jsonl ...] [--note TEXT]
 
-A stage trained in several phases is named once for each, in order. Images per second are those of the median
-log window; the curve keeps every tenth of a log.
+A stage that was trained in several phases is named once for each phase, in order. Images per second are the
+median over the windows of the log. The curve has about ten points per log, and the last one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def summary(log: Path) -> dict:
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     if not rows:
         raise SystemExit(f"{log}: expected lines of a training log, got none")
-    usual = {"step", "seconds", "samples", "images_per_s", "loss", "grad_norm", "lr"}
+    logged_always = {"step", "seconds", "samples", "images_per_s", "loss", "grad_norm", "lr"}
     windows = [row for row in rows if "loss" in row]
     curve = windows[:: max(1, len(windows) // 10)] + windows[-1:]
     return {
@@ -30,15 +30,17 @@ def summary(log: Path) -> dict:
         "images": rows[-1]["samples"],
         "images_per_s": statistics.median(row["images_per_s"] for row in windows),
         "loss": [[row["samples"], round(row["loss"], 4)] for row in curve],
-        "metrics": {key: value for key, value in rows[-1].items() if key not in usual},
+        "metrics": {key: value for key, value in rows[-1].items() if key not in logged_always},
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.jobs.training_summary", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("name")
     parser.add_argument("logs", nargs="+", metavar="STAGE=LOG.jsonl")
-    parser.add_argument("--note", default="", help="what a reader must know, e.g. what else the machine did")
+    parser.add_argument("--note", default="", help="kept in the result, e.g. other load on the machine")
     parser.add_argument("--trained-on", metavar="DEVICE", help="default: this machine's CPU")
     arguments = parser.parse_args()
     stages: dict[str, list[dict]] = {}
@@ -48,8 +50,8 @@ def main() -> None:
     if arguments.trained_on is not None:
         about = {"machine": {"device": arguments.trained_on}}
     else:
-        where = machine()
-        about = {"machine": {"cpu": where["cpu"], "cores": where["cores"]}, "versions": versions()}
+        here = machine()
+        about = {"machine": {"cpu": here["cpu"], "cores": here["cores"]}, "versions": versions()}
     about["note"] = arguments.note
     print(save(f"training-{arguments.name}", {**about, "stages": stages}))
 

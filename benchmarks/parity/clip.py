@@ -1,8 +1,8 @@
-"""The rows of parity.py for CLIP, beside transformers', open_clip's and OpenAI's own class.
+"""Rows of the parity report: CLIP against the classes of transformers, open_clip and OpenAI.
 
-Each source builds the published model with random weights, all of them disturbed, saves it as it saves any
-model, and CLIP.from_pretrained(path) loads it. ViT-B-32 and RN50 are whole; the others have every width and
-head of the published ones, but 2 blocks a Transformer and 1 a stage of a ResNet.
+Each source builds the published model with random weights, all of them perturbed, and saves it in its usual
+format; CLIP.from_pretrained(path) loads it. ViT-B-32 and RN50 are complete; the others have the published
+widths and heads, but 2 blocks per Transformer and 1 per stage of a ResNet.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from benchmarks.cases.sizes import parameter_count
 from benchmarks.parity.rows import Pairs, Row, on_meta
-from benchmarks.timing.provenance import parameters
 from dalle2_fast import CLIP
 from dalle2_fast.checkpoints.formats.clip_options import from_open_clip
 from dalle2_fast.data import BPETokenizer
 from tests.support.clip_cases import NAMED
 
 CAPTIONS = ["a photo of a cat", "stop!!!", "", "two dogs on a bench, 1950s, \N{SNOWMAN}"]
-NOT_OPENAI = ("ViT-H-14", "ViT-g-14", "ViT-bigG-14")  # those have plain GELU, the others OpenAI's quick one
-WHOLE = ("ViT-B-32", "RN50")
+NOT_OPENAI = ("ViT-H-14", "ViT-g-14", "ViT-bigG-14")  # their GELU is exact, that of the others quick
+COMPLETE = ("ViT-B-32", "RN50")
 
 
 def config_of(name: str) -> dict:
     """open_clip's configuration."""
     config = copy.deepcopy(NAMED[name][0]) | {"quick_gelu": name not in NOT_OPENAI}
-    if name not in WHOLE:
+    if name not in COMPLETE:
         config["vision_cfg"]["layers"] = [1, 1, 1, 1] if name.startswith("RN") else 2
         config["text_cfg"]["layers"] = 2
     return config
 
 
-def disturbed(model: nn.Module) -> nn.Module:
-    """No weight at a value, such as 0 or 1, that would hide where it goes."""
+def perturbed(model: nn.Module) -> nn.Module:
+    """Noise on every weight: equal values, such as 0 or 1, would hide that two weights were exchanged."""
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.add_(0.2 * parameter.std(correction=0).clamp(min=0.02) * torch.randn_like(parameter))
@@ -69,7 +69,7 @@ def hugging_face(config: dict) -> Pairs:
                   intermediate_size=int(vision["width"] * vision.get("mlp_ratio", 4.0)),
                   patch_size=vision["patch_size"], image_size=vision["image_size"]) | both
     torch.manual_seed(0)
-    theirs = disturbed(CLIPModel(CLIPConfig(text_config=words, vision_config=pixels,
+    theirs = perturbed(CLIPModel(CLIPConfig(text_config=words, vision_config=pixels,
                                             projection_dim=config["embed_dim"])))
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
@@ -88,7 +88,7 @@ def open_clip(config: dict) -> Pairs:
 
     vision, text = config["vision_cfg"], config["text_cfg"]
     torch.manual_seed(0)
-    theirs = disturbed(Theirs(config["embed_dim"], vision, text, config["quick_gelu"]))
+    theirs = perturbed(Theirs(config["embed_dim"], vision, text, config["quick_gelu"]))
     with tempfile.TemporaryDirectory() as folder:
         torch.save(theirs.state_dict(), Path(folder) / "open_clip_pytorch_model.bin")
         (Path(folder) / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
@@ -97,14 +97,15 @@ def open_clip(config: dict) -> Pairs:
 
 
 def openai(config: dict) -> Pairs:
-    # Its package asks for pkg_resources, which newer setuptools do not have; the model's file does not.
+    # The package imports pkg_resources, which newer setuptools no longer have; the file of the model does
+    # not.
     file = Path(importlib.util.find_spec("clip").origin).with_name("model.py")
-    place = importlib.util.spec_from_file_location("openai_clip", file)
-    module = importlib.util.module_from_spec(place)
-    place.loader.exec_module(module)
+    spec = importlib.util.spec_from_file_location("openai_clip", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     vision, text = config["vision_cfg"], config["text_cfg"]
     torch.manual_seed(0)
-    theirs = disturbed(module.CLIP(
+    theirs = perturbed(module.CLIP(
         config["embed_dim"], vision["image_size"], vision["layers"], vision["width"], vision["patch_size"],
         text["context_length"], text["vocab_size"], text["width"], text["heads"], text["layers"],
     ))  # fmt: skip
@@ -119,7 +120,7 @@ def pairs(ours: CLIP, theirs: nn.Module) -> Pairs:
     images, normalised, tokens = inputs(ours)
     yield ours.encode_image(images, normalize=False), theirs.encode_image(normalised)
     embed, encodings, mask = ours.encode_text(tokens, normalize=False)
-    found = []  # the encodings, which encode_text keeps to itself
+    found = []  # the encodings of all tokens, which their encode_text does not return
     theirs.ln_final.register_forward_hook(lambda module, inputs, output: found.append(output))
     yield embed, theirs.encode_text(tokens)
     yield encodings[mask], found[0][mask]
@@ -129,7 +130,7 @@ def clip_rows() -> list[Row]:
     rows = []
     for name in NAMED:
         published = from_open_clip(NAMED[name][0] | {"quick_gelu": name not in NOT_OPENAI}, name)
-        count = parameters(on_meta(CLIP, **published))
+        count = parameter_count(on_meta(CLIP, **published))
         sources: dict[str, tuple[str, Callable[[dict], Pairs]]] = {}
         if not name.startswith("RN"):  # Hugging Face's CLIP has no ResNets
             sources["transformers CLIPModel"] = "transformers", hugging_face

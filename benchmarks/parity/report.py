@@ -1,11 +1,11 @@
-"""Our networks beside those they load the weights of: the largest relative difference of their outputs.
+"""Our networks against those whose weights they load: the largest relative difference of their outputs.
 
     python -m benchmarks.parity.report            writes benchmarks/results/parity.json and parity.md
 
-Both hold the same random weights, in float32 on the CPU. Karlo is scaled down (parity_karlo.py); the CLIPs
-have the published widths (parity_clip.py). The parameters are those of the published size, counted on the
-meta device. A source that is not installed is named, and its rows stay as they were measured last. Exits with
-1 if a difference is larger than its bound.
+Both have the same random weights, in float32 on the CPU. Karlo is scaled down (karlo.py); the CLIPs have the
+published widths (clip.py). The parameter counts are those of the published size, counted on the meta device.
+A source that is not installed is named, and its rows stay as they were measured last. The status is 1, and
+nothing is written, if a difference is larger than its bound.
 """
 
 from __future__ import annotations
@@ -16,26 +16,24 @@ import json
 import sys
 import warnings
 from dataclasses import asdict
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-
-from benchmarks.parity.clip import clip_rows  # noqa: E402
-from benchmarks.parity.karlo import karlo_rows  # noqa: E402
-from benchmarks.parity.rows import measure  # noqa: E402
-from benchmarks.timing.provenance import RESULTS, write  # noqa: E402
+from benchmarks.parity.clip import clip_rows
+from benchmarks.parity.karlo import karlo_rows
+from benchmarks.parity.rows import measure
+from benchmarks.timing.provenance import RESULTS, write
 
 
 def table(rows: list[dict]) -> str:
     lines = [
         "# Parity",
         "",
-        "Outputs of our networks beside those of the source, both with the same random weights, float32 on",
-        "the CPU: the norm of the difference over the norm, and the largest element of the difference over",
-        "the largest of the source, each the worst of all outputs and draws. Karlo is scaled down; CLIP",
-        "ViT-B-32 and RN50 are whole, the other CLIPs have the published widths and heads, but 2 blocks a",
-        "Transformer and 1 a stage of a ResNet. Parameters are those of the published size. Written by",
-        "`python -m benchmarks.parity.report`.",
+        "Outputs of our networks compared with those of the source. Both have the same random weights, in",
+        "float32 on the CPU. `max relative difference` is the norm of the difference over the norm of the",
+        "source's output, `largest element` the largest element of the difference over the largest of the",
+        "source; each is the worst over all outputs and random inputs. Karlo is scaled down. CLIP ViT-B-32",
+        "and RN50 are complete; the other CLIPs have the published widths and heads, but 2 blocks per",
+        "Transformer and 1 per stage of a ResNet. The parameter counts are those of the published size.",
+        "Written by `python -m benchmarks.parity.report`.",
         "",
         "| network | source | parameters | max relative difference | largest element | bound | measured |",
         "|---|---|---:|---:|---:|---:|---|",
@@ -51,10 +49,12 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", metavar="TEXT", default="", help="rows whose network or source has this")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.parity.report", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--only", metavar="TEXT", default="", help="text in the network or source of a row")
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # that diffusers will drop UnCLIPPipeline
+    warnings.filterwarnings("ignore", category=FutureWarning)  # UnCLIPPipeline will be removed
     path, kept = RESULTS / "parity.json", {}
     if path.is_file():
         old = json.loads(path.read_text())["rows"]

@@ -1,4 +1,4 @@
-"""What the rows of parity.py are, before and after they are measured."""
+"""A row of the parity report, before and after it is measured."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from benchmarks.timing.provenance import commit, versions
 
 Pairs = Iterator[tuple[Tensor, Tensor]]  # (ours, theirs)
-NETWORK, CHAIN = 1e-5, 1e-3  # bounds of the norm of the difference over the norm
+NETWORK, PIPELINE = 1e-5, 1e-3  # bounds of |ours - theirs| / |theirs|, norms
 
 
 @dataclass
 class Row:
     network: str
-    source: str  # whose network it is compared with
-    needs: tuple[str, ...]  # packages
+    source: str  # the class of the other package
+    needs: tuple[str, ...]  # packages that must be installed
     parameters: int  # of the published size
     measure: Callable[[], Pairs]
     bound: float = NETWORK
@@ -30,7 +30,7 @@ class Measured:
     network: str
     source: str
     parameters: int
-    relative_difference: float  # |ours - theirs| / |theirs|, norms, the largest of all outputs
+    relative_difference: float  # |ours - theirs| / |theirs|, norms; the largest over all outputs
     largest_element: float  # max |ours - theirs| / max |theirs|
     bound: float
     date: str
@@ -45,7 +45,8 @@ def on_meta(make: Callable[..., torch.nn.Module], **options) -> torch.nn.Module:
 
 @torch.no_grad()
 def measure(row: Row) -> Measured:
-    """RuntimeError if an output is not finite or says nothing: no difference is reported for it."""
+    """Raise RuntimeError, and report no difference, if an output is not finite, is zero or has another shape.
+    """
     norm = element = 0.0
     for ours, theirs in row.measure():
         finite = torch.isfinite(ours).all() and torch.isfinite(theirs).all()

@@ -8,27 +8,26 @@ since the last report is compiled again. tests/kernels/test_aot.py refuses a rep
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # so that the ops' launchers run on the CPU, where launches are counted
 
-ROOT = Path(__file__).resolve().parents[2]
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-import torch  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-
-from benchmarks.cases import ops as rows_of_ops  # noqa: E402, F401  (they join the registry)
-from benchmarks.cases.registry import CASES, Case  # noqa: E402
-from benchmarks.timing.clock import ours, prepare, timed_job  # noqa: E402
-from benchmarks.timing.provenance import commit, versions  # noqa: E402
-from tests.support.aot.compile import (  # noqa: E402
+from benchmarks.cases import registry
+from benchmarks.cases.registry import Case
+from benchmarks.timing.agreement import ours, prepare
+from benchmarks.timing.clock import timed_job
+from benchmarks.timing.launch_counts import CountLaunches
+from benchmarks.timing.provenance import RESULTS, commit, versions, write
+from tests.support.aot.compile import (
     CAPABILITIES,
     Resources,
     all_cases,
@@ -36,9 +35,9 @@ from tests.support.aot.compile import (  # noqa: E402
     fingerprint,
     function_of,
 )
-from tests.support.launches import recorded  # noqa: E402
+from tests.support.launches import recorded
 
-JSON = ROOT / "benchmarks" / "results" / "compile_resources.json"
+JSON = RESULTS / "compile_resources.json"
 CHUNK = 40  # compiles between two writes of the file
 
 
@@ -59,7 +58,7 @@ def save(cases: dict, launches: dict) -> dict:
     }
     text = json.dumps(report, indent=1)
     one_line = re.sub(r"\[[\d\s,]+\]", lambda numbers: " ".join(numbers[0].split()), text)
-    JSON.write_text(one_line + "\n")
+    write(JSON, one_line + "\n")
     return report
 
 
@@ -91,20 +90,6 @@ def update(launches: dict) -> dict:
 # ----------------------------------------------------------------------------------------- launches and bytes
 
 
-class CountOps(TorchDispatchMode):
-    """Ops that make or change data: about as many as plain PyTorch launches kernels."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        view = any(value.alias_info is not None for value in op._schema.returns) and not op._schema.is_mutable
-        name = op._schema.name
-        self.count += name.startswith("aten::") and not view and "empty" not in name and "view" not in name
-        return op(*args, **(kwargs or {}))
-
-
 def launches_of(case: Case, function: Callable) -> list[tuple[str, int]]:
     """(kernel, bytes of its tensors) of each launch at the real size. Nothing runs, no memory is touched."""
     inputs = {
@@ -124,18 +109,18 @@ def _bytes(value: object) -> int:
 
 def count_launches() -> dict[str, dict]:
     counts = {}
-    for name, case in CASES.items():
+    for name, case in registry.load(registry.TRITON_OPS).items():
         found = launches_of(case, ours(case, "fused"))
         with FakeTensorMode():
             inputs = case.make("cpu", torch.bfloat16, False)
             job = timed_job(case, case.rivals["eager"], *prepare(case, inputs))
-            with CountOps() as mode:
+            with CountLaunches() as mode:
                 job()
         kernels: dict[str, int] = {}
         for kernel, _ in found:
             kernels[kernel] = kernels.get(kernel, 0) + 1
         moved = sum(size for _, size in found)
-        counts[name] = {"kernels": kernels, "bytes": moved, "floor": case.bytes, "eager_ops": mode.count}
+        counts[name] = {"kernels": kernels, "bytes": moved, "floor": case.bytes, "eager_ops": mode.op_count}
     return counts
 
 
@@ -193,5 +178,13 @@ def _registers(used: Resources | None) -> str:
     return f"{used.registers} ({used.spills})" if used.stack else str(used.registers)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.timing.compile_report", description=__doc__.splitlines()[0]
+    )
+    parser.parse_args()
+    write(JSON.with_suffix(".md"), as_text(update(count_launches())))
+
+
 if __name__ == "__main__":
-    JSON.with_suffix(".md").write_text(as_text(update(count_launches())))
+    main()

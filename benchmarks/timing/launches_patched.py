@@ -18,63 +18,31 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "1"  # so that the ops' launchers run on the CPU, where launches are counted
 
-ROOT = Path(__file__).resolve().parents[2]
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-import torch  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from benchmarks.cases import foreign_unets
+from benchmarks.cases.registry import installed
+from benchmarks.cases.sizes import parameter_count
+from benchmarks.timing.launch_counts import CountLaunches, allocated
+from benchmarks.timing.provenance import RESULTS, commit, versions, write
+from dalle2_fast.adapters.patch import patch, unpatch
+from dalle2_fast.ops import _dispatch
+from tests.support.launches import recorded
 
-from benchmarks.cases import foreign_unets  # noqa: E402
-from benchmarks.cases.registry import installed  # noqa: E402
-from benchmarks.timing.provenance import commit, parameters, versions  # noqa: E402
-from dalle2_fast.adapters.patch import patch, unpatch  # noqa: E402
-from dalle2_fast.ops import _dispatch  # noqa: E402
-from tests.support.launches import recorded  # noqa: E402
-
-JSON = ROOT / "benchmarks" / "results" / "launches_patched.json"
+JSON = RESULTS / "launches_patched.json"
 BATCH = 2  # one image with guidance
-
-
-class CountLaunches(TorchDispatchMode):
-    """ops: those of PyTorch that make or change data. ours: calls of our ops by what they are given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ops, self.ours = Counter(), Counter()
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        name = op._schema.name
-        if name.startswith("dalle2_fast::"):
-            self.ours[op, tuple(map(_described, args))] += 1
-        else:
-            returns = op._schema.returns
-            view = any(value.alias_info is not None for value in returns) and not op._schema.is_mutable
-            self.ops[name] += name.startswith("aten::") and not (view or "empty" in name or "view" in name)
-        return op(*args, **(kwargs or {}))
-
-
-def _described(value: object) -> object:
-    if isinstance(value, torch.Tensor):
-        return ("tensor", tuple(value.shape), value.stride(), value.dtype)
-    return value
-
-
-def _made(value: object) -> object:  # memory that is not touched
-    if isinstance(value, tuple) and value[:1] == ("tensor",):
-        return torch.empty_strided(value[1], value[2], dtype=value[3])
-    return value
 
 
 def launched(op, described: tuple) -> tuple[Counter, int]:
     """The kernels that one of our ops launches, and the ops of PyTorch around them."""
     with torch.no_grad(), recorded() as found, CountLaunches() as mode:
-        op(*map(_made, described))
-    return Counter(launch.name for launch in found), sum(mode.ops.values())
+        op(*map(allocated, described))
+    return Counter(launch.name for launch in found), mode.op_count
 
 
 def count(run: Callable[[], object], fake: FakeTensorMode) -> dict:
@@ -86,7 +54,7 @@ def count(run: Callable[[], object], fake: FakeTensorMode) -> dict:
         around += times * ops
         for name in one:
             kernels[name] += times * one[name]
-    total = sum(mode.ops.values()) + around + sum(kernels.values())
+    total = mode.op_count + around + sum(kernels.values())
     norms = {name.removeprefix("aten::"): times for name, times in mode.ops.items() if "group_norm" in name}
     return dict(launches=total, of_ours=dict(sorted(kernels.items())), counted_once_each=norms)
 
@@ -115,7 +83,7 @@ def measure(name: str) -> dict:
     skipped = dict(report.skipped)
     unpatch(net)
     return dict(
-        batch=BATCH, parameters=parameters(net), **rows, swapped=len(report.swapped), skipped=skipped,
+        batch=BATCH, parameters=parameter_count(net), **rows, swapped=len(report.swapped), skipped=skipped,
         package=versions(foreign_unets.package(name).replace("_", "-")), commit=commit(),
         date=time.strftime("%Y-%m-%d"),
     )  # fmt: skip
@@ -128,7 +96,7 @@ def main(names: list[str]) -> None:
             print(f"{name}: {foreign_unets.package(name)} is not installed", file=sys.stderr)
             continue
         report["rows"][name] = row = measure(name)
-        JSON.write_text(json.dumps(report, indent=1) + "\n")
+        write(JSON, json.dumps(report, indent=1) + "\n")
         for kind in ("forward", "forward and backward"):
             before, after = (row[kind][state]["launches"] for state in ("before", "after"))
             print(f"{name}, {kind}: {before} -> {after} ({after / before:.2f})")

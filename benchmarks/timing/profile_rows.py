@@ -15,13 +15,12 @@ import re
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+import torch
 
-import torch  # noqa: E402
-
-from benchmarks.cases import registry  # noqa: E402
-from benchmarks.timing.clock import ours, prepare, timed_job  # noqa: E402
-from benchmarks.timing.rows import Row  # noqa: E402
+from benchmarks.cases import registry
+from benchmarks.timing.agreement import ours, prepare
+from benchmarks.timing.clock import timed_job
+from benchmarks.timing.rows import Row
 
 
 def short_of_a_goal(path: Path) -> list[str]:

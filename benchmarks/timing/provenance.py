@@ -1,48 +1,21 @@
-"""What every benchmark here shares: the check before a time counts, and results that say their origin."""
+"""Where a result comes from: machine, versions and commit; and the files in benchmarks/results."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
-import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from dalle2_fast.checkpoints.atomic import atomic_write
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-
-
-def check_images(images: torch.Tensor, shape: tuple[int, ...]) -> None:
-    """No time is reported for a job that did not do its work."""
-    if tuple(images.shape) != shape:
-        raise RuntimeError(f"images: expected {shape}, got {tuple(images.shape)}")
-    if not (torch.isfinite(images).all() and images.min() >= 0 and images.max() <= 1):
-        raise RuntimeError(f"images: expected values in [0, 1], got {images.min():.3g} .. {images.max():.3g}")
-
-
-def medians(runs: list[dict[str, float]]) -> dict[str, float]:
-    return {stage: round(statistics.median(run[stage] for run in runs), 3) for stage in runs[0]}
-
-
-def parameters(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def nearest(build: Callable[..., torch.nn.Module], sizes: Iterable, target: int) -> torch.nn.Module:
-    """The module whose size comes nearest to `target` parameters; the others are never allocated."""
-
-    def distance(size) -> float:
-        with torch.device("meta"):
-            return abs(math.log(parameters(build(size)) / target))
-
-    return build(min(sizes, key=distance))
 
 
 def machine() -> dict:
@@ -50,11 +23,12 @@ def machine() -> dict:
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load_before": round(os.getloadavg()[0], 2),  # far from 0: something else was running
+        "load_before": round(os.getloadavg()[0], 2),  # far from 0: another program was running
     }
 
 
 def versions(*packages: str) -> dict:
+    """Versions of Python, torch and these distributions; None for one that is not installed."""
     found = {"python": platform.python_version()}
     for package in ("torch", *packages):
         try:
@@ -65,6 +39,7 @@ def versions(*packages: str) -> dict:
 
 
 def commit() -> str:
+    """The abbreviated hash of HEAD, and whether the sources differ from it."""
     def git(*args: str) -> str:
         done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True)
         return done.stdout.strip()
@@ -75,6 +50,7 @@ def commit() -> str:
 
 
 def save(name: str, result: dict) -> Path:
+    """Write benchmarks/results/NAME.json with date and commit, and return its path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     whole = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), **result}
@@ -83,10 +59,8 @@ def save(name: str, result: dict) -> Path:
 
 
 def write(path: Path, text: str) -> None:
-    """Beside, then renamed: whoever reads it finds the old file or the new one."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text)
-    beside.replace(path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(text)
 
 
 def _cpu_model() -> str:

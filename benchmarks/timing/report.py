@@ -1,12 +1,14 @@
 """From runs of the benchmarks to results that can be read, compared and kept.
 
     pytest benchmarks/ --benchmark-only --benchmark-json=run.json
-    python -m benchmarks.timing.report run.json [more.json ...]  # results/<device>.json, .md, plots; README
-    python -m benchmarks.timing.report --compare OLD.json NEW.json  # status 1 if a row fell beyond its spread
+    python -m benchmarks.timing.report run.json [more.json ...]
+    python -m benchmarks.timing.report --compare OLD.json NEW.json
 
-Rows of a later run replace those of an earlier one. In the README, what stands between the markers
-`<!-- benchmarks:begin -->` and `<!-- benchmarks:end -->` is written anew from all files of results/ that this
-program wrote. The plots need matplotlib (the extra "bench").
+The first form writes benchmarks/results/<device>.json, .md and plots, and the README. Rows of a later run
+replace those of an earlier one. In the README, the text between the markers `<!-- benchmarks:begin -->` and
+`<!-- benchmarks:end -->` is replaced by a summary of all files in results/ that this program wrote. The
+second form exits with status 1 if a row became slower by more than its spread. The plots need matplotlib
+(extra "bench").
 """
 
 from __future__ import annotations
@@ -18,11 +20,10 @@ import re
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-
-from benchmarks.timing.plots import plot, plot_memory  # noqa: E402
-from benchmarks.timing.provenance import RESULTS, write  # noqa: E402
-from benchmarks.timing.rows import Row  # noqa: E402
+from benchmarks.timing.markdown import summary, table
+from benchmarks.timing.plots import plot, plot_memory
+from benchmarks.timing.provenance import RESULTS, ROOT, write
+from benchmarks.timing.rows import Row
 
 FORMAT = 2
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -66,90 +67,6 @@ def read_runs(paths: list[Path]) -> dict:
         row["goals"] = [list(goal) for goal in Row(**row).goals()]
     missing = [{"case": case, "implementation": kind, "why": why} for (case, kind), why in absent.items()]
     return result | {"rows": list(rows.values()), "absent": missing}
-
-
-def table(result: dict) -> str:
-    """Markdown. Where we lose is printed like where we win."""
-    heads = ("case", "implementation", "us", "+-", "GB/s", "GFLOP/s", "images/s", "of best", "peak MB",
-             "ours is", "wanted")  # fmt: skip
-    lines = [
-        f"# {title(result)}",
-        "",
-        f"{about(result)} `of best`: of whichever of the two is nearer. `ours is`: how many times faster "
-        "than this rival, the median over rounds before each of which ours ran.",
-        "",
-        f"| {' | '.join(heads)} |",
-        f"|{'---|' * len(heads)}",
-    ]
-    for row in result["rows"]:
-        ours = row["implementation"] == "ours"
-        goals = ", ".join(f"{wanted} {'yes' if met else '**no**'}" for wanted, met in row["goals"])
-        cells = (
-            row["case"],
-            f"**{row['implementation']}**" if ours else row["implementation"],
-            f"{row['seconds'] * 1e6:.1f}",
-            f"{row['spread']:.0%}",
-            f"{row['bytes_per_second'] / 1e9:.0f}",
-            f"{row['flops_per_second'] / 1e9:.0f}" if row["flops_per_second"] else "",
-            f"{row['images_per_second']:.3g}" if row["images_per_second"] else "",
-            f"{row['share_of_best']:.0%}",
-            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
-            "" if row["ours_is_faster"] is None else f"{row['ours_is_faster']:.2f}x",
-            goals,
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    if result["absent"]:
-        lines += ["", "Not timed:", ""]
-        reasons: dict[str, list[str]] = {}
-        for row in result["absent"]:
-            reasons.setdefault(row["why"], []).append(f"{row['case']} / {row['implementation']}")
-        lines += [f"- {why}: {'; '.join(names)}" for why, names in reasons.items()]
-    return "\n".join(lines) + "\n"
-
-
-def title(result: dict) -> str:
-    return f"{result['device']}, {result['date']}, commit {result['commit']}"
-
-
-def about(result: dict) -> str:
-    best, note = result["ceilings"], result["machine"].get("note")
-    text = (
-        f"Measured in the same run: copy {best['bytes_per_second'] / 1e9:.0f} GB/s, matrix product "
-        f"{best['flops_per_second'] / 1e9:.0f} GFLOP/s."
-    )
-    return f"{text} {note.rstrip('.')}." if note else text
-
-
-def summary(results: list[tuple[str, dict]], folder: str) -> str:
-    """For the README: of each device a line for every case, ours beside every rival. folder: of the results,
-    as the README names it."""
-    lines = []
-    for name, result in results:
-        lines += [
-            f"**{title(result)}.** {about(result)} All rows: `{folder}/{name}.md`.",
-            "",
-            "| case | ours, ms | images/s | time of rivals / ours, side by side |",
-            "|---|---|---|---|",
-        ]
-        for row in result["rows"]:
-            if row["implementation"] != "ours":
-                continue
-            rivals = [other for other in result["rows"]
-                      if other["case"] == row["case"] and other["ours_is_faster"] is not None]  # fmt: skip
-            versus = ", ".join(f"{one['implementation']} {one['ours_is_faster']:.2f}" for one in rivals)
-            rate = f"{row['images_per_second']:.3g}" if row["images_per_second"] else ""
-            lines.append(f"| {row['case']} | {milliseconds(row['seconds'])} | {rate} | {versus} |")
-        lines.append("")
-        pictures = [f"[{kind}]({folder}/{name}-{kind}.png)" for kind in result["plots"]]
-        if pictures:
-            lines += [f"Plots: {', '.join(pictures)}.", ""]
-    return "\n".join(lines)
-
-
-def milliseconds(seconds: float) -> str:
-    """Three digits, and never a power of ten."""
-    value = seconds * 1e3
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def write_readme(path: Path, folder: Path) -> None:

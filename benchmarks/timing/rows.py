@@ -32,7 +32,7 @@ class Row:
     wanted_launches: int | None = None
     shape: list[int] | None = None  # of the first input
 
-    def rates(self, moved: int, flops: int, images: int, best: dict[str, float]) -> None:
+    def set_rates(self, moved: int, flops: int, images: int, best: dict[str, float]) -> None:
         self.bytes_per_second, self.flops_per_second = moved / self.seconds, flops / self.seconds
         self.images_per_second = images / self.seconds
         self.share_of_best = max(

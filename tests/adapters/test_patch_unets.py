@@ -110,7 +110,7 @@ def test_the_benchmark_compares_the_same_networks(name, monkeypatch):
     """Catches: rows that time two networks with other weights, or two patched ones."""
     pytest.importorskip(foreign_unets.package(name), reason=f"{foreign_unets.package(name)} is not installed")
     from benchmarks.cases import registry
-    from benchmarks.timing.clock import check, ours
+    from benchmarks.timing.agreement import check, ours
 
     registry.load()
     rows = [case for case in registry.CASES.values() if case.name.startswith(f"patched {name},")]

@@ -1,27 +1,25 @@
-"""The benchmarks' registry without a GPU: each case at a tiny size does what it says, and the bytes add up.
-
-What is timed on a GPU has passed the same check there, at the real size.
-"""
+"""The registry of the benchmarks without a GPU: each case computes the right thing at a tiny size, and the
+bytes add up. On a GPU the same check runs at the real size before a case is timed."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.cases import registry
+from benchmarks.cases.group_norm_silu import decoder_norms
+from benchmarks.timing import report
+from benchmarks.timing.agreement import check, ours, results_of
+from benchmarks.timing.provenance import ROOT
+from benchmarks.timing.rows import Row
 
-from benchmarks.cases import registry  # noqa: E402
-from benchmarks.cases.ops import decoder_norms  # noqa: E402
-from benchmarks.timing import report  # noqa: E402
-from benchmarks.timing.clock import check, ours, results_of  # noqa: E402
-from benchmarks.timing.rows import Row  # noqa: E402
-
-# Of a case for the CPU there is one for GPUs that is the same at a tiny size.
+# Each case for the CPU has one for GPUs that is the same at a tiny size.
 CASES = {name: case for name, case in registry.load().items() if case.device == "cuda"}
 OPS = [name for name, case in CASES.items() if "eager" in case.rivals]
 WHOLE = [name for name, case in CASES.items() if "reference" in case.rivals]
@@ -37,7 +35,7 @@ def test_ours_and_eager_agree_with_the_truth(name, kernel_device):
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_networks_and_jobs_of_other_packages_do_the_same(name):
-    """diffusers' and open_clip's networks have our weights: a wrong argument shows as another result."""
+    """Catches a wrong argument of diffusers' or open_clip's networks, which have our weights."""
     case = CASES[name]
     inputs = case.make("cpu", torch.float32, True)
     check(case, "ours", ours(case, "fused"), inputs)
@@ -47,23 +45,23 @@ def test_networks_and_jobs_of_other_packages_do_the_same(name):
 
 
 def test_what_is_varied_is_there():
-    """Catches a variation of a constant, a kernel's text or a case that has been renamed or taken away."""
+    """Catches a variation of a constant, a kernel's source or a case that was renamed or removed."""
     pytest.importorskip("triton")
-    from benchmarks.timing import tune
+    from benchmarks.timing.variations import variations
 
-    for name, _, changes in tune.variations():
+    for name, _, changes in variations():
         assert name in CASES
-        assert all(hasattr(place, attribute) for place, attribute, _ in changes)
+        assert all(hasattr(target, attribute) for target, attribute, _ in changes)
 
 
 def test_both_pipelines_evaluate_the_same_rows():
-    """Catches a rival that is asked for fewer steps, pictures or no guidance."""
+    """Catches a rival that runs fewer steps, makes fewer images or has no guidance."""
     pytest.importorskip("diffusers", reason="diffusers is not installed")
-    from benchmarks.cases import jobs as cases_jobs
+    from benchmarks.cases import generation
 
     case = CASES["caption to 256 px, 4 images"]
     pipe, images = case.make("cpu", torch.float32, True).values()
-    theirs = cases_jobs.rival_jobs.unclip_pipeline(pipe, False)
+    theirs = generation.unclip_pipeline(pipe, False)
     counts = []
     for nets in ((pipe.decoder.unet, pipe.upsampler.unet, pipe.upsampler.last_unet),
                  (theirs.decoder, theirs.super_res_first, theirs.super_res_last)):  # fmt: skip
@@ -74,27 +72,27 @@ def test_both_pipelines_evaluate_the_same_rows():
 
             net.register_forward_pre_hook(count, with_kwargs=True)
         counts.append(rows)
-    cases_jobs.draw_pictures("fused", pipe, images)
-    cases_jobs.rival_jobs.draw_pictures(theirs, cases_jobs.CAPTION, images, pipe.sampling)
+    generation.generate_images("fused", pipe, images)
+    generation.rival_images(theirs, generation.CAPTION, images, pipe.sampling)
     assert counts[0] == counts[1] == {0: 3 * 2 * images, 1: 2 * images, 2: images}
 
 
 def test_every_rival_is_there_or_says_why():
-    """A rival must not be dropped silently: what a case may name is a function or a reason."""
+    """Catches a rival that is dropped silently: a case names a function or a reason."""
     for name, case in registry.CASES.items():
         for kind, rival in case.rivals.items():
             assert callable(rival) or (isinstance(rival, str) and rival), f"{name}: {kind}"
-        assert set(case.own_weights) <= set(case.rivals)
+        assert set(case.unshared_weights) <= set(case.rivals)
     with pytest.raises(ValueError, match="a second case"):
         registry.add(next(iter(CASES.values())))
 
 
 def test_goals_are_held_against_what_was_measured():
-    """Catches a goal called met that is not, and one of a row that has no figure for it."""
+    """Catches a goal wrongly reported as met, and a goal in a row that has no figure for it."""
     best = dict(bytes_per_second=4e9, flops_per_second=1e12)
     goals = dict(target_us=100.0, wanted_share=0.5, wanted_peak=10**6, wanted_launches=1)
     row = Row("case", "ours", seconds=9e-5, peak_bytes=2 * 10**6, launches=1, **goals)
-    row.rates(moved=90_000, flops=0, images=3, best=best)
+    row.set_rates(moved=90_000, flops=0, images=3, best=best)
     assert row.bytes_per_second == pytest.approx(1e9) and row.images_per_second == pytest.approx(3 / 9e-5)
     assert row.goals() == [("100 us", True), ("50% of best", False), ("1 MB", False), ("1 kernel", True)]
     rival = Row("case", "eager", ours_is_faster=1.9, wanted_factor=2.0, **goals)
@@ -120,7 +118,8 @@ def test_what_is_wrong_is_not_timed():
 
 @pytest.mark.parametrize("name", OPS)
 def test_bytes_are_those_of_the_inputs_and_outputs(name):
-    """Catches a row whose floor, and so its share of the copy's speed, belongs to other shapes."""
+    """Catches a row whose lower bound of bytes, and so its share of the copy's speed, belongs to other
+    shapes."""
     case = CASES[name]
     if "norms of the decoder" in name:
         counted = sum(2 * 2 * 2 * math.prod(shape) for shape, _, _ in decoder_norms())
@@ -132,7 +131,7 @@ def test_bytes_are_those_of_the_inputs_and_outputs(name):
             with torch.no_grad():
                 counted += sum(map(bytes_of, results_of(case, ours(case, "reference"), inputs).values()))
     if case.backward:
-        return  # what a gradient reads again is the kernel's choice
+        return  # a kernel may choose what its backward pass reads again
     unread = 0 if "step" not in name else bytes_of(inputs["output"]) - case.bytes // 6 * 3
     if "dynamic" in name:
         unread = 0
@@ -144,13 +143,13 @@ def bytes_of(value) -> int:
 
 
 def run_file(path: Path, seconds: dict[tuple[str, str], float], gpu: str = "GPU 1", absent=()) -> Path:
-    """A file as pytest-benchmark writes it. The ratio is twice that of the times, so that one can tell them
-    apart."""
+    """A file as pytest-benchmark writes it. ours_is_faster is twice the ratio of the times, so that the test
+    can tell them apart."""
     best = dict(bytes_per_second=4e9, flops_per_second=5e12)
     rows = []
     for (case, kind), value in seconds.items():
         row = Row(case, kind, seconds=value, spread=0.05, rounds=30, peak_bytes=10**6, shape=[4])
-        row.rates(moved=int(value * 1e9), flops=int(value * 2e12), images=0, best=best)
+        row.set_rates(moved=int(value * 1e9), flops=int(value * 2e12), images=0, best=best)
         row.target_us = 100.0 if kind == "ours" else None
         row.wanted_factor = 2.0 if kind == "eager" else None
         if kind != "ours":
@@ -165,8 +164,8 @@ def run_file(path: Path, seconds: dict[tuple[str, str], float], gpu: str = "GPU 
 
 
 def test_the_report_says_where_we_win_and_lose(tmp_path, capsys):
-    """Catches: a ratio upside down, a goal called met that is not, an older run that hides a newer one, and a
-    rival that is dropped because it is not there."""
+    """Catches: an inverted ratio, a goal wrongly reported as met, an older run that hides a newer one, and an
+    absent rival that is dropped."""
     pytest.importorskip("matplotlib", reason='matplotlib is not installed: pip install -e ".[bench]"')
     absent = [(("loss", "rival"), "not installed"), (("norm", "apex"), "not installed")]
     seconds = {("norm", "ours"): 9e-5, ("norm", "eager"): 9e-5}
@@ -205,7 +204,7 @@ def test_the_report_says_where_we_win_and_lose(tmp_path, capsys):
 
 
 def test_the_regression_check_sees_a_slower_row(tmp_path, capsys):
-    """Catches: noise taken for a regression, a regression or a lost row taken for noise."""
+    """Catches: noise reported as a regression; a regression or a lost row that is not reported."""
     results = []
     for index, seconds in enumerate((1e-4, 1.09e-4, 1.2e-4)):
         folder = tmp_path / str(index)
@@ -222,7 +221,7 @@ def test_the_regression_check_sees_a_slower_row(tmp_path, capsys):
 
 
 def test_rows_short_of_a_goal_are_those_to_profile(tmp_path):
-    """Catches a row that missed its goal and is not looked at, in a run's file and in a result's."""
+    """Catches a row that missed its goal and is not profiled, from the file of a run or of a result."""
     from benchmarks.timing.profile_rows import short_of_a_goal
 
     seconds = {("met", "ours"): 9e-5, ("late", "ours"): 3e-4, ("beaten", "ours"): 9e-5}
@@ -234,14 +233,20 @@ def test_rows_short_of_a_goal_are_those_to_profile(tmp_path):
 
 
 def test_the_gpu_session_names_its_stages(tmp_path):
+    """Catches a script that works from one folder only, and a path that was moved."""
     script = ROOT / "benchmarks" / "gpu_session.sh"
-    for arguments in ([], [tmp_path / "out", "tune"]):
-        done = subprocess.run([script, *arguments], capture_output=True, text=True)
-        assert done.returncode == 2 and "profile" in done.stderr
+    for folder, name in ((tmp_path, script), (ROOT / "benchmarks", "./gpu_session.sh")):
+        for arguments in ([], [tmp_path / "out", "tune"]):
+            done = subprocess.run([name, *arguments], cwd=folder, capture_output=True, text=True)
+            assert done.returncode == 2 and "profile" in done.stderr
+    text = script.read_text()
+    named = re.findall(r"\btests/\w+", text)
+    named += [f"{module.replace('.', '/')}.py" for module in re.findall(r"-m (benchmarks[.\w]+)", text)]
+    assert len(named) == 5 and all((ROOT / name).exists() for name in named)
 
 
 def test_memory_and_time_of_the_loss_are_drawn(tmp_path):
-    """Catches a curve without the sizes that only ours can do."""
+    """Catches a curve without the sizes that only our loss can run."""
     pytest.importorskip("matplotlib", reason='matplotlib is not installed: pip install -e ".[bench]"')
     from benchmarks.timing.plots import plot_memory
 

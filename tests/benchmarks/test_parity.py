@@ -1,18 +1,16 @@
-"""The parity report: what is committed keeps its bounds, a difference beyond one is never written down."""
+"""The parity report: the committed differences are within their bounds, and a larger one is never written."""
 
 from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-from benchmarks.parity import report as parity  # noqa: E402
-from benchmarks.parity.rows import Row  # noqa: E402
+from benchmarks.parity import report as parity
+from benchmarks.parity.rows import Row
+from benchmarks.timing.provenance import RESULTS
 
 
 def row(network: str, difference: float, needs: tuple[str, ...] = ("torch",), bound: float = 1e-5):
@@ -26,7 +24,7 @@ def row(network: str, difference: float, needs: tuple[str, ...] = ("torch",), bo
 
 @pytest.fixture
 def report(monkeypatch, tmp_path):
-    """main() with other rows, in an empty folder."""
+    """main() with other rows, which writes to an empty folder."""
     monkeypatch.setattr(parity, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["parity.py"])
     monkeypatch.setattr(parity, "clip_rows", lambda: [])
@@ -58,7 +56,7 @@ NAN, INF, ONE = (torch.full((3,), value) for value in (float("nan"), float("inf"
 
 @pytest.mark.parametrize(("ours", "theirs"), [(NAN, ONE), (ONE, NAN), (INF, ONE), (ONE, INF), (ONE, 0 * ONE)])
 def test_outputs_that_say_nothing_are_not_written(report, ours, theirs):
-    """Infinity over infinity is no difference at all, and the largest of 0 and NaN is 0."""
+    """Catches an infinite output, whose relative difference is NaN, and max(0, NaN), which is 0."""
     with pytest.raises(RuntimeError, match="bad"):
         report(Row("bad", "a source", ("torch",), 1, lambda: iter([(ours, theirs)])))
     assert not list(report.folder.iterdir())
@@ -74,9 +72,9 @@ def test_rows_of_an_absent_source_stay(report, capsys):
 
 
 def test_what_is_committed():
-    rows = json.loads((BENCHMARKS / "results" / "parity.json").read_text())["rows"]
+    rows = json.loads((RESULTS / "parity.json").read_text())["rows"]
     assert all(row["relative_difference"] <= row["bound"] for row in rows)
-    assert parity.table(rows) == (BENCHMARKS / "results" / "parity.md").read_text()
+    assert parity.table(rows) == (RESULTS / "parity.md").read_text()
     counts = {row["network"]: row["parameters"] for row in rows}
     published = {
         "Karlo prior": 1_022_030_080, "Karlo decoder": 885_439_686, "Karlo text_proj": 7_878_400,
