@@ -180,7 +180,7 @@ def test_training_on_own_data_with_it(tmp_path, capsys):
     train = ["train", "clip", "--preset", "tiny", "--steps", "1", "--quiet", "--device", "cpu"]
     out, data = ["--out", str(tmp_path / "run")], ["--data", str(tmp_path / "data.tar")]
     assert cli.main([*train, *out, "--tokenizer", "clip"]) == 2
-    assert "--tokenizer: clip reads own data, expected --data" in capsys.readouterr().err
+    assert "--tokenizer: clip is for captions from --data, expected --data" in capsys.readouterr().err
     assert cli.main([*train, *out, *data, "--tokenizer", "clip"]) == 0
     kept = json.loads((tmp_path / "run" / "tokenizer.json").read_text())
     assert tokenizer_from_config(kept) == TOKENIZER

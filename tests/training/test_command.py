@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from dalle2_fast.cli import main
-from dalle2_fast.cli.train import load_initial
 from dalle2_fast.data import World
 from dalle2_fast.models import DALLE2, ARPrior, Decoder
 from dalle2_fast.training.errors import TrainingError
 from dalle2_fast.training.recipes import STAGES
+from dalle2_fast.training.run import load_initial
 from dalle2_fast.training.weights import load_weights, save_weights
 
 
@@ -122,7 +122,7 @@ def test_init_gives_a_trained_decoder_a_fine_level(trained, tmp_path, capsys):
     fine = dict(patch_size=1, channels=8, layers=1)
     grown = Decoder(**config["model"] | dict(unet=config["model"]["unet"] | dict(fine=fine)))
     load_initial(grown, path)
-    assert f"{path} has no unet.fine, which starts fresh" in capsys.readouterr().out
+    assert f"{path} has no unet.fine, which starts from initial weights" in capsys.readouterr().out
     assert all(torch.equal(grown.state_dict()[name], value) for name, value in weights.items())
     weights.pop("unet.conv_in.bias")
     save_weights(tmp_path / "part.safetensors", config, weights)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from dalle2_fast.cli import main
-from dalle2_fast.cli.train import train_stage
 from dalle2_fast.training.presets import PRESETS
 from dalle2_fast.training.recipes import STAGES, choose_prior
+from dalle2_fast.training.run import train_stage
 from dalle2_fast.training.trainer import Trainer
 from dalle2_fast.training.weights import load_weights
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle2_fast.cli.train import export_pipeline, train_stage
 from dalle2_fast.data import World, render, sample_scenes
 from dalle2_fast.models import DALLE2
 from dalle2_fast.training.errors import TrainingError
 from dalle2_fast.training.presets import PRESETS
 from dalle2_fast.training.recipes import EXTRA_STAGES, STAGES
+from dalle2_fast.training.run import export_pipeline, train_stage
 from dalle2_fast.training.stages.base import HELD_OUT_STREAM
 from dalle2_fast.training.stages.decoder import foreground_weight
 from dalle2_fast.training.stages.registry import STAGE_CLASSES, make_stage
