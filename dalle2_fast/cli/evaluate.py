@@ -8,19 +8,27 @@ import os
 from pathlib import Path
 
 from dalle2_fast.checkpoints import CheckpointError
+from dalle2_fast.checkpoints.atomic import atomic_write
+from dalle2_fast.cli.arguments import DEVICE_HELP
 from dalle2_fast.data.synthetic.scenes import held_out_pairs
 from dalle2_fast.data.synthetic.world import World
 from dalle2_fast.evaluation.measure import FULL, PARTS, QUICK, SETTINGS, SPLITS, Amounts, evaluate
 from dalle2_fast.evaluation.report import print_report
 from dalle2_fast.pipeline.dalle2 import DALLE2
 from dalle2_fast.pipeline.device import choose_device
+from dalle2_fast.pipeline.settings import SAMPLERS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `dalle2-fast evaluate`."""
     add = parser.add_argument
     add("--checkpoint", default="embedded", metavar="DIR", help="a checkpoint folder, or embedded (default)")
-    add("--captions", type=int, metavar="N", help=f"captions drawn per split (default {FULL.captions})")
+    add(
+        "--captions",
+        type=int,
+        metavar="N",
+        help=f"captions per split of which an image is made (default {FULL.captions})",
+    )
     add(
         "--clip-captions",
         type=int,
@@ -31,13 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--training-captions",
         type=int,
         metavar="N",
-        help=f"size of the memory of the nearest-picture baseline (default {FULL.training_captions})",
+        help=f"training captions of the nearest-image baseline (default {FULL.training_captions})",
     )
     add(
         "--pictures",
         type=int,
         metavar="N",
-        help=f"pictures for the upsampler's PSNR (default {FULL.pictures})",
+        help=f"images for the upsampler's PSNR (default {FULL.pictures})",
     )
     add(
         "--splits",
@@ -48,26 +56,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to score (default: all)")
     add("--seed", type=int, default=0, help="of the scenes, captions and noise (default 0)")
     add("--steps", type=int, help="diffusion steps of the decoder (default, as below: the checkpoint's)")
-    add("--guidance", type=float, help="of the decoder")
-    add("--candidates", type=int, help="pictures drawn for each caption: CLIP chooses the one that counts")
-    add("--prior-steps", type=int)
-    add("--prior-guidance", type=float)
-    add("--upsampler-steps", type=int)
-    add("--sampler", choices=("ddpm", "ddim", "dpm++"))
+    add("--guidance", type=float, help="guidance scale of the decoder")
+    add("--candidates", type=int, help="images sampled for each caption, of which CLIP chooses one")
+    add("--prior-steps", type=int, help="diffusion steps of the prior")
+    add("--prior-guidance", type=float, help="guidance scale of the prior")
+    add("--upsampler-steps", type=int, help="diffusion steps of the upsampler")
+    add("--sampler", choices=SAMPLERS, help="update rule of every stage")
     add(
         "--batch-size",
         type=int,
         default=16,
-        help="captions drawn at a time (default 16); they share their noise: larger is less certain",
+        help="captions at a time (default 16); they share their noise, so that scores are less certain the "
+        "more they are",
     )
-    add("--quick", action="store_true", help="a few captions only: does it work, and roughly how well?")
-    add("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1, ...")
-    add("--output", type=Path, metavar="FILE.json", help="write everything there, too")
+    add("--quick", action="store_true", help="few captions: a quick check with rough scores")
+    add("--device", default="auto", help=DEVICE_HELP)
+    add("--output", type=Path, metavar="FILE.json", help="also write everything to this file")
     add("--quiet", action="store_true", help="no progress bars")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Score, print the table, write the JSON. ValueError, OSError for what the user can put right."""
+    """Score, print the table and write the JSON file.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ValueError, OSError: what the user can correct.
+    """
     given = {name: getattr(args, name) for name in Amounts._fields if getattr(args, name) is not None}
     amounts = (QUICK if args.quick else FULL)._replace(**given)
     for name, value in {**amounts._asdict(), "batch_size": args.batch_size}.items():
@@ -95,7 +111,8 @@ def run(args: argparse.Namespace) -> int:
     report = {"checkpoint": args.checkpoint, **report}
     print_report(report)
     if args.output is not None:
-        _write_json(report, args.output)
+        with atomic_write(args.output) as temporary:
+            temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         print(f"written: {args.output}")
     return 0
 
@@ -104,14 +121,14 @@ def _world(pipe: DALLE2) -> World:
     config = pipe.metadata.get("world")
     if config is None:
         raise CheckpointError(
-            "--checkpoint: expected one that was trained on scenes, with their world in its metadata; this "
-            "one has none, and nothing says what its pictures should show"
+            "--checkpoint: expected one that was trained on scenes, with their world in its metadata; "
+            "without it nothing says what the images should show"
         )
     return World.from_config(config)
 
 
 def _splits(asked: list[str] | None, world: World) -> tuple[str, ...]:
-    """The splits that there are; ValueError for one asked for that is empty."""
+    """The splits that the world has; ValueError if an empty one was asked for."""
     held = held_out_pairs()[world.ids("shapes")][:, world.ids("colors")].any()
     if held:
         return tuple(dict.fromkeys(asked or SPLITS))
@@ -121,7 +138,7 @@ def _splits(asked: list[str] | None, world: World) -> tuple[str, ...]:
 
 
 def _check_output(path: Path) -> None:
-    """Before minutes are spent: can the file be written?"""
+    """Raise if the file could not be written, before the minutes that scoring takes."""
     if path.suffix.lower() != ".json":
         raise ValueError(f"--output: expected a name that ends in .json, got {str(path)!r}")
     if path.is_dir():
@@ -130,13 +147,3 @@ def _check_output(path: Path) -> None:
         raise FileNotFoundError(f"--output: the folder {path.absolute().parent} does not exist")
     if not os.access(path.absolute().parent, os.W_OK):
         raise PermissionError(f"--output: cannot write to the folder {path.absolute().parent}")
-
-
-def _write_json(report: dict, path: Path) -> None:
-    """Complete or not at all: written beside its place and renamed."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        beside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
