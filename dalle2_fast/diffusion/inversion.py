@@ -47,7 +47,7 @@ def invert(
         raise ValueError(f"refine: expected an int of at least 0, got {refine!r}")
     times = diffusion.times(steps).flip(0)
     table = inversion_table(diffusion.schedule, times)
-    ends, keeps = inversion_ends(diffusion.schedule, times)
+    ends, factors = inversion_ends(diffusion.schedule, times)
     rows, net_times, table = on_device(diffusion, times, table, x0.shape[0], x0.device, x0.dtype)
     ends = ends.to(table)
 
@@ -63,7 +63,7 @@ def invert(
     x = x0  # state 0 is the data
     for step in with_progress(range(len(times)), progress):
         begin = x
-        x = keeps[0] * x if step == 0 else step_from(x, step - 1, table)
+        x = factors[0] * x if step == 0 else step_from(x, step - 1, table)
         for _ in range(refine):
-            x = torch.add(step_from(x, step, ends), begin, alpha=keeps[step])
+            x = torch.add(step_from(x, step, ends), begin, alpha=factors[step])
     return x

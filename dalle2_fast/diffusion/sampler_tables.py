@@ -164,11 +164,11 @@ def inversion_ends(schedule: Schedule, times: Tensor) -> tuple[Tensor, list[floa
     equation for the end it is a contraction (with x0, as in `inversion_table`, it is none).
     """
     alpha, sigma = schedule.alpha(times.cpu()), schedule.sigma(times.cpu())
-    keeps = torch.cat([alpha[:1], alpha[1:] / alpha[:-1]])
-    gain = 1 - keeps * torch.cat([sigma.new_zeros(1), sigma[:-1]]) / sigma
+    factors = torch.cat([alpha[:1], alpha[1:] / alpha[:-1]])
+    gain = 1 - factors * torch.cat([sigma.new_zeros(1), sigma[:-1]]) / sigma
     nothing = torch.zeros_like(gain)
     columns = [alpha, sigma, gain, -gain * alpha, nothing, nothing, nothing, nothing]
-    return torch.stack(columns, dim=1), keeps.tolist()
+    return torch.stack(columns, dim=1), factors.tolist()
 
 
 def check_sampler(sampler: str, eta: float) -> None:

@@ -152,7 +152,7 @@ class CLIP(TextTransformer, Pretrained):
         has one, else at the last non-zero token; the mask is True up to there. The encodings are the hidden
         states after the final norm, zero where padded. normalize=False gives the raw projection.
         """
-        self._need_text("text")
+        self._check_text_tower("text")
         encodings, mask = self.encode_tokens(text)
         last = (mask.sum(dim=1) - 1).clamp(min=0)
         x = encodings[torch.arange(len(text), device=text.device), last] @ self.text_projection
@@ -161,7 +161,7 @@ class CLIP(TextTransformer, Pretrained):
 
     def text_tower(self) -> TextTransformer:
         """A copy of the text tower alone, trainable: where a decoder's own tower can start from."""
-        self._need_text("text_tower")
+        self._check_text_tower("text_tower")
         names = dict(num_tokens="num_text_tokens", context_length="text_seq_len", dim="dim_text",
                      depth="text_enc_depth", heads="text_heads", mlp_ratio="mlp_ratio",
                      quick_gelu="quick_gelu", eos_token_id="eos_token_id")
@@ -250,7 +250,7 @@ class CLIP(TextTransformer, Pretrained):
         clip.load_state_dict(weights, assign=True)
         return clip.to(device=device, dtype=dtype).eval()
 
-    def _need_text(self, name: str) -> None:
+    def _check_text_tower(self, name: str) -> None:
         if self.config["text_enc_depth"] is None:
             raise ValueError(f"{name}: expected a CLIP with a text tower, got one with text_enc_depth=None")
 

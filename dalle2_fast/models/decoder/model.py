@@ -110,15 +110,15 @@ class Decoder(ClipConditioned):
             raise ValueError(f"num_image_tokens: expected at least 0, got {num_image_tokens}")
 
         latent = clip.dim_latent if clip is not None else 768
-        own = None if text_encoder is None else text_encoder.config["dim"]
+        tower = None if text_encoder is None else text_encoder.config["dim"]
         self.image_embed_dim = latent if image_embed_dim is None else image_embed_dim
-        self.text_embed_dim = text_embed_dim or own or latent
+        self.text_embed_dim = text_embed_dim or tower or latent
         self.text_encoding_dim = (
-            text_encoding_dim or own or (clip.config["dim_text"] if clip is not None else 768)
+            text_encoding_dim or tower or (clip.config["dim_text"] if clip is not None else 768)
         )
-        if own is not None and (self.text_embed_dim, self.text_encoding_dim) != (own, own):
+        if tower is not None and (self.text_embed_dim, self.text_encoding_dim) != (tower, tower):
             raise ValueError(
-                f"text_embed_dim, text_encoding_dim: expected the text_encoder's {own}, got "
+                f"text_embed_dim, text_encoding_dim: expected the text_encoder's {tower}, got "
                 f"{text_embed_dim}, {text_encoding_dim}"
             )
         self.config = dict(

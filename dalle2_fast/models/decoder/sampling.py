@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from dalle2_fast.data.images import check_images
 from dalle2_fast.diffusion.process import GaussianDiffusion
+from dalle2_fast.diffusion.progress import Progress
 from dalle2_fast.models.decoder.encoding import encode_captions
 from dalle2_fast.models.decoder.guidance import guided_denoiser
 from dalle2_fast.models.decoder.inpainting import check_inpainting_mask, kept_channels, nothing_kept
@@ -42,7 +42,7 @@ def sample(
     mask: Tensor | None = None,  # [1 or B, 1, H, W], 1 = repaint
     init_image: Tensor | None = None,  # [B, C, H, W] in [0, 1]
     strength: float | None = None,
-    progress: Callable | bool | None = None,
+    progress: Progress = None,
     **sampler_options,
 ) -> Tensor:
     """Images [B, C, H, W] float32 in [0, 1].
@@ -86,7 +86,7 @@ def sample(
     if init_image is not None:
         check_images("init_image", init_image, decoder.channels, (height, width), batch)
         x0, spacing = init_image.to(device, dtype) * 2 - 1, sampler_options.get("spacing", "time")
-        sampler_options |= _start(decoder.diffusion, x0, strength, steps, seeds, spacing)
+        sampler_options |= _start_from(decoder.diffusion, x0, strength, steps, seeds, spacing)
     extra = None
     if decoder.inpaint:
         known = sampler_options.get("known")
@@ -114,7 +114,7 @@ def invert(
     negative: Tensor | tuple | None = None,  # as in sample
     steps: int = 50,
     cond_scale: float | Tensor = 1.0,
-    progress: Callable | bool | None = None,
+    progress: Progress = None,
     **options,
 ) -> Tensor:
     """The noise x_T [B, C, H, W], float32, from which `sample(x_T=..., sampler="ddim")` with the same
@@ -130,7 +130,7 @@ def invert(
     return decoder.diffusion.invert(denoise, x0, steps=steps, **options)
 
 
-def _start(
+def _start_from(
     diffusion: GaussianDiffusion, x0: Tensor, strength: float, steps: int, seeds: Tensor, spacing: str
 ) -> dict[str, Any]:
     """Options of GaussianDiffusion.sample that start it from x0, noised, with a part of its steps left."""

@@ -9,14 +9,13 @@ Source: unCLIP, arXiv 2204.06125, section 2.2 and appendix C.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle2_fast.diffusion.progress import with_progress
+from dalle2_fast.diffusion.progress import Progress, with_progress
 from dalle2_fast.functional import sample_noise
 from dalle2_fast.models.inputs import bernoulli
 from dalle2_fast.models.prior.autoregressive_network import ARPriorNetwork
@@ -128,7 +127,7 @@ class ARPrior(EmbeddingPrior):
         product = self.scale_embedding(image_embed) * self.scale_embedding(text_embed)
         return product.sum(dim=-1) / self.embed_scale**2
 
-    def _need_fit(self) -> None:
+    def _check_fitted(self) -> None:
         # Looked at once: asking a GPU would stall every training step.
         if torch.compiler.is_compiling():
             return
@@ -153,7 +152,7 @@ class ARPrior(EmbeddingPrior):
 
         A net that knows nothing has log(num_buckets). Raises RuntimeError before `fit`.
         """
-        self._need_fit()
+        self._check_fitted()
         caption = self._caption(text, text_embed, text_encodings, text_mask)
         batch, device = len(caption.embed), caption.embed.device
         image_embed = self._embed_image(image, image_embed, batch)
@@ -183,7 +182,7 @@ class ARPrior(EmbeddingPrior):
         guidance: float | Tensor | None = None,
         temperature: float = 1.0,
         dot_quantile: float = 0.5,
-        progress: Callable | bool | None = None,
+        progress: Progress = None,
     ) -> Tensor:
         """An image embedding [B, E] for each caption: float32 (float64 for such weights), of unit norm.
 
@@ -202,7 +201,7 @@ class ARPrior(EmbeddingPrior):
 
         Raises RuntimeError before `fit`.
         """
-        self._need_fit()
+        self._check_fitted()
         caption = self._caption(text, text_embed, text_encodings, text_mask)
         steps = self.net.num_components
         if not 0.0 <= temperature < math.inf:
@@ -221,15 +220,15 @@ class ARPrior(EmbeddingPrior):
         last = dot_codes.clamp(max=self.net.num_dot_buckets - 1)
         unconditional = torch.full_like(last, self.net.num_dot_buckets) if negative is None else last
         codes = []
-        for place in with_progress(range(steps), progress):
+        for position in with_progress(range(steps), progress):
             if guidance is not None:  # conditional rows, then unconditional ones: one pass
-                last = torch.cat([last, unconditional if place == 0 else last])
-            logits, prefix = self.net.extend(last, place, prefix)
+                last = torch.cat([last, unconditional if position == 0 else last])
+            logits, prefix = self.net.extend(last, position, prefix)
             logits = logits.to(compute_dtype(logits.dtype))
             if guidance is not None:
                 with_caption, without = logits.chunk(2)
                 scale = guidance[:, None] if isinstance(guidance, Tensor) else guidance
                 logits = without + scale * (with_caption - without)
-            last = sample_bucket(logits, chances[:, place + 1], temperature)
+            last = sample_bucket(logits, chances[:, position + 1], temperature)
             codes.append(last)
         return best_candidate(self.restore(torch.stack(codes, dim=1)), caption.embed)

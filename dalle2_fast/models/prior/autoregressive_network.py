@@ -85,8 +85,8 @@ class ARPriorNetwork(nn.Module):
         tokens = torch.cat([prefix, tail.to(prefix.dtype)], dim=1)
         tokens, lengths = pack(tokens, F.pad(valid, (0, self.num_components), value=True))
         x = self.transformer(tokens, causal=True)
-        places = lengths[:, None] + torch.arange(-self.num_components, 0, device=x.device)
-        x = x.gather(1, places[:, :, None].expand(-1, -1, x.shape[2]))
+        positions = lengths[:, None] + torch.arange(-self.num_components, 0, device=x.device)
+        x = x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))
         return self.proj_out(self.ln_final(x))
 
     encode_prefix = encode_prefix
@@ -94,13 +94,13 @@ class ARPriorNetwork(nn.Module):
     def extend(
         self,
         codes: Tensor,  # int64 [B]
-        place: int,  # 0: codes are of the dot product; k: of dimension k (counted from 1)
+        position: int,  # 0: codes are of the dot product; k: of dimension k (counted from 1)
         prefix: PrefixCache,
-    ) -> tuple[Tensor, PrefixCache]:  # logits [B, num_buckets] of dimension place + 1, the longer prefix
+    ) -> tuple[Tensor, PrefixCache]:  # logits [B, num_buckets] of dimension position + 1, the longer prefix
         """One more position behind the cached ones: what `forward` computes there, from their keys."""
-        table = self.dot_embedding if place == 0 else self.code_embedding
+        table = self.dot_embedding if position == 0 else self.code_embedding
         x = table(codes)[:, None]
-        x = x + self.positional_embedding[self.context_length + 1 + place].to(x.dtype)
+        x = x + self.positional_embedding[self.context_length + 1 + position].to(x.dtype)
         valid = F.pad(prefix.valid, (0, 1), value=True)
         keys_values = []
         for block, past in zip(self.transformer.resblocks, prefix.keys_values, strict=True):

@@ -68,7 +68,7 @@ class EmbeddingPrior(ClipConditioned):
         if text is not None:
             if text_encodings is not None or text_mask is not None:
                 raise ValueError("text_encodings, text_mask: expected with text_embed only, not with text")
-            self._need_clip("text")
+            self._check_clip("text")
             return self.encode_with_clip(text)
         self._check_embed("text_embed", text_embed)
         if text_encodings is not None:
@@ -83,7 +83,7 @@ class EmbeddingPrior(ClipConditioned):
         if (image is None) == (image_embed is None):
             raise ValueError("image, image_embed: expected exactly one of the two")
         if image is not None:
-            self._need_clip("image")
+            self._check_clip("image")
             image_embed = self.embed_with_clip(image)
         self._check_embed("image_embed", image_embed, batch)
         return image_embed
@@ -101,7 +101,7 @@ class EmbeddingPrior(ClipConditioned):
             )
         return negative.expand(batch)
 
-    def _need_clip(self, what: str) -> None:
+    def _check_clip(self, what: str) -> None:
         if self.clip is None:
             raise ValueError(f"{what}: needs a prior built with clip=...; without one pass {what}_embed")
 

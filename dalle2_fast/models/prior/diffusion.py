@@ -9,7 +9,6 @@ Source: unCLIP, arXiv 2204.06125, section 2.2 and appendix C.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from dalle2_fast.diffusion.analytic_variance import measure_x0_error
 from dalle2_fast.diffusion.process import GaussianDiffusion
+from dalle2_fast.diffusion.progress import Progress
 from dalle2_fast.diffusion.schedules import make_schedule
 from dalle2_fast.models.inputs import bernoulli
 from dalle2_fast.models.prior.base import EmbeddingPrior, EncodedText, best_candidate
@@ -179,7 +179,7 @@ class DiffusionPrior(EmbeddingPrior):
         cond_scale: float | Tensor = 1.0,
         guidance: float | Tensor | None = None,
         sampler: str = "ddpm",
-        progress: Callable | bool | None = None,
+        progress: Progress = None,
         **sampler_options,
     ) -> Tensor:
         """An image embedding [B, E] for each caption: float32 (float64 for such weights), of unit norm.

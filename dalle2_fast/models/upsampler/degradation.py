@@ -57,8 +57,8 @@ def bsr(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     results = []
     for part, draw in zip(parts, draws.tolist(), strict=True):
         resample = _resampling(0.5 + 0.5 * draw[0], *draw[1:3])
-        places = zip(draw[3:], (resample, *steps), strict=True)
-        for _, step in sorted(places, key=lambda place: place[0]):
+        ranks = zip(draw[3:], (resample, *steps), strict=True)
+        for _, step in sorted(ranks, key=lambda rank: rank[0]):
             part = step(part, generator)
         results.append(part)
     return torch.cat(results).clamp(0, 1).to(dtype)

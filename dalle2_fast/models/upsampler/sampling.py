@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dalle2_fast.data.images import check_images
+from dalle2_fast.diffusion.progress import Progress
 from dalle2_fast.functional import sample_noise
 from dalle2_fast.models.inputs import resolve_seeds
 from dalle2_fast.models.unet.model import UNet
@@ -35,7 +36,7 @@ def sample(
     noise_level: float = 0.0,
     tile: int | None = None,
     overlap: int | None = None,
-    progress: Callable | bool | None = None,
+    progress: Progress = None,
     **sampler_options,
 ) -> Tensor:
     """Images [B, C, factor * h, factor * w] float32 in [0, 1].

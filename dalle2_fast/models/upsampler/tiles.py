@@ -67,13 +67,13 @@ class Tiles:
             row = [None if x is None else x[b : b + 1] for x in batched]
             for top, down in self.rows:
                 for left, across in self.columns:
-                    place = (slice(b, b + 1), slice(None), slice(top, top + len(down)),
-                             slice(left, left + len(across)))
-                    output = net(*(image[place] for image in images), *row)
+                    window = (slice(b, b + 1), slice(None), slice(top, top + len(down)),
+                              slice(left, left + len(across)))
+                    output = net(*(image[window] for image in images), *row)
                     if total is None:
                         shape = (len(images[0]), output.shape[1], *images[0].shape[2:])
                         total = output.new_zeros(shape)
-                    total[place] += down[:, None] * across * output
+                    total[window] += down[:, None] * across * output
         return total
 
 
