@@ -21,7 +21,7 @@ from dalle2_fast.data.synthetic.world import World
 from dalle2_fast.evaluation.reading.table import Reading
 
 
-def shuffle_pictures(reading: Reading, kind: Tensor) -> Reading:
+def shuffle_images(reading: Reading, kind: Tensor) -> Reading:
     """The reading with pictures exchanged within each kind of scene: each moves on to the next caption.
 
     kind: int64 [n]. Within a kind, because a picture with another number of objects would be wrong for a bad

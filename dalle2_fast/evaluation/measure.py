@@ -19,10 +19,10 @@ from dalle2_fast.data.synthetic.rendering import render
 from dalle2_fast.data.synthetic.scenes import sample_scenes
 from dalle2_fast.data.synthetic.world import World
 from dalle2_fast.data.text.tokenizer import WordTokenizer
-from dalle2_fast.evaluation.baselines import nearest_training_scenes, shuffle_pictures
+from dalle2_fast.evaluation.baselines import nearest_training_scenes, shuffle_images
 from dalle2_fast.evaluation.clip_scores import score_clip
 from dalle2_fast.evaluation.reading.reader import Reader
-from dalle2_fast.evaluation.scores import ATTRIBUTES, score_captions
+from dalle2_fast.evaluation.scores import ATTRIBUTES, Tally, score_captions
 from dalle2_fast.evaluation.upsampling import score_upsampler
 from dalle2_fast.pipeline.dalle2 import DALLE2
 from dalle2_fast.seeds import mix_seed
@@ -35,10 +35,12 @@ SETTINGS = (
 
 
 class Amounts(NamedTuple):
-    captions: int  # drawn per split
+    """How much is measured."""
+
+    captions: int  # for which images are generated, per split
     clip_captions: int  # among which CLIP chooses
-    training_captions: int  # that the nearest-picture baseline remembers
-    pictures: int  # enlarged
+    training_captions: int  # of which the nearest-image baseline takes one
+    pictures: int  # that are upsampled
 
 
 FULL, QUICK = Amounts(500, 1000, 20_000, 32), Amounts(32, 200, 2_000, 8)
@@ -56,8 +58,26 @@ def evaluate(
     batch_size: int = 16,
     progress: bool = True,
 ) -> dict:
-    """Everything that `dalle2-fast evaluate` measures, JSON-able. `settings`: some of SETTINGS."""
+    """Measure a pipeline: its CLIP, what its images show of their captions, and its upsampler.
+
+    Args:
+        pipe: to be measured.
+        world: of the scenes that it was trained on.
+        splits: some of SPLITS. comp: scenes with the held-out pairs of shape and colour.
+        parts: some of PARTS.
+        amounts: how much is measured.
+        seed: of scenes, captions and noise.
+        settings: some of SETTINGS by name; the others are the pipeline's defaults.
+        batch_size: captions in a call of the pipeline. They share their noise, so scores of larger batches
+            are less certain.
+        progress: draw a progress bar.
+
+    Returns:
+        JSON-able: what was measured, on what and how, and "clip" and "caption_accuracy" by split,
+        "upsampler", "seconds" by part.
+    """
     sampling = pipe.sampling | (settings or {})
+    generate = partial(_generate, pipe, sampling=sampling, batch_size=batch_size, progress=progress)
     report = {
         "world": world.to_config(),
         "splits": list(splits),
@@ -76,52 +96,80 @@ def evaluate(
     }
     for split in splits:
         if "clip" in parts:
-            with _clock(report, f"clip {split}"):
-                generator = _generator(seed, split, 0)
-                scores = _score_clip(pipe, world, split, amounts.clip_captions, generator)
-                report["clip"][split] = _to_json(scores)
+            with _timed(report, f"clip {split}"):
+                report["clip"][split] = _to_json(_score_clip(pipe, world, split, amounts, seed))
         if "captions" in parts:
-            with _clock(report, f"captions {split}"):
-                draw = partial(_draw, pipe, sampling=sampling, batch_size=batch_size, progress=progress)
-                scores = _score_pictures(draw, world, split, amounts, seed, pipe.decoder.image_size)
+            with _timed(report, f"captions {split}"):
+                scores = _score_images(generate, world, split, amounts, seed, pipe.decoder.image_size)
                 report["caption_accuracy"][split] = _to_json(scores)
     if "upsampler" in parts and pipe.upsampler is not None:
-        with _clock(report, "upsampler"):
-            report["upsampler"] = _score_upsampler(pipe, world, amounts.pictures, seed, sampling)
+        with _timed(report, "upsampler"):
+            report["upsampler"] = _score_upsampler(pipe, world, amounts, seed, sampling)
     return report
 
 
-def _score_pictures(
-    draw: Callable[[Tensor, int], Tensor], world: World, split: str, amounts: Amounts, seed: int, size: int
-) -> dict:
-    """{source: {kind: {attribute: Tally}}}: of the pipeline's pictures and of the baselines."""
-    generator = _generator(seed, split, 1)
+# ------------------------------------------------------------------------------------------------- the parts
+
+
+def _score_clip(pipe: DALLE2, world: World, split: str, amounts: Amounts, seed: int) -> dict:
+    """{"retrieval": {name: Tally}, "two_way": {name: Tally}}, see `score_clip`."""
+
+    def encode_text(tokens: Tensor, batch_size: int = 256) -> Tensor:
+        rows = pipe.tokenizer.encode(_texts(tokens)).to(pipe.device).split(batch_size)
+        return torch.cat([pipe.clip.encode_text(part)[0].float().cpu() for part in rows])
+
+    def encode_image(images: Tensor, batch_size: int = 128) -> Tensor:
+        rows = images.to(pipe.device, pipe.dtype).split(batch_size)
+        return torch.cat([pipe.clip.encode_image(part).float().cpu() for part in rows])
+
+    generator = _generator(seed, split, "clip")
+    return score_clip(
+        encode_image,
+        encode_text,
+        sample_scenes(amounts.clip_captions, generator, split, world),
+        world=world,
+        split=split,
+        resolution=pipe.clip.image_size,
+        generator=generator,
+    )
+
+
+def _score_images(
+    generate: Callable[[Tensor, int], Tensor],  # captions as scene tokens, seed -> images
+    world: World,
+    split: str,
+    amounts: Amounts,
+    seed: int,
+    size: int,  # of the renders that the images are compared with
+) -> dict[str, dict[str, dict[str, Tally]]]:
+    """{source: {kind: {attribute: Tally}}}: of the generated images and of the baselines."""
+    generator = _generator(seed, split, "captions")
     scenes = sample_scenes(amounts.captions, generator, split, world)
     tokens, says = make_captions(scenes, generator)
-    memory = nearest_training_scenes(tokens, world, generator, pool=amounts.training_captions)
+    nearest = nearest_training_scenes(tokens, world, generator, pool=amounts.training_captions)
     reader = Reader(world)
-    generated = reader.read(draw(tokens, mix_seed(seed, SPLITS.index(split))))
+    generated = reader.read(generate(tokens, mix_seed(seed, SPLITS.index(split))))
     readings = {
         "generated": generated,
         "renders": reader.read(render(scenes, size)),
-        "shuffled": shuffle_pictures(generated, scenes["kind"]),
-        "nearest": reader.read(render(memory, size)),
+        "shuffled": shuffle_images(generated, scenes["kind"]),
+        "nearest": reader.read(render(nearest, size)),
     }
-    # An attribute that is the same everywhere is no achievement.
+    # An attribute that has one value in the whole world is no achievement.
     choices = dict(fill=world.fills, size=world.sizes, background=world.backgrounds, texture=world.textures)
     attributes = tuple(name for name in ATTRIBUTES if len(choices.get(name, "many")) > 1)
     return {name: score_captions(reading, scenes, says, attributes) for name, reading in readings.items()}
 
 
-def _draw(
+def _generate(
     pipe: DALLE2, tokens: Tensor, seed: int, *, sampling: dict, batch_size: int, progress: bool
 ) -> Tensor:
-    """The decoder's picture of every caption: float [n, 3, R, R] in [0, 1] on the CPU."""
+    """The decoder's image of every caption: float [n, 3, R, R] in [0, 1] on the CPU."""
     texts, images = _texts(tokens), []
     idle = {"upsampler_steps"} | (set() if pipe.prior.diffuses else {"prior_steps"})
     starts = range(0, len(texts), batch_size)
     for start in tqdm(starts, desc="drawing captions", unit="batch", disable=not progress, leave=False):
-        # Within a call, every caption gets the same noise; so every call gets a seed of its own.
+        # Within a call every caption gets the same noise; so every call gets another seed.
         made = pipe.generate(
             texts[start : start + batch_size],
             1,
@@ -133,28 +181,9 @@ def _draw(
     return torch.cat(images)
 
 
-def _score_clip(pipe: DALLE2, world: World, split: str, count: int, generator: torch.Generator) -> dict:
-    def encode_text(tokens: Tensor, batch_size: int = 256) -> Tensor:
-        rows = pipe.tokenizer.encode(_texts(tokens)).to(pipe.device).split(batch_size)
-        return torch.cat([pipe.clip.encode_text(part)[0].float().cpu() for part in rows])
+def _score_upsampler(pipe: DALLE2, world: World, amounts: Amounts, seed: int, sampling: dict) -> dict:
+    """PSNR of the first upsampler; a second one is not measured."""
 
-    def encode_image(images: Tensor, batch_size: int = 128) -> Tensor:
-        rows = images.to(pipe.device, pipe.dtype).split(batch_size)
-        return torch.cat([pipe.clip.encode_image(part).float().cpu() for part in rows])
-
-    scenes = sample_scenes(count, generator, split, world)
-    return score_clip(
-        encode_image,
-        encode_text,
-        scenes,
-        world=world,
-        split=split,
-        resolution=pipe.clip.image_size,
-        generator=generator,
-    )
-
-
-def _score_upsampler(pipe: DALLE2, world: World, count: int, seed: int, sampling: dict) -> dict:
     def upsample(images: Tensor, first: int) -> Tensor:
         seeds = [mix_seed(seed, first + row) for row in range(len(images))]
         return pipe.upsampler.sample(
@@ -164,38 +193,42 @@ def _score_upsampler(pipe: DALLE2, world: World, count: int, seed: int, sampling
             sampler=sampling["sampler"],
         )
 
-    low, high = pipe.sizes[:2]  # a second upsampler is not measured
-    scenes = sample_scenes(count, _generator(seed, "iid", 2), "iid", world)
+    low, high = pipe.sizes[:2]
+    scenes = sample_scenes(amounts.pictures, _generator(seed, "iid", "upsampler"), "iid", world)
     return score_upsampler(upsample, scenes, low=low, high=high)
 
 
+# ------------------------------------------------------------------------------------------------ their needs
+
+
 def _texts(tokens: Tensor) -> list[str]:
-    """Scene captions as text: whatever tokenizer the checkpoint has can read them."""
+    """Scene captions as text, which every checkpoint's tokenizer can read."""
     scenes = WordTokenizer.scenes()
     return [scenes.decode(row) for row in tokens]
 
 
-def _generator(seed: int, split: str, purpose: int) -> torch.Generator:
-    return torch.Generator().manual_seed(mix_seed(mix_seed(seed, SPLITS.index(split)), purpose))
+def _generator(seed: int, split: str, part: str) -> torch.Generator:
+    """Each part of each split has another one: leaving out a part does not change the others' scores."""
+    return torch.Generator().manual_seed(mix_seed(mix_seed(seed, SPLITS.index(split)), PARTS.index(part)))
 
 
 def _versions() -> dict[str, str | None]:
     try:
-        own = importlib.metadata.version("dalle2-fast")
+        version = importlib.metadata.version("dalle2-fast")
     except importlib.metadata.PackageNotFoundError:  # run from a checkout
-        own = None
-    return {"dalle2_fast": own, "python": platform.python_version(), "torch": torch.__version__}
+        version = None
+    return {"dalle2_fast": version, "python": platform.python_version(), "torch": torch.__version__}
 
 
 def _to_json(scores):
-    """Tallies deep in dicts -> plain dicts."""
+    """Tallies at any depth of nested dicts -> plain dicts."""
     if isinstance(scores, dict):
         return {name: _to_json(value) for name, value in scores.items()}
     return scores.to_json()
 
 
 @contextmanager
-def _clock(report: dict, name: str) -> Iterator[None]:
+def _timed(report: dict, name: str) -> Iterator[None]:
     """Note the wall-clock seconds of a with-block in the report."""
     begin = time.perf_counter()
     yield

@@ -56,14 +56,14 @@ class ExponentialMovingAverage:
     def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:
         """Within the block the model, in eval mode, carries the averaged weights; afterwards its own are
         back."""
-        own = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
         training = model.training
         model.load_state_dict(self.average)
         model.eval()
         try:
             yield model
         finally:
-            model.load_state_dict(own)
+            model.load_state_dict(weights)
             model.train(training)
 
     def state_dict(self) -> dict:

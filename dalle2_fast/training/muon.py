@@ -63,7 +63,7 @@ class Muon(torch.optim.Optimizer):
             raise ValueError("closure: Muon takes none")
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            for stack in stacks(parameters):
+            for stack in stacked_by_shape(parameters):
                 self._update(stack, **{name: group[name] for name in ("lr", "momentum", "weight_decay")})
 
     def _update(self, parameters: list[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
@@ -82,19 +82,19 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(parameters, updates, alpha=-lr * size)
 
 
-def stacks(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
+def stacked_by_shape(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
     """Parameters in lists that are updated together: those whose matrices have one shape, or that
-    shape on its side, unless they go alone."""
+    shape on its side, unless they are updated alone."""
     together: dict[tuple, list[Tensor]] = {}
     for index, parameter in enumerate(parameters):
         rows, columns = len(parameter), parameter[0].numel()
         sides = min(rows, columns), max(rows, columns)
-        key = index if alone(parameter) else -1, parameter.device, parameter.dtype, *sides
+        key = index if updated_alone(parameter) else -1, parameter.device, parameter.dtype, *sides
         together.setdefault(key, []).append(parameter)
     return list(together.values())
 
 
-def alone(parameter: Tensor) -> bool:
+def updated_alone(parameter: Tensor) -> bool:
     """On a GPU a step of few launches is a short one; on a CPU one matrix at a time is faster."""
     return parameter.device.type == "cpu"
 
@@ -104,6 +104,6 @@ def polar_factors(matrices: list[Tensor]) -> list[Tensor]:
     if len(matrices) == 1:
         return [polar_factor(matrices[0]).contiguous()]
     tall = [len(matrix) > matrix.shape[1] for matrix in matrices]
-    wide = [matrix.T if turn else matrix for matrix, turn in zip(matrices, tall, strict=True)]
-    factors = polar_factor(torch.stack(wide))
+    turned = [matrix.T if turn else matrix for matrix, turn in zip(matrices, tall, strict=True)]
+    factors = polar_factor(torch.stack(turned))
     return [(each.T if turn else each).contiguous() for each, turn in zip(factors, tall, strict=True)]

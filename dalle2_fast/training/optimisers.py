@@ -36,8 +36,8 @@ class Optimisation:
     log_steps: int = 50
     save_minutes: float = 5.0
     save_steps: int | None = None
-    first_pictures: int = 256  # metrics and pictures at this step and each doubling of it,
-    picture_minutes: float = 10.0  # this often, and at the end
+    first_validation: int = 256  # metrics and pictures at this step and each doubling of it,
+    validation_minutes: float = 10.0  # this often, and at the end
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:

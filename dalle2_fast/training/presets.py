@@ -151,7 +151,7 @@ SCENES_GPU = Preset(
 )
 
 # ------------------------------------------- tiny: every stage in seconds, for tests; its pictures are noise
-_BRIEF = Optimisation(batch_size=4, steps=4, warmup_steps=2, ema_decay=0.9, log_steps=2, first_pictures=4)
+_BRIEF = Optimisation(batch_size=4, steps=4, warmup_steps=2, ema_decay=0.9, log_steps=2, first_validation=4)
 TINY = Preset(
     name="tiny",
     world=dict(shapes=["circle", "square"], colors=["red", "blue", "white"], fills=["solid"],

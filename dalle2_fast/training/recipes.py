@@ -66,7 +66,7 @@ def adjust(
     batch_size: int | None = None,
     learning_rate: float | None = None,
 ) -> Preset:
-    """The preset with the command line's wishes for `stages`.
+    """The preset with the command line's overrides for `stages`.
 
     minutes: budget of all `stages` together, split in the preset's proportions.
     steps: length of each stage; wins over minutes.
@@ -75,9 +75,9 @@ def adjust(
     changed = {}
     for stage in stages:
         before = preset.recipe(stage).optimisation
-        wishes = dict(steps=steps, batch_size=batch_size, learning_rate=learning_rate)
-        wishes = {name: value for name, value in wishes.items() if value is not None}
+        overrides = dict(steps=steps, batch_size=batch_size, learning_rate=learning_rate)
+        overrides = {name: value for name, value in overrides.items() if value is not None}
         if minutes is not None:
-            wishes = dict(minutes=minutes * (before.minutes or 1.0) / total, steps=None) | wishes
-        changed[stage] = replace(preset.recipe(stage), optimisation=replace(before, **wishes))
+            overrides = dict(minutes=minutes * (before.minutes or 1.0) / total, steps=None) | overrides
+        changed[stage] = replace(preset.recipe(stage), optimisation=replace(before, **overrides))
     return replace(preset, **changed)

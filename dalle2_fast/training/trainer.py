@@ -117,8 +117,8 @@ class Trainer:
             state.step += 1
 
             # A line of the log.
-            doubled = state.step >= options.first_pictures and state.step & (state.step - 1) == 0
-            validate = doubled or now - validated >= 60 * options.picture_minutes
+            doubled = state.step >= options.first_validation and state.step & (state.step - 1) == 0
+            validate = doubled or now - validated >= 60 * options.validation_minutes
             if (validate or state.step % options.log_steps == 0) and state.step != options.steps:
                 self._require_finite(window)
                 state.elapsed = elapsed_before + time.monotonic() - begin

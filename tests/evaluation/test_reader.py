@@ -12,7 +12,7 @@ from dalle2_fast.data.synthetic.rendering import render
 from dalle2_fast.data.synthetic.scenes import sample_scenes
 from dalle2_fast.data.synthetic.vocabulary import BACKGROUNDS, COUNT, ONE, RELATIONS, TWO
 from dalle2_fast.data.synthetic.world import World
-from dalle2_fast.evaluation.baselines import shuffle_pictures
+from dalle2_fast.evaluation.baselines import shuffle_images
 from dalle2_fast.evaluation.reading.components import holes, label_components
 from dalle2_fast.evaluation.reading.reader import Reader
 from dalle2_fast.evaluation.scores import ATTRIBUTES, judge, score_captions
@@ -175,7 +175,7 @@ def test_a_missing_object_is_missed():
 def test_shuffled_pictures_score_far_lower():
     scenes = sample_scenes(120, generator(6), "iid", PLAIN)
     _, says = make_captions(scenes, generator(7))
-    shuffled = score_captions(shuffle_pictures(READER.read(render(scenes, 64)), scenes["kind"]), scenes, says)
+    shuffled = score_captions(shuffle_images(READER.read(render(scenes, 64)), scenes["kind"]), scenes, says)
     for kind in shuffled:
         assert shuffled[kind]["binding"].rate < 0.15 and shuffled[kind]["everything"].rate < 0.1
         assert shuffled[kind]["background"].rate < 0.6

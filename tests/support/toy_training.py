@@ -40,7 +40,7 @@ class Toy:
 
 
 def toy_trainer(path, stage=None, seed=0, **options) -> Trainer:
-    options = dict(batch_size=4, steps=30, warmup_steps=4, log_steps=5, first_pictures=8) | options
+    options = dict(batch_size=4, steps=30, warmup_steps=4, log_steps=5, first_validation=8) | options
     folder = StageFolder(path)
     folder.prepare()
     trainer = Trainer(stage or Toy(), Optimisation(**options), folder, seed=seed, show_progress=False)

@@ -119,7 +119,7 @@ def test_muon_in_stacks_equals_one_by_one(monkeypatch):
         with monkeypatch.context() as patch:
             sizes = []
             if stacked:
-                patch.setattr(muon, "alone", lambda parameter: False)
+                patch.setattr(muon, "updated_alone", lambda parameter: False)
                 whole = muon.polar_factors
                 count = lambda matrices: sizes.append(len(matrices)) or whole(matrices)  # noqa: E731
                 patch.setattr(muon, "polar_factors", count)

@@ -77,7 +77,7 @@ def test_sigterm_saves_and_stops(tmp_path):
     program = textwrap.dedent(f"""
         from tests.support.toy_training import toy_trainer
         print("go", flush=True)
-        print(toy_trainer({str(tmp_path)!r}, steps=10**9, log_steps=100, first_pictures=2**40).train())
+        print(toy_trainer({str(tmp_path)!r}, steps=10**9, log_steps=100, first_validation=2**40).train())
     """)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(
@@ -96,7 +96,7 @@ def test_sigterm_saves_and_stops(tmp_path):
 
 def test_minutes_follow_the_clock_and_survive_a_pause(tmp_path):
     """Catches: a budget that starts again at each resume, and a run without its last log line."""
-    options = dict(steps=None, minutes=0.02, log_steps=10**6, first_pictures=2**40)
+    options = dict(steps=None, minutes=0.02, log_steps=10**6, first_validation=2**40)
     first = toy_trainer(tmp_path, **options)
     assert first.train(pause_after=0.008) == "paused"
     assert 0.48 <= first.state.elapsed < 1.1

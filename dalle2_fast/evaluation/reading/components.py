@@ -6,16 +6,27 @@ import torch
 from torch import Tensor
 
 # Areas of objects as parts of the canvas.
-MIN_AREA = 0.0065  # a third of the smallest object; less is a speck
+MIN_AREA = 0.0065  # a third of the smallest object; anything smaller is a speck
 MIN_INNER_AREA = 0.6 * MIN_AREA  # of a region that has lost its outline
 LARGE_AREA = 0.08  # more than any medium object
 
 
-def label_components(mask: Tensor) -> Tensor:  # bool [n, H, W] -> int64 [n, H, W]
-    """-1 outside the mask; inside, one number per 4-connected component, unique over the whole batch.
+def label_components(mask: Tensor) -> Tensor:
+    """Number the 4-connected components of each mask.
 
     The number is the flat index of the component's last pixel, so label // (H * W) is the image. Labels
-    spread to the neighbours and then jump to their own label's label, which halves the way that is left.
+    spread to the neighbours and then jump to the label of the pixel they name, which halves the distance
+    that is left.
+
+    Args:
+        mask: bool [n, H, W].
+
+    Returns:
+        int64 [n, H, W]: -1 outside the mask; inside, one number per component, unique over the whole batch.
+
+    Example:
+        >>> label_components(torch.tensor([[[True, True, False, True]]]))
+        tensor([[[ 1,  1, -1,  3]]])
     """
     label = torch.arange(mask.numel(), device=mask.device).view(mask.shape).masked_fill(~mask, -1)
     while True:
@@ -32,11 +43,14 @@ def label_components(mask: Tensor) -> Tensor:  # bool [n, H, W] -> int64 [n, H, 
         label = spread
 
 
-def find_components(mask: Tensor, least: float) -> tuple[Tensor, Tensor]:
-    """Components of at least `least` pixels: their images int64 [N] (ascending) and masks bool [N, H, W]."""
+def find_components(
+    mask: Tensor,  # bool [n, H, W]
+    min_pixels: float,
+) -> tuple[Tensor, Tensor]:
+    """Components of at least `min_pixels`: their images int64 [N] (ascending) and masks bool [N, H, W]."""
     label = label_components(mask)
     roots, sizes = torch.unique(label[mask], return_counts=True)
-    roots = roots[sizes >= least]
+    roots = roots[sizes >= min_pixels]
     image = roots // (mask.shape[1] * mask.shape[2])
     return image, label[image] == roots[:, None, None]
 
@@ -54,12 +68,12 @@ def dilate(mask: Tensor, radius: int = 1) -> Tensor:
 
 
 def erode(mask: Tensor) -> Tensor:
-    """bool [n, H, W]: without the pixels that touch the outside; the picture's edge is not outside."""
+    """bool [n, H, W]: without the pixels that touch the outside; the edge of the image is not outside."""
     return ~dilate(~mask)
 
 
 def holes(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """What each mask encloses: rows int64 [N] of `mask` and holes bool [N, H, W]."""
+    """What each mask encloses: rows int64 [N] of `mask`, and the holes bool [N, H, W]."""
     row, hole = find_components(~mask, 1)
     frame = hole[:, 0].any(1) | hole[:, -1].any(1) | hole[:, :, 0].any(1) | hole[:, :, -1].any(1)
     return row[~frame], hole[~frame]

@@ -113,11 +113,11 @@ class ObjectReader:
         strange = norm(lab[image[owner], row, column] - rgb_to_lab(tone)[owner]) > OTHER_COLOR
         other = torch.zeros_like(inner)
         other[owner, row, column] = strange
-        least = MIN_INNER_AREA * inner.shape[-2] * inner.shape[-1]
-        owner = (other.sum((1, 2)) >= least).nonzero().flatten()
+        min_pixels = MIN_INNER_AREA * inner.shape[-2] * inner.shape[-1]
+        owner = (other.sum((1, 2)) >= min_pixels).nonzero().flatten()
         if not self.solid:
             owner = owner[fill[owner] == SOLID]
-        part, mask = find_components(other[owner], least)
+        part, mask = find_components(other[owner], min_pixels)
         if not self.solid:  # a fill that was taken for solid shows several pieces; an inner object is one
             single = torch.bincount(part, minlength=len(owner))[part] == 1
             part, mask = part[single], mask[single]

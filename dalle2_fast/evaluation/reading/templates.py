@@ -30,10 +30,10 @@ class Templates:
         axis = (torch.arange(GRID) + 0.5) / GRID * 2 - 1
         y, x = torch.meshgrid(axis, axis, indexing="ij")
         self.points = torch.stack([x, y], -1) * REACH  # [GRID, GRID, 2]
-        self.masks = torch.stack([self._draw(radius) for radius in RADII])  # [radii, templates, GRID^2]
+        self.masks = torch.stack([self._render(radius) for radius in RADII])  # [radii, templates, GRID^2]
         self.owner = shapes.repeat_interleave(len(ANGLES) * len(SCALES))
 
-    def _draw(self, pixels: float) -> Tensor:
+    def _render(self, pixels: float) -> Tensor:
         """[S * angles * scales, GRID^2]: coverage of shapes whose area is that of a disc of `pixels`."""
         table, rows = geometry(), []
         x, y = self.points.unbind(-1)
