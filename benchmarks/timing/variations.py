@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from dalle2_fast.kernels.contrastive import _tiles
+from dalle2_fast.kernels.contrastive._cuda import CudaBackend
 from dalle2_fast.kernels.cross_attention import _common as attention_common
 from dalle2_fast.kernels.cross_attention import _short_backward as attention_short_backward
 from dalle2_fast.kernels.cross_attention import forward as attention_forward
@@ -231,7 +231,7 @@ def loss_variations() -> Iterator[Variation]:
             (256, 16384), (256, 8192), (128, 16384), (64, 8192), (32, 4096), (512, 32768),
         ):  # fmt: skip
             yield case, f"gradients of {megabytes} MB, {columns} columns", constants(
-                _tiles.OnCuda,
-                budget_of_gradients=megabytes << 20,
-                most_columns_of_gradients=columns,
+                CudaBackend,
+                gradient_tile_bytes=megabytes << 20,
+                gradient_max_columns=columns,
             )

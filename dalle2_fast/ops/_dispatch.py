@@ -155,6 +155,8 @@ def load_native(device: torch.device) -> str | None:
         reason = why_gpu_unsupported(device)
         if reason is not None:
             return reason
-    import dalle2_fast.kernels.contrastive.loss  # noqa: F401
+    import dalle2_fast.kernels.contrastive.clip
+    import dalle2_fast.kernels.contrastive.sigmoid
+    import dalle2_fast.kernels.contrastive.soft  # noqa: F401
 
     return None

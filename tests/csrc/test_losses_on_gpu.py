@@ -1,15 +1,15 @@
-"""The contrastive losses on a GPU: against float64, at the accuracy asked of them, bit by bit, captured.
+"""The contrastive losses on a GPU: against float64, at the required accuracy, bit by bit, in a CUDA graph.
 
-Their text has run on the CPU (test_emulated.py, test_sm90.py); what only a GPU can show is here. On
-a Hopper each test runs its own kernels and those for any GPU, elsewhere the latter.
+The same files have run on the CPU (test_emulated_*.py, test_sm90.py); what only a GPU can show is here. On a
+Hopper GPU each test runs both Hopper's kernels and those for any GPU, elsewhere only the latter.
 
 Plain torch is no yardstick for two of the errors:
 - At 16 bits G, the gradient of the logits, is rounded to the features' dtype, which tensor cores multiply;
   plain torch multiplies in float32. Where the sum over G cancels, that rounding shows: 1.5 to 4.6 times plain
   torch's error for few or easy or far pairs, measured on an H200. The features' gradients are compared with
   those of a G rounded in this way and multiplied exactly.
-- A scalar's gradient is a sum that cancels to a 20,000th of its terms; it may be off by 3e-7 of their sizes'
-  sum (two roundings of a float32), whatever plain torch's luck with its order is.
+- A scalar's gradient is a sum that cancels to a 20,000th of its terms; it may be off by 3e-7 of the sum of
+  their magnitudes (two roundings of a float32), however close plain torch comes by chance.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 _C = pytest.importorskip("dalle2_fast._C")
 
-from tests.kernels.test_contrastive_loss import LOSSES, compare, fused, inputs_of  # noqa: E402
+from tests.support.contrastive_cases import LOSSES, compare, fused, inputs_of  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -56,19 +56,20 @@ def yardsticks(name, inputs, dtype):
     """The gradients described above, for `compare`, which weighs them as outputs_and_gradients does."""
     image, text, scale = (inputs[key] for key in ("image_features", "text_features", "logit_scale"))
     products, n = image @ text.T, len(image)
-    logits, own = scale * products, torch.eye(n, dtype=torch.float64, device=DEVICE)
+    logits, is_positive = scale * products, torch.eye(n, dtype=torch.float64, device=DEVICE)
     if name == "sigmoid_loss":
-        gradient, share = (logits + inputs["logit_bias"]).sigmoid() - own, 1 / n
+        gradient, share = (logits + inputs["logit_bias"]).sigmoid() - is_positive, 1 / n
         size = gradient.abs()
     else:
-        along, down = logits - logits.logsumexp(1, keepdim=True), logits - logits.logsumexp(0)
-        gradient, share = along.exp() + down.exp() - 2 * own, 0.5 / n
-        gradient[own > 0] = (along.expm1() + down.expm1()).diagonal()  # without the difference
+        row_log_p, column_log_p = logits - logits.logsumexp(1, keepdim=True), logits - logits.logsumexp(0)
+        gradient, share = row_log_p.exp() + column_log_p.exp() - 2 * is_positive, 0.5 / n
+        # By expm1, which keeps the precision of a small result.
+        gradient[is_positive > 0] = (row_log_p.expm1() + column_log_p.expm1()).diagonal()
         size = gradient.abs()
     if name == "soft_contrastive_loss":
         p = (scale * (image @ image.T + text @ text.T) / 2).softmax(1)
-        gradient = along.exp() + down.exp() - p - p.T
-        size = along.exp() + down.exp() + p + p.T  # here there are differences
+        gradient = row_log_p.exp() + column_log_p.exp() - p - p.T
+        size = row_log_p.exp() + column_log_p.exp() + p + p.T  # these are differences
     weight = torch.randn((), generator=torch.Generator().manual_seed(7)).bfloat16()  # as there
     share = share * weight.double().to(DEVICE)
     sums = {"d logit_scale": products, "d logit_bias": torch.ones_like(products)}
@@ -76,9 +77,9 @@ def yardsticks(name, inputs, dtype):
     found = {key: share * ((gradient * factor).sum() + 2e-7 * (size * factor).abs().sum())
              for key, factor in sums.items() if key[2:] in inputs}  # fmt: skip
     if dtype != torch.float32:
-        gain = 1024 if dtype == torch.float16 else 1  # as in kernels/contrastive/_tiles.py
+        scaling = 1024 if dtype == torch.float16 else 1  # as in kernels/contrastive/_cuda.py
         # With soft targets G is a difference, taken in float32, of parts much larger than it.
-        rounded = (gain * (gradient + 2e-7 * size)).to(dtype).double() / gain
+        rounded = (scaling * (gradient + 2e-7 * size)).to(dtype).double() / scaling
         found["d image_features"] = (share * scale * rounded @ text).to(dtype)
         found["d text_features"] = (share * scale * rounded.T @ image).to(dtype)
     return found

@@ -1,7 +1,7 @@
-"""setup.py builds `dalle2_fast._C` in every kind of install, again after each edit, and says what it lacks.
+"""setup.py builds `dalle2_fast._C` in every kind of install, again after each edit, and says what is missing.
 
-The sources here are toys that compile in a second; that csrc/ itself builds is shown by the install that
-these tests run in. A stand-in for nvcc writes down how it is called.
+The sources here are toys that compile in a second; the install that these tests run in shows that csrc/
+itself builds. A stand-in for nvcc logs how it is called.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MODULE = """
 #include "build_facts.h"
 #include "one.h"
 int two();
-#ifdef DALLE2_FAST_HAS_TOY_SM90
+#ifdef DALLE2_FAST_HAS_SM90_TOY
 int hopper();
 #else
 int hopper() { return 0; }
@@ -49,9 +49,9 @@ SOURCES = {
     "module.cpp": MODULE,
     "one.h": "#define ONE 1\n",
     "two.h": "#define TWO 2\n",
-    "two.cpp": '#include "two.h"\nint two() { return TWO; }\n',
-    "toy.cu": "int everywhere() { return 1; }\n",
-    "toy_sm90.cu": "int hopper() { return 90; }\n",
+    "cpu/two.cpp": '#include "two.h"\nint two() { return TWO; }\n',
+    "cuda/toy.cu": "int everywhere() { return 1; }\n",
+    "sm90/toy.cu": "int hopper() { return 90; }\n",  # the same name in another folder
 }
 SUM = "import dalle2_fast._C as C; print(C.sum)"
 FACTS = "import json, dalle2_fast._C as C; print(json.dumps(C.build_info()))"
@@ -78,12 +78,13 @@ def checkout(folder: Path) -> Path:
     shutil.rmtree(tree / "csrc")
     (tree / "csrc").mkdir()
     for name, text in SOURCES.items():
+        (tree / "csrc" / name).parent.mkdir(exist_ok=True)
         (tree / "csrc" / name).write_text(text)
     return tree
 
 
 def rebuild(tree: Path, **environment: str) -> list[str]:
-    """Build in place and return which sources were compiled."""
+    """Build in place and return which sources, relative to csrc/, were compiled."""
     built = run([sys.executable, "setup.py", "build_ext", "--inplace"], tree, **environment)
     return sorted(re.findall(r"\] (?:C\+\+|CUDA) csrc/(\S+)", built))
 
@@ -123,48 +124,49 @@ def test_an_editable_install_rebuilds_what_an_edit_touches_and_nothing_else(tree
     assert run([python, "-c", SUM], cwd=tmp_path) == "3\n"
     assert rebuild(tree, DALLE2_FAST_NATIVE="cpu") == []  # the wheel's and the editable install's objects
     (tree / "csrc" / "two.h").write_text("#define TWO 20\n")
-    assert rebuild(tree, DALLE2_FAST_NATIVE="cpu") == ["two.cpp"]
+    assert rebuild(tree, DALLE2_FAST_NATIVE="cpu") == ["cpu/two.cpp"]
     assert run([python, "-c", SUM], cwd=tmp_path) == "21\n"
     (tree / "csrc" / "three.cpp").write_text("int three() { return 3; }\n")
     assert rebuild(tree, DALLE2_FAST_NATIVE="cpu") == ["three.cpp"]
 
 
-def test_nvcc_compiles_each_file_for_its_gpus(tree):
-    """Compiled for plain sm_90, code for Hopper's tensor cores would be nothing at all."""
+def test_nvcc_compiles_each_file_for_the_gpus_of_its_folder(tree):
+    """Plain sm_90 does not have the instructions of Hopper's tensor cores."""
     toolkit = tree / "some cuda"
     (toolkit / "bin").mkdir(parents=True)
     nvcc = toolkit / "bin" / "nvcc"
     nvcc.write_text(NVCC)
     nvcc.chmod(0o755)
     cuda = {"DALLE2_FAST_NATIVE": "cuda", "CUDA_HOME": str(toolkit)}
-    assert {"toy.cu", "toy_sm90.cu", "module.cpp"} <= set(rebuild(tree, **cuda))
+    assert {"cuda/toy.cu", "sm90/toy.cu", "module.cpp"} <= set(rebuild(tree, **cuda))
     assert run([sys.executable, "-c", "import dalle2_fast._C as C; print(C.sum >= 90)"], cwd=tree) == "True\n"
     facts = json.loads(run([sys.executable, "-c", FACTS], cwd=tree))
     assert facts["cuda"] == "13.0" and facts["why_no_cuda"] is None
     # This nvcc does not know sm_120.
-    assert facts["targets"] == {"toy.cu": ["80+PTX", "86", "89", "90a", "100"], "toy_sm90.cu": ["90a"]}
+    targets = {"cuda/toy.cu": ["80+PTX", "86", "89", "90a", "100"], "sm90/toy.cu": ["90a"]}
+    assert facts["targets"] == targets
     calls = nvcc.with_name("nvcc.log").read_text().splitlines()
-    (hopper,) = (call for call in calls if "csrc/toy_sm90.cu" in call)
+    (hopper,) = (call for call in calls if "csrc/sm90/toy.cu" in call)
     assert re.findall(r"-gencode=(\S+)", hopper) == ["arch=compute_90a,code=sm_90a"]
-    (everywhere,) = (call for call in calls if "csrc/toy.cu" in call)
-    # (front end, machine code): a run of the front end for each target would cost a tenth of the build.
+    (everywhere,) = (call for call in calls if "csrc/cuda/toy.cu" in call)
+    # (front end, machine code): one run of the front end per target would take a tenth of the build.
     codes = re.findall(r"arch=compute_(\w+),code=(\w+)", everywhere)
     assert codes == [("80", "sm_80"), ("80", "compute_80"), ("80", "sm_86"), ("80", "sm_89"),
                      ("90a", "sm_90a"), ("100", "sm_100")]  # fmt: skip
     assert any("-shared -cudart=static" in call for call in calls)
 
     assert rebuild(tree, **cuda) == []
-    # A file whose GPU is not wanted is left out, and the others know.
-    assert rebuild(tree, **cuda, DALLE2_FAST_TARGETS="89") == ["module.cpp", "toy.cu"]
+    # A file whose GPU is not among the targets is left out, and the other files can test for it.
+    assert rebuild(tree, **cuda, DALLE2_FAST_TARGETS="89") == ["cuda/toy.cu", "module.cpp"]
     facts = json.loads(run([sys.executable, "-c", FACTS], cwd=tree))
-    assert facts["targets"] == {"toy.cu": ["89"]}
+    assert facts["targets"] == {"cuda/toy.cu": ["89"]}
     for targets in ("sm_90", "35"):
         wrong = cuda | {"DALLE2_FAST_NATIVE": "auto", "DALLE2_FAST_TARGETS": targets}
         failed = attempt([sys.executable, "setup.py", "build_ext"], tree, **wrong)
         assert failed.returncode != 0 and "DALLE2_FAST_TARGETS" in failed.stderr
 
 
-def test_what_is_missing_is_said(tree, tmp_path):
+def test_missing_tools_are_reported(tree, tmp_path):
     """Without a compiler the rest of the package still installs, unless the native module was asked for."""
     bare = {"PATH": str(tmp_path), "CXX": ""}
     wheel = build("wheel", tree, tmp_path / "wheel", **bare, DALLE2_FAST_NATIVE="auto")
@@ -195,10 +197,10 @@ def test_cuda_that_was_asked_for_fails_without_nvcc(tmp_path):
 
 
 def test_code_that_does_not_compile_fails_the_install(tmp_path):
-    """A missing tool is worth a warning; an error must not be taken for one."""
+    """A missing tool is only a warning; a compile error must not be taken for one."""
     tree = checkout(tmp_path / "tree")
-    (tree / "csrc" / "two.cpp").write_text("int two() { return 2 }\n")
-    for name in ("toy.cu", "toy_sm90.cu"):
+    (tree / "csrc" / "cpu" / "two.cpp").write_text("int two() { return 2 }\n")
+    for name in ("cuda/toy.cu", "sm90/toy.cu"):
         (tree / "csrc" / name).unlink()  # "auto" would compile them with a real nvcc
     failed = attempt([sys.executable, "setup.py", "build_ext"], tree, DALLE2_FAST_NATIVE="auto")
     assert failed.returncode != 0 and "two.cpp:1" in failed.stdout

@@ -1,7 +1,7 @@
-"""`dalle2_fast.kernels` and the pretrained data arrive in every kind of install, and nothing else does.
+"""`dalle2_fast.kernels` and the pretrained data are part of every kind of install, and nothing else is.
 
 Each case works on a copy of the tree with a stand-in for the (large) checkpoint, without a network. The
-native module is left out here: test_build.py is about it.
+native module is left out; test_build.py covers it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def test_wheel_holds_every_module_and_the_data_and_nothing_else(tree, wheel):
     modules |= {f"dalle2_fast/{path.relative_to(tree)}" for path in (tree / "kernels").rglob("*.py")}
     assert "dalle2_fast/kernels/_op.py" in modules
     merges = {f"dalle2_fast/data/text/clip_merges.{name}" for name in ("txt.gz", "LICENSE.txt")}
-    assert contents(wheel) == modules | merges | {DATA}
+    assert contents(wheel) == modules | merges | {DATA, "dalle2_fast/py.typed"}
 
 
 def test_sdist_builds_the_same_wheel(tree, wheel, tmp_path):
@@ -58,8 +58,10 @@ def test_sdist_builds_the_same_wheel(tree, wheel, tmp_path):
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
-    for source in (ROOT / "csrc").iterdir():  # headers, too
-        assert (unpacked / "csrc" / source.name).is_file(), source.name
+    sources = [path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    assert any(source.suffix == ".cuh" for source in sources)
+    for source in sources:  # headers, too
+        assert (unpacked / source).is_file(), source
     assert contents(build("wheel", unpacked, tmp_path / "wheel")) == contents(wheel)
 
 

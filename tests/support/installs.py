@@ -1,5 +1,7 @@
-"""A copy of the checkout, its wheel or sdist and environments to install them in; no network, and no native
-module unless DALLE2_FAST_NATIVE asks for it."""
+"""A copy of the checkout, its wheel or sdist, and environments to install them in.
+
+Nothing uses the network, and the native module is built only if DALLE2_FAST_NATIVE asks for it.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +48,8 @@ def build(kind: str, tree: Path, into: Path, **environment: str) -> Path:
 def make_environment(folder: Path) -> Path:
     """A virtual environment that sees torch and setuptools of this one, but not its dalle2_fast.
 
-    The folder named in a .pth file joins the path without its own .pth files being read, and of those an
-    editable install consists.
+    A folder that a .pth file names is added to the path, but the .pth files in it are not read, and an
+    editable install consists of such files.
     """
     venv.create(folder, with_pip=False)
     site = next(folder.glob("lib/python*/site-packages"))
@@ -62,7 +64,7 @@ def pip_install(python: Path, *what: str | Path, **environment: str) -> None:
 
 
 def copy_checkout(tree: Path) -> Path:
-    """The sources, symlink included, with a stand-in for the (large) checkpoint."""
+    """The sources, including the symlink, with a stand-in for the (large) checkpoint."""
     tree.mkdir()
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)

@@ -1,13 +1,13 @@
-// csrc/contrastive_cuda.cu as it stands, on the CPU, for tests/csrc/test_emulated.py to call by ctypes; and kernels
-// with faults that the emulator has to notice.
-#include <contrastive_cuda.cu>
+// The unmodified csrc/cuda/contrastive.cu on the CPU, for tests/csrc/test_emulated.py to call by ctypes, and
+// kernels with faults that the emulator has to notice.
+#include <cuda/contrastive.cu>
 
 using namespace dalle2_fast;
 
 namespace {
 
 template <class Call>
-const char* guarded(Call call) {  // what went wrong, or nullptr
+const char* guarded(Call call) {  // the message of what it throws, or nullptr
     static std::string message;
     try {
         call();
@@ -42,9 +42,11 @@ extern "C" {
 
 struct Shape {
     void* products;
-    int64_t stride, rows, columns, own;
+    int64_t stride, rows, columns, diagonal_offset;
 };
-Tile tile(const Shape* of) { return {of->products, of->stride, of->rows, of->columns, of->own}; }
+Tile tile(const Shape* of) {
+    return {of->products, of->stride, of->rows, of->columns, of->diagonal_offset};
+}
 
 struct Target {
     void* gradient;
@@ -61,37 +63,42 @@ int64_t workspace_bytes(int64_t rows, int64_t columns) { return cuda::workspace_
 
 const char* lse(const Shape* shape, float factor, const float* scale, double* row_lse, double* column_lse,
                 void* workspace) {
-    return guarded([&] { cuda::lse_epilogue(tile(shape), factor, scale, row_lse, column_lse, workspace, nullptr); });
+    return guarded([&] {
+        cuda::lse_epilogue(tile(shape), factor, scale, row_lse, column_lse, workspace, nullptr);
+    });
 }
 const char* gradient(const Shape* shape, const float* scale, const double* row_lse, const double* column_lse,
                      float row_weight, float column_weight, const Target* to) {
     return guarded([&] {
-        cuda::gradient_epilogue(tile(shape), scale, row_lse, column_lse, row_weight, column_weight, TARGET(to));
+        cuda::gradient_epilogue(tile(shape), scale, row_lse, column_lse, row_weight, column_weight,
+                                TARGET(to));
     });
 }
 const char* sigmoid(const Shape* shape, const float* scale, const float* bias, const Target* to) {
     return guarded([&] { cuda::sigmoid_epilogue(tile(shape), scale, bias, TARGET(to)); });
 }
-const char* soft(const Shape* shape, const float* alike, const float* scale, const double* row_lse,
-                 const double* column_lse, const double* alike_row_lse, const double* alike_column_lse,
-                 const Target* to) {
+const char* soft(const Shape* shape, const float* similarity, const float* scale, const double* row_lse,
+                 const double* column_lse, const double* similarity_row_lse,
+                 const double* similarity_column_lse, const Target* to) {
     return guarded([&] {
-        cuda::soft_epilogue(tile(shape), alike, scale, row_lse, column_lse, alike_row_lse, alike_column_lse,
-                            TARGET(to));
+        cuda::soft_epilogue(tile(shape), similarity, scale, row_lse, column_lse, similarity_row_lse,
+                            similarity_column_lse, TARGET(to));
     });
 }
 
-const char* own_products(const void* image, int64_t image_stride, int64_t image_step, const void* text,
-                         int64_t text_stride, int64_t text_step, int64_t rows, int64_t width, int dtype, float* own) {
+const char* positive_products(const void* image, int64_t image_row_stride, int64_t image_column_stride,
+                              const void* text, int64_t text_row_stride, int64_t text_column_stride,
+                              int64_t rows, int64_t width, int dtype, float* positives) {
     return guarded([&] {
-        cuda::own_products(image, image_stride, image_step, text, text_stride, text_step, rows, width, DType(dtype),
-                           own, nullptr);
+        cuda::positive_products(image, image_row_stride, image_column_stride, text, text_row_stride,
+                                text_column_stride, rows, width, DType(dtype), positives, nullptr);
     });
 }
 
 const char* run_reverse(bool barrier, float* values) {
     return guarded([&] {
-        cuda_on_cpu::run({1}, {REVERSED}, 0, [&] { barrier ? reverse<true>(values) : reverse<false>(values); });
+        cuda_on_cpu::run({1}, {REVERSED}, 0,
+                         [&] { barrier ? reverse<true>(values) : reverse<false>(values); });
     });
 }
 const char* run_wait_in_half() {

@@ -1,4 +1,4 @@
-// bfloat16 on the CPU, with CUDA's names: rounds to nearest even, keeps infinities and NaN.
+// bfloat16 on the CPU under CUDA's names: rounds to nearest even, keeps infinities and NaN.
 #pragma once
 #include "cuda_runtime.h"
 

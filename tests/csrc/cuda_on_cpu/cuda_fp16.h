@@ -1,4 +1,4 @@
-// float16 on the CPU, with CUDA's names: rounds to nearest even, with subnormal numbers, infinities and NaN.
+// float16 on the CPU under CUDA's names: rounds to nearest even, keeps subnormal numbers, infinities and NaN.
 #pragma once
 #include "cuda_runtime.h"
 
@@ -19,7 +19,7 @@ inline __half __float2half_rn(float value) {
     if (size >= 65520) return {uint16_t(sign | 0x7c00)};
     int exponent = std::max(std::ilogb(size), -14);  // ilogb(0) is far below
     int units = int(std::nearbyint(std::ldexp(size, 10 - exponent)));  // 1024..2048; fewer if subnormal
-    // A carry of the mantissa (units = 2048) moves to the exponent by itself.
+    // A carry of the mantissa (units = 2048) goes into the exponent without further work.
     return {uint16_t(sign | ((exponent + 14) * 1024 + units))};
 }
 inline __half __float2half(float value) { return __float2half_rn(value); }

@@ -1,12 +1,12 @@
-// CUDA's runtime header for a machine without CUDA: kernels as they stand in csrc/ run on the CPU.
+// CUDA's runtime header for a machine without CUDA: the unmodified kernels of csrc/ run on the CPU.
 //
-//   g++ -x c++ -std=c++17 -I tests/csrc/cuda_on_cpu -I csrc csrc/contrastive_cuda.cu
+//   g++ -x c++ -std=c++17 -I tests/csrc/cuda_on_cpu -I csrc csrc/cuda/contrastive.cu
 //
 // Blocks run one after another. Each thread of a block is a fiber that runs until it meets a barrier or a
-// shuffle; there the next one runs. What this checks: indices, masks, arithmetic, the order of a reduction,
-// barriers that not all threads reach, misaligned vector accesses (through __ldg, __ldcs, __ldcg, __stwb, __stcs, __stcg)
-// and, by running the threads and blocks in both orders (`descending`), most missing barriers. What it does not
-// check: real races, rounding of the fast intrinsics, speed, asynchronous copies, tensor cores.
+// shuffle; then the next one runs. This checks indices, masks, arithmetic, the order of a reduction, barriers
+// that not all threads reach, misaligned vector accesses (through __ldg, __ldcs, __ldcg, __stwb, __stcs and
+// __stcg) and, because the threads and blocks run in both orders (`descending`), most missing barriers. It
+// does not check real races, the rounding of the fast intrinsics, speed, asynchronous copies or tensor cores.
 #pragma once
 
 #include <ucontext.h>
@@ -30,7 +30,7 @@
 #define __constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static  // blocks run one after another, so a static variable is a block's
+#define __shared__ static  // blocks run one after another, so one block at a time uses the variable
 #define __align__(n) alignas(n)
 
 // ------------------------------------------------------------------------------------------------ types
@@ -81,16 +81,17 @@ struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[STACK]};
     State state = State::ready;
-    int exchanges = 0;  // since the block began
+    int exchanges = 0;  // since the block started
 };
 
-inline bool descending = false;  // the order in which blocks, and the threads of a block, run
+inline bool descending = false;  // the order of the blocks, and of the threads of a block
 inline std::vector<Fiber> fibers;
 inline ucontext_t scheduler;
-inline int current;                       // the running fiber = its thread's number in the block
+inline int current;                        // the running fiber = the number of its thread in the block
 inline const std::function<void()>* body;  // what each fiber runs
 inline std::exception_ptr failure;
-// One word per thread for shuffles and votes, two by turns: no thread is more than one exchange ahead of another.
+// One word per thread for shuffles and votes. Two alternate, because no thread is more than one exchange
+// ahead of another.
 inline uint64_t exchanged[2][MAX_THREADS];
 struct alignas(1024) Line { char bytes[1024]; };
 inline std::vector<Line> dynamic_memory;
@@ -98,21 +99,37 @@ inline std::vector<Line> dynamic_memory;
 inline void* dynamic_shared() { return dynamic_memory.data(); }
 
 inline void wait(State state) {
-    int mine = current;
-    fibers[mine].state = state;
-    swapcontext(&fibers[mine].context, &scheduler);
+    int thread = current;
+    fibers[thread].state = state;
+    swapcontext(&fibers[thread].context, &scheduler);
 }
 
 inline void enter() {
     try {
         (*body)();
-    } catch (...) {  // an exception may not leave its fiber's stack
+    } catch (...) {  // an exception must not leave the stack of its fiber
         failure = std::current_exception();
     }
     wait(State::done);
 }
 
-// Threads first <= i < last that wait in `state` run again, once none of them still runs to it.
+inline void start(Fiber& fiber) {
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = STACK;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, enter, 0);
+    fiber.state = State::ready;
+    fiber.exchanges = 0;
+}
+
+// Runs a fiber, which has to be the current one, until it waits.
+inline void resume(Fiber& fiber) {
+    swapcontext(&scheduler, &fiber.context);
+    if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
+}
+
+// Releases the threads first <= i < last from the barrier `state`, if all of them have reached it or ended.
 inline bool release(int first, int last, State state) {
     bool some = false;
     for (int i = first; i < last; ++i) {
@@ -125,16 +142,7 @@ inline bool release(int first, int last, State state) {
 }
 
 inline void run_block(int threads) {
-    for (int i = 0; i < threads; ++i) {
-        Fiber& fiber = fibers[i];
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.get();
-        fiber.context.uc_stack.ss_size = STACK;
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, enter, 0);
-        fiber.state = State::ready;
-        fiber.exchanges = 0;
-    }
+    for (int i = 0; i < threads; ++i) start(fibers[i]);
     for (;;) {
         bool moved = false, all_done = true;
         for (int step = 0; step < threads; ++step) {
@@ -142,8 +150,7 @@ inline void run_block(int threads) {
             if (fibers[i].state == State::ready) {
                 current = i;
                 threadIdx = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y));
-                swapcontext(&scheduler, &fibers[i].context);
-                if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
+                resume(fibers[i]);
                 moved = true;
             }
             all_done = all_done && fibers[i].state == State::done;
@@ -158,7 +165,8 @@ inline void run_block(int threads) {
 
 inline void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
     int threads = block.x * block.y * block.z;
-    if (threads < 1 || threads > MAX_THREADS) throw std::runtime_error("a block of no or of too many threads");
+    if (threads < 1 || threads > MAX_THREADS)
+        throw std::runtime_error("a block without threads or with too many");
     if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535)
         throw std::runtime_error("an empty or too large grid");
     if (fibers.size() < size_t(threads)) fibers.resize(threads);
@@ -174,7 +182,7 @@ inline void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<
     }
 }
 
-// Every thread of a warp gives a value; afterwards each may read those of the others.
+// Every thread of a warp publishes a value; then `read` gets a function that returns the value of any lane.
 template <class T, class Read>
 auto with_warp(T value, Read read) {
     static_assert(sizeof(T) <= sizeof(uint64_t));
@@ -205,7 +213,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     return cudaSuccess;
 }
 
-// ------------------------------------------------------------------------------ what a kernel may call
+// ----------------------------------------------------------------------------- functions that kernels call
 
 inline void __syncthreads() { cuda_on_cpu::wait(cuda_on_cpu::State::at_block_barrier); }
 inline void __syncwarp(unsigned = ~0u) { cuda_on_cpu::wait(cuda_on_cpu::State::at_warp_barrier); }
@@ -222,7 +230,8 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 template <class T>
 T __shfl_down_sync(unsigned, T value, int delta) {
     int lane = cuda_on_cpu::current % cuda_on_cpu::WARP;
-    return cuda_on_cpu::with_warp(value, [=](auto of) { return of(lane + delta < 32 ? lane + delta : lane); });
+    int source = lane + delta < 32 ? lane + delta : lane;
+    return cuda_on_cpu::with_warp(value, [=](auto of) { return of(source); });
 }
 inline unsigned __ballot_sync(unsigned, int predicate) {
     return cuda_on_cpu::with_warp(predicate, [](auto of) {

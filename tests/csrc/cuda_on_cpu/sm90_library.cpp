@@ -1,13 +1,13 @@
-// csrc/contrastive_sm90.cu as it stands, on the modelled hardware, for tests/csrc/test_sm90.py to call by
+// The unmodified csrc/sm90/contrastive.cu on the modelled hardware, for tests/csrc/test_sm90.py to call by
 // ctypes.
-#include <contrastive_sm90.cu>
+#include <sm90/contrastive.cu>
 
 using namespace dalle2_fast;
 
 namespace {
 
 template <class Call>
-const char* guarded(Call call) {  // what went wrong, or nullptr
+const char* guarded(Call call) {  // the message of what it throws, or nullptr
     static std::string message;
     try {
         call();
@@ -24,14 +24,14 @@ extern "C" {
 
 struct Matrices {
     const void *image, *text;
-    int64_t image_stride, text_stride, rows, columns, width, own;
+    int64_t image_stride, text_stride, rows, columns, width, diagonal_offset;
     int dtype;
 };
 
 sm90::Features features(const Matrices* from) {
-    return {from->image,       from->text, from->image_stride,
-            from->text_stride, from->rows, from->columns,
-            from->width,       from->own,  static_cast<DType>(from->dtype)};
+    return {from->image, from->text,            from->image_stride,
+            from->text_stride, from->rows,      from->columns,
+            from->width, from->diagonal_offset, static_cast<DType>(from->dtype)};
 }
 
 void configure(int clusters, bool late_copies, bool late_products, bool descending, int64_t partial_bytes) {
@@ -39,16 +39,17 @@ void configure(int clusters, bool late_copies, bool late_products, bool descendi
     cuda_on_cpu::descending = descending;
     sm90::PARTIAL_BYTES = partial_bytes;
 }
-void set_device_obstacle(const char* obstacle) { sm90::machine::options.obstacle = obstacle; }
+void set_why_device_unavailable(const char* reason) { sm90::machine::options.why_unavailable = reason; }
 
-const char* obstacle(const Matrices* from) { return sm90::obstacle(features(from)); }
+const char* why_unavailable(const Matrices* from) { return sm90::why_unavailable(features(from)); }
 int64_t workspace_bytes(int64_t rows, int64_t columns, int64_t width) {
     return sm90::workspace_bytes(rows, columns, width);
 }
 const char* lse(const Matrices* from, const float* scale, double* row_lse, double* column_lse,
-                float* own_products, void* workspace) {
-    return guarded(
-        [&] { sm90::lse(features(from), scale, row_lse, column_lse, own_products, workspace, nullptr); });
+                float* positive_products, void* workspace) {
+    return guarded([&] {
+        sm90::lse(features(from), scale, row_lse, column_lse, positive_products, workspace, nullptr);
+    });
 }
 const char* gradient(const Matrices* from, const float* scale, const double* row_lse,
                      const double* column_lse, float row_weight, float column_weight, void* gradient,
