@@ -1,6 +1,7 @@
-"""The losses of several processes against one process's autograd in float64, and against open_clip's own.
+"""The losses of several processes against autograd in one process in float64, and against open_clip.
 
-The processes start once per number of them (`loss_processes`); what they do, and the truth: `loss_cases`.
+The processes are started once for each world size (`loss_processes`). What they do, and the truth, is in
+`loss_cases`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from dalle2_fast import functional
-from dalle2_fast.losses.clip_loss import ClipLoss, SigLipLoss, SoftClipLoss
+from dalle2_fast.losses import ClipLoss, SigLipLoss, SoftClipLoss
 from tests.support import loss_processes
 from tests.support.loss_cases import (
     BIAS,
@@ -38,7 +39,7 @@ _answers = {}
 
 @pytest.fixture
 def answers(tmp_path_factory):
-    """world_size -> what `everything` answered on each rank; the processes run when first asked for."""
+    """world_size -> what `everything` returned on each rank; the processes run at the first request."""
 
     def ask(world_size: int) -> list[dict]:
         if world_size not in _answers:
@@ -59,17 +60,17 @@ def is_local(mode: tuple, world_size: int) -> bool:
 
 
 def averaged(expected: list[dict]) -> list[dict]:
-    """With the scale's gradient as the mean over processes, as local_loss=True gives it."""
+    """The scale's gradient replaced by its mean over processes, which local_loss=True returns."""
     mean = sum(values["d scale"] for values in expected) / len(expected)
     return [values | {"d scale": mean} for values in expected]
 
 
-@pytest.mark.parametrize("equal", [True, False], ids=["one", "own"])
+@pytest.mark.parametrize("equal", [True, False], ids=["equal grads", "different grads"])
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_values_and_gradients_in_float64(answers, world_size, mode, equal):
-    # Catches: a factor W or 1/W, an offset of the own pairs, a term of another process lost or taken twice, a
-    # block of text that comes home to the wrong process, gradients of the others' losses mixed up.
+    # Catches: a factor W or 1/W, an offset of the positives, a term of another process lost or counted twice,
+    # a gradient of texts returned to the wrong process, gradients of the other processes' losses mixed up.
     expected = truth(mode, *features(world_size), upstream(world_size, equal))
     expected = averaged(expected) if is_local(mode, world_size) else expected
     for rank, answer in enumerate(answers(world_size)):
@@ -94,8 +95,8 @@ def test_low_precision_is_close_to_truth(answers, mode, dtype):
 
 @pytest.mark.parametrize("mode, wrapper", WRAPPED, ids=str)
 def test_ddp_and_fsdp_around_a_clip_give_the_gradients_of_one_process(answers, mode, wrapper):
-    # Catches: a backward pass that a wrapper's collectives dead-lock or reorder, a gradient that misses W.
-    if mode[:3] == ("clip", True, False):  # of no loss: only that it runs, and the same on both
+    # Catches: a backward pass that deadlocks with a wrapper's collectives, a gradient without the factor W.
+    if mode[:3] == ("clip", True, False):  # not the gradient of a loss: it runs, and is the same on both
         first, second = (answer["model", mode, wrapper] for answer in answers(2))
         assert all(torch.equal(first[name], second[name]) for name in first)
         return
@@ -104,7 +105,8 @@ def test_ddp_and_fsdp_around_a_clip_give_the_gradients_of_one_process(answers, m
     loss = functional.sigmoid_loss(image, text, scale, BIAS) if mode[0] == "siglip" else (
         functional.contrastive_loss(image, text, scale))  # fmt: skip
     loss.backward()
-    weak = mode == ("clip", False, False)  # 1 x true and not W x true, so half of it after the wrapper's mean
+    # The gradient is 1 x true instead of W x true, so half of it is left after the wrapper's mean.
+    weak = mode == ("clip", False, False)
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             share = 0.5 if weak and not name.endswith("logit_scale") else 1.0
@@ -131,7 +133,8 @@ def test_forms_of_the_arguments_do_not_change_the_loss(answers):
     ("rows", r"ValueError: .*\[n, D\] = \(3, 5\) on every rank as on rank 0, got \(2, 5\) on rank 1",
      r"ValueError: .*\(2, 5\) on every rank as on rank 1, got \(3, 5\) on rank 0"),
     ("width", r"ValueError: .*got \(3, 4\) on rank 1", r"ValueError: .*got \(3, 5\) on rank 0"),
-    ("dtype", "TypeError: .*expected torch.float64 on every rank", "TypeError: .*expected torch.float32"),
+    ("dtype", "TypeError: .*expected torch.float64 on every rank as on rank 0, got torch.float32 on rank 1",
+     "TypeError: .*expected torch.float32"),
     ("options", "ValueError: ClipLoss: rank 1 was built with other", "ValueError: ClipLoss: rank 0 was"),
     ("exchange", "ValueError: SigLipLoss: rank 1 was built with other", "ValueError: SigLipLoss: rank 0 was"),
     ("arguments", "RuntimeError: ClipLoss: the arguments on rank 1 are wrong", "TypeError: image_f.*int64"),
@@ -191,7 +194,7 @@ def test_open_clip_builds_our_losses_after_the_line_of_the_readme(monkeypatch, s
     assert type(loss) is (SigLipLoss if siglip else ClipLoss) and (loss.rank, loss.world_size) == (1, 2)
 
 
-# ----------------------------------------------------------------------------------------- in the one process
+# ----------------------------------------------------------------------------------------------- one process
 
 
 def test_one_process_calls_like_open_clip():

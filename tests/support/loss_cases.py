@@ -1,7 +1,7 @@
-"""What the distributed losses are asked to do in W processes, and the truth about it from one process.
+"""What the distributed losses compute in W processes, and the truth about it from one process.
 
-`truth` plays the W processes of open_clip in one, by autograd on the whole batch: what a process has gathered
-without gradient is detached. No collective, nothing of `dalle2_fast.losses.clip_loss`.
+`truth` simulates open_clip's W processes in one, by autograd on the whole batch: what a process has gathered
+without gradient is detached. It uses no collective and nothing of `dalle2_fast.losses`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle2_fast.losses.clip_loss import ClipLoss, SigLipLoss, SoftClipLoss
-from dalle2_fast.models.clip.model import CLIP
+from dalle2_fast.losses import ClipLoss, SigLipLoss, SoftClipLoss
+from dalle2_fast.models.clip import CLIP
 
 N, D, SCALE, BIAS = 3, 5, 9.0, -4.0  # N pairs in each process
 CLIP_MODES = list(itertools.product(("clip",), (False, True), (False, True)))  # local_loss, gather_with_grad
@@ -26,7 +26,7 @@ MODES = [
     ("soft", False, True),
     *(("siglip", exchange) for exchange in ("bidir", "shift", "reduce", "gather")),
 ]
-try:  # here and not where it is used, as the fork server then imports it once
+try:  # here and not where it is used, because the fork server then imports it once
     import open_clip.loss as open_clip_loss
 except ImportError:
     open_clip_loss = None
@@ -114,8 +114,8 @@ def results(
 ) -> dict[str, Tensor]:
     image, text = features(world_size, dtype)
     image, text = (value[rank].to(dtype).requires_grad_() for value in (image, text))
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    scale, bias = (torch.tensor(value, dtype=wide, requires_grad=True) for value in (SCALE, BIAS))
+    scalar_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    scale, bias = (torch.tensor(value, dtype=scalar_dtype, requires_grad=True) for value in (SCALE, BIAS))
     biases = {} if mode[0] == "soft" or library and mode[0] == "clip" else {"logit_bias": bias}
     loss = build(mode, rank, world_size, library, impl)(image, text, scale, **biases)
     loss.backward(torch.full_like(loss, grad))
@@ -124,7 +124,7 @@ def results(
 
 
 def everything(rank: int, world_size: int) -> dict:
-    """All that one start of the processes can answer."""
+    """All results that one start of the processes can give."""
     answers = {}
     for mode in MODES:
         for equal in (True, False):
@@ -142,7 +142,7 @@ def everything(rank: int, world_size: int) -> dict:
 
 
 def frozen(rank, world_size) -> list:
-    """A locked image tower, no gradients at all, and a number for the scale."""
+    """A frozen image tower, no gradients at all, and a number for the scale."""
     image, text = (value[rank] for value in features(world_size))
     answers = []
     for mode in MODES:
@@ -156,7 +156,7 @@ def frozen(rank, world_size) -> list:
 
 
 def options(rank, world_size) -> list:
-    """Loss of: a dict asked for, strided features, a scale of shape [1], mixed dtypes, autocast."""
+    """The loss for output_dict=True, strided features, a scale of shape [1], mixed dtypes, autocast."""
     image, text = (value[rank].float() for value in features(world_size))
     strided, scale = image.T.contiguous().T, torch.tensor([SCALE])
     answers = []
@@ -173,7 +173,7 @@ def options(rank, world_size) -> list:
 
 
 def errors(rank, world_size) -> dict[str, str]:
-    """What each wrong call raises here; all processes must raise, and the next call must work."""
+    """What each wrong call raises here. All processes must raise, and the next call must work."""
     image, text = (value[rank] for value in features(world_size))
     last = rank == world_size - 1
 
@@ -251,7 +251,7 @@ def trained(mode, rank, world_size, wrapper) -> dict[str, Tensor]:
     return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients.items()}
 
 
-# ----------------------------------------------------------------------------------------------- failing ones
+# ------------------------------------------------------------------------------------------ failing processes
 
 
 def one_dies(rank: int, world_size: int):

@@ -1,7 +1,7 @@
-"""Runs a function in W processes joined by gloo and collects what each returns or raises.
+"""Runs a function in W processes connected by gloo, and collects what each returns or raises.
 
-The processes come from multiprocessing's fork server, which imports torch once: starting one costs about
-as much as a fork, and nothing of the test session's threads or autograd state is inherited.
+The processes come from multiprocessing's fork server, which imports torch once: starting one costs about as
+much as a fork, and no thread or autograd state of the test session is inherited.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ _context.set_forkserver_preload(["torch.distributed", "dalle2_fast.losses", "tes
 def run(
     function: Callable, world_size: int, folder: Path, *arguments, seconds: float = 60, limit: float = 300
 ) -> list:
-    """[function(rank, world_size, *arguments) of rank 0, of rank 1, ...]; a raised error is its text.
+    """[function(rank, world_size, *arguments) of rank 0, of rank 1, ...]; an error is returned as its text.
 
-    seconds: the process group's time-out. A process that still runs after `limit` is ended; the test fails.
+    seconds: the timeout of the process group. A process that still runs after `limit` seconds is killed, and
+    the test fails.
     """
     processes = [
         _context.Process(target=_process, args=(function, rank, world_size, str(folder), seconds, arguments))
@@ -50,7 +51,7 @@ def _process(function, rank, world_size, folder, seconds, arguments) -> None:
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=seconds)
     )
-    # One that dies as soon as it is connected would fail the others while they still connect.
+    # A process that dies as soon as it is connected would make the others fail while they still connect.
     store.set(f"joined/{rank}", "")
     store.wait([f"joined/{other}" for other in range(world_size)])
     try:
@@ -59,6 +60,6 @@ def _process(function, rank, world_size, folder, seconds, arguments) -> None:
         traceback.print_exc(file=sys.stderr)
         result = f"{type(error).__name__}: {error}"
     torch.save(result, f"{folder}/{rank}.pt")
-    if not isinstance(result, str):  # after an error the others may wait for this process: leave at once
+    if not isinstance(result, str):  # after an error the others may wait for this process: it ends at once
         dist.barrier()
         dist.destroy_process_group()
