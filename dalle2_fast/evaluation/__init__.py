@@ -1,1 +1,1 @@
-"""Scores of a checkpoint: CLIP tests, captions read back from the pixels, baselines beside them."""
+"""Scores of a checkpoint: CLIP tests, captions read back from the pixels, and baselines to compare with."""

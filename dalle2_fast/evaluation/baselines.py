@@ -1,8 +1,9 @@
-"""What the scores of generated pictures have to be compared with.
+"""What the scores of generated images have to be compared with.
 
-renders: the true pictures; what the reader misses on them nobody can reach.
-shuffled: the generated pictures under one another's captions; what can be had without reading the caption.
-nearest: the training picture whose caption shares most words that mean something; what memory alone achieves.
+renders: the true images. Their scores are the ceiling, because the reader makes mistakes on them too.
+shuffled: the generated images, each scored with the caption of another one: what a model that ignores its
+caption achieves.
+nearest: the training image with the most similar caption: what memory alone achieves.
 """
 
 from __future__ import annotations
@@ -22,10 +23,14 @@ from dalle2_fast.evaluation.reading.table import Reading
 
 
 def shuffle_images(reading: Reading, kind: Tensor) -> Reading:
-    """The reading with pictures exchanged within each kind of scene: each moves on to the next caption.
+    """The reading with images exchanged within each kind of scene: each moves on to the next caption.
 
-    kind: int64 [n]. Within a kind, because a picture with another number of objects would be wrong for a bad
+    They stay within their kind, because an image with another number of objects would be wrong for a trivial
     reason.
+
+    Args:
+        reading: of n images.
+        kind: int64 [n], the kinds of the scenes.
     """
     order = torch.arange(len(kind))
     for value in kind.unique():
@@ -41,11 +46,19 @@ def nearest_training_scenes(
     *,
     pool: int = 20_000,
 ) -> Scenes:
-    """For each caption that scene, of `pool` training scenes, whose caption is the most similar bag of
-    concepts.
+    """For each caption the training scene whose caption is the most similar bag of concepts.
 
-    Synonyms are one concept and filler words none; similarity is the cosine of presence vectors; the first of
-    equals wins.
+    Synonyms are one concept, filler words are none. Similarity is the cosine of the vectors that say which
+    concepts are present. The first of equally similar scenes wins.
+
+    Args:
+        tokens: the captions.
+        world: of the training scenes.
+        generator: samples the training scenes and their captions.
+        pool: number of training scenes.
+
+    Returns:
+        n scenes.
     """
     scenes = sample_scenes(pool, generator, "train", world)
     known, asked = (F.normalize(_bag(rows), dim=1) for rows in (make_captions(scenes, generator)[0], tokens))
@@ -62,11 +75,11 @@ def _bag(tokens: Tensor) -> Tensor:
 
 @functools.cache
 def _concepts() -> Tensor:
-    """int64 [words]: the canonical word of each; 0 for words that say nothing about the picture."""
+    """int64 [words]: the canonical word of each; 0 for words that say nothing about the image."""
     groups = (vocabulary.SHAPES, vocabulary.COLORS, vocabulary.FILLS, vocabulary.SIZES)
     groups += (vocabulary.BACKGROUNDS, vocabulary.TEXTURES, vocabulary.COUNTS, vocabulary.RELATIONS)
     names = {name: name for group in groups for name in group}
-    names |= {word: word for word in ("top", "bottom", "center")}  # with left and right: of positions
+    names |= {word: word for word in ("top", "bottom", "center")}  # with left and right: words of positions
     for table in (vocabulary.SHAPE_SYNONYMS, vocabulary.COLOR_SYNONYMS, vocabulary.SIZE_SYNONYMS,
                   vocabulary.FILL_SYNONYMS):  # fmt: skip
         names |= {word: name for name, words in table.items() for word in words if word not in names}

@@ -1,4 +1,4 @@
-"""What CLIP tells apart: N-way retrieval, and 2-way tests against captions that are false by one edit."""
+"""What CLIP distinguishes: N-way retrieval, and 2-way tests against captions that one edit makes false."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from dalle2_fast.data.synthetic.scenes import Scenes
 from dalle2_fast.data.synthetic.world import World
 from dalle2_fast.evaluation.scores import Tally
 
-# Sums over the edits that test one thing.
+# Sums over the edits that test the same ability.
 GROUPS = {"binding": ("swap_colors", "swap_shapes"), "relation": ("change_relation", "swap_objects")}
 
 EncodeText = Callable[[Tensor], Tensor]  # scene tokens int64 [n, 36] -> unit vectors [n, D]
-EncodeImage = Callable[[Tensor], Tensor]  # pictures [n, 3, R, R] in [0, 1] -> unit vectors [n, D]
+EncodeImage = Callable[[Tensor], Tensor]  # images [n, 3, R, R] in [0, 1] -> unit vectors [n, D]
 
 
 @torch.no_grad()
@@ -32,13 +32,24 @@ def score_clip(
     resolution: int,
     generator: torch.Generator,
 ) -> dict[str, dict[str, Tally]]:
-    """{"retrieval": {...}, "two_way": {...}} on pictures of `scenes`.
+    """Retrieval and 2-way tests on renders of `scenes`.
 
-    retrieval: of all n captions, is the one nearest to the picture true of it? (A caption that leaves
-    something out, or that two scenes share, may be true of several pictures.) "full": captions that state
-    everything, "natural": that leave attributes out at random.
-    two_way: is the true caption nearer than the same one after an edit that makes it false? One entry for
-    every edit of data.negatives that the world knows, and the sums GROUPS. Chance is one half.
+    Args:
+        encode_image: the image tower.
+        encode_text: the text tower.
+        scenes: of `world` and `split`.
+        world: of the edits.
+        split: of the scenes.
+        resolution: of the renders, in pixels.
+        generator: chooses how captions are phrased and what is edited.
+
+    Returns:
+        {"retrieval": {name: Tally}, "two_way": {edit: Tally}}.
+        retrieval: of all n captions, is the one nearest to the image true of it? (A caption that omits
+        something, or that two scenes share, may be true of several images.) "full": the captions state
+        everything; "natural": they omit attributes at random.
+        two_way: is the true caption nearer than the same one after an edit that makes it false? It has every
+        edit of data.synthetic.negatives that the world allows, and the sums GROUPS. Chance is one half.
     """
     n = len(scenes["kind"])
     image = encode_image(render(scenes, resolution))
@@ -56,7 +67,8 @@ def score_clip(
     true = (image * encode_text(compose(scenes, phrasing))).sum(-1)
     for kind in NEGATIVE_KINDS:
         edited, hard = hard_negatives(
-            # Scenes without the held-out pairs are tested with captions without them, or the pair would tell.
+            # Scenes without held-out pairs are tested with captions without them: the pair would give away
+            # which caption is false.
             scenes, generator, kind, phrasing=phrasing, split="iid" if split == "iid" else "all", world=world
         )  # fmt: skip
         rows = hard.nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""The report of `dalle2-fast evaluate` as a table for people."""
+"""The report of `dalle2-fast evaluate` as a table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ KIND_TITLES = {"one": "one object", "two": "two objects", "count": "2 to 5 alike
 
 
 def print_report(report: dict) -> None:
-    """Print what `evaluation.command.evaluate` returned."""
+    """Print what `evaluation.measure.evaluate` returned, with an entry "checkpoint"."""
     splits, sampling = report["splits"], report["sampling"]
     print(f"checkpoint {report['checkpoint']}, seed {report['seed']}, {report['device']} {report['dtype']}")
     if report["clip"]:
@@ -60,7 +60,7 @@ def _caption_rows(accuracy: dict, splits: list[str]) -> dict[str, list[dict | No
 
 
 def _print_rows(rows: dict[str, list[dict | None]], heads: list[tuple[str, str]]) -> None:
-    """One line per row: its name, then a rate in % per column; and of how many, where all agree on it."""
+    """One line per row: its name, a rate in % per column, and the number of cases (all, if they differ)."""
     width = max(map(len, rows)) + 2
     splits = "".join(
         f"{head[0] if index == 0 or heads[index - 1][0] != head[0] else '':>10}"

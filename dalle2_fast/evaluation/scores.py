@@ -1,6 +1,6 @@
-"""Caption accuracy: what pictures get right of their captions, attribute by attribute.
+"""Caption accuracy: which attributes that a caption states its image shows.
 
-Every score is a `Tally`: how many of how many. Only what a caption states is scored.
+Every score is a `Tally`. What a caption does not state is not scored.
 """
 
 from __future__ import annotations
@@ -21,11 +21,18 @@ ATTRIBUTES = (
     "everything",
 )  # fmt: skip
 ROOM, CELL = 0.465, 0.27  # places of single objects: see data.synthetic.scenes
-MATCHED = 3  # objects of a scene that differ from one another, at most
+MATCHED = 3  # the largest number of objects of a scene that differ from one another
 
 
 @dataclass(frozen=True)
 class Tally:
+    """`right` of `of` cases.
+
+    Example:
+        >>> Tally(1, 8).to_json()
+        {'rate': 0.125, 'right': 1, 'of': 8}
+    """
+
     right: int
     of: int
 
@@ -41,8 +48,17 @@ class Tally:
 def score_captions(
     reading: Reading, scenes: Scenes, says: dict[str, Tensor], attributes: tuple[str, ...] = ATTRIBUTES
 ) -> dict[str, dict[str, Tally]]:
-    """{kind of scene: {attribute: Tally}} for pictures of which `reading` was read, drawn from captions that
-    state `says` (see data.captions.stated) of `scenes`. Attributes that no caption states are left out."""
+    """Score images by kind of scene and attribute.
+
+    Args:
+        reading: of n images that were generated from captions.
+        scenes: n of them, which the captions describe.
+        says: what each caption states, see data.synthetic.captions.stated.
+        attributes: which to score, some of ATTRIBUTES.
+
+    Returns:
+        {kind of scene: {attribute: Tally}} without attributes that no caption states.
+    """
     right, applies = judge(reading, scenes, says)
     table: dict[str, dict[str, Tally]] = {}
     for index, kind in enumerate(KINDS):
@@ -57,12 +73,19 @@ def score_captions(
 def judge(
     reading: Reading, scenes: Scenes, says: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Which attributes are right, and which a caption states: two dicts of bool [n] with keys ATTRIBUTES.
+    """Which attributes are right, and which a caption states.
 
-    Objects are compared with those read under the assignment in which most shapes and colours agree.
-    count: as many objects as stated. color, shape: of every object, whichever has it. binding: colour and
-    shape together, of every object. size, fill, relation: right under every assignment that is as good as the
-    best one, so an object that cannot be recognised earns nothing. "count" scenes: of every object read.
+    Objects of the scene are assigned to objects of the image so that most shapes and colours agree.
+    count: there are as many objects as stated. color, shape: those of all objects are there, in any
+    combination. binding: colour and shape of every object agree. size, fill, relation: right under every
+    assignment that is as good as the best one, so an object that cannot be recognised earns nothing. In
+    "count" scenes, whose objects are alike, an attribute is right if every object of the image has it.
+
+    Args:
+        reading, scenes, says: see `score_captions`.
+
+    Returns:
+        right, applies: two dicts of bool [n] with keys ATTRIBUTES.
     """
     same = {name: _agreement(reading, scenes, name) for name in ("shape", "color", "size", "fill")}
     used = torch.arange(MATCHED) < scenes["nobj"].clamp_max(MATCHED)[:, None]  # [n, MATCHED]
@@ -87,7 +110,7 @@ def judge(
     right |= {name: (stacked[name] | ~best).all(0) for name in ("size", "fill", "relation")}
 
     present = reading.color >= 0
-    for name in ("shape", "color", "size", "fill"):  # equal objects: every one that was read
+    for name in ("shape", "color", "size", "fill"):  # equal objects: every object of the image
         every = ((getattr(reading, name) == scenes[name][:, :1]) | ~present).all(1) & present.any(1)
         right[name] = torch.where(alike, every, right[name])
     right["binding"] = torch.where(alike, right["shape"] & right["color"], right["binding"])
@@ -107,7 +130,7 @@ def judge(
 
 
 def _agreement(reading: Reading, scenes: Scenes, name: str) -> Tensor:
-    """bool [n, scene's object, object read], the MATCHED first of each: same value?"""
+    """bool [n, object of the scene, object of the image], the MATCHED first of each: same value?"""
     return scenes[name][:, :MATCHED, None] == getattr(reading, name)[:, None, :MATCHED]
 
 
@@ -125,7 +148,8 @@ def _relations(reading: Reading) -> Tensor:
 def _position(reading: Reading) -> Tensor:
     """int64 [n]: the cell (index of POSITIONS) of the largest object; -1 without one.
 
-    Cells lie CELL from the centre, or nearer where the object would leave the canvas: half-way is the border.
+    Centres of cells lie CELL from the centre of the canvas, or nearer where the object would leave the
+    canvas; the border between two cells is half-way.
     """
     extent = geometry().extent[reading.shape[:, 0].clamp_min(0)] * reading.radius[:, 0]
     border = (ROOM - extent).clamp(0.1, CELL) / 2

@@ -26,7 +26,11 @@ class Background(NamedTuple):
 
 
 class BackgroundReader:
-    """Finds colours and textures of backgrounds of `world`."""
+    """Finds the backgrounds of images.
+
+    Args:
+        world: of the images; only its backgrounds and textures are found.
+    """
 
     def __init__(self, world: World) -> None:
         colors = palette()
@@ -44,7 +48,7 @@ class BackgroundReader:
         if self.textures != ("plain",):
             last = first + (GRADIENT_REACH if "gradient" in self.textures else 1.0) * (second - first)
         distance = segment_distance(pixels[:, None], first[:, None], last[:, None])  # [n, backgrounds, F]
-        best = distance.clamp_max(0.4).mean(-1).argmin(1)  # clamped: an object at the edge has few votes
+        best = distance.clamp_max(0.4).mean(-1).argmin(1)  # clamped: an object at the edge counts little
         first, second, last = first[best], second[best], last[best]
         along = (last - first)[:, None]
         place = ((pixels - first[:, None]) * along).sum(-1, keepdim=True)

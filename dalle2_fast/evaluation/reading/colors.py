@@ -13,7 +13,11 @@ from dalle2_fast.evaluation.reading.tones import dot, segment_distance
 
 
 class ColorReader:
-    """Finds colours and fills of objects of `world`."""
+    """Finds colours and fills of objects.
+
+    Args:
+        world: of the images; only its colours and fills are found.
+    """
 
     def __init__(self, world: World) -> None:
         colors = palette()
@@ -29,7 +33,7 @@ class ColorReader:
         *,
         one_tone: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Colour and fill int64 [N], and the colour as measured RGB [N, 3], of the pixels `where`.
+        """Colour and fill int64 [N] of the pixels `where`, and their mean RGB [N, 3].
 
         one_tone: take every fill for solid.
         """
@@ -37,7 +41,7 @@ class ColorReader:
         pixels = lab[image[owner], row, column]  # [P, 3]
         groups = PixelGroups(owner, len(image))
         distance = torch.cdist(pixels, self.tones[0])  # [P, C]
-        # Clamped: pixels that are none of the world's colours at all should not outvote the rest.
+        # Clamped, so that pixels of no colour of the world do not outvote the rest.
         cost, color = groups.mean(distance.clamp_max(40)).min(1)
         fill = torch.full_like(color, SOLID)
         if not one_tone:
@@ -52,10 +56,12 @@ class ColorReader:
     def _two_tones(
         self, pixels: Tensor, groups: PixelGroups, where: Tensor, cost: Tensor, color: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Colour (of this world) and fill, int64 [N], where stripes and dots are possible, too.
+        """Colour (an index into self.colors) and fill, int64 [N], where stripes and dots are possible too.
 
-        pixels: Lab [P, 3]; cost, color: of the best solid colour. Two tones explain more than one and must
-        earn it: a clearly smaller cost, with both of them present, and not as one object inside another.
+        Two tones always fit better than one. They are accepted only if their cost is clearly smaller, if both
+        are present, and if they are not one object inside another.
+
+        pixels: Lab [P, 3]; cost, color: of the best solid colour.
         """
         first, second = self.tones
         along = second - first
@@ -68,7 +74,7 @@ class ColorReader:
         two_tone_cost, two_tone_color = two_tone_cost.min(1)
         tone = torch.zeros(where.shape)
         tone[where] = place.gather(1, two_tone_color[groups.owner, None])[:, 0].clamp(0, 1)
-        # A large object has several stripes, or dots, each of them small: a single large piece is an object.
+        # A large object has several stripes or dots, each of them small: a single large piece is an object.
         area = where.shape[-2] * where.shape[-1]
         pieces = torch.bincount(find_components(tone > 0.5, MIN_INNER_AREA * area)[0], minlength=len(where))
         large = groups.pixels > LARGE_AREA * area
@@ -86,7 +92,12 @@ class ColorReader:
 
 
 class PixelGroups:
-    """Sums and means over the pixels of each of `size` objects; owner int64 [P]: whose pixel it is."""
+    """Sums and means over the pixels of each object.
+
+    Args:
+        owner: int64 [P], the object of each pixel.
+        size: number of objects.
+    """
 
     def __init__(self, owner: Tensor, size: int) -> None:
         self.owner, self.size = owner, size

@@ -1,4 +1,4 @@
-"""Objects from the regions of an image: those that a region shows inside it or at its side included."""
+"""Objects from regions of the foreground; a region may show several: one inside or touching another."""
 
 from __future__ import annotations
 
@@ -40,7 +40,11 @@ class Pieces(NamedTuple):
 
 
 class ObjectReader:
-    """Finds the objects of `world` that regions show."""
+    """Finds the objects that regions of the foreground show.
+
+    Args:
+        world: of the images; only its shapes, colours, fills and sizes are found.
+    """
 
     def __init__(self, world: World) -> None:
         self.solid = tuple(world.fills) == ("solid",)
@@ -57,13 +61,16 @@ class ObjectReader:
         image: Tensor,  # int64 [N], which of the images
         region: Tensor,  # bool [N, H, W]
     ) -> dict[str, Tensor]:
-        """Flat lists [N + M] over all objects of all images, with names of columns of Reading."""
+        """Flat lists over all objects of all images: the columns of Reading, and `image` and `area` [N + M].
+
+        The first N objects are those of the regions, the other M are pieces of another colour within them.
+        """
         height, width = region.shape[-2:]
         inner = erode(region)
         color, fill, tone = self.color_reader.read(images, lab, image, inner, one_tone=self.solid)
         light, dark = background.light[image], background.dark[image]
         alpha = coverage(images, image, dilate(region), light, dark, tone)
-        alpha[inner] = 1.0  # the second tone of a fill, or another object in front of this one, is no hole
+        alpha[inner] = 1.0  # the second tone of a fill, or an object in front of this one, is no hole
 
         pieces = self._pieces(images, lab, image, inner, color, fill, tone)
         owner = pieces.owner
@@ -72,7 +79,7 @@ class ObjectReader:
         filled, holder = self._fill_holes(image, region, owner, pieces.mask)
         alpha[filled & ~region] = 1.0
         enclosed = ~(dilate(pieces.mask, 2) & ~filled[owner]).flatten(1).any(1)
-        for index in (~enclosed).nonzero().flatten().tolist():  # neighbours that touch: each has its part
+        for index in (~enclosed).nonzero().flatten().tolist():  # neighbours that touch share no pixel
             alpha[owner[index]] *= ~dilate(pieces.mask[index : index + 1])[0]
 
         holder = torch.cat([holder, torch.where(enclosed, owner, -1)])
@@ -108,7 +115,7 @@ class ObjectReader:
         fill: Tensor,  # int64 [N]
         tone: Tensor,  # [N, 3]
     ) -> Pieces:
-        """The connected parts of regions whose colour is another one than the region's."""
+        """The connected parts of regions whose colour differs from that of the region."""
         owner, row, column = inner.nonzero(as_tuple=True)
         strange = norm(lab[image[owner], row, column] - rgb_to_lab(tone)[owner]) > OTHER_COLOR
         other = torch.zeros_like(inner)
@@ -118,7 +125,7 @@ class ObjectReader:
         if not self.solid:
             owner = owner[fill[owner] == SOLID]
         part, mask = find_components(other[owner], min_pixels)
-        if not self.solid:  # a fill that was taken for solid shows several pieces; an inner object is one
+        if not self.solid:  # a fill that was mistaken for solid shows several pieces; an inner object is one
             single = torch.bincount(part, minlength=len(owner))[part] == 1
             part, mask = part[single], mask[single]
         owner = owner[part]
@@ -131,9 +138,13 @@ class ObjectReader:
     def _fill_holes(
         self, image: Tensor, region: Tensor, owner: Tensor, piece: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Regions with those holes filled that show an inner object, and who lies in whom, int64 [N] (-1).
+        """Fill the holes of regions that contain an object.
 
-        Such a hole arises where the inner object's edge has a tone of the background.
+        Such a hole arises where the edge of the inner object has a tone of the background.
+
+        Returns:
+            filled: the regions, bool [N, H, W].
+            holder: int64 [N], the region in which each region lies, -1 for none.
         """
         filled, holder = region.clone(), torch.full_like(image, -1)
         area = region.shape[-2] * region.shape[-1]

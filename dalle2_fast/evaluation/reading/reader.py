@@ -14,15 +14,18 @@ from dalle2_fast.evaluation.reading.objects import ObjectReader, has_nested_obje
 from dalle2_fast.evaluation.reading.table import Reading, make_reading
 from dalle2_fast.evaluation.reading.tones import segment_distance
 
-SIDE = 64  # all images are brought to it: more pixels would not decide anything, and less are too few
-CHUNK = 32  # images at a time: some 100 MB of temporaries
+SIDE = 64  # all images are resized to it: more pixels would change nothing, and fewer are too few
+CHUNK = 32  # images at a time: about 100 MB of temporaries
 # Lab distance. Objects are at least 30 from their background (palette.FIRST_TONE_DISTANCE); half of that is
 # the border. Second tones may come as near as 24.
 FOREGROUND = 14.0
 
 
 class Reader:
-    """Reads images of scenes of `world` (default: the whole): only what the world has is ever found.
+    """Reads images of scenes.
+
+    Args:
+        world: of the scenes; only what it has is ever found. None: the full world.
 
     Example:
         >>> images = torch.full((1, 3, 64, 64), 0.95)
@@ -33,14 +36,14 @@ class Reader:
     def __init__(self, world: World | None = None) -> None:
         world = world or World()
         self.background_reader, self.object_reader = BackgroundReader(world), ObjectReader(world)
-        # Only where an object cannot have tones close to the background's inside it, the border can be drawn
-        # half-way between the two, which keeps blurred neighbours apart.
+        # A border half-way between object and background keeps blurred neighbours apart. It is possible only
+        # where no object contains tones that are close to the background's.
         crisp = tuple(world.fills) == ("solid",) and not has_nested_objects(world)
         self.border = 0.45 if crisp else 0.2  # of the largest contrast nearby
 
     @torch.no_grad()
     def read(self, images: Tensor) -> Reading:
-        """What the images show; read on the CPU.
+        """Read the images, on the CPU.
 
         Args:
             images: float [n, 3, H, W] in [0, 1], on any device; n may be 0.

@@ -11,8 +11,10 @@ SLOTS = 8  # objects kept per image, the largest ones
 
 
 class Reading(NamedTuple):
-    """What n images show, objects from the largest to the smallest. -1 (nan) where there is none; also -1
-    as the shape of an object that resembles no shape."""
+    """What n images show, objects from the largest to the smallest.
+
+    A slot without an object has -1 (nan). An object that resembles no shape has the shape -1.
+    """
 
     background: Tensor  # int64 [n], index into BACKGROUNDS
     texture: Tensor  # int64 [n], index into TEXTURES
@@ -29,7 +31,13 @@ class Reading(NamedTuple):
 
 
 def make_reading(background: Tensor, texture: Tensor, objects: dict[str, Tensor]) -> Reading:
-    """Flat lists of objects, with their `image` and `area` -> SLOTS columns, the largest first."""
+    """Sort flat lists of objects into SLOTS columns per image, the largest first.
+
+    Args:
+        background: int64 [n].
+        texture: int64 [n].
+        objects: from ObjectReader.read.
+    """
     n = len(background)
     order = torch.argsort(objects["area"], descending=True, stable=True)
     order = order[torch.argsort(objects["image"][order], stable=True)]

@@ -1,6 +1,6 @@
-"""Which shape is a soft mask? Compare it with the analytic mask of every shape of the world.
+"""Which shape does a soft mask show? Compare it with the analytic mask of every shape of the world.
 
-A mask is brought to its centroid and to equal area, sampled on a small grid, and compared by
+A mask is shifted by its centroid and scaled to equal area, sampled on a small grid, and compared by
 IoU = sum min(a, b) / sum max(a, b)  with the shapes, each at a few angles and slightly different scales.
 """
 
@@ -14,16 +14,27 @@ from torch import Tensor
 
 from dalle2_fast.data.synthetic.shapes import AREAS, JITTER_DEGREES, SIGNED_DISTANCES, geometry
 
-GRID = 32  # samples along each side; 24 costs 1 % of the shapes of small objects
+GRID = 32  # samples along each side; with 24, 1 % of the shapes of small objects are misread
 REACH = 1.75  # half side of the grid in radii of the disc of equal area; the crescent reaches 1.62
 ANGLES = tuple(math.radians(JITTER_DEGREES * share) for share in (-2 / 3, 0, 2 / 3))
-SCALES = (0.95, 1.0, 1.05)  # the area of a soft mask is not exact
+SCALES = (0.95, 1.0, 1.05)  # because the area of a soft mask is not exact
 # Radii in pixels for which templates are made: the width of an anti-aliased edge is a pixel, not a radius.
 RADII = (3.0, 4.5, 6.0, 8.0, 11.0, 15.0, 20.0)
 
 
 class Templates:
-    """The masks of a world's shapes. `shapes`: their indices, int64 [S]."""
+    """The masks of a world's shapes.
+
+    Args:
+        shapes: their indices, int64 [S].
+
+    Example:
+        >>> disc = (torch.arange(64) - 31.5).square()
+        >>> disc = (disc[:, None] + disc < 100).float()[None]
+        >>> shape, fit = Templates(torch.tensor([0, 1])).match(disc, *torch.tensor([[32.0], [32.0], [10.0]]))
+        >>> shape, bool(fit > 0.9)
+        (tensor([0]), True)
+    """
 
     def __init__(self, shapes: Tensor) -> None:
         self.shapes = shapes
@@ -55,7 +66,7 @@ class Templates:
         y: Tensor,  # [N]
         radius: Tensor,  # [N] of the disc of equal area, in pixels
     ) -> tuple[Tensor, Tensor]:
-        """Best shape int64 [N] and its IoU [N]."""
+        """The shape with the largest IoU, int64 [N] (index into SHAPES), and the IoU [N]."""
         height, width = mask.shape[-2:]
         centre = torch.stack([x / width, y / height], -1)[:, None, None] * 2 - 1
         step = torch.stack([radius / width, radius / height], -1)[:, None, None] * 2
@@ -74,5 +85,5 @@ class Templates:
 
 
 def disc_to_shape_radius(radius: Tensor, shape: Tensor) -> Tensor:
-    """A scene's radius of objects whose area is that of a disc of `radius`; shape: indices of SHAPES."""
+    """The radius that scenes give to objects with the area of a disc of `radius`; shape: of SHAPES."""
     return radius / torch.tensor(AREAS).to(radius)[shape].sqrt()

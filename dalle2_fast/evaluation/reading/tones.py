@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-# Sums over three channels written out: reductions over so short a dimension are ten times slower.
+# The sum over three channels is written out: a reduction over so short a dimension is ten times slower.
 def dot(a: Tensor, b: Tensor) -> Tensor:  # [..., 3], broadcast -> [...]
     return a[..., 0] * b[..., 0] + a[..., 1] * b[..., 1] + a[..., 2] * b[..., 2]
 
@@ -37,8 +37,10 @@ def coverage(
     dark: Tensor,  # [N, 3]
     tone: Tensor,  # [N, 3] of the object
 ) -> Tensor:
-    """[N, H, W] in [0, 1]: how much of each pixel in `where` is the object: its distance from the tones
-    behind, as a part of the object's distance from them."""
+    """[N, H, W] in [0, 1]: how much of each pixel in `where` the object covers.
+
+    It is the pixel's distance from the tones behind the object, divided by the object's distance from them.
+    """
     owner, row, column = where.nonzero(as_tuple=True)
     pixels = images.permute(0, 2, 3, 1)[image[owner], row, column]
     full = segment_distance(tone, light, dark).clamp_min(0.02)
