@@ -137,7 +137,7 @@ def encode_decoder_captions(
     Weights that were trained with a caption where others have none (Karlo: the empty one) get that caption
     for None; it is the checkpoint's negative prompt.
     """
-    prompt = context.pipe.sampling["negative_prompt"] if prompt is None else prompt
+    prompt = context.pipe.sampling.get("negative_prompt") if prompt is None else prompt
     if prompt is None and settings.negative_prompt is None:
         return {}
     prompts: list[str] = []

@@ -116,9 +116,10 @@ def interpolate(
     inversions, options = invert_for_decoding(pipe, ends, steps, options)
     x_T = None
     if inversions:
-        x_T = slerp(*(pair.x_T.expand(num_frames, -1, -1, -1) for pair in inversions), theta)
-    embeds = [embed_image(pipe, image).expand(num_frames, -1) for image in ends]
-    return add_seconds(decode(pipe, slerp(*embeds, theta), x_T=x_T, **options), inversions)
+        noise_first, noise_second = (pair.x_T.expand(num_frames, -1, -1, -1) for pair in inversions)
+        x_T = slerp(noise_first, noise_second, theta)
+    z_first, z_second = (embed_image(pipe, image).expand(num_frames, -1) for image in ends)
+    return add_seconds(decode(pipe, slerp(z_first, z_second, theta), x_T=x_T, **options), inversions)
 
 
 @torch.no_grad()
@@ -170,9 +171,10 @@ def text_diff(
     embed = embed_image(pipe, images)
     inversions, options = invert_for_decoding(pipe, [images], inversion_steps, options)
     x_T = inversions[0].x_T.expand(num_frames, -1, -1, -1) if inversions else None
-    direction = F.normalize(text[1:] - text[:1], dim=-1) * embed.norm(dim=-1, keepdim=True)
-    angles = torch.linspace(0, theta, num_frames, device=pipe.device)
-    z = slerp(*(end.to(text).expand(num_frames, -1) for end in (embed, direction)), angles)
+    difference = F.normalize(text[1:] - text[:1], dim=-1) * embed.norm(dim=-1, keepdim=True)
+    thetas = torch.linspace(0, theta, num_frames, device=pipe.device)
+    z_image, z_difference = (end.to(text).expand(num_frames, -1) for end in (embed, difference))
+    z = slerp(z_image, z_difference, thetas)
     return add_seconds(decode(pipe, z, x_T=x_T, **options), inversions)
 
 
