@@ -12,8 +12,6 @@ import torch
 from PIL import Image
 
 from dalle2_fast import DALLE2, cli
-from dalle2_fast.cli.image_files import default_file_name, save_png
-from dalle2_fast.data.images import GRID_GAP, image_grid
 from dalle2_fast.ops import _build_info
 from tests.support.tiny_pipeline import tiny_pipeline
 
@@ -228,60 +226,6 @@ def test_an_interrupt_leaves_nothing(generate, monkeypatch):
     monkeypatch.setattr(Image.Image, "save", interrupted)
     code, _, err = generate("--quiet")
     assert (code, err) == (130, "dalle2-fast: interrupted\n") and os.listdir() == []
-
-
-# --------------------------------------------------------------------------------------------------- pictures
-
-
-@pytest.mark.parametrize(("count", "size"), [(1, (8, 6)), (2, (20, 6)), (3, (20, 16)), (5, (32, 16))])
-def test_grid(count, size):
-    pictures = [Image.new("RGB", (8, 6), (index, 0, 0)) for index in range(count)]
-    sheet = image_grid(pictures)
-    assert sheet.size == size
-    assert sheet.getpixel((0, 0)) == (0, 0, 0)
-    if count > 1:
-        assert sheet.getpixel((12, 0)) == (1, 0, 0) and sheet.getpixel((9, 0)) == (255, 255, 255)
-
-
-def test_labels_do_not_run_into_each_other():
-    """Catches: lines under small pictures that are printed over one another."""
-    red, blue = (Image.new("RGB", (16, 16), color) for color in ("red", "blue"))
-    one = image_grid([red], labels=["of variance 17.7%"])
-    two = image_grid([red, blue], labels=["of variance 17.7%"] * 2)
-    assert two.width == 2 * one.width + GRID_GAP > 100
-    first, second = (two.crop((x, 16, x + one.width, two.height)) for x in (0, one.width + GRID_GAP))
-    assert first.tobytes() == second.tobytes() == one.crop((0, 16, one.width, one.height)).tobytes()
-
-
-def test_failed_write_keeps_the_old_picture(tmp_path, monkeypatch):
-    path = tmp_path / "x.png"
-    save_png(Image.new("RGB", (2, 2), "red"), path, {"caption": "ring é"})
-    with Image.open(path) as picture:
-        assert picture.text["caption"] == "ring é"
-
-    def half(self, file, **options):
-        open(file, "wb").write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Image.Image, "save", half)
-    with pytest.raises(OSError, match="x.png: cannot be written .No space left on device"):
-        save_png(Image.new("RGB", (2, 2), "blue"), path, {})
-    assert os.listdir(tmp_path) == ["x.png"]
-    with Image.open(path) as picture:
-        assert picture.getpixel((0, 0)) == (255, 0, 0)
-
-
-@pytest.mark.parametrize(
-    ("caption", "name"),
-    [
-        ("A red ring, above!", "a-red-ring-above-7.png"),
-        ("../../etc", "etc-7.png"),
-        ("???", "picture-7.png"),
-        ("x" * 300, "x" * 60 + "-7.png"),
-    ],
-)
-def test_file_name(caption, name):
-    assert default_file_name(caption, 7) == name
 
 
 @pytest.mark.gpu

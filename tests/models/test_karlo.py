@@ -1,5 +1,5 @@
-"""What Karlo's weights need of the models: a second net for the last step, and a caption, that of the empty
-text, where others are told nothing."""
+"""What Karlo's weights need of the models: a second net for the last step, and the caption of the empty text
+where other weights have no caption."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONVOLUTIONS = UNET | dict(in_channels=6, out_channels=3, attention_levels=(), f
 
 
 def shaken(module: torch.nn.Module) -> torch.nn.Module:
-    """Random weights everywhere: at its initialisation a U-Net answers zero whatever it is given."""
+    """Random weights everywhere: an untrained U-Net answers zero to every input."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -96,11 +96,11 @@ def test_a_second_net_of_other_channels_is_refused():
 
 def test_prior_guidance_leads_away_from_the_negative_caption():
     """By hand: uncond + w (cond - uncond), each row predicted on its own, at every step."""
-    model, told, other = prior(), caption(2, seed=1), caption(1, seed=2)
+    model, positive, other = prior(), caption(2, seed=1), caption(1, seed=2)
     seen = []
     original = model.net.denoise
     model.net.denoise = lambda x, t, prefix: seen.append((x, t, original(x, t, prefix))) or seen[-1][2]
-    model.sample(**named(told), negative=other, guidance=3.0, num_samples_per_batch=1,
+    model.sample(**named(positive), negative=other, guidance=3.0, num_samples_per_batch=1,
                  seeds=torch.arange(2))
     x, t, out = seen[0]
     scaled = F.normalize(other[0], dim=-1) * model.embed_scale
@@ -110,12 +110,12 @@ def test_prior_guidance_leads_away_from_the_negative_caption():
 
 def test_decoder_guidance_leads_away_from_the_negative_caption():
     """The unconditional rows have the learned image embedding and the negative caption."""
-    model, told, other = decoder(), caption(2, seed=1), caption(1, seed=2)
+    model, positive, other = decoder(), caption(2, seed=1), caption(1, seed=2)
     embed = torch.randn(2, 12)
     seen = []
     forward = model.unet.forward
     model.unet.forward = lambda *x: seen.append((x, forward(*x))) or seen[-1][1]
-    model.sample(embed, **named(told), negative=other, guidance=3.0, seeds=torch.arange(2))
+    model.sample(embed, **named(positive), negative=other, guidance=3.0, seeds=torch.arange(2))
     (x, t, *_), out = seen[0]
     other = tuple(y.expand(2, *y.shape[1:]) for y in other)
     context, mask, classes = condition(
@@ -127,9 +127,9 @@ def test_decoder_guidance_leads_away_from_the_negative_caption():
 
 @pytest.mark.parametrize("make", [prior, decoder])
 def test_negative_captions_of_any_length_and_number(make):
-    model, told = make(), named(caption(3, seed=1))
+    model, positive = make(), named(caption(3, seed=1))
     first = (torch.randn(3, 12),) if make is decoder else ()
-    draw = dict(guidance=2.0, seeds=torch.arange(3), **told)
+    draw = dict(guidance=2.0, seeds=torch.arange(3), **positive)
     embed, encodings, mask = caption(1, seed=2)
     short = (embed, encodings[:, :2], mask[:, :2])
     rows = tuple(torch.cat([x] * 3) for x in short)
@@ -142,7 +142,7 @@ def test_negative_captions_of_any_length_and_number(make):
         model.sample(*first, negative=tuple(x[:2] for x in rows), **draw)
 
 
-# ---------------------------------------------------------------------------------------------- in the chain
+# ------------------------------------------------------------------------------------------- in the pipeline
 
 
 @pytest.mark.parametrize("own_text_encoder", [True, False])

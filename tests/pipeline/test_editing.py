@@ -1,15 +1,12 @@
-"""What is made of a picture, on a tiny random chain: identities that hold whatever the weights are."""
+"""Image editing on a tiny random pipeline: identities that hold for any weights."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from PIL import Image
 
 from dalle2_fast import DALLE2, Upsampler
-from dalle2_fast.data.images import as_images, as_mask, from_pil, resized_mask, to_pil
 from dalle2_fast.models.prior.pca import PCA
-from dalle2_fast.pipeline.slerp import slerp
 from tests.support.tiny_pipeline import tiny_pipeline
 
 
@@ -20,7 +17,7 @@ def pipe():
 
 def shaken_pipeline() -> DALLE2:
     pipe = tiny_pipeline()
-    with torch.no_grad():  # at its initialisation the U-Net answers zero whatever it is given
+    with torch.no_grad():  # an untrained U-Net answers zero to every input
         for name, parameter in pipe.decoder.named_parameters():
             generator = torch.Generator().manual_seed(len(name) * 1000 + parameter.numel())
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
@@ -35,112 +32,8 @@ def close(a, b, atol=1e-4):
     torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
 
-# ------------------------------------------------------------------------------------------------------ slerp
-
-
-def test_slerp_ends_to_the_bit_and_lengths():
-    a, b = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0)).unbind(0)
-    assert torch.equal(slerp(a, b, 0.0), a) and torch.equal(slerp(a, b, 1.0), b)
-    theta = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
-    made = slerp(a.double(), b.double(), theta).flatten(1)
-    lengths = torch.lerp(a.flatten(1).norm(dim=1).double(), b.flatten(1).norm(dim=1).double(), theta.double())
-    close(made.norm(dim=1), lengths, 1e-6)
-
-
-def test_slerp_turns_evenly():
-    """A linear mixture brought to length would not: 0.25 of the way would be 0.18 of a right angle."""
-    a, b = torch.eye(3, dtype=torch.float64)[:2].unsqueeze(1)
-    for theta in (0.1, 0.25, 0.5):
-        angle = torch.tensor(theta * torch.pi / 2, dtype=torch.float64)
-        close(slerp(a, b, theta)[0, :2], torch.stack([angle.cos(), angle.sin()]), 1e-12)
-    near = a + 1e-9 * b
-    assert slerp(a, near, 0.5).isfinite().all()
-
-
-def test_slerp_refuses():
-    a = torch.ones(1, 3)
-    short = a[:, :2], r"got \(1, 3\) and \(1, 2\)"
-    for b, words in [(-a, "not opposite"), (0 * a, "got a zero vector"), short]:
-        with pytest.raises(ValueError, match=words):
-            slerp(a, b, 0.5)
-
-
-# -------------------------------------------------------------------------------------------------------- PCA
-
-
-def test_pca_truncates_to_the_directions_of_most_variance():
-    generator = torch.Generator().manual_seed(0)
-    scales = torch.tensor([3.0, 2.0, 1.0, 0.5])
-    x = 1 + scales * torch.randn(5000, 4, generator=generator)
-    pca = PCA.fit(x, unit_norm=False)
-    close(pca.variances.float(), scales**2, 0.4)
-    z = x[:7]
-    assert torch.equal(pca.truncate(z, 4), z)
-    close(pca.truncate(z, 0), x.mean(0).expand(7, -1))
-    errors = [(pca.truncate(z, count) - z).norm() for count in range(5)]
-    assert errors == sorted(errors, reverse=True) and errors[3] > 0
-    close(torch.tensor(pca.explained(2)), torch.tensor(13 / 14.25), 0.02)
-    close(PCA.fit(x).truncate(z, 2).norm(dim=1), torch.ones(7))
-    with pytest.raises(ValueError, match=r"dims: expected whole numbers in 0 ... 4, got 5"):
-        pca.truncate(z, 5)
-    with pytest.raises(ValueError, match="embeddings: expected at least 2"):
-        PCA.fit(x[:1])
-
-
-# --------------------------------------------------------------------------------------------------- pictures
-
-
-def test_pictures_of_every_mode():
-    red = torch.tensor([1.0, 0.0, 0.0])
-    for mode, colour, wanted in [
-        ("RGB", (255, 0, 0), red),
-        ("RGBA", (255, 0, 0, 0), torch.ones(3)),  # clear: the white beneath shows
-        ("LA", (0, 255), torch.zeros(3)),
-        ("L", 51, torch.full((3,), 0.2)),
-        ("1", 1, torch.ones(3)),
-        ("I;16", 13107, torch.full((3,), 0.2)),
-        ("F", 0.25, torch.full((3,), 0.25)),
-        ("CMYK", (0, 0, 0, 255), torch.zeros(3)),
-    ]:
-        tensor = from_pil(Image.new(mode, (3, 2), colour))
-        assert tensor.shape == (1, 3, 2, 3) and tensor.dtype == torch.float32
-        close(tensor[0, :, 0, 0], wanted, 1e-6)
-    palette = Image.new("RGB", (2, 2), "blue").convert("P")
-    assert from_pil(palette)[0, :, 0, 0].tolist() == [0, 0, 1]
-
-
-def test_a_turned_camera_is_turned_back():
-    upright = Image.new("RGB", (2, 1), "black")
-    upright.putpixel((1, 0), (255, 255, 255))
-    turned = upright.transpose(Image.Transpose.ROTATE_90)
-    exif = turned.getexif()
-    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
-    turned.info["exif"] = exif.tobytes()
-    assert torch.equal(from_pil(turned), from_pil(upright))
-
-
-def test_round_trip_and_masks():
-    image = (picture() * 255).round() / 255
-    close(from_pil(to_pil(image)[0]), image, 1e-6)
-    mask = torch.zeros(8, 8)
-    mask[3, 5] = 1
-    given = as_mask("mask", mask, "cpu")
-    assert resized_mask(given, 4)[0, 0].nonzero().tolist() == [[1, 2]]  # one pixel of four is enough
-    assert resized_mask(given, 16).sum() == 4
-    light = Image.new("L", (8, 8), 0)
-    light.putpixel((5, 3), 200)
-    assert torch.equal(as_mask("mask", light, "cpu"), given)
-    with pytest.raises(ValueError, match="mask: expected 0 .keep. and 1 .repaint. only"):
-        as_mask("mask", mask * 0.5, "cpu")
-    with pytest.raises(ValueError, match="image: expected images of one size, got 2 x 2, 3 x 3"):
-        as_images("image", [Image.new("RGB", (2, 2)), Image.new("RGB", (3, 3))], "cpu")
-
-
-# ---------------------------------------------------------------------------------------------- manipulations
-
-
 def test_variations(pipe):
-    """Each another one, the same whatever the number; eta 0 from the picture's own noise has one outcome."""
+    """They differ from each other, not with their number; eta 0 from the image's noise has one outcome."""
     four = pipe.variations(picture(), 4, seed=3)
     assert four.images.shape == (4, 3, 32, 32) and four.seed == 3
     close(pipe.variations(picture(), 2, seed=3, batch_size=1).images, four.images[:2])
@@ -180,7 +73,7 @@ def test_text_diff_begins_with_the_picture_and_turns_towards_the_caption(pipe):
 
 
 def test_inversion_round_trip(pipe):
-    """More steps find the noise better; from that of another picture, or a wrong z, nothing leads back."""
+    """Catches: an inversion that more steps do not make more exact."""
     calm = tiny_pipeline(upsampler=False)
     with torch.no_grad():
         for parameter in calm.decoder.parameters():
@@ -240,18 +133,19 @@ def test_strength_one_equals_generate(pipe):
 
 
 def test_weights_that_know_a_caption_for_none_are_given_it():
-    """Karlo was trained with the empty caption where others drop it: without one it would see neither."""
-    plain, told = shaken_pipeline(), shaken_pipeline()
-    told.sampling["negative_prompt"] = "a"
+    """Karlo was trained with the empty caption where others have none: None must mean that caption."""
+    plain, with_caption = shaken_pipeline(), shaken_pipeline()
+    with_caption.sampling["negative_prompt"] = "a"
     z = plain.embed_image(picture())
     options = dict(seed=0, size=16, guidance=1.0)
-    assert torch.equal(told.decode(z, **options).images, plain.decode(z, prompt="a", **options).images)
-    assert not torch.equal(told.decode(z, **options).images, plain.decode(z, **options).images)
-    assert told.variations(picture(), 2, seed=0, inversion_steps=2).images.isfinite().all()
+    images = with_caption.decode(z, **options).images
+    assert torch.equal(images, plain.decode(z, prompt="a", **options).images)
+    assert not torch.equal(images, plain.decode(z, **options).images)
+    assert with_caption.variations(picture(), 2, seed=0, inversion_steps=2).images.isfinite().all()
     mask = torch.ones(8, 8)
-    assert told.inpaint(picture(), mask, num_images=2, seed=0).images.shape == (2, 3, 32, 32)
+    assert with_caption.inpaint(picture(), mask, num_images=2, seed=0).images.shape == (2, 3, 32, 32)
 
-    # A caption to lead away from, without one for what is drawn: only the rows of guidance hear of it.
+    # A negative caption without a caption: only the unconditional rows of guidance are conditioned on it.
     options = dict(seed=0, size=16)
     led = plain.decode(z, negative_prompt="a red ring", guidance=3.0, **options).images
     assert not torch.equal(led, plain.decode(z, guidance=3.0, **options).images)
@@ -260,7 +154,7 @@ def test_weights_that_know_a_caption_for_none_are_given_it():
 
 
 def test_two_upsamplers_in_tiles_keep_pixels_too():
-    """Each stage keeps the picture at its own size; the last decides what comes out."""
+    """Each stage keeps the image at its size; the last one determines the result."""
     tiny = tiny_pipeline()
     second = Upsampler(**tiny.upsampler.config | {"image_size": 64, "low_res_size": 32})
     chain = DALLE2(tiny.clip, tiny.prior, tiny.decoder, tiny.upsampler, tiny.tokenizer, upsampler2=second)

@@ -1,4 +1,4 @@
-"""The chain with its other parts: an autoregressive prior, a second upsampler, tiles."""
+"""The pipeline with other parts: an autoregressive prior, a second upsampler, tiles, candidates."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def pipe():
     return full_chain()
 
 
-def test_every_size_of_the_chain(pipe):
-    """Catches: a size that runs one upsampler too many, or hands on the wrong picture."""
+def test_every_size_of_the_pipeline(pipe):
+    """Catches: a size that runs one upsampler too many, or passes on the wrong image."""
     assert pipe.sizes == (16, 32, 128)
     made = pipe.generate("a red ring", 2, seed=0)
     assert made.images.shape == (2, 3, 128, 128) and made.low_res.shape == (2, 3, 16, 16)
@@ -60,7 +60,7 @@ def tiny_upsampled(pipe, low_res):
     return pipe.upsampler.sample(low_res, seeds=seeds, steps=2, sampler="dpm++")
 
 
-def test_same_seed_same_picture_whatever_the_batch(pipe):
+def test_same_seed_same_image_in_any_batch(pipe):
     four = pipe("a red ring", 3, seed=5)
     for options in (dict(num_images=1), dict(num_images=3, batch_size=2)):
         images = pipe("a red ring", seed=5, **options)
@@ -136,7 +136,7 @@ def test_tiles_reach_the_upsamplers(pipe):
     ],
 )
 def test_settings_without_effect_are_refused(pipe, options, says):
-    """Catches: an option that is taken and changes nothing, of `generate` and of the manipulations."""
+    """Catches: an option that is taken and changes nothing, in `generate` and in image editing."""
     with pytest.raises(ValueError, match=says):
         pipe("a red ring", 1, **options)
     with pytest.raises(ValueError, match=says):
@@ -177,22 +177,6 @@ def test_saved_and_loaded_draws_the_same(ar, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="prior_class: expected DiffusionPrior or ARPrior, got 'GAN'"):
         DALLE2.from_pretrained(folder)
-
-
-def test_checkpoints_from_before_still_load(tmp_path):
-    """A folder that names neither the prior's class nor a second upsampler, as written before."""
-    pipe = tiny_pipeline()
-    folder = pipe.save_pretrained(tmp_path)
-    config = json.loads((folder / "config.json").read_text())
-    for name in ("prior_class", "upsampler2"):
-        del config[name]
-    for name in ("upsampler2_steps", "tile"):
-        del config["sampling"][name]
-    del config["upsampler"]["sample_tile"]
-    (folder / "config.json").write_text(json.dumps(config))
-    loaded = DALLE2.from_pretrained(folder)
-    assert loaded.sizes == (16, 32)
-    assert torch.equal(loaded("a red ring", 1, seed=1), pipe.eval()("a red ring", 1, seed=1))
 
 
 def test_upsamplers_must_follow_each_other(pipe):
