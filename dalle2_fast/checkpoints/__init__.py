@@ -1,4 +1,12 @@
-"""Saving and loading weights: our own folders, the layouts of others, and naming what does not fit."""
+"""Saving and loading checkpoints, in the layout of dalle2_fast and in those of other projects.
+
+    folder                      a checkpoint folder of dalle2_fast: written and read
+    layouts, formats/, hub      a checkpoint of any known layout, from a path or from the Hugging Face hub
+    checkpoint, weights         what was read -> modules with their weights
+    pretrained                  save_pretrained and from_pretrained of a single network
+    tensor_files, torchscript   files -> tensors, without running anything in them
+    atomic, errors              files that appear whole or not at all; CheckpointError and its phrases
+"""
 
 from dalle2_fast.checkpoints.checkpoint import Checkpoint
 from dalle2_fast.checkpoints.errors import CheckpointError

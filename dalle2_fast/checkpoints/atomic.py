@@ -45,6 +45,6 @@ def atomic_write(path: str | os.PathLike, *, backup: str | os.PathLike | None = 
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None:  # without a number, it has its own words
+        if isinstance(error, OSError) and error.errno is not None:  # else it has a message of its own
             raise OSError(f"{path}: cannot be written ({error.strerror or error})") from error
         raise

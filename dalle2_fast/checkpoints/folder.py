@@ -39,15 +39,31 @@ _CONFIG = "an object with 'format_version', as dalle2_fast writes it"
 
 
 def embedded_path() -> Path:
-    """The folder of the checkpoint that is installed with the package."""
+    """The folder of the checkpoint that is installed with the package.
+
+    Example:
+        >>> embedded_path().name
+        'scenes'
+    """
     return Path(__file__).resolve().parent.parent / "pretrained" / "scenes"
 
 
 def load_config(path: str | os.PathLike) -> dict[str, Any]:
-    """Read and check `config.json` of the checkpoint folder `path`, without its weights.
+    """Read and check the `config.json` of a checkpoint folder, without its weights.
 
-    Raises FileNotFoundError if the folder or the file is missing, CheckpointError if it is not a checkpoint
-    of a format that this version reads.
+    Args:
+        path: the folder.
+
+    Returns:
+        The config, in the current format version.
+
+    Raises:
+        FileNotFoundError: the folder or the file is missing.
+        CheckpointError: the file is damaged, or of a format that this version does not read.
+
+    Example:
+        >>> load_config(embedded_path())["model"]
+        'DALLE2'
     """
     folder = _existing_folder(path)
     file = folder / CONFIG_FILE
@@ -69,7 +85,24 @@ def load_config(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def construct(make: Callable[[dict], Any], config: dict[str, Any], name: str, source: object) -> Any:
-    """`make(config[name])`; a CheckpointError that begins with `source` if that is not possible."""
+    """Build one part of a config.
+
+    Args:
+        make: what builds it from its dict.
+        config: the config of a checkpoint.
+        name: the key of the part.
+        source: where the config was read; the error message begins with it.
+
+    Returns:
+        `make(config[name])`.
+
+    Raises:
+        CheckpointError: `config[name]` is no dict, or `make` does not accept it.
+
+    Example:
+        >>> construct(lambda sizes: sizes["width"], {"unet": {"width": 8}}, "unet", "runs/one")
+        8
+    """
     if not isinstance(config.get(name), dict):
         raise CheckpointError(
             f"{source}: {CONFIG_FILE}: {name}: expected an object, got {config.get(name)!r}"
@@ -84,11 +117,25 @@ def construct(make: Callable[[dict], Any], config: dict[str, Any], name: str, so
 def load_folder(
     path: str | os.PathLike, parts: Collection[str] | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the checkpoint folder `path` -> (config, tensors on the CPU in the dtype of the file).
+    """Read a checkpoint folder.
 
-    parts: of a whole chain's tensors, "<part>.<key>", only those of these parts.
-    Raises FileNotFoundError for a missing folder or file, CheckpointError for a damaged, truncated or unknown
-    one.
+    Args:
+        path: the folder.
+        parts: the parts of a DALLE2 whose tensors, called "<part>.<key>", are read. None reads all. The
+            tensors of a single network are always all read.
+
+    Returns:
+        The config, and name -> tensor on the CPU, in the dtypes of the file.
+
+    Raises:
+        FileNotFoundError: the folder or a file is missing.
+        CheckpointError: a file is damaged, truncated, of an unknown format, or from another save than the
+            other file.
+
+    Example:
+        >>> config, tensors = load_folder(embedded_path(), parts=["prior"])
+        >>> {name.partition(".")[0] for name in tensors}
+        {'prior'}
     """
     config = load_config(path)
     chosen = None if parts is None or config.get("model") != "DALLE2" else {*parts}
@@ -114,23 +161,40 @@ def save_folder(
     tensors: dict[str, Tensor],
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write a checkpoint folder; an existing one is replaced, other files in it are left alone.
+    """Write a checkpoint folder; the checkpoint that it holds is replaced, its other files stay.
 
-    `config`: JSON-able, without `format_version` and `weights_sha256`, which are added. `dtype`:
-    floating-point tensors are converted to it (bfloat16 halves the file); None keeps each tensor's own.
-    Returns the folder. Raises OSError if the folder cannot be written, ValueError/TypeError if `config` is
-    not JSON.
+    An interruption at any time leaves the previous checkpoint or the new one (see above).
+
+    Args:
+        path: the folder; it is created if it does not exist.
+        config: a JSON-able dict; `format_version` and `weights_sha256` are added.
+        tensors: name -> tensor, on any device.
+        dtype: floating-point tensors are stored in it (bfloat16 halves the file); None keeps theirs.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OSError: a file cannot be written; the message names it.
+        TypeError, ValueError: the config is not JSON-able. Nothing has been written.
+
+    Example:
+        >>> import tempfile
+        >>> folder = save_folder(tempfile.mkdtemp(), {"model": "Toy"}, {"toy.weight": torch.ones(2)})
+        >>> config, tensors = load_folder(folder)
+        >>> config["model"], tensors["toy.weight"]
+        ('Toy', tensor([1., 1.]))
     """
     folder = Path(path).expanduser()
     config = {"format_version": FORMAT_VERSION, **config}
-    # A config that cannot be written is found before anything is.
+    # A config that is not JSON-able must raise before anything is written.
     metadata = {"format": "pt", "config": json.dumps(config, ensure_ascii=False, allow_nan=False)}
     stored = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach()
         if dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(dtype)
-        # safetensors refuses tensors that share memory; tied weights are simply stored twice
+        # safetensors refuses tensors that share memory, so tied weights are stored twice.
         stored[name] = tensor.to("cpu", copy=True).contiguous()
 
     created = not folder.exists()
@@ -145,7 +209,7 @@ def save_folder(
         # From here on the new checkpoint is the one that is loaded.
         if previous is not None:
             _write_json(folder / CONFIG_FILE, new)
-    except BaseException:  # Ctrl-C too
+    except BaseException:  # including KeyboardInterrupt
         if created and not any(folder.iterdir()):
             folder.rmdir()
         raise
@@ -153,7 +217,7 @@ def save_folder(
 
 
 def _current_config(folder: Path) -> dict[str, Any]:
-    """The config of the weights that lie in the folder now."""
+    """The config that belongs to the weights in the folder, as this moment finds them."""
     config = read_json(folder / CONFIG_FILE, _CONFIG)
     successor, weights = config.pop(SUCCESSOR, None), folder / WEIGHTS_FILE
     if successor is not None and weights.is_file() and _sha256(weights) == successor:

@@ -1,4 +1,4 @@
-"""`save_pretrained` and `from_pretrained` of a network on its own."""
+"""`save_pretrained` and `from_pretrained` of a single network."""
 
 from __future__ import annotations
 
@@ -16,19 +16,30 @@ Model = TypeVar("Model", bound="Pretrained")
 
 
 class Pretrained:
-    """A module with a `config`, the JSON-able arguments of its class, that is saved and loaded.
+    """Base of modules that are saved with their `config`, the JSON-able arguments of the class.
 
-    part: its name in the checkpoint of a whole chain, from which it can be loaded, too.
+    Attributes:
+        part: the name of the module in the checkpoint of a DALLE2, from which it can also be loaded.
+        config: the arguments with which `type(self)(**config)` makes the module again.
     """
 
     part: ClassVar[str]
     config: dict[str, Any]
 
     def save_pretrained(self, path: str | os.PathLike, *, dtype: torch.dtype | None = None) -> Path:
-        """Write a checkpoint folder (config.json, model.safetensors) and return it.
+        """Write a checkpoint folder (config.json, model.safetensors).
 
-        Atomic: an earlier checkpoint there stays whole until the new one is complete. `dtype`: store
-        floating-point weights in it (torch.bfloat16 halves the file); None keeps theirs.
+        An interruption at any time leaves the previous checkpoint of the folder or the new one.
+
+        Args:
+            path: the folder; it is created if it does not exist.
+            dtype: floating-point weights are stored in it (bfloat16 halves the file); None keeps theirs.
+
+        Returns:
+            The folder.
+
+        Raises:
+            OSError: a file cannot be written; the message names it.
         """
         config = {"model": type(self).__name__, self.part: self.config}
         tensors = {f"{self.part}.{key}": tensor for key, tensor in self.state_dict().items()}
@@ -44,14 +55,25 @@ class Pretrained:
         revision: str | None = None,
         part: str | None = None,
     ) -> Model:
-        """Load it, in evaluation mode, from its own folder or out of a whole chain's, in any layout that
-        DALLE2.from_pretrained knows, or by an id of the Hugging Face hub; None is the chain that is installed
-        with the package.
+        """Load the module, in evaluation mode, from its checkpoint or from that of a DALLE2.
 
-        dtype: of the weights, whatever the file stores. part: which one of a chain, where it has two of a
-        kind ("upsampler2"). Raises FileNotFoundError for a missing folder or file, CheckpointError (a
-        ValueError) for a damaged or unknown one and for another model, naming the keys that are missing, left
-        over or of another shape.
+        Args:
+            path: a folder in any layout that DALLE2.from_pretrained reads, or an id of the Hugging Face hub.
+                None takes the checkpoint that is installed with the package.
+            device: of the module.
+            dtype: of the weights, regardless of the dtype of the file.
+            revision: a branch, tag or commit, for an id of the hub.
+            part: the name of the part if a DALLE2 has two of the kind ("upsampler2").
+
+        Raises:
+            FileNotFoundError: the folder or a file is missing.
+            CheckpointError: a ValueError; the checkpoint is damaged, unknown or of another model. The message
+                names the keys that are missing, left over or of another shape.
+
+        Example:
+            >>> from dalle2_fast import Upsampler
+            >>> Upsampler.from_pretrained().part
+            'upsampler'
         """
         part = cls.part if part is None else part
         checkpoint = open_checkpoint(path, [part], revision=revision)
@@ -62,10 +84,10 @@ class Pretrained:
             if held != name or config.get(part) is None:
                 came = f"a {held}" if held not in (name, None) else "none"
                 raise CheckpointError(
-                    f"{checkpoint.path}: expected a chain with a {name} as its {part}, got {came}"
+                    f"{checkpoint.path}: expected a DALLE2 with a {name} as its {part}, got {came}"
                 )
         elif model != name:
-            raise CheckpointError(f"{checkpoint.path}: expected a {name} or a whole chain, got {model!r}")
+            raise CheckpointError(f"{checkpoint.path}: expected a {name} or a DALLE2, got {model!r}")
         else:
             part = cls.part
             checkpoint.reject_leftovers([part])

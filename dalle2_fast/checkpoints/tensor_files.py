@@ -1,4 +1,4 @@
-"""Tensors from the files of other projects: safetensors, PyTorch's own, shards of both. Nothing is run."""
+"""Files -> tensors: safetensors, torch.save, TorchScript, shards of these. Nothing in a file is ever run."""
 
 from __future__ import annotations
 
@@ -23,11 +23,24 @@ SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
 def read_tensors(path: str | PathLike) -> dict[str, Tensor]:
-    """{name: tensor on the CPU, in the dtype of the file} of one file, or of the shards that an index names.
+    """The tensors of one file, or of the shards that an index names.
 
-    path: .safetensors, a state_dict of torch.save (also below "state_dict", as trainers keep it), which is
-    read with weights_only=True, a TorchScript archive, or Hugging Face's *.index.json.
-    Raises FileNotFoundError, or CheckpointError for a file that is damaged or holds more than tensors.
+    Args:
+        path: a .safetensors file; a state_dict of torch.save, also under the key "state_dict" as trainers
+            store it; a TorchScript archive; or a *.index.json of Hugging Face.
+
+    Returns:
+        name -> tensor, on the CPU and in the dtypes of the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is damaged, or holds more than tensors.
+
+    Example:
+        >>> from dalle2_fast.checkpoints import embedded_path
+        >>> tensors = read_tensors(embedded_path() / "model.safetensors")
+        >>> tensors["clip.logit_scale"].shape
+        torch.Size([])
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -43,7 +56,16 @@ def read_tensors(path: str | PathLike) -> dict[str, Tensor]:
 
 
 def read_json(path: Path, expected: str = "a JSON object") -> dict[str, Any]:
-    """The object in a JSON file. Raises CheckpointError if it is damaged or not what is expected."""
+    """The object in a JSON file.
+
+    Args:
+        path: the file.
+        expected: what the error message says was expected.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is damaged, or holds something else than an object.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -54,7 +76,11 @@ def read_json(path: Path, expected: str = "a JSON object") -> dict[str, Any]:
 
 
 def find_tensors(folder: Path, names: tuple[str, ...]) -> Path:
-    """The first file of `names` in `folder`, or its only file of tensors; else FileNotFoundError."""
+    """The file of weights in a folder: the first of `names` that exists, else the only file of tensors.
+
+    Raises:
+        FileNotFoundError: there is none of them, or several files of tensors.
+    """
     for name in names:
         if (folder / name).is_file():
             return folder / name
@@ -67,25 +93,30 @@ def find_tensors(folder: Path, names: tuple[str, ...]) -> Path:
 
 @contextmanager
 def opened_safetensors(path: Path) -> Iterator[safe_open]:
-    """The open file. Raises CheckpointError if it is truncated or damaged."""
+    """Open a safetensors file. CheckpointError if it is truncated or damaged, also while it is read."""
     try:
         with safe_open(path, framework="pt") as content:
             yield content
-    except SafetensorError as error:  # the header disagrees with the file's length, or is no header at all
+    except SafetensorError as error:  # the header is none, or does not fit the length of the file
         size = path.stat().st_size
         raise CheckpointError(f"{path}: truncated or damaged ({size:,} bytes; {error})") from None
 
 
 def read_torch(path: Path, mapped: bool = False) -> Any:
-    """What a file of torch.save holds, with weights_only=True: tensors, containers, numbers, text.
+    """The content of a file of torch.save, read with weights_only=True: tensors, containers, numbers, text.
 
-    mapped: leave the numbers in the file until they are used, if it is of a kind that allows it.
+    Args:
+        path: the file.
+        mapped: map the tensors from the file, which is then read when they are used, if its kind allows it.
+
+    Raises:
+        CheckpointError: the file is damaged, or its pickle asks for anything else; nothing in it was run.
     """
     try:
         mapped = mapped and zipfile.is_zipfile(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        # torch's text advises to read the file without protection; only what it found is handed on.
+        # torch's message advises to read the file without protection; only what it found is repeated here.
         found = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks for {found[1]}" if found else "its pickle holds something else"
         raise CheckpointError(
@@ -97,6 +128,7 @@ def read_torch(path: Path, mapped: bool = False) -> Any:
 
 
 def state_dict(content: Any, path: Path) -> dict[str, Tensor]:
+    """The tensors of what `read_torch` gave; CheckpointError, which names `path`, if it is no state_dict."""
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not content:
@@ -113,8 +145,8 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{index}: expected a weight_map of file names")
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(places.values())):
-        if Path(name).name != name:  # an index may not point elsewhere
-            raise CheckpointError(f"{index}: expected names of files beside it, got {name!r}")
+        if Path(name).name != name:  # an index must not name a file in another folder
+            raise CheckpointError(f"{index}: expected names of files in the same folder, got {name!r}")
         tensors |= read_tensors(index.parent / name)
     if missing := sorted(set(places) - set(tensors)):
         raise CheckpointError(f"{index}: its shards lack {len(missing)} tensors ({', '.join(missing[:5])})")

@@ -1,8 +1,9 @@
 """The tensors of a TorchScript archive, read without running or compiling anything in it.
 
-OpenAI published CLIP as such archives: a zip file with the code of the model, its modules as a pickle and the
-numbers as they lie in memory. `torch.jit.load` compiles the code, and `torch.load(weights_only=True)` refuses
-the file. Here the code is not opened, and the pickle meets no class or function but the inert ones below.
+OpenAI published CLIP as such archives: a zip file with the code of the model, its modules as a pickle, and
+the storages of its tensors as raw bytes. `torch.jit.load` compiles the code, and
+`torch.load(weights_only=True)` refuses the file. Here the code is not read, and the pickle reaches no class
+or function except those below, which do nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ DTYPES = {
 
 
 def is_torchscript(path: str | PathLike) -> bool:
-    """Whether the file is a zip archive as `torch.jit.save` writes it."""
+    """Whether a file is a zip archive as `torch.jit.save` writes it."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -42,9 +43,16 @@ def is_torchscript(path: str | PathLike) -> bool:
 
 
 def read_torchscript(path: str | PathLike) -> dict[str, Tensor]:
-    """Parameters and buffers by their dotted names, on the CPU, in the dtypes of the file.
+    """The parameters and buffers of a TorchScript archive.
 
-    Raises CheckpointError, which names the file, for one that is damaged or holds something unknown.
+    Args:
+        path: the archive.
+
+    Returns:
+        Dotted name -> tensor, on the CPU and in the dtypes of the file.
+
+    Raises:
+        CheckpointError: the file is damaged, or its pickle asks for anything that is not a tensor.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -59,7 +67,7 @@ def read_torchscript(path: str | PathLike) -> dict[str, Tensor]:
 
 
 class _Module:
-    """Stands for every class of the archive; its attributes are kept, nothing else happens."""
+    """Stands for every class of the archive: it stores its attributes and does nothing else."""
 
     state: Any = None
 
@@ -68,7 +76,7 @@ class _Module:
 
 
 class _Reader(pickle.Unpickler):
-    """A pickle machine that knows tensors, lists and `_Module`."""
+    """An unpickler that knows only tensors, lists, dicts and `_Module`."""
 
     def __init__(self, archive: zipfile.ZipFile, pickled: str) -> None:
         super().__init__(BytesIO(archive.read(pickled)))
@@ -89,7 +97,7 @@ class _Reader(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not a tensor; nothing was run")
 
     def persistent_load(self, identity: tuple) -> Tensor:
-        kind, dtype, key, _, count = identity  # where it lay before (a GPU, mostly) does not matter
+        kind, dtype, key, _, count = identity  # the device that it came from is ignored
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError(f"expected a storage, got {kind!r}")
         if key not in self.storages:

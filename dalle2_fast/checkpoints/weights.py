@@ -1,4 +1,4 @@
-"""Putting named tensors into modules, and saying exactly which ones do not fit."""
+"""Named tensors -> modules; an error names exactly the tensors that do not fit."""
 
 from __future__ import annotations
 
@@ -15,10 +15,20 @@ from dalle2_fast.checkpoints.folder import construct
 
 
 def join_states(parts: Mapping[str, nn.Module | None]) -> dict[str, Tensor]:
-    """{"clip": module, ...} -> {"clip.<key>": tensor, ...}; parts that are None are left out.
+    """The state_dicts of several modules as one dict.
 
-    A part that holds another one as a submodule of that name (a prior built around a CLIP, say) does not
+    A part that contains another one as a submodule of the same name, such as a prior with a CLIP, does not
     store it a second time.
+
+    Args:
+        parts: part -> module; None is left out.
+
+    Returns:
+        "<part>.<key>" -> tensor.
+
+    Example:
+        >>> sorted(join_states({"clip": nn.Linear(2, 2), "prior": None}))
+        ['clip.bias', 'clip.weight']
     """
     tensors = {}
     for name, module in parts.items():
@@ -40,11 +50,27 @@ def load_state(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Copy `tensors["<prefix>.<key>"]` into `module`, which must find every key, each of its own shape.
+    """Copy the tensors called "<prefix>.<key>" into a module.
 
-    `source` (a path) begins the message of the CheckpointError that names missing keys, leftover keys and
-    wrong shapes. On an error nothing has been copied. assign: put copies of the tensors, on `device` and, if
-    floating-point, in `dtype`, in the place of the module's own, which may be `unfilled`.
+    Args:
+        module: every key of its state_dict must be there, with its shape.
+        tensors: name -> tensor; names with another prefix are ignored.
+        prefix: the name of the part.
+        source: where the tensors were read; the error message begins with it.
+        assign: replace the tensors of the module, which may be `unfilled`, by copies on `device`, those of
+            floating point in `dtype`. Otherwise copy the values into them.
+        device: None keeps that of the tensors.
+        dtype: None keeps that of the tensors.
+
+    Raises:
+        CheckpointError: names are missing or left over, or shapes differ. Nothing has been copied.
+
+    Example:
+        >>> module = nn.Linear(2, 1)
+        >>> weights = {"net.weight": torch.ones(1, 2), "net.bias": torch.zeros(1)}
+        >>> load_state(module, weights, "net", "runs/one")
+        >>> module.weight.tolist()
+        [[1.0, 1.0]]
     """
     expected = {f"{prefix}.{key}": tensor.shape for key, tensor in module.state_dict().items()}
     given = {key: value for key, value in tensors.items() if key.startswith(prefix + ".")}
@@ -54,7 +80,7 @@ def load_state(
         )
     given = {key[len(prefix) + 1 :]: value for key, value in given.items()}
     if assign:
-        # Copies, because what is read may be mapped from the file, which must not be needed any more.
+        # Copies, because the tensors may be mapped from the file, which may change after loading.
         given = {
             key: value.to(
                 device=device, dtype=dtype if value.is_floating_point() else None, copy=True
@@ -73,9 +99,21 @@ def build(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """`make(**config[name])` with the tensors called "<name>.<key>" as its weights, in evaluation mode.
+    """Build one part of a checkpoint with its weights, in evaluation mode.
 
-    No initial weights are drawn: for Karlo's 3.4 billion that would take longer than reading them.
+    No initial weights are sampled: for Karlo's 3.4 billion that would take longer than reading them.
+
+    Args:
+        make: the class of the part, or what else makes it from keyword arguments.
+        config: part -> its arguments.
+        tensors: the weights, called "<name>.<key>".
+        name: of the part.
+        source: where the checkpoint was read; error messages begin with it.
+        device: of the module.
+        dtype: of the floating-point weights.
+
+    Raises:
+        CheckpointError: the arguments are not accepted, or the weights do not fit.
     """
     with unfilled():
         module = construct(lambda options: make(**options), config, name, source)
@@ -85,16 +123,25 @@ def build(
 
 @contextmanager
 def unfilled() -> Iterator[None]:
-    """Inside, modules are made with room for their weights on the CPU, which nobody fills: torch.nn.init does
-    nothing to a parameter. The room takes no memory until it is used; torch's random state is left alone.
+    """Within this context, modules are made without initialising their parameters.
 
-    The "meta" device would do the same, but its operations import torch's compiler: 1.6 s at every start.
+    The parameters lie on the CPU and take no memory until they are written, because torch.nn.init does
+    nothing to them. Buffers are filled as usual, and the state of torch's random numbers is restored.
+
+    The "meta" device would save as much, but its operations import torch's compiler, which takes 1.6 s at
+    every start.
+
+    Example:
+        >>> with unfilled():
+        ...     layer = nn.Linear(1000, 1000)
+        >>> layer.weight.shape
+        torch.Size([1000, 1000])
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), _NoInitialisation():
         yield
 
 
-_FILLS = {Tensor.zero_, Tensor.fill_, Tensor.normal_, Tensor.uniform_}  # with which torch.nn.init ends
+_FILLS = {Tensor.zero_, Tensor.fill_, Tensor.normal_, Tensor.uniform_}  # what torch.nn.init calls at its end
 
 
 class _NoInitialisation(TorchFunctionMode):
@@ -108,7 +155,13 @@ class _NoInitialisation(TorchFunctionMode):
 
 
 def reject_leftovers(tensors: Mapping[str, Tensor], prefixes: Iterable[str], source: object) -> None:
-    """Raise CheckpointError if a tensor belongs to none of the parts called `prefixes`."""
+    """Raise CheckpointError if a tensor belongs to none of the parts.
+
+    Args:
+        tensors: names "<part>.<key>" -> tensors.
+        prefixes: the parts.
+        source: where the tensors were read; the error message begins with it.
+    """
     known = set(prefixes)
     if leftover := [key for key in tensors if key.partition(".")[0] not in known]:
         raise CheckpointError(

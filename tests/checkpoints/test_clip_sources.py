@@ -238,7 +238,7 @@ def test_configurations_of_open_clip():
 @pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and tracing speaks of every shape
 @pytest.mark.parametrize("vision", ["ViT", "ResNet"])
 def test_openai_s_own_class_in_an_archive(tmp_path, vision):
-    """Their CLIP, traced and saved as they publish it: half precision, sizes as buffers, code beside."""
+    """Their CLIP, traced and saved as they publish it: half precision, sizes as buffers, with its code."""
     found = importlib.util.find_spec("clip")
     if found is None:
         pytest.skip("OpenAI's clip is not installed")

@@ -139,5 +139,5 @@ def test_what_is_no_id_is_never_asked_for(hub, monkeypatch, path):
 
 
 def test_a_revision_of_a_local_folder_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="revision: expected None beside a local path"):
+    with pytest.raises(ValueError, match="revision: expected None for a local path"):
         DALLE2.from_pretrained(tmp_path, revision="main")

@@ -1,4 +1,4 @@
-"""Karlo in: diffusers' folder and the original files, each network and the whole chain against diffusers."""
+"""Karlo from diffusers' folder and from the original files: networks and pipeline against diffusers."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_text_encoder_equals_transformers(karlo, ours):
     assert difference(encodings[mask], expected.last_hidden_state[mask]) < 1e-5
 
 
-# ---------------------------------------------------------------------------- the whole chain, the same noise
+# ------------------------------------------------------------------------- the whole pipeline, the same noise
 
 
 class OurNoise:
@@ -150,7 +150,7 @@ def in_float64(scheduler) -> None:
 
 
 @pytest.mark.parametrize(("exact", "tolerance"), [(False, 1e-3), (True, 1e-4)])
-def test_the_whole_chain_equals_diffusers(karlo, ours, monkeypatch, exact, tolerance):
+def test_the_whole_pipeline_equals_diffusers(karlo, ours, monkeypatch, exact, tolerance):
     """Schedules, strides, bounds, learned variance, guidance away from the empty text, statistics, resizing,
     the second net in the last step: any of them wrong shows here."""
     if exact:
@@ -255,7 +255,7 @@ def test_a_prior_without_a_pipeline(karlo_folder, ours, tmp_path):
     alone = DiffusionPrior.from_pretrained(tmp_path / "prior")
     same(alone, ours.prior)
     same(DiffusionPrior.from_pretrained(karlo_folder / "prior"), ours.prior)
-    with pytest.raises(CheckpointError, match="expected a Decoder or a whole chain, got 'DiffusionPrior'"):
+    with pytest.raises(CheckpointError, match="expected a Decoder or a DALLE2, got 'DiffusionPrior'"):
         Decoder.from_pretrained(tmp_path / "prior")
 
 
@@ -296,7 +296,7 @@ def test_a_pipeline_of_image_variations(karlo, ours, monkeypatch, tmp_path):
     same(loaded.decoder, ours.decoder)
     with pytest.raises(ValueError, match="prompt: this pipeline has no prior"):
         loaded("the ring", prior_steps=2)
-    with pytest.raises(CheckpointError, match="a chain with a DiffusionPrior as its prior, got none"):
+    with pytest.raises(CheckpointError, match="a DALLE2 with a DiffusionPrior as its prior, got none"):
         DiffusionPrior.from_pretrained(tmp_path / "theirs")
     again = DALLE2.from_pretrained(loaded.save_pretrained(tmp_path / "ours"))
     same(again, loaded)

@@ -37,7 +37,7 @@ def make(kind: str) -> torch.nn.Module:
     return pipe
 
 
-KINDS = ["clip", "prior", "ar_prior", "decoder", "upsampler", "two nets", "chain"]
+KINDS = ["clip", "prior", "ar_prior", "decoder", "upsampler", "two nets", "pipeline"]
 
 
 @pytest.fixture(params=KINDS)
@@ -64,7 +64,7 @@ def test_loaded_is_what_was_saved_to_the_bit(model, tmp_path):
     assert sorted(os.listdir(tmp_path / "saved")) == ["config.json", "model.safetensors"]
 
 
-@pytest.mark.parametrize("kind", ["clip", "prior", "chain"])
+@pytest.mark.parametrize("kind", ["clip", "prior", "pipeline"])
 def test_the_file_is_not_needed_after_loading(tmp_path, kind):
     """Weights that were still mapped from the file would change with it."""
     folder = make(kind).save_pretrained(tmp_path)
@@ -101,29 +101,29 @@ def test_whole_numbers_keep_their_dtype(tmp_path):
 
 @pytest.mark.parametrize(("kind", "part"), [(CLIP, "clip"), (DiffusionPrior, "prior"), (Decoder, "decoder"),
                                             (Upsampler, "upsampler")])  # fmt: skip
-def test_a_part_out_of_a_whole_chain(tmp_path, kind, part):
-    pipe = make("chain")
+def test_a_part_out_of_a_pipeline(tmp_path, kind, part):
+    pipe = make("pipeline")
     folder = pipe.save_pretrained(tmp_path)
     assert same(kind.from_pretrained(folder), getattr(pipe, part))
 
 
-def test_the_second_upsampler_of_a_chain(tmp_path):
-    pipe = make("chain")
+def test_the_second_upsampler_of_a_pipeline(tmp_path):
+    pipe = make("pipeline")
     pipe.upsampler2 = Upsampler(UPSAMPLER, image_size=64, low_res_size=32)
     folder = pipe.save_pretrained(tmp_path)
     assert same(Upsampler.from_pretrained(folder, part="upsampler2"), pipe.upsampler2)
     assert same(Upsampler.from_pretrained(folder), pipe.upsampler)
 
 
-def test_the_embedded_chain_by_parts():
+def test_the_embedded_pipeline_by_parts():
     assert Decoder.from_pretrained().image_size == 64
     assert DiffusionPrior.from_pretrained().image_embed_dim == Decoder.from_pretrained().image_embed_dim
 
 
 @pytest.mark.parametrize(("saved", "kind", "says"), [
-    ("prior", Decoder, "expected a Decoder or a whole chain, got 'DiffusionPrior'"),
-    ("prior", ARPrior, "expected a ARPrior or a whole chain, got 'DiffusionPrior'"),
-    ("chain", ARPrior, "expected a chain with a ARPrior as its prior, got a DiffusionPrior"),
+    ("prior", Decoder, "expected a Decoder or a DALLE2, got 'DiffusionPrior'"),
+    ("prior", ARPrior, "expected a ARPrior or a DALLE2, got 'DiffusionPrior'"),
+    ("pipeline", ARPrior, "expected a DALLE2 with a ARPrior as its prior, got a DiffusionPrior"),
     ("decoder", DALLE2, "expected a checkpoint of model 'DALLE2', got 'Decoder'"),
 ])  # fmt: skip
 def test_another_model_is_named(tmp_path, saved, kind, says):
@@ -131,9 +131,9 @@ def test_another_model_is_named(tmp_path, saved, kind, says):
         kind.from_pretrained(make(saved).save_pretrained(tmp_path))
 
 
-def test_a_chain_without_the_part(tmp_path):
+def test_a_pipeline_without_the_part(tmp_path):
     folder = tiny_pipeline(upsampler=False).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="expected a chain with a Upsampler as its upsampler, got none"):
+    with pytest.raises(CheckpointError, match="a DALLE2 with a Upsampler as its upsampler, got none"):
         Upsampler.from_pretrained(folder)
 
 
@@ -156,7 +156,7 @@ def rewrite(folder: Path, change) -> None:
 
 
 def test_a_config_of_the_first_release_loads(tmp_path):
-    pipe = make("chain")
+    pipe = make("pipeline")
     folder = pipe.save_pretrained(tmp_path)
 
     def age(config):
@@ -237,7 +237,7 @@ def reshaped(tensors):
     (stranger, r"belong to no part of the config: 1 \(priors.net.query\)"),
     (reshaped, r"prior.net.query: expected \[16\], got \[15\]"),
 ])  # fmt: skip
-@pytest.mark.parametrize("kind", ["prior", "chain"])
+@pytest.mark.parametrize("kind", ["prior", "pipeline"])
 def test_tensors_that_do_not_fit_are_named(tmp_path, kind, damage, says):
     model = make(kind)
     folder = model.save_pretrained(tmp_path)

@@ -149,7 +149,7 @@ def pipeline_with(tokenizer: BPETokenizer) -> DALLE2:
 
 def test_the_command_line(tmp_path, capsys):
     """generate, info and vocabulary with a checkpoint whose tokenizer reads any text."""
-    checkpoint = str(pipeline_with(BPETokenizer(9, ["r e", "re d</w>"])).save_pretrained(tmp_path / "pipeline"))
+    checkpoint = str(pipeline_with(BPETokenizer(9, ["r e", "re d</w>"])).save_pretrained(tmp_path / "all"))
     again = DALLE2.from_pretrained(checkpoint)
     assert again.tokenizer == BPETokenizer(9, ["r e", "re d</w>"])
     assert cli.main(["vocabulary", "--checkpoint", checkpoint]) == 0

@@ -218,7 +218,7 @@ def test_saved_and_loaded_on_its_own(tmp_path):
     again = ARPrior.from_pretrained(prior.save_pretrained(tmp_path))
     seeds = torch.arange(4)
     assert torch.equal(again.sample(**caption(), seeds=seeds), prior.sample(**caption(), seeds=seeds))
-    with pytest.raises(ValueError, match="expected a DiffusionPrior or a whole chain, got 'ARPrior'"):
+    with pytest.raises(ValueError, match="expected a DiffusionPrior or a DALLE2, got 'ARPrior'"):
         DiffusionPrior.from_pretrained(tmp_path)
 
 

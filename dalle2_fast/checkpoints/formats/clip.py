@@ -1,4 +1,4 @@
-"""Reading a CLIP that others published: OpenAI's archives, open_clip's and Hugging Face's files."""
+"""Reads the CLIPs of other projects: OpenAI's archives, the files of open_clip and of Hugging Face."""
 
 from __future__ import annotations
 
@@ -30,12 +30,19 @@ HUGGING_FACE_FILES = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-PIPELINE = ("text_encoder", "image_encoder")  # the folders of a CLIP in a diffusers pipeline
+PIPELINE = ("text_encoder", "image_encoder")  # the folders of the towers in a diffusers pipeline
 
 
 @dataclass
 class ClipSource:
-    """options: arguments of our CLIP; tensors: under the names of `naming`; path: where they are from."""
+    """A CLIP that was read, before its tensors get our names.
+
+    Args:
+        path: where it was read; error messages begin with it.
+        naming: how its tensors are named.
+        tensors: name -> tensor.
+        options: the arguments of our CLIP.
+    """
 
     path: Path
     naming: Naming
@@ -44,24 +51,34 @@ class ClipSource:
 
     @property
     def towers(self) -> str:
-        """ "both", "text" or "image"."""
+        """The towers that it has: "both", "text" or "image"."""
         if self.options.get("visual_kind", "vit") is None:
             return "text"
         return "image" if self.options.get("text_enc_depth", 1) is None else "both"
 
     def weights(self, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state_dict of our CLIP, whose shapes `expected` gives; CheckpointError if they do not fit."""
+        """The weights under our names, for a CLIP with the state_dict `expected`; CheckpointError if they do
+        not fit."""
         return convert(expected, self.tensors, self.naming, self.path)
 
 
 def read_clip(path: str | PathLike, **overrides: Any) -> ClipSource:
-    """Read the weights at `path` and find out what CLIP they make.
+    """Read the weights of a CLIP, and find out the arguments with which our class makes it.
 
-    path: a file (.pt, .bin, .safetensors, an index of shards), a folder with one and its configuration, a
-    diffusers pipeline's folder with text_encoder/, image_encoder/ or both, or a checkpoint of our own.
-    overrides: arguments of our CLIP that the caller knows better.
+    Args:
+        path: a file (.pt, .bin, .safetensors, an index of shards), a folder with such a file and its
+            configuration, the folder of a diffusers pipeline with text_encoder/, image_encoder/ or both, or a
+            checkpoint of dalle2_fast.
+        **overrides: arguments of our CLIP that replace those found, or that the files do not hold.
 
-    Raises FileNotFoundError, or CheckpointError for what is damaged, no CLIP, or one that ours cannot be.
+    Raises:
+        FileNotFoundError: the path or the weights do not exist.
+        CheckpointError: a file is damaged, no CLIP, or a CLIP that our class cannot make.
+
+    Example:
+        >>> from dalle2_fast.checkpoints import embedded_path
+        >>> read_clip(embedded_path()).towers
+        'both'
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -90,7 +107,7 @@ def _read(path: Path, overrides: dict[str, Any]) -> ClipSource:
     options = _options(file, naming, tensors) | overrides
     source = ClipSource(file, naming, tensors, options)
     if naming is HUGGING_FACE and source.towers != "both":
-        # A tower alone comes without the temperature: it has nothing to compare.
+        # The file of a single tower has no temperature, because it compares nothing.
         tensors.setdefault("logit_scale", torch.tensor(1 / 0.07).log())
     needed = {
         "quick_gelu": "quick_gelu=True (OpenAI's weights, and what was trained from them) or False (LAION's)",
@@ -99,13 +116,17 @@ def _read(path: Path, overrides: dict[str, Any]) -> ClipSource:
     }
     if unknown := [advice for name, advice in needed.items() if name not in options]:
         raise CheckpointError(
-            f"{file}: neither the file nor a configuration beside it says enough: pass {'; '.join(unknown)}"
+            f"{file}: neither the file nor a configuration next to it says enough: pass {'; '.join(unknown)}"
         )
     return source
 
 
 def _preferred(folder: Path) -> tuple[str, ...]:
-    """LAION's folders hold one CLIP twice; in timm's, model.safetensors is none, but open_clip's is there."""
+    """The names of weights files, the best first.
+
+    LAION's folders hold the same CLIP in two layouts; in timm's folders model.safetensors is no CLIP, but the
+    file of open_clip is one.
+    """
     if _json_if_present(folder / "config.json").get("model_type") in KINDS:
         return HUGGING_FACE_FILES + OPEN_CLIP_FILES
     return OPEN_CLIP_FILES + HUGGING_FACE_FILES
@@ -124,7 +145,7 @@ def _options(file: Path, naming: Naming, tensors: dict[str, Tensor]) -> dict[str
 
 
 def _towers(tensors: dict[str, Tensor]) -> str:
-    """Of Hugging Face's tensors: a whole CLIPModel has logit_scale, the towers alone have not."""
+    """The towers in tensors of Hugging Face: a CLIPModel has logit_scale, single towers do not have it."""
     has = [any(key.startswith(prefix) for key in tensors) for prefix in ("text_model.", "vision_model.")]
     if "logit_scale" in tensors or all(has):
         return "both"
@@ -132,7 +153,7 @@ def _towers(tensors: dict[str, Tensor]) -> str:
 
 
 def _processor(folder: Path) -> dict[str, Any]:
-    """Normalisation of the images, from beside the weights or from a pipeline's feature_extractor/."""
+    """The normalisation of images, from the folder of the weights or a pipeline's feature_extractor/."""
     for place in (folder, folder.parent / "feature_extractor"):
         for name in ("preprocessor_config.json", "processor_config.json"):
             if found := image_statistics(_json_if_present(place / name)):
@@ -141,14 +162,14 @@ def _processor(folder: Path) -> dict[str, Any]:
 
 
 def _config_in_header(file: Path) -> dict[str, Any] | None:
-    """The configuration in the header of a file that `dalle2-fast train clip` wrote."""
+    """The arguments of our CLIP in the header of a file that `dalle2-fast train clip` wrote, else None."""
     if file.suffix != ".safetensors":
         return None
     try:
         with safe_open(file, framework="pt") as opened:
             config = json.loads((opened.metadata() or {}).get("config", "{}")).get("model")
     except (SafetensorError, OSError, ValueError, AttributeError):
-        return None  # what is damaged is found and named when the tensors are read
+        return None  # damage raises when the tensors are read
     return config if isinstance(config, dict) and "visual_kind" in config else None
 
 
@@ -157,7 +178,7 @@ def _json_if_present(file: Path) -> dict[str, Any]:
 
 
 def _join_towers(path: Path, parts: list[ClipSource]) -> ClipSource:
-    """One CLIP from the towers of a pipeline."""
+    """One CLIP from one or both towers of a pipeline."""
     if len(parts) == 1:
         return parts[0]
     text, image = parts

@@ -1,7 +1,7 @@
-"""CLIP's weights under other projects' names: which tensors of a file make which of ours, in both directions.
+"""Which tensors of a published CLIP make which of ours, in both directions.
 
-Our names are those of OpenAI's files and of open_clip's `CLIP` class. Hugging Face's `CLIPModel` splits q, k
-and v, transposes the two projections and has names of its own ("pre_layrnorm" is how it is spelled there).
+Our names are those of OpenAI's files and of open_clip's `CLIP` class. Hugging Face's `CLIPModel` separates q,
+k and v, transposes the two projections and uses other names ("pre_layrnorm" is its spelling).
 """
 
 from __future__ import annotations
@@ -40,38 +40,44 @@ BLOCK = {
     "mlp.c_proj": "mlp.fc2",
 }
 WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
-# What files hold besides weights: OpenAI's sizes, masks and indices that follow from them.
+# What files hold in addition to weights: OpenAI's sizes, and masks and indices that follow from sizes.
 NO_WEIGHTS = re.compile(r"(.*\.)?(input_resolution|context_length|vocab_size|attn_mask|position_ids)")
 
 
 @dataclass(frozen=True)
 class Naming:
-    """name: whose it is; sources: our key -> the keys of the file that make it, in order (q, k, v)."""
+    """How one project names the tensors of a CLIP.
+
+    Args:
+        name: the project, for messages.
+        sources: our key -> the keys of the file that make it, in order (q, k, v).
+        transposed: our keys whose tensor is the transpose of that of the file.
+    """
 
     name: str
     sources: Callable[[str], tuple[str, ...]]
     transposed: tuple[str, ...] = ()
 
     def assemble(self, key: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Our tensor `key` from those of the file."""
+        """Make our tensor `key` from those of the file."""
         parts = [tensors[name] for name in self.sources(key)]
         value = parts[0] if len(parts) == 1 else torch.cat(parts)
         return value.T.contiguous() if key in self.transposed else value
 
     def take_apart(self, key: str, value: Tensor) -> dict[str, Tensor]:
-        """The tensors of the file that make our tensor `key`."""
+        """The tensors of the file that `assemble` turns into our tensor `key` = `value`."""
         names = self.sources(key)
         value = value.T if key in self.transposed else value
         parts = [value] if len(names) == 1 else value.chunk(len(names))
         return {name: part.contiguous() for name, part in zip(names, parts, strict=True)}
 
     def shape(self, key: str, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """Of our tensor `key`, where the file has one tensor for it. KeyError without it."""
+        """The shape of our tensor `key`, which one tensor of the file makes; KeyError without that tensor."""
         size = tuple(tensors[self.sources(key)[0]].shape)
         return size[::-1] if key in self.transposed else size
 
     def depth(self, prefix: str, tensors: Mapping[str, Tensor]) -> int:
-        """Blocks of the Transformer whose blocks our keys begin with `prefix`."""
+        """The number of blocks of the Transformer whose keys begin with `prefix` in ours."""
         name = self.sources(f"{prefix}7.ln_1.weight")[0]
         numbers = re.compile(re.escape(name).replace("7", r"(\d+)", 1))
         return max((int(found[1]) + 1 for key in tensors if (found := numbers.fullmatch(key))), default=0)
@@ -97,14 +103,25 @@ NAMINGS = {"openai": NATIVE, "open_clip": NATIVE, "huggingface": HUGGING_FACE}
 
 
 def find_naming(tensors: Mapping[str, Tensor], source: object) -> tuple[Naming, dict[str, Tensor]]:
-    """(naming, tensors without the prefixes of wrappers), from the keys. CheckpointError if it is no CLIP."""
+    """Find out from the keys how the tensors of a file are named.
+
+    Args:
+        tensors: of the file, maybe with the prefixes of DistributedDataParallel or torch.compile.
+        source: the file; the error message begins with it.
+
+    Returns:
+        The naming, and the tensors without such prefixes.
+
+    Raises:
+        CheckpointError: the tensors are not those of a CLIP.
+    """
     for wrapper in WRAPPERS:
         if tensors and all(key.startswith(wrapper) for key in tensors):
             tensors = {key.removeprefix(wrapper): value for key, value in tensors.items()}
-    if "text.token_embedding.weight" in tensors:  # open_clip's CustomTextCLIP keeps the text tower apart
+    if "text.token_embedding.weight" in tensors:  # the text tower of open_clip's CustomTextCLIP has a prefix
         tensors = {key.removeprefix("text."): value for key, value in tensors.items()}
     tensors = dict(tensors)
-    if "logit_scale" in tensors and tensors["logit_scale"].numel() == 1:  # [1] for some trainers
+    if "logit_scale" in tensors and tensors["logit_scale"].numel() == 1:  # some trainers store [1]
         tensors["logit_scale"] = tensors["logit_scale"].reshape(())
     if any(key.startswith(("text_model.", "vision_model.")) for key in tensors):
         return HUGGING_FACE, tensors
@@ -119,9 +136,17 @@ def find_naming(tensors: Mapping[str, Tensor], source: object) -> tuple[Naming, 
 def convert(
     expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], naming: Naming, source: object
 ) -> dict[str, Tensor]:
-    """The tensors of a file under our names; `expected` is the state_dict of the model, maybe without data.
+    """The tensors of a file under our names.
 
-    Raises CheckpointError that names, as the file does, what is missing, left over or of another shape.
+    Args:
+        expected: the state_dict of our model, of which only names and shapes are used.
+        tensors: of the file.
+        naming: that of the file.
+        source: the file; the error message begins with it.
+
+    Raises:
+        CheckpointError: tensors are missing, left over or of another shape. The message uses the names of the
+            file.
     """
     wanted: dict[str, Tensor] = {}
     for key, value in expected.items():
@@ -133,9 +158,19 @@ def convert(
 
 
 def export(state: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
-    """Our state_dict under the names of `layout`: "openai", "open_clip" or "huggingface".
+    """The weights of our CLIP under the names of another project.
 
-    Raises ValueError for another one, or for weights that Hugging Face's CLIP has no place for.
+    Args:
+        state: our state_dict.
+        layout: "openai", "open_clip" or "huggingface".
+
+    Raises:
+        ValueError: the layout is another one, or Hugging Face's CLIP does not have some of the weights.
+
+    Example:
+        >>> import torch
+        >>> list(export({"ln_final.bias": torch.zeros(2)}, "huggingface"))
+        ['text_model.final_layer_norm.bias']
     """
     if layout not in NAMINGS:
         raise ValueError(f"layout: expected one of {', '.join(NAMINGS)}, got {layout!r}")

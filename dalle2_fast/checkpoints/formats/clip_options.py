@@ -1,7 +1,7 @@
-"""The arguments of our `CLIP` for a CLIP of others: from its configuration file, else from its shapes.
+"""The arguments of our `CLIP` for a published one: from its configuration file, else from its shapes.
 
-Shapes do not tell the activation, and the number of heads only by custom: a file alone may need `quick_gelu`.
-What a configuration asks for and our `CLIP` does not have is an error, not a guess.
+Shapes do not show the activation, and show the number of heads only by convention: a file without
+configuration may need `quick_gelu`. A configuration that asks for what our `CLIP` does not have is an error.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from dalle2_fast.checkpoints.errors import CheckpointError
 from dalle2_fast.checkpoints.formats.clip_keys import Naming
 from dalle2_fast.checkpoints.formats.renaming import count_numbers
 
-# Vision Transformers that have 16 heads where the custom of 64 a head would give more: H, g, G, e.
+# Widths of Vision Transformers with 16 heads, where the convention of 64 per head gives more: H, g, G, e.
 SIXTEEN_HEADS = (1280, 1408, 1664, 1792)
-# Hugging Face leaves out of config.json what equals these.
+# Hugging Face's defaults, which config.json leaves out.
 TEXT_DEFAULTS = dict(
     vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
     max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=512,
@@ -29,8 +29,8 @@ VISION_DEFAULTS = dict(
     patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5, projection_dim=512, num_channels=3,
 )  # fmt: skip
 KINDS = {"clip": "both", "clip_text_model": "text", "clip_vision_model": "image"}
-ONE_TOWER = {"both": {}, "text": {"visual_kind": None}, "image": {"text_enc_depth": None}}  # of our CLIP
-# open_clip's settings that change the network, with the only value that ours has; None is what says nothing.
+ONE_TOWER = {"both": {}, "text": {"visual_kind": None}, "image": {"text_enc_depth": None}}
+# Settings of open_clip that change the network, with the only value that ours has; None means "not set".
 PLAIN_VISION = dict(
     ls_init_value=None, attentional_pool=False, no_ln_pre=False, pos_embed_type="learnable",
     final_ln_after_pool=False, pool_type="tok", act_kwargs=None, norm_kwargs=None, timm_model_name=None,
@@ -40,19 +40,31 @@ PLAIN_TEXT = dict(
     proj_bias=False, proj_type="linear", act_kwargs=None, norm_kwargs=None, hf_model_name=None,
 )  # fmt: skip
 PLAIN_MODEL = dict(multimodal_cfg=None, init_logit_bias=None)
-# Those that are read below, and those that do not change what the network computes.
+# Settings that are read below, and settings that do not change what the network computes.
 READ_VISION = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size"}
 READ_VISION |= {"patch_dropout", "output_tokens", "attn_pooler_queries", "attn_pooler_heads"}
 READ_TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
 READ_TEXT |= {"hf_tokenizer_name", "tokenizer_kwargs", "pad_id", "eos_id", "output_tokens"}
 READ_MODEL = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
 READ_MODEL |= {"custom_text", "nonscalar_logit_scale", "init_logit_scale", "preprocess_cfg"}
-NEUTRAL = (None, False, 0, {}, [])  # values that ask for nothing
+NEUTRAL = (None, False, 0, {}, [])  # values with which a setting is off
 
 
 def from_shapes(tensors: Mapping[str, Tensor], naming: Naming, towers: str, source: object) -> dict[str, Any]:
-    """All but the activation, which only OpenAI's archives tell (they hold their sizes, too), and the heads
-    where a width is no multiple of 64. towers: "both", "text" or "image"."""
+    """The arguments of our CLIP that follow from shapes.
+
+    The activation follows only for OpenAI's archives, which also hold their sizes; the number of heads only
+    for a width that is a multiple of 64.
+
+    Args:
+        tensors: of the file.
+        naming: how they are named.
+        towers: "both", "text" or "image".
+        source: the file; the error message begins with it.
+
+    Raises:
+        CheckpointError: a tensor is missing.
+    """
     options = dict(ONE_TOWER[towers])
     try:
         if towers != "image":
@@ -100,7 +112,19 @@ def _image_from_shapes(tensors: Mapping[str, Tensor], naming: Naming) -> dict[st
 
 
 def from_hugging_face(config: Mapping[str, Any], source: object) -> dict[str, Any]:
-    """Of the config.json of a CLIPModel, CLIPTextModelWithProjection or CLIPVisionModelWithProjection."""
+    """The arguments of our CLIP for a configuration of Hugging Face.
+
+    Args:
+        config: of a CLIPModel, CLIPTextModelWithProjection or CLIPVisionModelWithProjection.
+        source: its file; error messages begin with it.
+
+    Raises:
+        CheckpointError: it asks for what our CLIP does not have.
+
+    Example:
+        >>> from_hugging_face({"model_type": "clip_text_model"}, "config.json")["dim_text"]
+        512
+    """
     kind = config.get("model_type")
     if kind not in KINDS:
         raise CheckpointError(f"{source}: model_type: expected one of {', '.join(KINDS)}, got {kind!r}")
@@ -114,7 +138,7 @@ def from_hugging_face(config: Mapping[str, Any], source: object) -> dict[str, An
             text_enc_depth=text["num_hidden_layers"], text_seq_len=text["max_position_embeddings"],
             mlp_ratio=ratio(text["intermediate_size"], text["hidden_size"]),
             dim_latent=text["projection_dim"],
-            eos_token_id=tokens - 1 if end == 2 else end,  # 2, a mistake of old files, means the largest
+            eos_token_id=tokens - 1 if end == 2 else end,  # 2 in old files means the largest id
         )  # fmt: skip
         activations.add(_activation(text, source))
     if KINDS[kind] != "text":
@@ -137,7 +161,20 @@ def from_hugging_face(config: Mapping[str, Any], source: object) -> dict[str, An
 
 
 def from_open_clip(config: Mapping[str, Any], source: object) -> dict[str, Any]:
-    """Of open_clip_config.json, or of one of open_clip's own model configurations."""
+    """The arguments of our CLIP for a configuration of open_clip.
+
+    Args:
+        config: open_clip_config.json, or a model configuration from the package open_clip.
+        source: its file; error messages begin with it.
+
+    Raises:
+        CheckpointError: it asks for what our CLIP does not have.
+
+    Example:
+        >>> config = {"embed_dim": 512, "vision_cfg": {"patch_size": 32}, "text_cfg": {}}
+        >>> from_open_clip(config, "config.json")["visual_patch_size"]
+        32
+    """
     model = config.get("model_cfg", config)
     vision, text = model.get("vision_cfg"), model.get("text_cfg")
     if not isinstance(vision, dict) or not isinstance(text, dict) or "embed_dim" not in model:
@@ -167,14 +204,24 @@ def from_open_clip(config: Mapping[str, Any], source: object) -> dict[str, Any]:
 
 
 def image_statistics(config: Mapping[str, Any]) -> dict[str, Any]:
-    """image_mean and image_std, of open_clip's preprocess_cfg or Hugging Face's preprocessor_config.json."""
+    """image_mean and image_std from open_clip's preprocess_cfg or Hugging Face's preprocessor_config.json.
+
+    Example:
+        >>> image_statistics({"mean": (0.5, 0.5, 0.5)})
+        {'image_mean': [0.5, 0.5, 0.5]}
+    """
     config = config.get("image_processor", config)
     names = {"mean": "image_mean", "std": "image_std", "image_mean": "image_mean", "image_std": "image_std"}
     return {ours: list(config[theirs]) for theirs, ours in names.items() if config.get(theirs) is not None}
 
 
 def ratio(hidden: int, width: int) -> float:
-    """The mlp_ratio r for which int(width * r) is `hidden`."""
+    """The mlp_ratio r for which int(width * r) is `hidden`.
+
+    Example:
+        >>> ratio(2048, 512)
+        4.0
+    """
     exact = hidden / width
     return exact if int(width * exact) == hidden else math.nextafter(exact, math.inf)
 
@@ -182,7 +229,7 @@ def ratio(hidden: int, width: int) -> float:
 def _section(config: Mapping[str, Any], name: str, defaults: dict[str, Any]) -> dict[str, Any]:
     if config["model_type"] != "clip":
         return defaults | config
-    # Old files have both, and the second one is right.
+    # Old files have both sections, and the second one is right.
     return defaults | (config.get(f"{name}_config") or {}) | (config.get(f"{name}_config_dict") or {})
 
 

@@ -1,7 +1,6 @@
-"""diffusers' folders of Karlo: UnCLIPPipeline, UnCLIPImageVariationPipeline, and each network on its own.
+"""Karlo in the folders of diffusers: UnCLIPPipeline, UnCLIPImageVariationPipeline, or a prior alone.
 
-A pipeline's folder has model_index.json and a folder for each network, with config.json and its weights. What
-is read becomes the config and the tensors of a checkpoint of ours.
+The folder of a pipeline has model_index.json and, for each network, a folder with config.json and weights.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from dalle2_fast.checkpoints.tensor_files import find_tensors, read_json, read_t
 
 _SHARED = ("decoder", "text_proj", "super_res_first", "super_res_last", "decoder_scheduler",
            "super_res_scheduler", "text_encoder", "tokenizer")
-PIPELINES = {  # and their components
+PIPELINES = {  # class -> its components
     "UnCLIPPipeline": (*_SHARED, "prior", "prior_scheduler"),
     "UnCLIPImageVariationPipeline": (*_SHARED, "image_encoder", "feature_extractor"),
 }
-# The names under which a network's weights are looked for, in this order.
+# The names of a network's weights; the first that exists is read.
 WEIGHTS = tuple(
     f"diffusion_pytorch_model{variant}{suffix}"
     for suffix in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
@@ -42,7 +41,19 @@ WEIGHTS = tuple(
 )
 
 def read_pipeline(folder: Path, parts: Collection[str]) -> Checkpoint | None:
-    """A pipeline's folder; None without model_index.json. A pipeline of image variations has no prior."""
+    """Read the folder of a pipeline; a pipeline of image variations has no prior.
+
+    Args:
+        folder: of the pipeline.
+        parts: of "clip", "prior", "decoder" and "upsampler", those that are read.
+
+    Returns:
+        The checkpoint, or None for a folder without model_index.json.
+
+    Raises:
+        FileNotFoundError: a folder or file of a component is missing.
+        CheckpointError: a file is damaged, or asks for what our classes do not have.
+    """
     index = folder / "model_index.json"
     if not index.is_file():
         return None
@@ -75,7 +86,19 @@ def read_pipeline(folder: Path, parts: Collection[str]) -> Checkpoint | None:
 
 
 def read_network(folder: Path, parts: Collection[str]) -> Checkpoint | None:
-    """A prior on its own; None without a config.json of diffusers. Its scheduler lies next to its folder."""
+    """Read the folder of a prior alone; its scheduler may lie next to it, as in a pipeline.
+
+    Args:
+        folder: of the prior.
+        parts: ignored, because there is only one.
+
+    Returns:
+        The checkpoint, or None for a folder without a config.json of diffusers.
+
+    Raises:
+        FileNotFoundError: the weights are missing.
+        CheckpointError: the network is no PriorTransformer, damaged, or has options that ours does not have.
+    """
     config = folder / "config.json"
     if not config.is_file() or class_name(config) is None:
         return None
@@ -87,7 +110,12 @@ def read_network(folder: Path, parts: Collection[str]) -> Checkpoint | None:
 
 
 def pipeline_config(layout: str, tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """The config of a DALLE2 that is read from another layout, still without its parts."""
+    """The config of a DALLE2 in another layout, before its parts are added.
+
+    Args:
+        layout: its name, for the metadata.
+        tokenizer: the config of the tokenizer.
+    """
     return {
         "model": "DALLE2", "prior_class": "DiffusionPrior", **dict.fromkeys(PARTS), "tokenizer": tokenizer,
         "sampling": dict(SAMPLING), "metadata": {"layout": layout},
@@ -110,7 +138,12 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
 
 
 def read_prior(folder: Path, scheduler: Path | None = None) -> Part:
-    """A PriorTransformer -> DiffusionPrior."""
+    """A PriorTransformer -> the arguments and weights of a DiffusionPrior.
+
+    Args:
+        folder: of the network.
+        scheduler: the folder of its scheduler; None takes the published values.
+    """
     config = prior_options(folder)
     if scheduler is not None:
         process, clip = scheduler_options(scheduler)
@@ -121,7 +154,13 @@ def read_prior(folder: Path, scheduler: Path | None = None) -> Part:
 
 
 def read_decoder(folder: Path, text_proj: Path, scheduler: Path | None = None) -> Part:
-    """A UNet2DConditionModel and its UnCLIPTextProjModel -> Decoder."""
+    """A UNet2DConditionModel and an UnCLIPTextProjModel -> the arguments and weights of a Decoder.
+
+    Args:
+        folder: of the U-Net.
+        text_proj: the folder of the projections.
+        scheduler: the folder of the scheduler; None takes the defaults of Decoder.
+    """
     options = Options(folder / "config.json", ["UNet2DConditionModel"])
     image_size = options.need("sample_size", int)
     unet = unet_options(options, attention=True)
@@ -146,7 +185,14 @@ def read_decoder(folder: Path, text_proj: Path, scheduler: Path | None = None) -
 def read_upsampler(
     first: Path, last: Path, low_res_size: int, scheduler: Path | None = None
 ) -> Part:
-    """Two UNet2DModel, the second for the last step -> Upsampler."""
+    """Two UNet2DModel -> the arguments and weights of an Upsampler.
+
+    Args:
+        first: the folder of the U-Net for all steps but the last.
+        last: the folder of the U-Net for the last step.
+        low_res_size: the side of the images that are upsampled, in pixels.
+        scheduler: the folder of the scheduler; None takes the defaults of Upsampler.
+    """
     options = Options(first / "config.json", ["UNet2DModel"])
     image_size = options.need("sample_size", int)
     unets = [unet_options(options, attention=False)]
@@ -167,7 +213,7 @@ def read_upsampler(
 
 
 def _weights(*networks: tuple[Rules, Path]) -> dict[str, Tensor]:
-    """Our tensors, made by the rules from the weights in the folder of each network."""
+    """Our tensors, made by rules from the weights in the folder of each network."""
     tensors: dict[str, Tensor] = {}
     for rules, folder in networks:
         file = find_tensors(folder, WEIGHTS)

@@ -1,6 +1,6 @@
 """The configuration files of diffusers' networks and schedulers -> the arguments of our classes.
 
-What a configuration asks for and our classes do not have is an error and not a guess.
+A configuration that asks for what our classes do not have is an error.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from dalle2_fast.checkpoints.errors import CheckpointError
 from dalle2_fast.checkpoints.tensor_files import read_json
 
-# What a call of diffusers' pipeline uses when it says nothing.
+# The defaults of a call of diffusers' pipeline.
 SAMPLING = {
     "steps": 25,
     "guidance": 8.0,
@@ -24,10 +24,10 @@ SAMPLING = {
     "upsampler_steps": 7,
     "sampler": "ddpm",
 }
-_DOWN = {"ResnetDownsampleBlock2D": False, "SimpleCrossAttnDownBlock2D": True}  # attends?
+_DOWN = {"ResnetDownsampleBlock2D": False, "SimpleCrossAttnDownBlock2D": True}  # class -> has attention
 _UP = {"ResnetUpsampleBlock2D": False, "SimpleCrossAttnUpBlock2D": True}
 
-# What our networks do, and what the options of theirs must therefore say if they say anything.
+# The values of options that describe what our networks do; an option that is present must have this value.
 _SAME_PRIOR = {
     "dropout": 0.0, "time_embed_act_fn": "silu", "norm_in_type": None, "embedding_proj_norm_type": None,
     "encoder_hid_proj_type": "linear", "added_emb_type": "prd", "additional_embeddings": 4,
@@ -43,20 +43,20 @@ _SAME_SCHEDULER = {"beta_schedule": "squaredcos_cap_v2"}
 
 
 def class_name(file: Path) -> str | None:
-    """`_class_name` of a config.json of diffusers, None for any other content."""
+    """The `_class_name` in a config.json of diffusers, None for any other content."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:  # whoever needs the content says so with more words
+    except ValueError:  # the reader that needs the content raises a better error
         return None
     return content.get("_class_name") if isinstance(content, dict) else None
 
 
 class Options:
-    """The options of one network, taken one by one; none may be left that says something else.
+    """The options in one configuration file, removed one by one; `finish` checks that none is ignored.
 
     Args:
         file: the configuration, a JSON object.
-        kinds: the values of _class_name that are expected.
+        kinds: the classes that are expected as _class_name.
 
     Raises:
         CheckpointError: the file is damaged, or of another class.
@@ -74,14 +74,18 @@ class Options:
         return default if value is None else value
 
     def need(self, name: str, kind: type | tuple[type, ...]) -> Any:
-        """Remove and return an option; CheckpointError unless it is of this kind."""
+        """Remove and return an option; CheckpointError if it is missing or of another type."""
         value = self.values.pop(name, None)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise CheckpointError(f"{self.file}: {name}: expected {_kind(kind)}, got {value!r}")
         return value
 
     def finish(self, expected: Mapping[str, Any]) -> None:
-        """CheckpointError for an option that our network does not have. One that is off says nothing."""
+        """Raise CheckpointError if an option is left that our class does not have.
+
+        Args:
+            expected: option -> the only value that our class has. Another option may only be None or False.
+        """
         for name, value in self.values.items():
             wanted = expected.get(name)
             if value != wanted and not (name not in expected and (value is None or value is False)):
@@ -92,7 +96,7 @@ class Options:
 
 
 def prior_options(folder: Path) -> dict[str, Any]:
-    """A PriorTransformer -> the arguments of our DiffusionPrior."""
+    """The configuration of a PriorTransformer in `folder` -> the arguments of our DiffusionPrior."""
     options = Options(folder / "config.json", ["PriorTransformer"])
     heads, dim_head = options.need("num_attention_heads", int), options.need("attention_head_dim", int)
     depth, embed_dim = options.need("num_layers", int), options.need("embedding_dim", int)
@@ -111,7 +115,12 @@ def prior_options(folder: Path) -> dict[str, Any]:
 
 
 def unet_options(options: Options, attention: bool) -> dict[str, Any]:
-    """The arguments of our UNet; `attention`: of a decoder, which has it, or an upsampler, which has not."""
+    """The configuration of a U-Net -> the arguments of our UNet.
+
+    Args:
+        options: of the U-Net.
+        attention: True for a decoder, False for an upsampler, which has no attention.
+    """
     channels = options.need("block_out_channels", list)
     layers = options.need("layers_per_block", (int, list))
     layers = [layers] * len(channels) if isinstance(layers, int) else layers
@@ -124,12 +133,15 @@ def unet_options(options: Options, attention: bool) -> dict[str, Any]:
     attends = [_DOWN[kind] for kind in blocks["down_block_types"]]
     if [_UP[kind] for kind in reversed(blocks["up_block_types"])] != attends or len(attends) != len(channels):
         raise CheckpointError(
-            f"{options.file}: up_block_types: expected the mirror image of down_block_types, one a level of "
-            f"{channels}, got {blocks['up_block_types']}"
+            f"{options.file}: up_block_types: expected the mirror image of down_block_types, one per level "
+            f"of {channels}, got {blocks['up_block_types']}"
         )
     scale_shift = options.take("resnet_time_scale_shift", "default")
     if scale_shift not in ("default", "scale_shift"):
-        raise CheckpointError(f"{options.file}: resnet_time_scale_shift: got {scale_shift!r}")
+        raise CheckpointError(
+            f"{options.file}: resnet_time_scale_shift: expected 'default' or 'scale_shift', "
+            f"got {scale_shift!r}"
+        )
     middle = {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn" if any(attends) else "UNetMidBlock2D"}
     unet = {
         "in_channels": options.need("in_channels", int),
@@ -155,7 +167,11 @@ def unet_options(options: Options, attention: bool) -> dict[str, Any]:
 
 
 def scheduler_options(folder: Path) -> tuple[dict[str, Any], float | None]:
-    """An UnCLIPScheduler -> the arguments of our classes, and the bound of the predicted data, if any."""
+    """The configuration of an UnCLIPScheduler in `folder`.
+
+    Returns:
+        The arguments of our classes, and the bound of the predicted data (None: no bound).
+    """
     options = Options(folder / "scheduler_config.json", ["UnCLIPScheduler"])
     variance = options.take("variance_type", "fixed_small_log")
     variances = {"fixed_small_log": "fixed_small", "learned_range": "learned_range"}
@@ -175,7 +191,7 @@ def scheduler_options(folder: Path) -> tuple[dict[str, Any], float | None]:
 
 
 def image_scheduler_options(folder: Path) -> dict[str, Any]:
-    """The same of a scheduler of images, whose bound must be 1."""
+    """The same for a scheduler of images, whose bound must be 1."""
     process, bound = scheduler_options(folder)
     if bound != 1.0:
         raise CheckpointError(f"{folder}: clip_sample_range: expected 1 for images, got {bound}")

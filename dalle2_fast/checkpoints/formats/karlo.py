@@ -1,9 +1,9 @@
-"""Karlo's original files: a folder with a .ckpt each for prior, decoder and upsampler, the statistics of
-CLIP's image embeddings and the CLIP itself.
+"""Karlo's original files: a .ckpt each for prior, decoder and upsampler, the statistics of the image
+embeddings, and the CLIP.
 
-Which file is which is told by the names of its tensors, whatever the file is called. The files hold no
-configuration: sizes follow from shapes, and what shapes do not tell is Karlo's (heads of 64, cosine schedules
-of 1000 steps, pictures of 64 and 256 pixels).
+The names of its tensors tell which file it is, regardless of the name of the file. The files hold no
+configuration: sizes follow from shapes, and what shapes do not show is fixed as in Karlo (heads of 64, cosine
+schedules of 1000 steps, images of 64 and 256 pixels).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dalle2_fast.checkpoints.tensor_files import SUFFIXES, read_torch, state_dic
 from dalle2_fast.checkpoints.torchscript import is_torchscript
 
 IMAGE_SIZE, LOW_RES_SIZE = 256, 64
-FILES = {  # as they were published
+FILES = {  # content -> the name under which it was published
     "prior": "prior-ckpt-step=01000000-of-01000000.ckpt",
     "decoder": "decoder-ckpt-step=01000000-of-01000000.ckpt",
     "upsampler": "improved-sr-ckpt-step=1.2M.ckpt",
@@ -41,12 +41,18 @@ FILES = {  # as they were published
 
 @dataclass
 class Originals:
-    """The files of one folder by what they hold: a key of FILES -> (file, its content)."""
+    """The files of Karlo in one folder.
+
+    Args:
+        folder: where they lie.
+        found: a key of FILES -> (file, its content).
+    """
 
     folder: Path
     found: dict[str, tuple[Path, Any]] = field(default_factory=dict)
 
     def need(self, what: str) -> tuple[Path, Any]:
+        """The file with this content, a key of FILES; FileNotFoundError if there is none."""
         if what not in self.found:
             present = ", ".join(f"{name} ({file.name})" for name, (file, _) in self.found.items())
             raise FileNotFoundError(
@@ -56,7 +62,11 @@ class Originals:
 
 
 def find_originals(folder: Path) -> Originals | None:
-    """Karlo's files in `folder`, or None if there is not one of them. CheckpointError for two of a kind."""
+    """Karlo's files in a folder, or None if there is none except for a CLIP.
+
+    Raises:
+        CheckpointError: a file is damaged, or two files have the same content.
+    """
     originals = Originals(folder)
     for file in sorted(folder.iterdir()):
         if not file.is_file() or file.suffix not in (*SUFFIXES, ".th"):
@@ -72,7 +82,19 @@ def find_originals(folder: Path) -> Originals | None:
 
 
 def read_originals(folder: Path, parts: Collection[str]) -> Checkpoint | None:
-    """A folder of Karlo's files; None if there is not one of them."""
+    """Read a folder of Karlo's files.
+
+    Args:
+        folder: where they lie.
+        parts: of "clip", "prior", "decoder" and "upsampler", those that are read.
+
+    Returns:
+        The checkpoint, or None for a folder without Karlo's files.
+
+    Raises:
+        FileNotFoundError: the file of a part is missing.
+        CheckpointError: a file is damaged, or its tensors do not fit.
+    """
     if (originals := find_originals(folder)) is None:
         return None
     tokenizer = {"kind": "bpe", "context_length": 77, "merges": None}
@@ -85,15 +107,15 @@ def read_originals(folder: Path, parts: Collection[str]) -> Checkpoint | None:
 
 
 def read_original(originals: Originals, parts: Collection[str]) -> dict[str, Part]:
-    """{part: (arguments of our class, its weights)} of "prior", "decoder", "upsampler", those in `parts`."""
+    """Part -> (arguments of our class, its weights), for those of prior, decoder and upsampler in `parts`."""
     readers = {"prior": _read_prior, "decoder": _read_decoder, "upsampler": _read_upsampler}
     return {name: read(originals) for name, read in readers.items() if name in parts}
 
 
 def _recognise(file: Path) -> tuple[str | None, Any]:
-    """What a file of Karlo holds and its content; (None, None) for any other file."""
+    """(the key of FILES, the content) of a file of Karlo; (None, None) for any other file."""
     if file.suffix == ".safetensors" or is_torchscript(file):
-        return "clip", None  # read_clip says whether it is one
+        return "clip", None  # read_clip checks whether it is one
     content = read_torch(file, mapped=True)
     if isinstance(content, (tuple, list)) and len(content) == 2 and all(
         isinstance(x, Tensor) and x.dim() == 1 for x in content
@@ -169,7 +191,7 @@ def _read_upsampler(originals: Originals) -> Part:
 def _unet_options(tensors: Mapping[str, Tensor], prefix: str, file: Path) -> dict[str, Any]:
     """The arguments of our UNet, from the shapes of an original one.
 
-    The way up tells the levels apart: each but the last ends with a block that doubles the resolution, and
+    The levels are found on the way up: each but the last ends with a block that doubles the resolution, and
     each has one block more than on the way down.
     """
     channels, layers, attends, blocks = [], [], [], 0

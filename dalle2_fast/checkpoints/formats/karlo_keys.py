@@ -1,6 +1,6 @@
 """Which tensors of Karlo make our prior and the conditioning of our decoder, in both layouts of its files.
 
-unet_keys.py says the same of the U-Nets.
+unet_keys.py says the same of the U-Nets. A new layout of Karlo is a column in the tables below.
 """
 
 from __future__ import annotations
@@ -51,7 +51,11 @@ _NULL_IMAGE = ("cf_param", "learned_classifier_free_guidance_embeddings")
 
 
 def original_prior_rules(depth: int) -> Rules:
-    """DiffusionPrior's tensors, but for the statistics, from those of the original prior."""
+    """The rules for the original prior; its file lacks the statistics of the embeddings.
+
+    Args:
+        depth: blocks of the Transformer.
+    """
 
     def fused_qkv(block: str, kind: str) -> MadeFrom:
         return MadeFrom((f"{block}.attn.c_qkv.{kind}",), parts_first(3, HEAD_DIM))
@@ -60,7 +64,11 @@ def original_prior_rules(depth: int) -> Rules:
 
 
 def diffusers_prior_rules(depth: int) -> Rules:
-    """DiffusionPrior's tensors from those of a PriorTransformer."""
+    """The rules for a PriorTransformer of diffusers.
+
+    Args:
+        depth: blocks of the Transformer.
+    """
 
     def fused_qkv(block: str, kind: str) -> MadeFrom:
         return MadeFrom(tuple(f"{block}.attn1.to_{part}.{kind}" for part in "qkv"), stack_rows)
@@ -85,12 +93,20 @@ def _prior_rules(column: int, depth: int, fused_qkv: Callable[[str, str], MadeFr
 
 
 def original_conditioning_rules(tokens: int) -> Rules:
-    """ConditionProjection's tensors from those of the original decoder; `tokens`: made of an image."""
+    """The rules for the conditioning in the file of the original decoder.
+
+    Args:
+        tokens: context tokens that are made from an image embedding.
+    """
     return prefixed("text_proj.", _conditioning_rules(ORIGINAL, tokens), "model.")
 
 
 def diffusers_conditioning_rules(tokens: int) -> Rules:
-    """ConditionProjection's tensors from those of an UnCLIPTextProjModel; `tokens`: made of an image."""
+    """The rules for an UnCLIPTextProjModel of diffusers.
+
+    Args:
+        tokens: context tokens that are made from an image embedding.
+    """
     return prefixed("text_proj.", _conditioning_rules(DIFFUSERS, tokens))
 
 

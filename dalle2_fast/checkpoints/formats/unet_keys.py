@@ -1,9 +1,12 @@
-"""Where the blocks of an ADM U-Net lie: in ours, in Karlo's original files (which name them as
-guided-diffusion does) and in diffusers' UNet2DConditionModel and UNet2DModel.
+"""Which tensors of Karlo make those of our U-Nets, in both layouts of its files.
 
-They run in the same order; what differs is how they are counted. Ours counts layers. The original counts the
-stations at which a skip connection begins or ends, so that a block that doubles the resolution is a part of
-the station before it. diffusers counts levels.
+The original files name the blocks of an ADM U-Net as guided-diffusion does; diffusers' classes are
+UNet2DConditionModel and UNet2DModel. The blocks run in the same order everywhere, but they are numbered
+differently. Ours numbers the layers. The original numbers the stations at which a skip connection begins or
+ends, so that a block that doubles the resolution is a part of the station before it. diffusers numbers the
+levels.
+
+karlo_keys.py says the same of the other networks.
 """
 
 from __future__ import annotations
@@ -17,20 +20,30 @@ from dalle2_fast.checkpoints.formats.renaming import Rules, parts_first, renamed
 
 @dataclass(frozen=True)
 class Block:
-    """A residual block and the attention behind it, if there is one."""
+    """The names of a residual block and of the attention after it, if there is one."""
 
-    ours: str  # of both: "<ours>.res", "<ours>.attention"
+    ours: str  # prefix of both: "<ours>.res", "<ours>.attention"
     original: str  # the station
-    number: int  # of the block in its station; the attention has the next
-    diffusers: str  # of the block; the attention has the same with "attentions" in the place of "resnets"
-    attends: bool
-    skips: bool  # the skip is a convolution, because the block changes the width
+    number: int  # of the block in its station; the attention has the next number
+    diffusers: str  # of the block; the attention is called "attentions" instead of "resnets"
+    attends: bool  # whether there is an attention
+    skips: bool  # whether the skip is a convolution, because the block changes the width
 
 
 def unet_blocks(
     channels: Sequence[int], layers: Sequence[int], attention_levels: Sequence[int]
 ) -> Iterator[Block]:
-    """The blocks in the order in which they run. The arguments are those of our UNet."""
+    """The blocks in the order in which they run.
+
+    Args:
+        channels: of each level, as for our UNet.
+        layers: blocks of each level on the way down; there is one more on the way up.
+        attention_levels: the levels whose blocks have attention.
+
+    Example:
+        >>> [block.ours for block in unet_blocks([8, 16], [1, 1], [])][:4]
+        ['down.0', 'down.1', 'down.2', 'middle.0']
+    """
     width, skips, down = channels[0], [channels[0]], 0
     for level, after in enumerate(channels):
         attends = level in attention_levels
@@ -74,10 +87,13 @@ _RES = {
 
 
 def original_rules(unet: Mapping[str, Any]) -> Rules:
-    """The U-Net with these arguments, from the names of Karlo's original files.
+    """The rules for a U-Net of Karlo's original files.
 
-    Projections there hold each head's queries, keys and values together, [heads, 3, head_dim] rows, and are
-    convolutions.
+    Its projections are convolutions, whose rows [heads, 3, head_dim] hold the queries, keys and values of
+    each head together.
+
+    Args:
+        unet: the arguments of our UNet.
     """
     rules = (
         renamed("time_embed.0", "time_embed.0")
@@ -102,7 +118,11 @@ def original_rules(unet: Mapping[str, Any]) -> Rules:
 
 
 def diffusers_rules(unet: Mapping[str, Any]) -> Rules:
-    """The U-Net with these arguments, from diffusers' names."""
+    """The rules for a UNet2DConditionModel or UNet2DModel.
+
+    Args:
+        unet: the arguments of our UNet.
+    """
     rules = (
         renamed("time_embed.0", "time_embedding.linear_1")
         | renamed("time_embed.2", "time_embedding.linear_2")
