@@ -1,4 +1,7 @@
-"""The error of a network's x0, from which ddpm's optimal variance follows (Bao et al., 2201.06503)."""
+"""The error of a network's x0, from which DDPM's optimal variance follows.
+
+Source: Bao et al., 2201.06503 ("Analytic-DPM"), theorem 1.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,25 @@ def measure_x0_error(
     clip: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # float64 [timesteps], on the CPU
-    """Mean squared error of the predicted x0 at every discrete time, measured at `points` of them and linear
-    in between: the x0_error of `sampler_table`.
+    """Measure the mean squared error of the predicted x0 at every discrete time.
 
-    clip bounds the predicted x0, as in `sample`.
+    Args:
+        diffusion: a process with discrete times.
+        net: net(x, time) -> prediction [B, C], as in `GaussianDiffusion.sample`.
+        x0: clean data; the more rows, the smaller the error of the measurement.
+        points: number of times at which the error is measured; the times in between are interpolated
+            linearly.
+        clip: bound on the predicted x0, as in `GaussianDiffusion.sample`.
+        generator: source of the noise; None is torch's default generator.
+
+    Returns:
+        The error per time, the argument `x0_error` of `GaussianDiffusion.sample`.
+
+    Example:
+        >>> from dalle2_fast.diffusion import GaussianDiffusion, make_schedule
+        >>> diffusion = GaussianDiffusion(make_schedule("cosine", 10), prediction="sample")
+        >>> measure_x0_error(diffusion, lambda x, time: torch.zeros_like(x), torch.ones(4, 3), points=3)
+        tensor([1., 1., 1., 1., 1., 1., 1., 1., 1., 1.], dtype=torch.float64)
     """
     batch, device = len(x0), x0.device
     steps = diffusion.schedule.timesteps

@@ -1,8 +1,10 @@
 """Known pixels while sampling: x_s = mask x_s + (1 - mask) (alpha_s known + sigma_s noise) after every step.
 
-The mask is 1 (True) where the picture is to be repainted. With resampling, each stretch of `jump` steps is
-gone through `resample` times; before it begins again the state is noised back to where the stretch began, so
-that the new part can agree with the known one. Lugmayr et al., "RePaint", 2201.09865, algorithm 1.
+The mask is 1 (True) where the image is repainted. With resampling, the sampler repeats every segment of
+`jump` steps `resample` times; before each repetition it noises the state back to the start of the segment, so
+that the new part can adapt to the known part.
+
+Source: Lugmayr et al., "RePaint", 2201.09865, algorithm 1.
 """
 
 from __future__ import annotations
@@ -16,15 +18,34 @@ from dalle2_fast import functional
 from dalle2_fast.diffusion.schedules import Schedule
 from dalle2_fast.ops._dtypes import compute_dtype
 
-# Counters of the noise of known pixels and of the way back, far from those of the steps.
+# Philox counters for the noise of the known pixels and for noising back, far from the counters of the steps.
 _KNOWN_NOISE, _RENOISE = 2**30, 2**29
 
 
 class Inpainting:
-    """What is kept in one sampling run. State i is x at times[i]; state `steps` is the data.
+    """The known data of one sampling run. State i is x at times[i]; state `steps` is the data.
 
-    known: the data [B, C, *] in the range that the network works in. mask: bool, or numbers 0 and 1, that
-    broadcasts to it.
+    Args:
+        schedule: the noise schedule of the process.
+        times: the times of the steps, falling, [steps].
+        known: the data [B, C, *] in the range in which the network works.
+        mask: bool, or numbers 0 and 1, that broadcasts to `known`; 1 = repaint.
+        shape: the shape of x.
+        device: the device of x.
+        dtype: the dtype of x.
+
+    Raises:
+        TypeError, ValueError: `known` does not have `shape`, or the mask is not one.
+
+    Example:
+        >>> from dalle2_fast.diffusion import make_schedule, step_times
+        >>> schedule, known = make_schedule("cosine"), torch.ones(1, 1, 2, 2)
+        >>> mask = torch.tensor([[[[True, False], [True, False]]]])
+        >>> times = step_times(schedule, 4)
+        >>> run = Inpainting(schedule, times, known, mask, (1, 1, 2, 2), torch.device("cpu"), torch.float32)
+        >>> run.with_known(torch.zeros(1, 1, 2, 2), state=4, seeds=torch.tensor([0]))
+        tensor([[[[0., 1.],
+                  [0., 1.]]]])
     """
 
     def __init__(
@@ -42,18 +63,18 @@ class Inpainting:
             raise ValueError(f"known: expected {shape}, got {came}")
         self.known = known.to(device, dtype)
         self.mask = check_mask(mask, shape).to(device)
-        # Plain numbers: a tensor filled with one needs no copy to the device, and none is rounded early.
+        # Python numbers: filling a tensor with one needs no copy to the device and does not round early.
         self._alpha = [*schedule.alpha(times.cpu()).tolist(), 1.0]
         self._sigma = [*schedule.sigma(times.cpu()).tolist(), 0.0]
         self._like = torch.empty(0, device=device, dtype=compute_dtype(dtype))
 
     def with_known(self, x: Tensor, state: int, seeds: Tensor) -> Tensor:
-        """x, which is state `state`, with the known pixels in it as they are at that noise."""
+        """Return x at `state` with the known pixels inserted at the noise level of that state."""
         factors = self._alpha[state], self._sigma[state]
         return torch.where(self.mask, x, self._noised(self.known, *factors, seeds, _KNOWN_NOISE + state))
 
     def renoise(self, x: Tensor, state: int, to: int, seeds: Tensor) -> Tensor:
-        """x, which is state `state`, noised to the earlier state `to` as the forward process does."""
+        """Return x, which is at `state`, noised to the earlier state `to` by the forward process."""
         ratio = self._alpha[to] / self._alpha[state]
         std = math.sqrt(max(self._sigma[to] ** 2 - (ratio * self._sigma[state]) ** 2, 0.0))
         return self._noised(x, ratio, std, seeds, _RENOISE + to)
@@ -64,9 +85,24 @@ class Inpainting:
 
 
 def resampling_order(start: int, steps: int, resample: int, jump: int) -> list[tuple[int, int]]:
-    """The steps in the order in which they are made, each with the number of its repetition: (step, number).
+    """The order in which the sampler makes its steps, as pairs (step, repetition).
 
-    0 is the first time; every repetition of every stretch has a number of its own, and so noise of its own.
+    Args:
+        start: the first step.
+        steps: the number of steps; the last one is steps - 1.
+        resample: how often each segment is made, >= 1.
+        jump: the number of steps in a segment, >= 1.
+
+    Returns:
+        The steps in order. Repetition 0 is the first pass of every segment. Every later pass of every segment
+        has a number that no other pass has, and therefore noise of its own.
+
+    Raises:
+        ValueError: resample or jump is not an int of at least 1.
+
+    Example:
+        >>> resampling_order(0, 3, resample=2, jump=2)
+        [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (2, 2)]
     """
     for name, value in (("resample", resample), ("jump", jump)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -80,7 +116,16 @@ def resampling_order(start: int, steps: int, resample: int, jump: int) -> list[t
 
 
 def check_mask(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    """The mask as bool, True = repaint; ValueError unless it broadcasts to `shape` and is of 0 and 1."""
+    """Return the mask as bool, True = repaint.
+
+    Raises:
+        TypeError: the mask is not a tensor.
+        ValueError: the mask does not broadcast to `shape`, or has values other than 0 and 1.
+
+    Example:
+        >>> check_mask(torch.tensor([[0.0, 1.0]]), (3, 2))
+        tensor([[False,  True]])
+    """
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask: expected a tensor with 1 where to repaint, got {type(mask).__name__}")
     sizes = tuple(mask.shape)

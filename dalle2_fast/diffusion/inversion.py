@@ -1,4 +1,4 @@
-"""DDIM backwards: from data to the noise that leads back to them."""
+"""DDIM inversion: from data to the noise that leads back to the data."""
 
 from __future__ import annotations
 
@@ -29,18 +29,39 @@ def invert(
     refine: int = 0,
     progress: Progress = None,
 ) -> Tensor:  # x_T [B, C, *]
-    """DDIM inversion: the x_T from which `sample(..., sampler="ddim", x_T=x_T)` comes back to about x0.
+    """DDIM inversion: find the x_T from which `sample(..., sampler="ddim", x_T=x_T)` returns about x0.
 
-    steps >= 2, as in `sample`; net, guidance and clip likewise. It begins at the last time at which
-    `sample` calls the network, with the data there free of noise, and is exact in the limit of many
-    steps. (Nearer to the data a network's error, divided by sigma, would count as noise: with the
-    checkpoint in the package, begun at time 0, x_T came out 35 times too large.)
+    The inversion starts at the last time at which `sample` calls the network, where it takes the data as free
+    of noise, and is exact in the limit of many steps. It does not start nearer to the data, because there the
+    error of a network, divided by sigma, would count as noise: with the checkpoint in the package, started at
+    time 0, x_T came out 35 times too large.
 
-    refine: each step uses the network's answer where it begins, but the way back uses that where it ends;
-        so many times it is made again with the noise found where it ended (a fixed point iteration), each
-        for one more call a step. With an exact network a few steps then lead back, too.
+    Args:
+        diffusion: the process.
+        net: as in `sample`.
+        x0: clean data, floating.
+        steps: the number of steps, >= 2, as in `sample`.
+        guidance: as in `sample`.
+        clip: as in `sample`; None for no bound.
+        refine: the number of fixed point iterations per step, each of which calls net once more. A step uses
+            the network's output where the step starts, but sampling uses the output where the step ends; an
+            iteration repeats the step with the output at its end. With an exact network a few steps are then
+            enough to lead back.
+        progress: as in `sample`.
 
-    Song et al., 2010.02502, section 4.3; Ramesh et al., 2204.06125, section 3.
+    Returns:
+        x_T, [B, C, *] in the dtype of x0.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or range.
+
+    Source: Song et al., 2010.02502, section 4.3; Ramesh et al., 2204.06125, section 3.
+
+    Example:
+        >>> from dalle2_fast.diffusion import GaussianDiffusion, make_schedule
+        >>> diffusion = GaussianDiffusion(make_schedule("cosine"), prediction="sample")
+        >>> invert(diffusion, lambda x, time: torch.ones_like(x), torch.ones(2, 3), steps=4).shape
+        torch.Size([2, 3])
     """
     check_data(x0)
     if isinstance(refine, bool) or not isinstance(refine, int) or refine < 0:
@@ -52,7 +73,7 @@ def invert(
     ends = ends.to(table)
 
     def step_from(x: Tensor, at: int, table: Tensor) -> Tensor:
-        """Row `at` of a table, applied with the network's answer at x and times[at]."""
+        """Apply row `at` of a table with the network's output at x and times[at]."""
         output = net(x, net_times[at])
         if diffusion.variance == "learned_range":
             output = output[:, : x.shape[1]]

@@ -1,4 +1,10 @@
-"""The Gaussian diffusion process: training losses, the variational bound, sampling."""
+"""The Gaussian diffusion process: noise is added to x0, and a network learns to remove it.
+
+    x_t = alpha(t) x0 + sigma(t) noise
+
+This file holds the process and its configuration. What is done with a process (training, likelihood,
+sampling, inversion) has a file each.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +23,42 @@ from dalle2_fast.ops._dtypes import compute_dtype
 
 
 class GaussianDiffusion:
-    """What a network is trained on and sampled with, given a schedule.
+    """A diffusion process: how a network is trained, and how samples are drawn with it.
 
-    schedule: see `make_schedule`.
-    prediction: what the network returns: "epsilon", "sample" (x0) or "v_prediction" (alpha epsilon - sigma
-        x0).
-    variance: of DDPM's noise: "fixed_small", "fixed_large", or "learned_range": then the network returns 2C
-        channels whose second half places the log variance between the two (2102.09672, equation 15). Needs
-        discrete times.
-    weighting: of the loss over time, see `loss_weight`: "simple" is the error of epsilon, "x0" that of x0,
-        "v" that of v, "min_snr" that of x0 times min(SNR, min_snr_gamma), each whatever the network
-        predicts; "uniform" is the plain error of what it predicts.
-    max_weight: bounds the weight on the network's own error. The weights "v" and "simple" on a network that
-        predicts x0 grow without limit as the noise vanishes.
-    log_snr_focus: (low, high, fraction): this fraction of the training times is drawn so that log-SNR is
-        uniform on [low, high], beside the uniform ones.
-    stratified: draw one training time from each B-th of their distribution, which lowers the gradient's
-        variance.
-    vlb_weight: of the bound in the hybrid loss of learned_range, L_simple + vlb_weight * timesteps * L_t with
-        L_t in bits per dimension, as improved DDPM trains it.
+    Args:
+        schedule: the noise schedule, see `make_schedule`.
+        prediction: what the network predicts: "epsilon", "sample" (x0) or "v_prediction" (v = alpha epsilon -
+            sigma x0).
+        variance: variance of the noise of DDPM: "fixed_small", "fixed_large", or "learned_range". With
+            "learned_range" the network returns 2C channels, of which the second half interpolates the log
+            variance between the two fixed ones (2102.09672, equation 15); it needs discrete times.
+        weighting: weighting of the loss over time, see `loss_weight`. Regardless of the prediction, "simple"
+            is the error of epsilon, "x0" that of x0, "v" that of v, and "min_snr" that of x0 times
+            min(SNR, min_snr_gamma); "uniform" is the plain error of what the network predicts.
+        min_snr_gamma: gamma of "min_snr", > 0.
+        log_snr_focus: (low, high, fraction). This fraction of the training times is drawn so that log-SNR is
+            uniform on [low, high]; the other times are uniform.
+        vlb_weight: weight of the variational bound in the hybrid loss of "learned_range", L_simple +
+            vlb_weight * timesteps * L_t with L_t in bits per dimension, as improved DDPM trains it; >= 0.
+        max_weight: upper bound on the weight of the network's error, > 0. For a network that predicts x0 the
+            weights "v" and "simple" grow without limit as the noise vanishes.
+        stratified: draw one training time from each B-th of their distribution, which lowers the variance of
+            the gradient.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or value.
+
+    Source: Ho et al., 2006.11239; Nichol and Dhariwal, 2102.09672.
+
+    Example:
+        >>> import torch
+        >>> from dalle2_fast.diffusion import make_schedule
+        >>> diffusion = GaussianDiffusion(make_schedule("cosine"), prediction="v_prediction")
+        >>> net = lambda x, time: torch.zeros_like(x)
+        >>> diffusion.training_loss(net, torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2])
+        >>> diffusion.sample(net, (2, 3, 8, 8), seeds=torch.tensor([0, 1]), steps=4).shape
+        torch.Size([2, 3, 8, 8])
     """
 
     def __init__(
@@ -83,7 +106,7 @@ class GaussianDiffusion:
         self.log_snr_focus, self.stratified = log_snr_focus, stratified
 
     def to_config(self) -> dict[str, object]:
-        """JSON-able; `from_config` rebuilds the process."""
+        """The JSON-able description from which `from_config` rebuilds the process."""
         return {
             "schedule": self.schedule.to_config(), "prediction": self.prediction, "variance": self.variance,
             "weighting": self.weighting, "min_snr_gamma": self.min_snr_gamma,
@@ -93,6 +116,7 @@ class GaussianDiffusion:
 
     @classmethod
     def from_config(cls, config: dict[str, object]) -> GaussianDiffusion:
+        """Build the process that `to_config` described."""
         options = {key: value for key, value in config.items() if key != "schedule"}
         return cls(Schedule.from_config(config["schedule"]), **options)
 
@@ -101,12 +125,28 @@ class GaussianDiffusion:
     def add_noise(
         self, x0: Tensor, t: Tensor, noise: Tensor | None = None, *, seeds: Tensor | None = None
     ) -> Tensor:
-        """x_t = alpha(t) x0 + sigma(t) noise, t [B]; by seeds, the noise that `sample` starts from."""
+        """x_t = alpha(t) x0 + sigma(t) noise.
+
+        Args:
+            x0: clean data [B, *].
+            t: times [B].
+            noise: standard normal noise [B, *]; give it or `seeds`.
+            seeds: int64 [B]; the noise is then the one from which `sample` starts with these seeds.
+
+        Returns:
+            x_t [B, *] in the dtype of x0.
+        """
         alpha, sigma = self.alpha_sigma(t, x0)
         return functional.add_noise(x0, alpha, sigma, noise, seeds=seeds, step=sampling.INITIAL_NOISE)[0]
 
     def predict_x0(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
-        """x0 from what the network returned at x_t (without variance channels), unbounded."""
+        """The x0 that the network's prediction at x_t implies, without clipping.
+
+        Args:
+            x_t: noisy data [B, C, *].
+            t: times [B].
+            output: the prediction [B, C, *], without the channels of a learned variance.
+        """
         if self.prediction == "sample":
             return output
         alpha, sigma = (per_sample(value, x_t) for value in self.alpha_sigma(t, x_t))
@@ -115,24 +155,38 @@ class GaussianDiffusion:
         return alpha * x_t - sigma * output
 
     def posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q(x_{t-1} | x_t, x0) of a discrete schedule, t int64 [B]: mean [B, *], variance and log variance
-        [B, 1, ...].
+        """The posterior q(x_{t-1} | x_t, x0) of a process with discrete times.
 
-        At t = 0 the mean is x0, the variance 0, and the log variance that of t = 1 (its own is minus
-        infinity). Ho et al., 2006.11239, equations 6 and 7.
+        Args:
+            x0: clean data [B, *].
+            x_t: noisy data [B, *].
+            t: times, int64 [B].
+
+        Returns:
+            Mean [B, *], variance and log variance [B, 1, ...]. At t = 0 the mean is x0, the variance is 0,
+            and the log variance is that of t = 1, because the log of 0 is minus infinity.
+
+        Raises:
+            ValueError: the schedule has continuous times.
+
+        Source: Ho et al., 2006.11239, equations 6 and 7.
         """
         a, b, log_var_min, _ = vlb.single_step(self.schedule, t, x0)
         first = per_sample(t.to(x0.device) == 0, x0)
         return a * x_t + b * x0, log_var_min.exp().masked_fill(first, 0.0), log_var_min
 
     def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha(t) and sigma(t) on the device of `like`, float32 (float64 for such `like`)."""
+        """alpha(t) and sigma(t) [B] on the device of `like`, in float32 (float64 for a float64 `like`)."""
         dtype = compute_dtype(like.dtype)
         t = t.to(like.device)
         return self.schedule.alpha(t).to(dtype), self.schedule.sigma(t).to(dtype)
 
     def split_output(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The network's output at x as its prediction and, with a learned range, the variance logit."""
+        """Split the network's output at x into its prediction and, with a learned range, the variance logit.
+
+        Raises:
+            ValueError: the output does not have the shape of x, or with a learned range twice its channels.
+        """
         channels = x.shape[1] * (2 if self.variance == "learned_range" else 1)
         expected = (x.shape[0], channels, *x.shape[2:])
         if tuple(output.shape) != expected:
@@ -143,10 +197,10 @@ class GaussianDiffusion:
         return output, None
 
     def times(self, steps: int, spacing: str = "time") -> Tensor:
-        """The falling times at which `sample` calls the network, [steps]."""
+        """The falling times at which `sample` calls the network, [steps]; see `step_times`."""
         return step_times(self.schedule, steps, spacing)
 
-    # -- what is done with it: free functions of a process, which are its methods as well --------------------
+    # -- what is done with a process: free functions, which are also its methods -----------------------------
 
     sample_times = training.sample_times
     training_loss = training.training_loss

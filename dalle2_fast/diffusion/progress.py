@@ -1,4 +1,4 @@
-"""Progress of a loop: nothing, a tqdm bar, or the caller's own wrapper."""
+"""Progress of a loop: none, a tqdm bar, or the caller's wrapper."""
 
 from __future__ import annotations
 
@@ -8,7 +8,20 @@ Progress = Callable[..., Iterable] | bool | None
 
 
 def with_progress(steps: Sequence, progress: Progress) -> Iterable:
-    """`steps` themselves for None or False, in a tqdm bar for True, else progress(steps, total=...)."""
+    """Wrap the steps of a loop.
+
+    Args:
+        steps: what the loop iterates over.
+        progress: None or False for no progress, True for a tqdm bar, or a function that is called as
+            progress(steps, total=...) and returns an iterable of the same steps.
+
+    Returns:
+        An iterable of `steps`.
+
+    Example:
+        >>> list(with_progress(range(3), None))
+        [0, 1, 2]
+    """
     if progress is None or progress is False:
         return steps
     if progress is True:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 Net = Callable[[Tensor, Tensor], Tensor]
 
-# The counter of the noise that sampling starts from: no row of a table, so it is independent of every step's
-# noise and the same for every number of steps.
+# The Philox counter of the initial noise. No row of a table has this number, so the initial noise is
+# independent of the noise of every step, and it is the same for every number of steps.
 INITIAL_NOISE = 2**31 - 1
 
 
@@ -55,35 +55,55 @@ def sample(
     callback: Callable[[int, Tensor, Tensor], None] | None = None,
     last_net: Net | None = None,
 ) -> Tensor:  # x0 [B, C, *]
-    """Draw samples; each depends on its own seed only, not on the batch around it.
+    """Draw samples. Each sample depends on its seed only, not on the other samples of the batch.
 
     Args:
-        net: net(x, time) with x [B, C, *] of `dtype`, time float32 [B] -> output [B, ...]; with guidance
-            [2B, ...], the B conditional rows first, then the B unconditional ones. 2C channels with a
-            learned range.
-        seeds: of x_T and of every step's noise.
-        steps: calls of net; at most the schedule's timesteps.
-        sampler, eta: see `sampler_tables.sampler_table`. A learned variance is used by "ddpm"; the others
-            ignore it.
-        spacing: of the steps: "time" or "log_snr", see `sampler_tables.step_times`.
-        x0_error: the network's, at every discrete time, for ddpm's optimal variance, see `sampler_table`.
-        guidance, guidance_rescale, clip, dynamic_threshold: see `functional.diffusion_step`.
-        x_T: where to begin instead of at noise.
-        start: skip this many of the steps; then x_T is required, as of `times(steps, spacing)[start]`
-            (see `add_noise`).
-        known, mask: data to keep; mask is 1 (True) where it is repainted, and where it is 0 the data come
-            out exactly as they are.
-        resample, jump: with `known`, go through each stretch of `jump` steps `resample` times, noised
-            back in between: 10 x 10 in RePaint (2201.09865), whose new parts then fit the known ones.
-        progress: True for a tqdm bar, or a function of (iterable, total=...) that gives the iterable
-            back.
-        device: seeds' device when None.
-        dtype: of x; the update's maths is float32 (float64 for float64) in any case.
+        diffusion: the process.
+        net: called as net(x, time) with x [B, C, *] of `dtype` and time float32 [B]. It returns [B, C, *];
+            with guidance 2B rows, first the B conditional ones, then the B unconditional ones; with a learned
+            range 2C channels.
+        shape: shape of the samples, (B, C, *).
+        seeds: seeds of x_T and of the noise of every step.
+        steps: the number of steps; at most the timesteps of the schedule.
+        sampler: "ddpm", "ddim" or "dpm++", see `sampler_table`. Only "ddpm" uses a learned variance; the
+            others ignore it.
+        eta: noise of "ddim" in [0, 1], see `sampler_table`.
+        spacing: "time" or "log_snr", see `step_times`.
+        x0_error: mean squared error of the network's x0 at every discrete time, for the optimal variance of
+            "ddpm", see `sampler_table` and `measure_x0_error`.
+        guidance: guidance weight, a number or [B], see `functional.diffusion_step`; None if net returns no
+            unconditional rows.
+        guidance_rescale: number in [0, 1], see `functional.diffusion_step`.
+        clip: bound on the predicted x0; None for no bound.
+        dynamic_threshold: quantile in (0, 1], see `functional.diffusion_step`.
+        x_T: the state at which sampling starts; None is noise.
+        start: the number of steps to skip. Above 0 it requires x_T, the state at
+            `times(steps, spacing)[start]` (see `add_noise`).
+        known: data to keep, in the range of x0.
+        mask: 1 (True) where `known` is repainted; where it is 0, `known` comes out unchanged.
+        resample: with `known`, how often each segment of `jump` steps is made, noised back in between.
+            RePaint (2201.09865) uses 10 with jump 10; the new parts then fit the known ones.
+        jump: the number of steps in a segment of `resample`.
+        progress: True for a tqdm bar, or a function that is called as progress(iterable, total=...) and
+            returns an iterable of the same steps.
+        device: where to sample; None is the device of seeds.
+        dtype: dtype of x. The update is computed in float32 (float64 for float64) regardless.
         callback: called as callback(step, x_next, x0) after every step.
         last_net: called in place of net in the last step.
 
+    Returns:
+        The samples x0, [B, C, *] of `dtype`.
+
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or range.
+
+    Source: the papers of the samplers, see `sampler_table`; Lugmayr et al., 2201.09865, for inpainting.
+
+    Example:
+        >>> from dalle2_fast.diffusion import GaussianDiffusion, make_schedule
+        >>> diffusion = GaussianDiffusion(make_schedule("cosine"), prediction="sample")
+        >>> sample(diffusion, lambda x, time: torch.zeros_like(x), (1, 3), seeds=torch.tensor([0]), steps=4)
+        tensor([[0., 0., 0.]])
     """
     batch, channels, *_ = shape = check_shape(shape)
     _checks.seeds_and_step(seeds, 0, batch)
@@ -109,19 +129,20 @@ def sample(
         x = inpainting.with_known(x, start, seeds)
         order = resampling_order(start, steps, resample, jump)
     elif mask is not None or resample != 1:
-        raise ValueError("known: expected the data to keep beside mask and resample, got None")
+        raise ValueError("known: expected the data to keep, because mask or resample is given, got None")
     else:
         order = [(step, 0) for step in range(start, steps)]
 
     noisy = bool((table[:, 5] > 0).any())
     learned_range = diffusion.variance == "learned_range"
     use_range = learned_range and sampler == "ddpm"
-    # Everything that changes with the step is on the device before the loop: no copy, no wait within.
+    # Everything that changes from step to step is on the device before the loop, so that no step has to wait
+    # for a copy.
     rows, net_times, table = on_device(diffusion, times, table, batch, device, dtype)
     previous_x0, state = None, start
     for step, repetition in with_progress(order, progress):
         step_seeds = derived_seeds(seeds, repetition)
-        if step < state:  # the stretch begins anew
+        if step < state:  # another pass over this segment
             x = inpainting.renoise(x, state, step, step_seeds)
             x = inpainting.with_known(x, step, step_seeds)
             previous_x0 = None
@@ -164,6 +185,6 @@ def on_device(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row numbers [steps], the network's times [steps, B] and the table, on the device and rounded."""
+    """Row numbers [steps], the network's times [steps, B] and the table, rounded and on the device."""
     net_times = diffusion.schedule.net_time(times).to(device)[:, None].expand(-1, batch)
     return torch.arange(len(times), device=device), net_times, table.to(compute_dtype(dtype)).to(device)

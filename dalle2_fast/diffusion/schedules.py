@@ -1,8 +1,8 @@
 """Noise schedules: x_t = alpha(t) x0 + sigma(t) noise with alpha^2 + sigma^2 = 1.
 
-A schedule is its log signal-to-noise ratio, log_snr(t) = log(alpha^2 / sigma^2), falling in t; alpha^2 and
-sigma^2 are its sigmoid and the sigmoid of its negative. Everything here is float64: what models and samplers
-use is rounded once, by them.
+A schedule is given by its log signal-to-noise ratio, log_snr(t) = log(alpha^2 / sigma^2), which falls in t;
+alpha^2 = sigmoid(log_snr) and sigma^2 = sigmoid(-log_snr). Everything here is float64. Models and samplers
+round once, when they use a value.
 """
 
 from __future__ import annotations
@@ -12,16 +12,22 @@ import math
 import torch
 from torch import Tensor
 
-# What networks are told is on one scale whatever the schedule, so that one time embedding fits all.
+# The times that networks receive have one scale for all schedules, so that one time embedding fits all.
 _NET_TIME_OF_ONE = 1000.0
-# "Improved DDPM" (2102.09672, section 3.2) clips betas so that the last step is not singular.
+# Improved DDPM (2102.09672, section 3.2) clips the betas, so that the last step is not singular.
 _LARGEST_BETA = 0.999
 
 
 class Schedule:
-    """What the two kinds of schedule share. Build one with `make_schedule`.
+    """The interface of the two kinds of schedule. Build a schedule with `make_schedule`.
 
-    timesteps: the number of discrete times 0 .. timesteps - 1, or None: continuous times in [0, 1].
+    Attributes:
+        timesteps: the number of discrete times 0 .. timesteps - 1, or None for continuous times in [0, 1].
+        name: the name that `make_schedule` takes.
+
+    Example:
+        >>> make_schedule("cosine", 10).alpha(torch.tensor([0, 9])).round(decimals=2)
+        tensor([0.9900, 0.0000], dtype=torch.float64)
     """
 
     timesteps: int | None
@@ -32,15 +38,16 @@ class Schedule:
         raise NotImplementedError
 
     def time_at(self, log_snr: Tensor) -> Tensor:
-        """The time whose log-SNR this is (for discrete times, the nearest one)."""
+        """The time that has this log-SNR; for discrete times, the nearest one."""
         raise NotImplementedError
 
     def net_time(self, t: Tensor) -> Tensor:
-        """What networks are told: float32, the index of a discrete time, 1000 t of a continuous one."""
+        """The times as networks receive them, float32: the index of a discrete time, 1000 t of a continuous
+        one."""
         raise NotImplementedError
 
     def uniform_time(self, u: Tensor) -> Tensor:
-        """Numbers in [0, 1) -> times, evenly."""
+        """Map uniform numbers in [0, 1) to uniformly distributed times."""
         raise NotImplementedError
 
     def to_config(self) -> dict[str, object]:
@@ -49,14 +56,15 @@ class Schedule:
 
     @staticmethod
     def from_config(config: dict[str, object]) -> Schedule:
+        """Build the schedule that `to_config` described."""
         return make_schedule(**config)
 
     def alpha(self, t: Tensor) -> Tensor:
-        """The signal's factor at times t, float64."""
+        """The factor of the signal at times t, float64."""
         return torch.sigmoid(self.log_snr(t)).sqrt()
 
     def sigma(self, t: Tensor) -> Tensor:
-        """The noise's factor at times t, float64."""
+        """The factor of the noise at times t, float64."""
         return torch.sigmoid(-self.log_snr(t)).sqrt()
 
     def __repr__(self) -> str:
@@ -65,9 +73,19 @@ class Schedule:
 
 
 class DiscreteSchedule(Schedule):
-    """Times 0 .. T-1 with alpha^2(t) = prod_{i <= t} (1 - beta_i)  (Ho et al., 2006.11239, equation 4).
+    """Times 0 .. T-1 with alpha^2(t) = prod_{i <= t} (1 - beta_i).
 
-    betas: float64 [T] in (0, 1).
+    Args:
+        name: the name of the schedule.
+        betas: float64 [T] in (0, 1).
+        options: the arguments of `make_schedule` that made the betas, for `to_config`.
+
+    Source: Ho et al., 2006.11239, equation 4.
+
+    Example:
+        >>> schedule = DiscreteSchedule("linear", torch.tensor([0.1, 0.2], dtype=torch.float64))
+        >>> schedule.alpha(torch.tensor([0, 1])) ** 2
+        tensor([0.9000, 0.7200], dtype=torch.float64)
     """
 
     def __init__(self, name: str, betas: Tensor, options: dict[str, float] | None = None):
@@ -77,7 +95,7 @@ class DiscreteSchedule(Schedule):
         self._log_snr = {torch.device("cpu"): log_alpha_squared - torch.log(-torch.expm1(log_alpha_squared))}
 
     def _table(self, device: torch.device) -> Tensor:
-        # One copy a device, kept: a copy every step would make the host wait.
+        # One copy per device is kept, because a copy in every step would make the host wait.
         if device not in self._log_snr:
             self._log_snr[device] = self._log_snr[torch.device("cpu")].to(device)
         return self._log_snr[device]
@@ -101,11 +119,25 @@ class DiscreteSchedule(Schedule):
 
 
 class ContinuousSchedule(Schedule):
-    """Times in [0, 1] with log-SNR from log_snr_max at 0 down to log_snr_min at 1.
+    """Times in [0, 1], with a log-SNR from log_snr_max at time 0 down to log_snr_min at time 1.
 
-    continuous_cosine: alpha = cos(pi t / 2), cut at the two bounds; shift is added to the log-SNR, e.g.
-        2 log(64 / resolution) for images larger than 64 (Hoogeboom et al., 2301.11093, section 2.1).
-    continuous_log_linear: log-SNR linear in t (Kingma et al., 2107.00630).
+    Args:
+        name: "continuous_cosine" (alpha = cos(pi t / 2), cut at the two bounds) or "continuous_log_linear"
+            (log-SNR linear in t).
+        log_snr_min: log-SNR at time 1, before the shift.
+        log_snr_max: log-SNR at time 0, before the shift.
+        shift: added to the log-SNR; 2 log(64 / resolution) suits images larger than 64.
+
+    Raises:
+        ValueError: the bounds are not finite and ordered, or the shift is not finite.
+
+    Source: Hoogeboom et al., 2301.11093, section 2.1, for the cosine and its shift; Kingma et al.,
+    2107.00630, for the linear log-SNR.
+
+    Example:
+        >>> schedule = ContinuousSchedule("continuous_log_linear", log_snr_min=-10.0, log_snr_max=10.0)
+        >>> schedule.log_snr(torch.tensor([0.0, 0.5, 1.0]))
+        tensor([ 10.,   0., -10.], dtype=torch.float64)
     """
 
     timesteps = None
@@ -119,7 +151,7 @@ class ContinuousSchedule(Schedule):
         if not math.isfinite(shift):
             raise ValueError(f"shift: expected a finite number, got {shift}")
         self.name, self.log_snr_min, self.log_snr_max, self.shift = name, log_snr_min, log_snr_max, shift
-        # log-SNR = -2 log tan(angle) on the arc of the cosine schedule.
+        # On the arc of the cosine schedule, log-SNR = -2 log tan(angle).
         self._angle_at_0 = math.atan(math.exp(-log_snr_max / 2))
         self._angle_at_1 = math.atan(math.exp(-log_snr_min / 2))
 
@@ -163,7 +195,7 @@ def _cosine_betas(timesteps: int) -> Tensor:
 
 
 def _linear_betas(timesteps: int, beta_start: float | None = None, beta_end: float | None = None) -> Tensor:
-    """1e-4 to 0.02 for 1000 steps (Ho et al., 2006.11239); stretched for others, to end at the same noise."""
+    """1e-4 to 0.02 for 1000 steps (Ho et al., 2006.11239); scaled for others, to end at the same noise."""
     start = 1e-4 * 1000 / timesteps if beta_start is None else beta_start
     end = 0.02 * 1000 / timesteps if beta_end is None else beta_end
     return torch.linspace(start, end, timesteps, dtype=torch.float64)
@@ -172,7 +204,7 @@ def _linear_betas(timesteps: int, beta_start: float | None = None, beta_end: flo
 def _scaled_linear_betas(
     timesteps: int, beta_start: float | None = None, beta_end: float | None = None
 ) -> Tensor:
-    """Linear in sqrt(beta): 0.00085 to 0.012 for 1000 steps (Rombach et al., 2112.10752), or stretched."""
+    """Linear in sqrt(beta): 0.00085 to 0.012 for 1000 steps (Rombach et al., 2112.10752), or scaled."""
     start = 0.00085 * 1000 / timesteps if beta_start is None else beta_start
     end = 0.012 * 1000 / timesteps if beta_end is None else beta_end
     return torch.linspace(start**0.5, end**0.5, timesteps, dtype=torch.float64) ** 2
@@ -183,17 +215,25 @@ _CONTINUOUS = ("continuous_cosine", "continuous_log_linear")
 
 
 def make_schedule(name: str = "cosine", timesteps: int | None = 1000, **options: float) -> Schedule:
-    """The noise schedule of this name.
+    """Build the noise schedule of this name.
 
     Args:
         name: "cosine", "linear" or "scaled_linear" with discrete times; "continuous_cosine" or
             "continuous_log_linear" with times in [0, 1].
         timesteps: the number of discrete times, >= 1; continuous schedules have none and ignore it.
-        options: beta_start, beta_end in (0, 1) for the two linear ones; log_snr_min, log_snr_max, shift for
-            the continuous ones.
+        options: beta_start and beta_end in (0, 1) for the two linear ones; log_snr_min, log_snr_max and shift
+            for the continuous ones.
+
+    Returns:
+        A `DiscreteSchedule` or a `ContinuousSchedule`.
 
     Raises:
-        TypeError, ValueError: an unknown name or option, or a value out of range.
+        TypeError: an unknown option, or timesteps is not an int.
+        ValueError: an unknown name, or a value out of range.
+
+    Example:
+        >>> make_schedule("linear", 100)
+        make_schedule(name='linear', timesteps=100)
     """
     if name not in _BETAS and name not in _CONTINUOUS:
         names = ", ".join(map(repr, (*_BETAS, *_CONTINUOUS)))
@@ -211,5 +251,5 @@ def make_schedule(name: str = "cosine", timesteps: int | None = 1000, **options:
     for option, value in options.items():
         if not 0 < value < 1:
             raise ValueError(f"{option}: expected a number between 0 and 1, got {value}")
-    with torch.device("cpu"):  # also where a model is built on the "meta" device: these are no parameters
+    with torch.device("cpu"):  # also where a model is built on the "meta" device: the betas are no parameters
         return DiscreteSchedule(name, _BETAS[name](timesteps, **options).clamp(max=_LARGEST_BETA), options)

@@ -1,4 +1,4 @@
-"""Training of a Gaussian diffusion process: the times that are drawn, and the loss at them."""
+"""Training with a Gaussian diffusion process: which times are drawn, and the loss at those times."""
 
 from __future__ import annotations
 
@@ -25,8 +25,23 @@ def sample_times(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Training times [batch]: int64 indices, or float64 in [0, 1) for a continuous schedule."""
-    # A generator draws on its own device, which need not be the data's.
+    """Draw training times.
+
+    Args:
+        diffusion: the process.
+        batch: the number of times.
+        generator: source of the random numbers; None is torch's default generator.
+        device: where the times are wanted; None is the device of the generator.
+
+    Returns:
+        [batch]: int64 indices, or float64 in [0, 1) for a continuous schedule.
+
+    Example:
+        >>> from dalle2_fast.diffusion import GaussianDiffusion, make_schedule
+        >>> sample_times(GaussianDiffusion(make_schedule("cosine")), 4).dtype
+        torch.int64
+    """
+    # A generator can only draw on its device, which need not be the device of the data.
     drawn_on = generator.device if generator is not None else device
     u = torch.rand(batch, generator=generator, device=drawn_on, dtype=torch.float64)
     u = u.to(device if device is not None else u.device)
@@ -35,8 +50,8 @@ def sample_times(
     schedule = diffusion.schedule
     if diffusion.log_snr_focus is None:
         return schedule.uniform_time(u)
-    # One uniform number for both choices (inverse of the mixture's distribution), so that stratifying it
-    # stratifies the mixture.
+    # One uniform number makes both choices (the inverse distribution function of the mixture), so that
+    # stratifying the number stratifies the mixture.
     low, high, fraction = diffusion.log_snr_focus
     focused = schedule.time_at(low + (high - low) * u / max(fraction, 1e-12))
     uniform = schedule.uniform_time(((u - fraction) / max(1 - fraction, 1e-12)).clamp(0, 1))
@@ -53,18 +68,35 @@ def training_loss(
     generator: torch.Generator | None = None,
     pixel_weight: Tensor | None = None,  # broadcasts to x0
 ) -> Tensor:  # [B]
-    """The loss of each sample, float32 (float64 for such x0).
+    """The training loss of each sample.
+
+    With a learned range the variational bound is added. Its mean is detached, so that the bound trains the
+    variance only.
 
     Args:
-        net: called once, net(x_t, time) with time float32 [B] (0 .. 1000) -> [B, C, *], or [B, 2C, *]
-            with a learned range.
-        x0: clean data; images in [-1, 1].
-        t: times, drawn by `sample_times` when None.
-        noise: drawn by `generator` when None.
+        diffusion: the process.
+        net: called once as net(x_t, time) with time float32 [B] in 0 .. 1000; returns [B, C, *], or
+            [B, 2C, *] with a learned range.
+        x0: clean data, floating; images in [-1, 1].
+        t: times; None draws them with `sample_times`.
+        noise: standard normal noise; None draws it from `generator`.
+        generator: source of the random numbers; None is torch's default generator.
         pixel_weight: factor on the squared error of each element, before the mean over elements.
 
-    With a learned range the bound is added, in which the mean is detached: it teaches the variance only
-    (Nichol and Dhariwal, 2102.09672, equation 16).
+    Returns:
+        float32 [B] (float64 for a float64 x0).
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype or shape, or the output of net has.
+
+    Source: Ho et al., 2006.11239, section 3.4; Nichol and Dhariwal, 2102.09672, equation 16, for the hybrid
+    loss.
+
+    Example:
+        >>> from dalle2_fast.diffusion import GaussianDiffusion, make_schedule
+        >>> diffusion = GaussianDiffusion(make_schedule("cosine"), prediction="sample", weighting="uniform")
+        >>> training_loss(diffusion, lambda x, time: torch.zeros_like(x), torch.full((2, 3), 0.5))
+        tensor([0.2500, 0.2500])
     """
     check_data(x0)
     batch = x0.shape[0]

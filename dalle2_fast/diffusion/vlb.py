@@ -1,8 +1,12 @@
-"""The variational bound on -log p(x0): its terms in bits per dimension, for networks of any parametrisation.
+"""The variational bound (VLB) on -log p(x0): its terms in bits per dimension, for any prediction.
 
-Ho et al., 2006.11239, equation 5: L_T = KL(q(x_T | x0) || N(0, 1)), L_t = KL(q(x_{t-1} | x_t, x0) ||
-p(x_{t-1} | x_t)), L_0 = -log p(x0 | x_0). Everything follows from the predicted x0, so it does not matter
-what the network predicts.
+    L_T = KL(q(x_T | x0) || N(0, I))                       the prior term
+    L_t = KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t))     the term of a step
+    L_0 = -log p(x0 | x_0)                                 the term of the last step
+
+Every term follows from the predicted x0, so the bound does not depend on what the network predicts.
+
+Source: Ho et al., 2006.11239, equation 5.
 """
 
 from __future__ import annotations
@@ -24,9 +28,10 @@ if TYPE_CHECKING:
     from dalle2_fast.diffusion.process import GaussianDiffusion
     from dalle2_fast.diffusion.sampling import Net
 
-# Learned variance: v is meant in [-1, 1]. Far outside, exp(-log_var) overflows and 0 * inf is NaN. Up to here
-# nothing is changed, and log_var stays within 10 ranges of them: log_var_max - log_var_min is below 0.8
-# with 1000 timesteps and 4 with any number, so that the exponent is below 42, and float32 ends at 88.
+# The variance logit of a network is meant to be in [-1, 1]. Far outside, exp(-log_var) overflows and 0 * inf
+# is NaN. Up to this bound nothing is clamped, and log_var stays within 10 ranges of [log_var_min,
+# log_var_max]. A range is below 0.8 with 1000 timesteps and below 4 with any number of them, so that the
+# exponent is below 42, and float32 overflows at 88.
 _LARGEST_VARIANCE_LOGIT = 20.0
 
 
@@ -40,17 +45,37 @@ def vlb_bits_per_dim(
     clip: float | None = 1.0,
     levels: int | None = 256,
 ) -> dict[str, Tensor]:
-    """The variational bound on -log2 p(x0) per dimension, whatever the network predicts: timesteps calls
-    of net.
+    """The variational bound on -log2 p(x0) per dimension. It calls net once per timestep.
 
-    clip bounds the predicted x0. levels: the data are this many values in [-1, 1] (256 for 8-bit images),
-    or None for a density. Returns total [B] = prior [B] + sum of terms [B, timesteps] (column t is L_t).
-    Ho et al., 2006.11239, equation 5.
+    Args:
+        diffusion: a process with discrete times.
+        net: as in `training_loss`.
+        x0: data in [-1, 1], floating.
+        seeds: seeds of the noise.
+        clip: bound on the predicted x0; None for no bound.
+        levels: the number of values in [-1, 1] that the data can have (256 for 8-bit images), or None for
+            continuous data, of which the bound is a density.
+
+    Returns:
+        "total" [B] = "prior" [B] + the sum of "terms" [B, timesteps], whose column t is L_t.
+
+    Raises:
+        TypeError, ValueError: x0 has the wrong dtype or shape, or the times are continuous.
+
+    Source: Ho et al., 2006.11239, equation 5.
+
+    Example:
+        >>> from dalle2_fast.diffusion import GaussianDiffusion, make_schedule
+        >>> diffusion = GaussianDiffusion(make_schedule("cosine", 5), prediction="sample")
+        >>> net = lambda x, time: torch.zeros_like(x)
+        >>> bound = vlb_bits_per_dim(diffusion, net, torch.zeros(2, 3, 4, 4), seeds=torch.tensor([0, 1]))
+        >>> bound["terms"].shape
+        torch.Size([2, 5])
     """
     check_data(x0)
     schedule = diffusion.schedule
     if schedule.timesteps is None:
-        raise ValueError(f"schedule: the bound needs one with discrete times, got {schedule}")
+        raise ValueError(f"schedule: expected one with discrete times for the bound, got {schedule}")
     terms = []
     for step in range(schedule.timesteps):
         t = torch.full((x0.shape[0],), step, device=x0.device)
@@ -73,10 +98,7 @@ def vlb_term(
     clip: float | None,
     levels: int | None,
 ) -> Tensor:  # [B]
-    """L_t in bits per dimension, from what the network returned at x_t.
-
-    levels: x0 is one of so many values in [-1, 1]; None: x0 has a density.
-    """
+    """L_t in bits per dimension, from the output at x_t; clip and levels as in `vlb_bits_per_dim`."""
     dtype = compute_dtype(x0.dtype)
     x0, x_t, output = x0.to(dtype), x_t.to(dtype), output.to(dtype)
     predicted_x0 = diffusion.predict_x0(x_t, t, output)
@@ -89,8 +111,8 @@ def vlb_term(
         logit = variance_logit.to(x0.dtype).clamp(-_LARGEST_VARIANCE_LOGIT, _LARGEST_VARIANCE_LOGIT)
         log_var = torch.lerp(log_var_min, log_var_max, (logit + 1) / 2)
     elif diffusion.variance == "fixed_large":
-        # The last step's beta is needlessly large for the likelihood of the data (as in improved DDPM's
-        # code).
+        # For the likelihood of the data the beta of the last step is needlessly large; improved DDPM's code
+        # makes the same exception.
         log_var = torch.where(last, log_var_min, log_var_max)
     else:
         log_var = log_var_min
@@ -103,10 +125,10 @@ def vlb_term(
 
 
 def single_step(schedule: Schedule, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """a, b, log_var_min, log_var_max of the step from t [B] to t - 1, each [B, 1, ...] as `like` [B, ...].
+    """a, b, log_var_min and log_var_max of the step from t [B] to t - 1, [B, 1, ...] for `like` [B, ...].
 
-    q(x_{t-1} | x_t, x0) = N(a x_t + b x0, exp(log_var_min)), log_var_max = log beta. At t = 0, where the
-    posterior's variance is 0, log_var_min is that of t = 1.
+    q(x_{t-1} | x_t, x0) = N(a x_t + b x0, exp(log_var_min)), and log_var_max = log beta. At t = 0 the
+    variance of the posterior is 0, and log_var_min is that of t = 1.
     """
     if schedule.timesteps is None:
         raise ValueError(f"schedule: expected one with discrete times, got {schedule}")
@@ -123,7 +145,7 @@ def single_step(schedule: Schedule, t: Tensor, like: Tensor) -> tuple[Tensor, Te
 
 
 def prior_term(schedule: Schedule, x0: Tensor) -> Tensor:  # [B, C, *] -> [B]
-    """L_T in bits per dimension: what of x0 is left in x_T."""
+    """Prior term of the VLB, KL(q(x_T | x0) || N(0, I)), in bits per dimension."""
     log_snr = schedule.log_snr(torch.tensor(schedule.timesteps - 1, device=x0.device))
     log_var = torch.nn.functional.logsigmoid(-log_snr)
     zero = torch.zeros_like(log_var)
@@ -143,16 +165,30 @@ def normal_nll(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
 
 
 def discretised_normal_nll(x: Tensor, mean: Tensor, log_var: Tensor, levels: int = 256) -> Tensor:
-    """-log of the normal's mass in x's bin, in nats per element; x in [-1, 1] is one of `levels` values.
+    """-log of the probability of the bin of x under N(mean, exp(log_var)), in nats per element.
 
-    Bins are 2 / (levels - 1) wide, the outer two reach to infinity (Ho et al., 2006.11239, equation 13).
-    Through log cumulative distributions: differences of plain ones are 0 in the tails, and so lost.
+    The bins are 2 / (levels - 1) wide; the two outer bins extend to infinity. The probability is computed
+    from log cumulative distributions, because a difference of cumulative distributions is 0 in the tails.
+
+    Args:
+        x: data, one of `levels` evenly spaced values in [-1, 1].
+        mean: the mean, same shape.
+        log_var: the log variance, same shape or broadcastable.
+        levels: the number of values.
+
+    Source: Ho et al., 2006.11239, equation 13.
+
+    Example:
+        >>> values = torch.linspace(-1, 1, 5)
+        >>> nll = discretised_normal_nll(values, torch.zeros(5), torch.zeros(5), levels=5)
+        >>> round((-nll).exp().sum().item(), 4)
+        1.0
     """
     half, inverse_std = 1 / (levels - 1), torch.exp(-0.5 * log_var)
     distance = (x - mean).abs()
     upper = torch.special.log_ndtr((half - distance) * inverse_std)
     lower = torch.special.log_ndtr((-half - distance) * inverse_std)
-    # The difference of the logs is cut just below 0, where the bin is too narrow for the precision.
+    # Where the bin is too narrow for the precision, the difference of the logs is clamped just below 0.
     inner = upper + torch.log(-torch.expm1((lower - upper).clamp(max=-torch.finfo(x.dtype).eps)))
     lowest = torch.special.log_ndtr((x - mean + half) * inverse_std)
     highest = torch.special.log_ndtr((mean - x + half) * inverse_std)

@@ -13,19 +13,36 @@ def loss_weight(
     min_snr_gamma: float,
     max_weight: float,
 ) -> Tensor:  # float64 [B]
-    """The weight on the squared error of what the network predicts, so that the loss is `weighting`'s.
+    """The weight on the network's squared error that makes the loss that of `weighting`.
 
-    An error of x0 is sigma / alpha times one of epsilon and sigma times one of v. With w the weight on x0's
-    error, the weight is w for a network that predicts x0, w / SNR for epsilon and w / (1 + SNR) for v. w is
+    An error of x0 equals sigma / alpha times an error of epsilon, and sigma times an error of v. If w is the
+    weight on the error of x0, the weight is therefore w for a network that predicts x0, w / SNR for epsilon
+    and w / (1 + SNR) for v. The weightings are
 
-        x0: 1    simple (epsilon): SNR    v: 1 + SNR    min_snr: min(SNR, gamma)    (Hang et al., 2303.09556)
+        x0: w = 1    simple (epsilon): w = SNR    v: w = 1 + SNR    min_snr: w = min(SNR, gamma)
 
-    and "uniform" means weight 1 whatever is predicted. Weights are cut at max_weight.
+    and "uniform" is weight 1 on the error of what the network predicts.
+
+    Args:
+        log_snr: log(alpha^2 / sigma^2) at the times of the batch.
+        prediction: one of `names.PREDICTIONS`.
+        weighting: one of `names.WEIGHTINGS`.
+        min_snr_gamma: gamma of "min_snr", > 0.
+        max_weight: upper bound on the returned weights, > 0.
+
+    Returns:
+        The weights, float64 [B].
+
+    Source: Hang et al., 2303.09556, for min_snr.
+
+    Example:
+        >>> loss_weight(torch.zeros(2), "epsilon", "min_snr", min_snr_gamma=5.0, max_weight=100.0)
+        tensor([1., 1.], dtype=torch.float64)
     """
     log_snr = log_snr.to(torch.float64)
     if weighting == "uniform":
         return torch.ones_like(log_snr)
-    # Ratios in closed form: SNR itself may overflow or vanish, these do not.
+    # Ratios in closed form: SNR itself can overflow or vanish, these ratios cannot.
     noise_share = torch.sigmoid(-log_snr)  # sigma^2 = 1 / (1 + SNR)
     log_cap = torch.full_like(log_snr, min_snr_gamma).log()
     log_weight = {

@@ -63,7 +63,7 @@ def test_the_network_sees_known_pixels_at_the_right_noise():
         assert x.mean().item() == pytest.approx(0.7 * alpha.item(), abs=0.03)
         assert x.std().item() == pytest.approx(sigma.item(), rel=0.03)
     noises = torch.stack([x[0, 0] for x in seen])
-    # A repetition, like every step, has noise of its own.
+    # Every step and every repetition has different noise.
     assert (torch.corrcoef(noises) - torch.eye(10)).abs().max() < 0.04
 
 
@@ -117,7 +117,7 @@ def test_masks_of_numbers_and_of_one_per_channel():
 @pytest.mark.parametrize(
     "options, error, words",
     [
-        (dict(mask=MASK), ValueError, "known: expected the data to keep beside mask"),
+        (dict(mask=MASK), ValueError, "known: expected the data to keep, because mask"),
         (dict(resample=2), ValueError, "known: expected the data to keep"),
         (dict(known=KNOWN), TypeError, "mask: expected a tensor with 1 where to repaint, got NoneType"),
         (dict(known=KNOWN[:1], mask=MASK), ValueError, r"known: expected \(3, 2, 4, 4\), got \(1, 2, 4, 4\)"),
