@@ -188,7 +188,8 @@ def save_folder(
     folder = Path(path).expanduser()
     config = {"format_version": FORMAT_VERSION, **config}
     # A config that is not JSON-able must raise before anything is written.
-    metadata = {"format": "pt", "config": json.dumps(config, ensure_ascii=False, allow_nan=False)}
+    # One key, because safetensors writes several in a random order.
+    metadata = {"config": json.dumps(config, ensure_ascii=False, allow_nan=False)}
     stored = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach()
