@@ -1,1 +1,1 @@
-"""Training: presets, stages, one loop, and the `dalle2-fast train` command."""
+"""Training: presets, stages, and one loop for all of them."""

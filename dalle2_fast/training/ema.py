@@ -12,16 +12,29 @@ from torch import Tensor, nn
 class ExponentialMovingAverage:
     """Average of a model's weights, used for sampling and for the weights that are published.
 
-    The decay warms up (Adam-style bias correction in one line), because with a constant 0.999 the average of
-    a run of a few thousand steps would still remember its random start. Floating-point buffers are averaged
-    like parameters; integer buffers (counters) are copied.
+    The decay warms up, because with a constant 0.999 the average of a run of a few thousand steps would still
+    contain its random start. Floating-point buffers are averaged like parameters; integer buffers (counters)
+    are copied.
 
     torch.optim.swa_utils.AveragedModel is not used: its first update copies the weights, its decay does not
     warm up, and its state has other names than those that saved states have. (With this decay in a
     `multi_avg_fn` and `n_averaged` begun at 1 it computes the same numbers.)
 
-    model: the model being trained; its weights are copied here as the start.
-    decay: the final decay, 0 <= decay < 1.
+    Args:
+        model: the model being trained; a copy of its weights is the start.
+        decay: the final decay, 0 <= decay < 1.
+
+    Raises:
+        ValueError: `decay` is outside its range.
+
+    Example:
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> _ = nn.init.zeros_(model.weight)
+        >>> ema = ExponentialMovingAverage(model)
+        >>> _ = nn.init.ones_(model.weight)
+        >>> ema.update(model)
+        >>> ema.average["weight"].item(), ema.current_decay() == 2 / 11
+        (0.8999999761581421, True)
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
@@ -39,7 +52,7 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Move the average towards the model's present weights."""
+        """Move the average towards the model's current weights."""
         weight = 1.0 - self.current_decay()
         self.updates += 1
         current = model.state_dict()
@@ -54,8 +67,7 @@ class ExponentialMovingAverage:
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Within the block the model, in eval mode, carries the averaged weights; afterwards its own are
-        back."""
+        """Within the block the model has the averaged weights and is in eval mode; then both are restored."""
         weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
         training = model.training
         model.load_state_dict(self.average)
@@ -67,12 +79,11 @@ class ExponentialMovingAverage:
             model.train(training)
 
     def state_dict(self) -> dict:
-        """{"updates": int, "average": tensors by name}: tensors and numbers only, so weights_only loading
-        works."""
+        """{"updates": int, "average": tensors by name}, which loads with weights_only=True."""
         return {"updates": self.updates, "average": self.average}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over a saved average; the names must be exactly the model's."""
+        """Copy a saved average. ValueError if its names are not exactly the model's."""
         if state["average"].keys() != self.average.keys():
             different = sorted(state["average"].keys() ^ self.average.keys())
             raise ValueError(f"EMA state: names differ from the model's: {', '.join(different[:5])}")

@@ -1,8 +1,8 @@
-"""The folder of one training stage: what lies in it, written so that a kill never leaves half a file.
+"""The folder of one training stage. A kill never leaves half of a file there.
 
-    state.pt            model, EMA, optimiser, step, elapsed seconds (read back with weights_only=True)
+    state.pt            model, EMA, optimisers, step, elapsed seconds (loaded with weights_only=True)
     state.previous.pt   the state saved before it
-    model.safetensors   the finished stage's averaged weights, its configuration in the header
+    model.safetensors   averaged weights of the finished stage, with the configuration in the header
     log.jsonl           one JSON object per line
     samples/            image grids
 """
@@ -23,12 +23,12 @@ from dalle2_fast.training.errors import TrainingError
 
 
 def write_file(path: Path, data: bytes | memoryview, *, backup: Path | None = None) -> None:
-    """Replace the file `path` by one that holds `data`; a reader sees the old file or the new one.
+    """Replace the file `path`; a reader sees the old file or the new one.
 
     Args:
         path: of the file; its folder must exist.
-        data: the bytes. They are in memory, because torch's and safetensors' file writers do not report a
-            full disk as an OSError; torch's may abort the process.
+        data: the whole content. It is made in memory, because torch's writer of files may abort the process
+            on a full disk.
         backup: where the old file is kept. None deletes it.
 
     Raises:
@@ -42,13 +42,17 @@ def write_file(path: Path, data: bytes | memoryview, *, backup: Path | None = No
 
 
 def reason(error: OSError) -> str:
-    """What the operating system says, without the number and the path: "No space left on device"."""
-    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error  # of atomic_write's error
+    """The message of the operating system alone, such as "No space left on device"."""
+    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error  # atomic_write chains it
     return cause.strerror or str(cause)
 
 
 class StageFolder:
-    """Reads and writes the files of one stage under `path`."""
+    """Reads and writes the files of one stage.
+
+    Args:
+        path: of the folder, which `prepare` makes.
+    """
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
@@ -58,8 +62,11 @@ class StageFolder:
         self.log_path = self.path / "log.jsonl"
 
     def prepare(self) -> None:
-        """Create the folder and clear leftovers of a killed write; an unwritable place is found now, not an
-        hour later."""
+        """Create the folder and delete temporary files of killed runs.
+
+        Raises:
+            TrainingError: nothing can be written there. It is found now and not an hour later.
+        """
         try:
             (self.path / "samples").mkdir(parents=True, exist_ok=True)
             for leftover in self.path.rglob(f"*{SUFFIX}"):
@@ -74,13 +81,17 @@ class StageFolder:
         return self.state_path.exists() or self.previous_path.exists()
 
     def save_state(self, state: dict) -> None:
-        """Write the state; the present one becomes the previous. At every instant one whole state exists."""
+        """Write the state and keep the previous one. At every instant one whole state exists."""
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_file(self.state_path, buffer.getbuffer(), backup=self.previous_path)
 
     def load_state(self, device: torch.device) -> tuple[dict, Path]:
-        """The newest whole state and its file. A damaged one is an error that names the previous one."""
+        """The newest state and its file.
+
+        Raises:
+            TrainingError: the file is damaged; the message names the previous one.
+        """
         path = self.state_path if self.state_path.exists() else self.previous_path
         try:
             return torch.load(path, map_location=device, weights_only=True), path
@@ -89,7 +100,7 @@ class StageFolder:
             raise TrainingError(f"{path}: damaged training state ({type(error).__name__}){advice}") from error
 
     def append_log(self, rows: list[dict]) -> None:
-        """Append one JSON line per row and flush."""
+        """Append one line of JSON per row."""
         try:
             with open(self.log_path, "a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
@@ -97,7 +108,7 @@ class StageFolder:
             raise TrainingError(f"cannot write {self.log_path}: {reason(error)}") from error
 
     def trim_log(self, step: int) -> None:
-        """Drop the lines after `step`: steps that a kill undid would otherwise appear twice."""
+        """Delete the lines after `step`: steps that a kill undid would otherwise appear twice."""
         if not self.log_path.exists():
             return
         kept = []
@@ -105,12 +116,12 @@ class StageFolder:
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except (ValueError, KeyError):  # half a line, cut by the kill
+            except (ValueError, KeyError):  # half of a line, cut by the kill
                 continue
         write_file(self.log_path, "".join(kept).encode())
 
     def save_images(self, name: str, images: Tensor, columns: int) -> None:
-        """Write images as a grid to samples/`name`. images: float [N, 3, H, W] in [0, 1]."""
+        """Write images, float [N, 3, H, W] in [0, 1], as a grid with `columns` to samples/`name`."""
         png = io.BytesIO()
         image_grid(to_pil(images), columns=columns).save(png, format="PNG")
         write_file(self.path / "samples" / name, png.getbuffer())

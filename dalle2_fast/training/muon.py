@@ -1,12 +1,12 @@
-"""Muon: momentum, orthogonalised per weight matrix, then applied.
+"""Muon: the momentum of each weight matrix is orthogonalised and then applied.
 
     m <- mu m + (1 - mu) g,   u = (1 - mu) g + mu m,
     W <- (1 - lr wd) W - 0.2 lr sqrt(max(rows, columns)) polar(u)
 
 Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon. The factor 0.2 sqrt(max) gives updates the size
-of AdamW's (Liu et al. 2025, arXiv 2502.16982), so one learning rate serves both. `torch.optim.Muon` iterates
-in bfloat16 (50 times slower than float32 on CPUs without bf16 units) and takes no convolution kernels, which
-a UNet is made of; here a kernel [out, in, kh, kw] counts as the matrix [out, in * kh * kw].
+of AdamW's (Liu et al. 2025, arXiv 2502.16982), so that both use one learning rate. `torch.optim.Muon`
+iterates in bfloat16 (50 times slower than float32 on CPUs without bf16 units) and does not accept convolution
+kernels, of which a UNet is made; here a kernel [out, in, kh, kw] is the matrix [out, in * kh * kw].
 """
 
 from __future__ import annotations
@@ -21,10 +21,19 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def polar_factor(matrix: Tensor, rounds: int = 5) -> Tensor:
-    """About U V^T of matrix = U S V^T, [..., rows, columns] with at most one dimension in front, float32.
+    """Approximately U V^T of matrix = U S V^T.
 
     The iteration runs on the small Gram matrix: with X_k = M_k X_0 and G_k = X_k X_k^T every M_k is a
-    polynomial in G_0, so only the first and the last product touch the long side.
+    polynomial in G_0, so that only the first and the last product involve the long side.
+
+    Args:
+        matrix: float32 [rows, columns] or [batch, rows, columns].
+        rounds: of the iteration.
+
+    Example:
+        >>> values = torch.linalg.svdvals(polar_factor(torch.diag(torch.tensor([3.0, 1.0, 0.5]))))
+        >>> bool(((values > 0.6) & (values < 1.3)).all())
+        True
     """
     if matrix.shape[-2] > matrix.shape[-1]:
         return polar_factor(matrix.mT, rounds).mT
@@ -43,9 +52,16 @@ def polar_factor(matrix: Tensor, rounds: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Parameters with two or more dimensions (hidden weights; leave embeddings and heads to AdamW).
+    """Optimiser of hidden weights; embeddings and heads are better left to AdamW.
 
-    lr, weight_decay: as for AdamW; momentum in [0, 1).
+    Args:
+        params: parameters, each with two or more dimensions, or groups of them.
+        lr: learning rate, of AdamW's size.
+        momentum: in [0, 1).
+        weight_decay: decoupled, as in AdamW.
+
+    Raises:
+        ValueError: a parameter has fewer than two dimensions.
     """
 
     def __init__(self, params, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
@@ -67,7 +83,7 @@ class Muon(torch.optim.Optimizer):
                 self._update(stack, **{name: group[name] for name in ("lr", "momentum", "weight_decay")})
 
     def _update(self, parameters: list[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
-        """One update of parameters whose matrices have one shape, or that shape on its side."""
+        """One update of parameters whose matrices have one shape or its transpose."""
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
@@ -83,8 +99,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def stacked_by_shape(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Parameters in lists that are updated together: those whose matrices have one shape, or that
-    shape on its side, unless they are updated alone."""
+    """Lists of parameters that are updated together: their matrices have one shape or its transpose."""
     together: dict[tuple, list[Tensor]] = {}
     for index, parameter in enumerate(parameters):
         rows, columns = len(parameter), parameter[0].numel()
@@ -95,12 +110,12 @@ def stacked_by_shape(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 def updated_alone(parameter: Tensor) -> bool:
-    """On a GPU a step of few launches is a short one; on a CPU one matrix at a time is faster."""
+    """On a GPU stacks save launches; on a CPU one matrix at a time is faster."""
     return parameter.device.type == "cpu"
 
 
 def polar_factors(matrices: list[Tensor]) -> list[Tensor]:
-    """`polar_factor` of each [rows, columns] or [columns, rows], contiguous; several go as one stack."""
+    """`polar_factor` of each matrix, contiguous; all have one shape or its transpose and are stacked."""
     if len(matrices) == 1:
         return [polar_factor(matrices[0]).contiguous()]
     tall = [len(matrix) > matrix.shape[1] for matrix in matrices]

@@ -1,4 +1,4 @@
-"""How a stage is optimised: the settings, the learning rate's course, and the optimizers they ask for."""
+"""How a stage is optimised: settings, learning-rate schedule, groups of parameters, optimisers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,30 @@ from dalle2_fast.training.muon import Muon
 
 @dataclass(frozen=True)
 class Optimisation:
-    """How a stage is optimised.
+    """How a stage is optimised, and how often it is logged, validated and saved.
 
-    Length: `steps` when given, else `minutes` of wall clock. optimizer: "adamw", or "muon" (Muon on hidden
-    matrices, AdamW on the rest). The learning rate warms up over `warmup_steps`, stays at its peak until the
-    fraction `hold` of the training, then falls ("cosine" or "linear") to `final_fraction` of the peak.
+    Args:
+        batch_size: samples in each step.
+        minutes: length of the training by the clock, unless `steps` is given.
+        steps: length of the training in steps.
+        optimizer: "adamw", or "muon" (Muon for hidden matrices, AdamW for the rest).
+        learning_rate: peak learning rate.
+        betas: of AdamW.
+        weight_decay: of matrices and convolutions.
+        warmup_steps: over which the learning rate rises linearly.
+        hold: fraction of the training after which the learning rate begins to fall, 0 <= hold < 1.
+        decay: how it falls, "cosine" or "linear".
+        final_fraction: of the peak, at the end.
+        clip_norm: largest norm of the gradient.
+        ema_decay: final decay of the average of the weights.
+        log_steps: between two lines of the log.
+        save_minutes: between two saved states.
+        save_steps: also save the state at multiples of this step.
+        first_validation: validate at this step and at each doubling of it, and at the end.
+        validation_minutes: also validate this often.
+
+    Raises:
+        ValueError: a value is outside its range, or neither `steps` nor `minutes` is given.
     """
 
     batch_size: int
@@ -36,8 +55,8 @@ class Optimisation:
     log_steps: int = 50
     save_minutes: float = 5.0
     save_steps: int | None = None
-    first_validation: int = 256  # metrics and pictures at this step and each doubling of it,
-    validation_minutes: float = 10.0  # this often, and at the end
+    first_validation: int = 256
+    validation_minutes: float = 10.0
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
@@ -53,12 +72,18 @@ class Optimisation:
             raise ValueError(f"hold: expected 0 <= hold < 1, got {self.hold}")
 
     def progress(self, step: int, elapsed: float) -> float:
-        """Done fraction in [0, 1]: of the steps, or of the wall-clock budget."""
+        """The fraction of the training that is done, in [0, 1]. elapsed: in seconds."""
         done = step / self.steps if self.steps is not None else elapsed / (60.0 * self.minutes)
         return min(1.0, done)
 
     def rate(self, step: int, progress: float) -> float:
-        """Learning rate after `step` steps, with the fraction `progress` of the training done."""
+        """The learning rate after `step` steps, with the fraction `progress` of the training done.
+
+        Example:
+            >>> options = Optimisation(1, steps=100, warmup_steps=0, decay="linear", final_fraction=0.0)
+            >>> [options.rate(step, options.progress(step, 0.0)) for step in (0, 50, 100)]
+            [0.001, 0.0005, 0.0]
+        """
         warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
         fallen = max(0.0, progress - self.hold) / (1.0 - self.hold)
         left = 1.0 - fallen if self.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * fallen))
@@ -66,7 +91,7 @@ class Optimisation:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Decay matrices and convolutions; leave norms, biases, scalars and embeddings alone."""
+    """Parameters with and without weight decay: norms, biases, scalars and embeddings do not decay."""
     tables = {
         id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
     }
@@ -83,12 +108,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-# Weights at the ends of a network: rows or columns of their matrices are data of unlike scale. Not for Muon.
+# Modules at the ends of a network: rows or columns of their matrices have different scales. Not for Muon.
 ENDS = {"conv_in", "conv_out", "layout", "proj_in", "proj_out", "proj", "text_projection"}
 
 
 def make_optimizers(model: nn.Module, options: Optimisation) -> list[torch.optim.Optimizer]:
-    """AdamW on everything, or Muon on the hidden matrices and AdamW on what is left."""
+    """AdamW for all parameters, or Muon for the hidden matrices and AdamW for the rest."""
     groups = parameter_groups(model, options.weight_decay)
     optimizers: list[torch.optim.Optimizer] = []
     if options.optimizer == "muon":

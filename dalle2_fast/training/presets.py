@@ -1,8 +1,8 @@
-"""Presets: pure data. What is trained, how large and how long is decided in this file and nowhere else.
+"""Presets: pure data. This file alone decides what is trained, how large it is and for how long.
 
-A preset names a world and one recipe a stage: `model` (constructor arguments; the tokenizer adds those of the
-vocabulary, CLIP those of the embeddings), `data` (what the stage asks of
-its stream) and `optimisation`. Minutes are wall clock; `--minutes` scales them, `--steps` replaces them.
+A preset has a world and one recipe per stage: `model` (arguments of the constructor; the tokenizer adds those
+of the vocabulary, CLIP those of the embeddings), `data` (options of the stage's batches) and `optimisation`.
+Minutes are wall clock; `--minutes` scales them, `--steps` replaces them.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ SCENES_CPU = Preset(
                                   betas=(0.9, 0.98), weight_decay=0.02, warmup_steps=50, hold=0.4,
                                   decay="linear", ema_decay=0.99, log_steps=20)),
     decoder=Recipe(
-        # A text tower from scratch learns through the U-Net at a crawl: after 4.5k images the error of x0 at
-        # log-SNR -9 from text alone was 0.188, from CLIP's tower 0.084 (nothing: 0.35).
-        # 8 x 8 patches keep the whole net on an 8 x 8 grid. A net that predicts x0 can afford that: it need
-        # not pass the noise through (Li and He 2025, arXiv 2511.13720). Layout is decided at low log-SNR: a
-        # shape of 300 pixels shows from -6 up. Below that only the caption can say where it goes, hence the
-        # shift, and the focus: without it a twelfth of the training times lies below -7. What such a net
-        # cannot do is draw: from a picture at log-SNR 2 it made the right shape of 72 %, however long it was
-        # trained. That is the fine level's part.
+        # A text tower from scratch learns very slowly through the U-Net: after 4.5k images the error of x0 at
+        # log-SNR -9, from text alone, was 0.188; with CLIP's tower it was 0.084 (without text: 0.35).
+        # With 8 x 8 patches the whole net works on an 8 x 8 grid. A net that predicts x0 can do that, because
+        # it need not represent the noise (Li and He 2025, arXiv 2511.13720). The layout is decided at low
+        # log-SNR: a shape of 300 pixels is visible from -6. Below that only the caption says where it goes;
+        # hence the shift, and the focus: without it one twelfth of the training times lies below -7. Such a
+        # net cannot make outlines: from an image at log-SNR 2 it made the right shape in 72 % of the cases,
+        # regardless of how long it was trained. The fine level makes them.
         model=dict(image_size=64, num_image_tokens=4, image_cond_drop_prob=0.4, text_cond_drop_prob=0.15,
                    text_encoder="clip",
                    unet=dict(in_channels=3, out_channels=3, patch_size=8, channels=(128,), layers_per_block=1,
@@ -64,7 +64,7 @@ SCENES_CPU = Preset(
                                   betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=50, hold=0.4,
                                   decay="linear", ema_decay=0.995, log_steps=20)),
     sampling=dict(guidance=3.0, prior_guidance=2.0, candidates=4, sampler="ddim"),
-    # Neither of the two has been tuned: sizes and lengths are those of their siblings.
+    # Neither of the two has been tuned: sizes and lengths are those of the other prior and upsampler.
     ar_prior=Recipe(
         model=dict(net=dict(dim=128, depth=3, heads=4, num_components=48, num_buckets=128,
                             num_dot_buckets=32)),
@@ -84,12 +84,12 @@ SCENES_CPU = Preset(
                                   decay="linear", ema_decay=0.995, log_steps=20)),
 )
 
-# ------------------- scenes-gpu: the full world, ten minutes on one Hopper GPU; 40 MB in bf16 in all
-# The checkpoint in the package was made so on an H200 (pretrained/scenes/training): clip beside upsampler,
-# then decoder beside prior. Its decoder then went on in two more rounds with batches of 768, the last after a
-# part of the weights had been lost: 9.6 minutes and 1.5 million pictures in all, which one run of this recipe
-# should see in five, since scenes are made several batches at once. Optimiser, decay, focus and dropped
-# conditions are those of scenes-cpu. Averages are over the last 3 to 5 % of the steps.
+# ------------------- scenes-gpu: the full world, ten minutes on one Hopper GPU; 40 MB in bf16 in total
+# The checkpoint in the package was trained with it on an H200 (pretrained/scenes/training): clip and, at the
+# same time, upsampler; then decoder and prior. The decoder then had two more rounds with batches of 768, the
+# last one after a part of the weights had been lost: 9.6 minutes and 1.5 million images in total. One run of
+# this recipe should see as many in five minutes, because scenes are made several batches at once. Optimiser,
+# decay, focus and dropped conditions are those of scenes-cpu. Averages cover the last 3 to 5 % of the steps.
 SCENES_GPU = Preset(
     name="scenes-gpu",
     world={},
@@ -107,8 +107,8 @@ SCENES_GPU = Preset(
                                   betas=(0.9, 0.98), weight_decay=0.02, warmup_steps=100, hold=0.4,
                                   decay="linear", ema_decay=0.98)),
     decoder=Recipe(
-        # Patches of 2 pixels draw shapes without a fine level; a layout of 32 x 32 cells would be 44 million
-        # weights.
+        # Patches of 2 pixels make outlines without a fine level. A layout of 32 x 32 cells would have 44
+        # million weights.
         model=dict(image_size=64, num_image_tokens=4, image_cond_drop_prob=0.4, text_cond_drop_prob=0.15,
                    text_encoder="clip",
                    unet=dict(in_channels=3, out_channels=3, patch_size=2, channels=(112, 144),
@@ -130,7 +130,7 @@ SCENES_GPU = Preset(
         optimisation=Optimisation(batch_size=256, minutes=1.5, optimizer="muon", learning_rate=1.5e-3,
                                   betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=100, hold=0.4,
                                   decay="linear", ema_decay=0.99)),
-    # For a laptop's CPU (benchmarks/results/main_job.json): the decoder's steps are most of the time.
+    # For the CPU of a laptop (benchmarks/results/main_job.json): the decoder's steps take most of the time.
     sampling=dict(steps=12, prior_steps=12, guidance=3.0, prior_guidance=2.0, candidates=2, sampler="dpm++"),
     # Neither of the two has been trained yet.
     ar_prior=Recipe(
@@ -150,7 +150,7 @@ SCENES_GPU = Preset(
                                   weight_decay=0.01, warmup_steps=200, ema_decay=0.999, log_steps=20)),
 )
 
-# ------------------------------------------- tiny: every stage in seconds, for tests; its pictures are noise
+# --------------------------------------------- tiny: every stage in seconds, for tests; its images are noise
 _BRIEF = Optimisation(batch_size=4, steps=4, warmup_steps=2, ema_decay=0.9, log_steps=2, first_validation=4)
 TINY = Preset(
     name="tiny",
@@ -196,7 +196,7 @@ PRESETS: dict[str, Preset] = {preset.name: preset for preset in (SCENES_CPU, SCE
 
 
 def get_preset(name: str) -> Preset:
-    """The preset called `name`; ValueError naming those that exist."""
+    """The preset called `name`. ValueError with the names that exist if there is none."""
     if name not in PRESETS:
         raise ValueError(f"--preset: expected one of {', '.join(PRESETS)}, got {name!r}")
     return PRESETS[name]

@@ -1,4 +1,4 @@
-"""What a preset is made of: a recipe for each stage. How the command line changes one."""
+"""Presets consist of recipes, one for each stage; the command line changes some of their values."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ from dataclasses import dataclass, field, replace
 from dalle2_fast.training.optimisers import Optimisation
 
 STAGES = ("clip", "prior", "decoder", "upsampler")
-EXTRA_STAGES = ("upsampler2",)  # trained on request only, and part of the pipeline when they are there
+EXTRA_STAGES = ("upsampler2",)  # trained only on request; part of the pipeline if they are finished
 PRIORS = ("diffusion", "autoregressive")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One stage: model constructor arguments, optimisation, data options."""
+    """How one stage is trained.
+
+    Args:
+        model: arguments of the model's constructor, without those that the tokenizer and CLIP determine.
+        optimisation: optimiser, learning rate, length.
+        data: options of the stage's batches, see the stages.
+    """
 
     model: dict
     optimisation: Optimisation
@@ -22,11 +28,19 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Preset:
-    """Recipes for the four stages on one world (arguments of data.World; {} is the full world).
+    """Recipes of all stages on one world.
 
-    sampling: defaults that the finished pipeline samples with, where they differ from DALLE2's own.
-    prior_kind: what `prior` is a recipe of, one of PRIORS; ar_prior: the other one's, see `choose_prior`.
-    upsampler2: a second upsampler's, or None.
+    Args:
+        name: of the preset.
+        world: arguments of data.World; {} is the full world.
+        clip: recipe of CLIP.
+        prior: recipe of the prior.
+        decoder: recipe of the decoder.
+        upsampler: recipe of the upsampler.
+        sampling: settings that the finished pipeline samples with, where they differ from DALLE2's defaults.
+        prior_kind: what `prior` is a recipe of, one of PRIORS.
+        ar_prior: recipe of an autoregressive prior, see `choose_prior`, or None.
+        upsampler2: recipe of a second upsampler, or None.
     """
 
     name: str
@@ -41,7 +55,7 @@ class Preset:
     upsampler2: Recipe | None = None
 
     def recipe(self, stage: str) -> Recipe:
-        """ValueError where this preset has none."""
+        """The recipe of `stage` (or "ar_prior"). ValueError if this preset has none."""
         recipe = getattr(self, stage)
         if recipe is None:
             raise ValueError(f"--preset: {self.name} has no recipe for {stage}")
@@ -49,7 +63,11 @@ class Preset:
 
 
 def choose_prior(preset: Preset, kind: str) -> Preset:
-    """The preset with the recipe of the prior called `kind`."""
+    """The preset with the recipe of the prior called `kind`, one of PRIORS.
+
+    Raises:
+        ValueError: there is no such kind, or the preset has no recipe for it.
+    """
     if kind not in PRIORS:
         raise ValueError(f"--prior: expected one of {', '.join(PRIORS)}, got {kind!r}")
     if kind == preset.prior_kind:
@@ -66,10 +84,15 @@ def adjust(
     batch_size: int | None = None,
     learning_rate: float | None = None,
 ) -> Preset:
-    """The preset with the command line's overrides for `stages`.
+    """The preset with what the command line overrides for `stages`.
 
-    minutes: budget of all `stages` together, split in the preset's proportions.
-    steps: length of each stage; wins over minutes.
+    Args:
+        preset: to change; None of the following keeps its value.
+        stages: names of the stages to change.
+        minutes: length of all `stages` together, split in the preset's proportions.
+        steps: length of each stage; it takes precedence over minutes.
+        batch_size: of each stage.
+        learning_rate: peak of each stage.
     """
     total = sum(preset.recipe(stage).optimisation.minutes or 1.0 for stage in stages)
     changed = {}

@@ -1,4 +1,4 @@
-"""All that changes while a stage is trained, as one object that is saved and resumed."""
+"""Everything that changes while a stage is trained, as one object that is saved and resumed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMAT_VERSION = 1
 class TrainingState:
     """Model, average of its weights, optimisers, step and elapsed seconds.
 
-    It holds no generator, because everything random in a step is a function of the seed and the step.
+    It has no generator, because everything random in a step is a function of the seed and the step.
 
     Args:
         stage: gives the model, which is moved to `device` and trained in place.
@@ -40,7 +40,7 @@ class TrainingState:
         }  # fmt: skip
 
     def state_dict(self) -> dict:
-        """Tensors, numbers, strings, lists and dicts only, so that loading works with weights_only=True."""
+        """What state.pt holds: tensors and plain values, which load with weights_only=True."""
         return {
             "format_version": FORMAT_VERSION,
             **self._origin,
@@ -55,7 +55,7 @@ class TrainingState:
         """Continue from `saved`, which was read from `path`.
 
         Raises:
-            TrainingError: it is of another stage, seed, model or optimiser; the message says what differs.
+            TrainingError: it has another stage, seed, model or optimiser; the message says what differs.
         """
         saved["config"] = completed(saved.get("config"), type(self.model))
         for name in ("stage", "seed", "config", "optimizer"):
@@ -70,9 +70,9 @@ class TrainingState:
 
 
 def completed(config: object, kind: type[nn.Module]) -> object:
-    """A saved configuration with the defaults of options that its version did not know yet.
+    """A saved configuration, completed with the defaults of options that are newer than it.
 
-    It is returned as it is if it does not build a model of class `kind`.
+    It is returned unchanged if it does not build a model of class `kind`.
     """
     try:
         with torch.device("meta"):

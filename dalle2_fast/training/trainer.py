@@ -1,9 +1,9 @@
-"""One loop for every stage: AdamW or Muon, warm-up and decay, clipping, EMA, log, images, resumable state.
+"""One loop for all stages: loss, gradient, clipping, AdamW or Muon, EMA, log, validation, state.
 
-Everything random in step k (scenes, captions, noise, times, drops) is a function of (seed, k) alone. The
-state therefore holds no generator, and on the CPU a run that was killed and resumed equals the uninterrupted
-run bit for bit when the length is given in steps. With a budget in minutes the learning rate follows the
-clock, which no run can repeat exactly.
+Everything random in step k (scenes, captions, noise, times, dropped conditions) is a function of (seed, k).
+The state therefore has no generator, and on a CPU a run that was killed and resumed equals the uninterrupted
+run bit for bit if its length is given in steps. With a length in minutes the learning rate follows the clock,
+which no run can repeat exactly.
 """
 
 from __future__ import annotations
@@ -74,14 +74,14 @@ class Trainer:
             "finished", "paused" or "interrupted by SIGINT" (SIGTERM).
 
         Raises:
-            TrainingError: a loss or gradient is not finite; the last good state is then on the disk. Or the
-                disk cannot be written.
+            TrainingError: a loss or gradient is not finite, and the last good state is on the disk; or a
+                file cannot be written.
         """
         cuda = [self.device] if self.device.type == "cuda" else []
         random_state = torch.random.fork_rng(devices=cuda)
         with stop_requests() as stops, random_state, fast_matmul(self.device), self._bar() as bar:
             if not self.folder.has_state():
-                self.save()  # a full disk shows now, and there is a good state whatever happens
+                self.save()  # a full disk is found now, and there is a good state from the start
             return self._loop(stops, bar, pause_after)
 
     def _loop(self, stops: list[int], bar: tqdm, pause_after: float | None) -> str:
@@ -107,7 +107,7 @@ class Trainer:
             # One step.
             rate = options.rate(state.step, progress)
             window.add(*self._backward(), rate)
-            if self.device.type == "cpu":  # reading a value stalls a GPU: there it waits for the log line
+            if self.device.type == "cpu":  # reading a value stalls a GPU; there the log line does it
                 self._require_finite(window)
             for optimizer in state.optimizers:
                 for group in optimizer.param_groups:
@@ -136,9 +136,9 @@ class Trainer:
 
     def _backward(self) -> tuple[Tensor, Tensor]:
         """Leave the clipped gradient of this step's loss in the parameters; return loss and gradient norm."""
-        # The 1 keeps these numbers apart from those of the data, which depend on (seed, step).
+        # The 1 makes this noise differ from the numbers of the data, which depend on (seed, step).
         seed = mix_seed(self.seed, self.state.step, 1)
-        torch.manual_seed(seed)  # for dropout and the like, which take no generator
+        torch.manual_seed(seed)  # for dropout, which takes no generator
         generator = torch.Generator(self.device).manual_seed(seed)
         batch = self.stage.batch(self.state.step)
         self.state.model.zero_grad(set_to_none=True)
@@ -151,8 +151,9 @@ class Trainer:
         return loss.detach().float(), norm.detach().float()
 
     def _attention(self) -> AbstractContextManager:
-        """On a CPU the flash kernel's bfloat16 backward is slow on short sequences: 82 ms against 17 for
-        CLIP's texts (192 rows of 4 heads x 36 tokens), 18 against 10 for 64 queries on 105 keys."""
+        """Plain attention in bfloat16 on a CPU, because the flash kernel's backward is slow there on short
+        sequences: 82 ms against 17 for CLIP's texts (192 rows of 4 heads x 36 tokens), 18 against 10 for 64
+        queries on 105 keys."""
         plain = self.device.type == "cpu" and self.dtype == torch.bfloat16
         return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 
@@ -192,8 +193,11 @@ class Trainer:
 
 @contextmanager
 def fast_matmul(device: torch.device):
-    """Muon multiplies in float32. On a CPU torch takes oneDNN for that only below the precision "highest": on
-    an AMD CPU with AVX-512 it is 2.3 times as fast as MKL, with the same digits."""
+    """Multiply float32 matrices with oneDNN on a CPU, for Muon.
+
+    torch uses oneDNN only below the precision "highest". On an AMD CPU with AVX-512 it is 2.3 times as fast
+    as MKL, and the results have the same digits.
+    """
     before = torch.get_float32_matmul_precision()
     if device.type == "cpu":
         torch.set_float32_matmul_precision("medium")

@@ -1,4 +1,4 @@
-"""The file model.safetensors of a finished stage: its weights, with its configuration in the header."""
+"""The file model.safetensors of a finished stage: averaged weights, with the configuration in the header."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dalle2_fast.training.folder import write_file
 
 
 def save_weights(path: Path, config: dict, tensors: dict[str, Tensor]) -> None:
-    """Write one safetensors file with the configuration (JSON) in its header, so that the two cannot part.
+    """Write one safetensors file with the configuration (JSON) in its header, so that they stay together.
 
     Args:
         path: of the file.

@@ -33,7 +33,7 @@ class Window:
         self.rate = rate
 
     def is_finite(self) -> bool:
-        """False once any loss or gradient norm was not finite: infinities and NaN stay in a sum."""
+        """False if any loss or gradient norm was not finite: infinities and NaN stay in a sum."""
         return math.isfinite((self.loss + self.norm).item())
 
     def summary(self, batch_size: int) -> dict[str, float]:

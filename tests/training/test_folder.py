@@ -47,7 +47,7 @@ def test_full_disk_while_training_keeps_both_states(tmp_path, monkeypatch):
 
 
 def test_kill_between_the_two_renames_and_leftovers(tmp_path):
-    """Catches: a window in which no state is found, and half files that stay for ever."""
+    """Catches: a moment at which no state is found; temporary files of a killed run that stay."""
     toy_trainer(tmp_path, steps=10, save_steps=5).train()
     os.replace(tmp_path / "state.pt", tmp_path / "state.previous.pt")  # what such a kill leaves behind
     (tmp_path / ".state.pt.123.partial").write_bytes(b"half")
@@ -58,7 +58,7 @@ def test_kill_between_the_two_renames_and_leftovers(tmp_path):
 
 
 def test_damaged_state_is_named(tmp_path):
-    """Catches: a traceback from the unpickler, or silently starting anew."""
+    """Catches: a traceback from the unpickler, or a silent new start."""
     toy_trainer(tmp_path, steps=4, save_steps=2).train()
     (tmp_path / "state.pt").write_bytes((tmp_path / "state.pt").read_bytes()[:500])
     with pytest.raises(TrainingError, match="damaged training state.*state.previous.pt"):
@@ -66,14 +66,14 @@ def test_damaged_state_is_named(tmp_path):
 
 
 def test_unwritable_folder(tmp_path):
-    """Catches: finding out after an hour. A file stands where the folder should be (works for root, too)."""
+    """Catches: an error only after an hour. A file is where the folder should be (that also stops root)."""
     (tmp_path / "out").write_text("in the way")
     with pytest.raises(TrainingError, match="--out: cannot write to .*out"):
         StageFolder(tmp_path / "out" / "clip").prepare()
 
 
 def test_weights_file_round_trip_and_damage(tmp_path):
-    """Catches: a configuration that parts from its weights; a traceback for a cut file."""
+    """Catches: a configuration that is lost or changed; a traceback for a truncated file."""
     path = tmp_path / "model.safetensors"
     save_weights(path, {"model": {"dim": 3}}, {"w": torch.arange(6.0).view(2, 3).T})
     config, tensors = load_weights(path)

@@ -76,7 +76,7 @@ def test_the_other_stages_resume_bit_identically(trained, tmp_path, stage, prior
 
 
 def test_a_state_from_before_an_option_resumes(tmp_path):
-    """Catches: a run of days that an update with one more option, at its default, refuses to go on with."""
+    """Catches: an update that refuses a state because it adds an option, which is at its default."""
     preset = PRESETS["tiny"]
     assert train_stage("upsampler", preset, tmp_path, pause_after=0.0, show_progress=False) == "paused"
     path = tmp_path / "upsampler" / "state.pt"
@@ -87,8 +87,8 @@ def test_a_state_from_before_an_option_resumes(tmp_path):
 
 
 def test_a_resumed_run_knows_its_prior(trained, tmp_path, capsys):
-    """Catches: a state that is refused because --prior was not said again, and one that is taken for another
-    prior's because it was said wrongly."""
+    """Catches: a state that is refused because --prior was not repeated; one that is loaded into another kind
+    of prior because --prior was wrong."""
     (tmp_path / "clip").symlink_to(trained / "clip")
     command = ["train", "prior", "--preset", "tiny", "--out", str(tmp_path), "--device", "cpu", "--quiet"]
     assert main([*command, "--prior", "autoregressive", "--pause-after", "0"]) == 0

@@ -62,7 +62,7 @@ def test_non_finite_first_step_leaves_a_state(tmp_path):
 
 
 def test_resume_of_another_model_or_seed_says_what_differs(tmp_path):
-    """Catches: weights of one configuration poured into another."""
+    """Catches: weights of one configuration loaded into a model of another."""
     toy_trainer(tmp_path, steps=2).train()
     other = Toy()
     other.config = {"model": {"width": 9}}

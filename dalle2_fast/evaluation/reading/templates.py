@@ -85,5 +85,8 @@ class Templates:
 
 
 def disc_to_shape_radius(radius: Tensor, shape: Tensor) -> Tensor:
-    """The radius that scenes give to objects with the area of a disc of `radius`; shape: of SHAPES."""
+    """The radius that scenes give to objects with the area of a disc of `radius`.
+
+    shape: int64, indices into SHAPES.
+    """
     return radius / torch.tensor(AREAS).to(radius)[shape].sqrt()

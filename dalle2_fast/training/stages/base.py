@@ -14,7 +14,7 @@ from dalle2_fast.training.stages.finished import load_finished
 from dalle2_fast.training.stages.protocol import Validation
 from dalle2_fast.training.stages.source import Source
 
-HELD_OUT_STREAM = 5  # of all stages: their metrics are on the same scenes
+HELD_OUT_STREAM = 5  # for all stages, so that their metrics are on the same scenes
 
 
 class SceneStage:
@@ -24,13 +24,13 @@ class SceneStage:
 
     Args:
         preset: has the recipe of this stage.
-        source: of the batches. With shards the held-out batch is from another order of the same pairs.
-        out: folder of the run, in which finished stages are found.
+        source: of the batches. With shards the held-out batch has the same pairs in another order.
+        out: folder of the run, which has the finished stages.
     """
 
     name: str
     model_classes: tuple[type[nn.Module], ...]  # of finished models; the first one where the file names none
-    stream_number: int  # of the training batches; no two stages have the same one, nor HELD_OUT_STREAM
+    stream_number: int  # of the training batches; different for each stage, and not HELD_OUT_STREAM
     held_out_size = 64
     negatives = 0  # hard-negative captions for each image
 
@@ -54,7 +54,7 @@ class SceneStage:
         raise NotImplementedError
 
     def fit(self) -> None:
-        """Set what is computed from data rather than learned; called when the initial weights are there."""
+        """Compute from data what is not learned; called after the initial weights are set."""
 
     def scenes_per_batch(self) -> int:
         return self.recipe.optimisation.batch_size

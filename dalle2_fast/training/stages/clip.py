@@ -11,7 +11,7 @@ from dalle2_fast.training.stages.protocol import Validation
 
 
 class ClipStage(SceneStage):
-    """CLIP on (image, caption, hard negatives): retrieval hides what is not bound, 2-way tests show it."""
+    """CLIP on images, captions and hard negatives, without which it would not bind attributes to objects."""
 
     name = "clip"
     model_classes = (CLIP,)
@@ -36,7 +36,7 @@ class ClipStage(SceneStage):
         )
 
     def validate(self) -> Validation:
-        """top1: the right caption among the held-out ones. two_way: it beats a hard negative of its image."""
+        """top1: the nearest held-out caption is the right one. two_way: it is nearer than a hard negative."""
         batch = self.held_out
         image = self.model.encode_image(batch["images"][self.model.image_size])
         text = self.model.encode_text(batch["tokens"])[0]

@@ -18,12 +18,12 @@ from dalle2_fast.training.stages.source import Source
 
 
 class DecoderStage(ClipGuidedStage):
-    """The decoder on (image, caption, image embedding).
+    """The decoder on images, captions and image embeddings.
 
-    Of the recipe: model["text_encoder"] is the configuration of a text tower trained from scratch, or "clip":
-    it starts as CLIP's. data["foreground_weight"] weights the error on objects: few of the pixels, but all of
-    the shapes. The user's images, in which nothing says where the objects are, are weighted evenly, and that
-    is said.
+    In the recipe, model["text_encoder"] is the configuration of a text tower that is trained from scratch, or
+    "clip" for one that starts as CLIP's. data["foreground_weight"] is the weight of the error on objects,
+    which have few of the pixels, but all of the shapes. Where objects are is known of rendered scenes only;
+    with the user's images the weight is 1, and a line says so.
     """
 
     name = "decoder"
@@ -38,7 +38,7 @@ class DecoderStage(ClipGuidedStage):
         if source.shards is not None and self.weight != 1.0:
             print(
                 f"decoder: the preset's foreground_weight {self.weight:g} is for rendered scenes; the "
-                "pictures of --data are weighted evenly"
+                "images of --data are weighted evenly"
             )
             self.weight = 1.0
 

@@ -20,8 +20,8 @@ def load_finished(
     Args:
         out: folder of the run.
         name: of the stage.
-        classes: which the model may be of; the first one where the file names none.
-        device: where the model is put.
+        classes: that the model may have; the first one if the file names none.
+        device: of the model.
 
     Raises:
         TrainingError: the stage is not finished, or its file does not hold such a model.

@@ -1,4 +1,4 @@
-"""Stage `prior`: from a caption's embeddings to an image embedding, by diffusion or token by token."""
+"""Stage `prior`: from the embeddings of a caption to an image embedding, diffusion or autoregressive."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dalle2_fast.training.stages.source import Source
 
 
 class PriorStage(ClipGuidedStage):
-    """The diffusion prior, on embeddings standardised per dimension."""
+    """The diffusion prior, on image embeddings that are standardised per dimension."""
 
     name = "prior"
     model_classes = (DiffusionPrior, ARPrior)
@@ -38,7 +38,7 @@ class PriorStage(ClipGuidedStage):
         return (self.clip.image_size,)
 
     def fit(self) -> None:
-        """Mean and deviation of the image embeddings."""
+        """Mean and standard deviation of the image embeddings."""
         images = [self.image_embed(batch).float() for batch in self.statistics_batches()]
         self.model.fit_statistics(torch.cat(images))
 
@@ -47,7 +47,7 @@ class PriorStage(ClipGuidedStage):
 
     @torch.no_grad()
     def conditioning(self, batch: dict) -> dict[str, Tensor]:
-        """What CLIP makes of the captions, as the prior's arguments."""
+        """CLIP's embeddings of the captions, as arguments of the prior."""
         names = ("text_embed", "text_encodings", "text_mask")
         return dict(zip(names, self.clip.encode_text(batch["tokens"]), strict=True))
 
@@ -57,7 +57,7 @@ class PriorStage(ClipGuidedStage):
         )
 
     def validate(self) -> Validation:
-        """Mean cosine with the true image embedding: of one sample; of the text embedding, to compare."""
+        """Mean cosine similarity to the true image embedding, of one sample and of the text embedding."""
         conditioning, image = self.conditioning(self.held_out), self.image_embed(self.held_out)
         sampled = self.model.sample(
             **conditioning,
@@ -73,7 +73,7 @@ class PriorStage(ClipGuidedStage):
 
 
 class ARPriorStage(PriorStage):
-    """The autoregressive prior, on principal components in buckets."""
+    """The autoregressive prior, on quantised principal components of image embeddings."""
 
     model_class = ARPrior
     sampling = {}
@@ -83,7 +83,7 @@ class ARPriorStage(PriorStage):
         self.config |= {"class": ARPrior.__name__}
 
     def fit(self) -> None:
-        """Principal components of the image embeddings, and the limits of the buckets."""
+        """Principal components of the image embeddings, and the ranges of their buckets."""
         pairs = [
             (self.image_embed(batch).float(), self.conditioning(batch)["text_embed"].float())
             for batch in self.statistics_batches()

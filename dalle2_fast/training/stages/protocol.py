@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Validation(NamedTuple):
-    """How good a model is on held-out data: numbers for the log, images for the eye."""
+    """What a model achieves on held-out data: numbers for the log, and images to look at."""
 
     metrics: dict[str, float] = {}
     images: Tensor | None = None  # float [N, 3, H, W] in [0, 1]
@@ -36,4 +36,4 @@ class Stage(Protocol):
         """The scalar to minimise. generator: for everything random, on the model's device."""
 
     def validate(self) -> Validation:
-        """Metrics and images of the model as it is now; called in eval mode and without gradients."""
+        """Metrics and images of the model's current weights; called in eval mode and without gradients."""

@@ -17,7 +17,7 @@ from dalle2_fast.training.stages.prior import ARPriorStage, PriorStage
 from dalle2_fast.training.stages.source import Source, seed_of
 from dalle2_fast.training.stages.upsampler import SecondUpsamplerStage, UpsamplerStage
 
-# A stage's name, the number of its stream and the class of its model are attributes of its class.
+# Everything else about a stage (its name, stream number, model classes) is an attribute of its class.
 STAGE_CLASSES: dict[str, type[SceneStage]] = {
     each.name: each for each in (ClipStage, PriorStage, DecoderStage, UpsamplerStage, SecondUpsamplerStage)
 }
@@ -37,8 +37,8 @@ def make_stage(
 
     Args:
         name: a key of STAGE_CLASSES.
-        preset: the recipes; it also says which prior.
-        out: folder of the run, in which the finished CLIP is found.
+        preset: has the recipes, and says which prior.
+        out: folder of the run, which has the finished CLIP.
         seed: of weights and scenes.
         device: where batches are made and the model is trained.
         shards: WebDataset shards to train on instead of scenes.

@@ -8,8 +8,8 @@ import torch
 
 from dalle2_fast.data import SceneStream, Tokenizer, WebDatasetStream, World
 
-# Scenes that a GPU makes together: 0.8 GB of images. While each step made its own scenes, a step of 384 of
-# scenes-gpu's decoder took 135 ms on an H200, and one of 1024 of its prior, a tenth of the work, 70.
+# Scenes that a GPU makes together: 0.8 GB of images. When each step made its scenes, a step of 384 of the
+# decoder of scenes-gpu took 135 ms on an H200, and one of 1024 of its prior, a tenth of the work, 70 ms.
 SCENES_AT_ONCE, PIXELS_AT_ONCE = 8192, 2**26
 
 
@@ -34,14 +34,13 @@ class Source:
     def stream(
         self, number: int, batch_size: int, *, resolutions: tuple[int, ...], split: str, negatives: int = 0
     ) -> SceneStream | WebDatasetStream:
-        """Stream `number` (0 to 15): its `batch(step)` depends on the run's seed, the number and the step.
-
-        Shards are not split: a stream with another number reads the same pairs in another order.
+        """A stream whose `batch(step)` depends on the run's seed, on `number` and on the step.
 
         Args:
-            number: streams with different numbers have different scenes.
+            number: of the stream, 0 to 15. Streams with different numbers have different scenes; those of
+                shards have the same pairs in another order.
             batch_size: scenes, or pairs, in each batch.
-            resolutions: of the images, which show the same scenes at each of them.
+            resolutions: of the images; the same scenes are rendered at each of them.
             split: of the scenes, "train" or "iid" (held out).
             negatives: hard-negative captions for each image.
         """
@@ -61,7 +60,7 @@ class Source:
 def seed_of(seed: int, number: int) -> int:
     """The seed of stream `number` (0 to 15), and of its stage's initial weights, in the run with `seed`.
 
-    No two pairs (seed, number) share one. One seed for all stages would show them the same images in the same
-    order.
+    Different pairs (seed, number) have different seeds: with one seed for all stages, they would see the same
+    images in the same order.
     """
     return seed * 16 + number

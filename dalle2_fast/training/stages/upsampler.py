@@ -1,4 +1,4 @@
-"""Stages `upsampler` and `upsampler2`: from a small image to a large one, on crops."""
+"""Stages `upsampler` and `upsampler2`: from a small image to a large one, trained on crops."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from dalle2_fast.training.stages.protocol import Validation
 
 
 class UpsamplerStage(SceneStage):
-    """The upsampler on aligned crops: it is fully convolutional, and one rendered scene yields several.
+    """The upsampler on aligned crops, which is possible because it is fully convolutional.
 
-    Of the recipe: data["crop"] is their size in pixels of the large image, data["crops_per_image"] how many
-    each image yields.
+    In the recipe, data["crop"] is their side in pixels of the large image; data["crops_per_image"] is the
+    number of crops from each rendered scene.
     """
 
     name = "upsampler"
@@ -53,7 +53,7 @@ class UpsamplerStage(SceneStage):
         return self.model(high, low, generator=generator, check_range=self.device.type == "cpu")
 
     def validate(self) -> Validation:
-        """PSNR in dB against the render: of the upsampler, and of bicubic interpolation.
+        """PSNR in dB of the upsampler and of bicubic interpolation, compared with the render.
 
         Rows of images: bicubic, sampled, render.
         """
@@ -68,7 +68,7 @@ class UpsamplerStage(SceneStage):
 
 
 class SecondUpsamplerStage(UpsamplerStage):
-    """Another upsampler, on other scenes: from the first one's size to a larger one."""
+    """Another upsampler, trained on other scenes: from the size of the first one to a larger one."""
 
     name = "upsampler2"
     stream_number = 6
@@ -78,10 +78,10 @@ def random_crops(
     low: Tensor,  # [B, 3, h, w]
     high: Tensor,  # [B, 3, H, W]
     crop: int,  # in pixels of `high`
-    crops: int,  # of each pair
+    crops: int,  # number for each pair
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:  # [B * crops, 3, crop * h / H, crop * h / H], [B * crops, 3, crop, crop]
-    """Random crops of low and high at the same place."""
+    """Random crops of low and high at the same positions."""
     scale = high.shape[-1] // low.shape[-1]
     side, room = crop // scale, low.shape[-1] - crop // scale
     corners = torch.randint(0, room + 1, (len(low) * crops, 2), generator=generator, device=low.device)
