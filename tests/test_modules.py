@@ -1,4 +1,4 @@
-"""The modules: the state_dict of what they replace, and the values of the functions beneath them."""
+"""The modules have the state_dict of the modules they replace, and the values of the functions they call."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Every launch configuration of every kernel, compiled for six GPUs: it fits, and does what it was made for.
+"""Every launch configuration of every kernel, compiled for six GPUs: it fits, and uses what it was made for.
 
 The cases are the aot_cases() of tests/support/aot/cases_<op>.py. Compiling all of them takes minutes, so
-`benchmarks/timing/compile_report.py` does that and writes down the outcome; here the limits are held against
-the outcome, which must belong to the kernels as they are, and one case of each kernel is compiled afresh. The
-interpreter sees none of this; compiling needs no GPU, but triton.
+`benchmarks/timing/compile_report.py` does that and writes a report. Here the report is checked against the
+limits; it must be that of the current kernels, and one case of each kernel is compiled again. Triton's
+interpreter shows none of these faults. Compiling needs Triton, but no GPU.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def reported(cases) -> Compiled:
 
 @pytest.fixture(scope="session")
 def fresh(cases) -> Compiled:
-    """One case of each kernel, one that matters most, compiled now for two GPUs: of the two sizes of shared
-    memory, the larger with wgmma."""
+    """The most important case of each kernel, compiled now for a GPU with little shared memory and for one
+    with wgmma."""
     chosen: dict[str, Case] = {}
     for case in sorted(cases.values(), key=lambda one: (90 in one.capabilities, one.hgmma, one.hot)):
         chosen[function_of(case.kernel).__qualname__] = case
@@ -139,7 +139,7 @@ def test_attention_is_made_for_wgmma(cases):
     assert any("backward" in name or name in ("_queries_kernel", "_keys_kernel") for name in asking)
 
 
-# -------------------------------------------------------------------------------- do the limits see anything?
+# ---------------------------------------------------------------------------------- do the limits see faults?
 
 
 @pytest.fixture(scope="session")

@@ -261,7 +261,7 @@ def test_head_width_too_large_for_the_kernel(kernel_device):
     assert functional.cross_attention(q, q, q).shape == q.shape
 
 
-# On a GPU every example compiles kernels of its own, and a test there is one of many with the same claim.
+# On a GPU every example compiles new kernels, and many other tests make the same claim there.
 @settings(max_examples=3 if torch.cuda.is_available() else 8, deadline=None)
 @given(
     sizes=st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 40), st.integers(2, 90)),

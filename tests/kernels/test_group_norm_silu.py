@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 @pytest.fixture(autouse=True)
 def poison():
-    """Fresh memory holds NaN: an output that no kernel writes is seen."""
+    """New memory is filled with NaN, so that an output that no kernel writes shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -33,7 +33,7 @@ def plan(kernel_device):
 
 @pytest.fixture
 def path(plan, monkeypatch):
-    """path("chunks") makes slabs of more than 16 elements go that way, in tiles of 64."""
+    """path("chunks") makes slabs of more than 16 elements take that path, in tiles of 64."""
     caches = (plan.resident_tiles, plan.forward_tiles, plan.chunk_tiles, plan.sum_tiles)
 
     def choose(name: str) -> None:

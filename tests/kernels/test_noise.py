@@ -1,4 +1,4 @@
-"""The kernels of add_noise and sample_noise, and the generator beneath them, against their references."""
+"""The kernels of add_noise and sample_noise, and their random number generator, against the references."""
 
 from __future__ import annotations
 

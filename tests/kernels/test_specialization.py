@@ -1,7 +1,7 @@
-"""What a GPU would be asked for: one compilation for all batches, steps and guidances, and no waiting.
+"""One compilation serves all batch sizes, steps and guidances, and no op waits for the device.
 
-Triton compiles anew when an integer becomes 1 or a multiple of 16, or when a constant changes. Here the
-launchers run for several batches, and what Triton would key its compilations on is compared. Nothing is
+Triton compiles a kernel again when an integer becomes 1 or a multiple of 16, or when a constant changes. Here
+the launchers run for several batch sizes, and the keys of Triton's compilation cache are compared. Nothing is
 compiled.
 """
 
@@ -41,7 +41,7 @@ def compilation_key(launch: Launch) -> str:
     return f"{specialization} {options}"
 
 
-def empty(*shape: int) -> torch.Tensor:  # memory that is not touched
+def empty(*shape: int) -> torch.Tensor:  # its memory is never written
     return torch.empty(*shape, dtype=torch.bfloat16)
 
 
@@ -53,10 +53,10 @@ def norm(batch: int, shape: tuple[int, ...], layout: torch.memory_format) -> Non
 
 
 def attention(batch: int, image: bool) -> None:
-    q, *own = empty(batch, 256, 3, 10, 64).permute(2, 0, 3, 1, 4).requires_grad_().unbind(0)
+    q, *image_kv = empty(batch, 256, 3, 10, 64).permute(2, 0, 3, 1, 4).requires_grad_().unbind(0)
     k = empty(batch, 81, 10, 64).transpose(1, 2).requires_grad_()
     mask = torch.ones(batch, 81, dtype=torch.bool)
-    out = functional.cross_attention(q, k, k, mask, *(own if image else ()), impl="fused")
+    out = functional.cross_attention(q, k, k, mask, *(image_kv if image else ()), impl="fused")
     out.backward(torch.empty_like(out))
 
 

@@ -171,7 +171,7 @@ def test_a_sample_does_not_depend_on_its_batch_mates():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_rounds_once(dtype):
-    # The maths is float32 whatever x is, so the only error beyond float32's is the rounding of the result.
+    # The maths is float32 for every dtype of x, so the only other error is the rounding of the result.
     x, output = X.to(dtype), torch.cat((OUT, X0)).to(dtype)
     options = {"seeds": SEEDS, "guidance": 5.0, "clip": 2.0, "previous_x0": X0.to(dtype)}
     steps = table(row(c=-0.2, std=0.4))

@@ -1,4 +1,4 @@
-"""What holds for every op: dispatch, tracing, the meta device; build_info; the tests' own yardstick."""
+"""What holds for every op: dispatch, tracing, the meta device. Also build_info, and the tests' comparison."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_traces_without_a_graph_break(op):
     torch.testing.assert_close(traced(), function())
 
 
-# op -> a call with impl="fused" on inputs that no kernel takes.
+# op -> a call on inputs that no kernel takes.
 def unservable(dtype=torch.float64, device="cpu"):
     x = torch.ones(2, 4, 3, 3, dtype=dtype, device=device)
     q, one, table = x[:, :2], x[:, 0, 0, 0], torch.ones(3, 8, device=device)
@@ -114,7 +114,7 @@ def test_fused_raises_where_the_native_module_cannot_run(op, monkeypatch):
 
 
 def on_cuda(monkeypatch, dtype=torch.float16, capability=(9, 0)):
-    """A tensor that says it is on a GPU of this capability, in a torch that says it has CUDA."""
+    """A stand-in for a tensor on a GPU of this capability, in a torch with CUDA."""
     properties = SimpleNamespace(name="Some GPU", major=capability[0], minor=capability[1])
     monkeypatch.setattr(_dispatch, "_kernel_answers", {})
     monkeypatch.setattr(torch.version, "cuda", "13.0")

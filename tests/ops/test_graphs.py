@@ -1,4 +1,4 @@
-"""The graphs around the fused ops: nothing is left unfused in the models, nothing breaks or recompiles."""
+"""The graphs around the fused ops: the models have no unfused op, and no graph breaks or recompiles."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class CountOps(TorchDispatchMode):
 
 @pytest.fixture
 def fused(monkeypatch, kernel_device):
-    """Every op takes the fused path, on whatever device and dtype."""
+    """Every op takes the fused path, on every device and for every dtype."""
 
     assert _dispatch.load_kernels(torch.device(kernel_device)) is None
     monkeypatch.setattr(_dispatch, "use_reference", lambda impl, *tensors: False)
@@ -44,7 +44,7 @@ UNFUSED = ("native_group_norm", "native_layer_norm", "var_mean", "_softmax", "at
 
 
 def unfused(counts: Counter) -> list[str]:
-    """Ops that one of the kernels should have done."""
+    """Ops that one of the kernels should have replaced."""
     ours = [name for name in counts if name.startswith("aten::") and any(word in name for word in UNFUSED)]
     return ours + [name for name in counts if name.startswith("aten::silu") and not name.endswith("rank 2")]
 
@@ -94,7 +94,7 @@ def test_the_count_sees_what_is_unfused():
 
 
 def test_the_fused_decoder_draws_the_references_image(fused, monkeypatch, kernel_device):
-    # From embedding to picture through every kernel: what is wrong only in combination shows here.
+    # From embedding to image through every kernel. Catches: a fault that shows only when ops are combined.
     torch.manual_seed(0)
     unet = dict(
         in_channels=3, out_channels=3, channels=(16,), layers_per_block=1, attention_levels=(0,), head_dim=8,
@@ -102,7 +102,7 @@ def test_the_fused_decoder_draws_the_references_image(fused, monkeypatch, kernel
     )  # fmt: skip
     decoder = Decoder(unet, image_size=4, image_embed_dim=8, text_embed_dim=8, text_encoding_dim=8,
                       variance="fixed_small")  # fmt: skip
-    for parameter in decoder.parameters():  # at its initialisation the U-Net answers zero
+    for parameter in decoder.parameters():  # an untrained U-Net returns zeros
         torch.nn.init.normal_(parameter, std=0.2)
     decoder.to(kernel_device)
 

@@ -82,7 +82,7 @@ def test_is_close_to_truth_in_every_layout_and_dtype(layout, dtype):
         inputs["x"] = torch.cat((inputs["x"], inputs["x"]), 3)[..., 2:7]
     elif layout == "transposed":
         inputs["x"] = inputs["x"].transpose(2, 3)
-    parameters = ("weight", "bias", "scale", "shift")  # float32 beside low-precision activations
+    parameters = ("weight", "bias", "scale", "shift")  # float32, with low-precision activations
 
     def ours(**kw):
         return functional.group_norm_silu(num_groups=4, **kw)

@@ -1,4 +1,4 @@
-"""What would be launched: the ops' launchers run at any size, on any device, and their kernels do not."""
+"""Record launches: the launchers of the ops run for any size and device, but their kernels do not run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Launch(NamedTuple):
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Every launch of an interpreted kernel is appended to the list instead of being run."""
+    """Append each launch of an interpreted kernel to the list instead of running it."""
     from triton.runtime.interpreter import InterpretedFunction
 
     found: list[Launch] = []
@@ -40,7 +40,7 @@ def recorded() -> Iterator[list[Launch]]:
 
 @contextlib.contextmanager
 def recorded_in(*modules: ModuleType) -> Iterator[list[Launch]]:
-    """The same for the kernels that these modules launch, interpreted or compiled."""
+    """The same for all kernels that these modules launch, interpreted or compiled."""
     found: list[Launch] = []
     with contextlib.ExitStack() as stack:
         for module in modules:
@@ -51,7 +51,7 @@ def recorded_in(*modules: ModuleType) -> Iterator[list[Launch]]:
 
 
 class _Recorder:
-    """Stands in for a kernel."""
+    """Records the launches of a kernel instead of running it."""
 
     def __init__(self, kernel, found: list[Launch]) -> None:
         self.kernel, self.found = kernel, found

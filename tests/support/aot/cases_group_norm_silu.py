@@ -1,7 +1,7 @@
 """The launches of group_norm_silu, forward and backward, for shapes of real models, as test_aot.py compiles.
 
-The launchers run on meta tensors with recorders in the place of their kernels, so that a case is what a GPU
-would be asked to run, and not a second copy of the rules.
+The launchers run on meta tensors, with recorders instead of kernels. So each case is what would be launched
+on a GPU, and the rules that choose it are not copied here.
 """
 
 from __future__ import annotations

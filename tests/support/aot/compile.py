@@ -1,10 +1,10 @@
-"""Compile Triton kernels for GPUs that are not there, and read from the outcome what they use.
+"""Compile Triton kernels for GPUs that this machine does not have, and read which resources they use.
 
     case = Case("apply bf16", _apply_kernel, {"x": "*bf16", "y": "*bf16", "n": "i32"}, {"BLOCK": 1024}, 4, 1)
     compile_cases([case], (80, 90))["apply bf16", 90].registers
 
-A test process that interprets kernels cannot compile them, so the work is done in processes of its own (as
-many as there are cores), where a kernel is found again by its module and name. Cubins stay in Triton's cache.
+A process that interprets kernels cannot compile them. Therefore other processes, one per core, do the work;
+they find a kernel by its module and name. Cubins stay in Triton's cache.
 """
 
 from __future__ import annotations
@@ -119,15 +119,17 @@ def compile_cases(
 
 
 def function_of(kernel: Any) -> Any:
-    """The Python function under the interpreter's, or the compiler's, wrapping."""
+    """The Python function that the interpreter's or the compiler's object wraps."""
     while hasattr(kernel, "fn"):
         kernel = kernel.fn
     return kernel
 
 
 def fingerprint(case: Case) -> str:
-    """Changes when the code of the case's kernel, of what it calls, or its configuration does; not with
-    comments, docstrings or the place of the code."""
+    """A hash of the configuration and of the code of the case's kernel and of what it calls.
+
+    Comments, docstrings and the module of the code do not change it.
+    """
     _, *configuration = _job(case, 0)  # without the module
     parts = [*map(str, configuration), *_code(function_of(case.kernel))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
@@ -135,7 +137,7 @@ def fingerprint(case: Case) -> str:
 
 @functools.cache
 def _code(function: Any) -> tuple[str, ...]:
-    """What a kernel says, what the kernels' functions that it names say, and the constants it names."""
+    """The code of a kernel and of the jit functions that it names, and the constants that it names."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     if ast.get_docstring(tree) is not None:
         del tree.body[0]
@@ -171,7 +173,7 @@ def _work_elsewhere(jobs: list[tuple]) -> list:
     return json.loads(done.stdout.decode().splitlines()[-1])
 
 
-# ------------------------------------------------------------------------------------ in a process of its own
+# --------------------------------------------------------------------------------- in the compiling processes
 
 _TOOLS = Path("backends/nvidia/bin")
 

@@ -1,4 +1,4 @@
-"""Kernels with one known fault each: what the limits of test_aot.py are tried on."""
+"""Kernels with known resources and faults, which test_aot.py must see."""
 
 from __future__ import annotations
 
