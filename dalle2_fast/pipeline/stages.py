@@ -52,7 +52,7 @@ def encode_captions(
     # Networks that were trained on CLIP's raw projections need the length of the embedding, too.
     unit_norm = all(net.unit_norm for net in (pipe.prior, pipe.decoder) if net is not None)
     with context.timer("text") as track:
-        for _ in track(range(1), 1):
+        for _ in track(range(1), 1):  # one step, so that the stage shows progress
             caption = None if tokens is None else pipe.clip.encode_text(tokens, normalize=unit_norm)
             # The negative caption is a batch of its own, because a CPU may round one row and two rows
             # differently, and the encodings of the prompts must not depend on whether there is one.

@@ -1,4 +1,4 @@
-"""The commands that begin with a picture, on a tiny random chain: what they write, what they refuse."""
+"""The commands that begin with an image, on a tiny random pipeline: what they write, what they refuse."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def command(checkpoint, tmp_path, monkeypatch, capsys):
-    """command(*arguments) -> exit code, printed lines as a dict, stderr; in a folder with some pictures."""
+    """command(*arguments) -> exit code, printed lines as a dict, stderr; in a folder with some images."""
     monkeypatch.chdir(tmp_path)
     for name, size in (("a.png", (32, 32)), ("b.jpg", (32, 32)), ("wide.png", (60, 40))):
         noise = np.random.default_rng(len(name)).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
@@ -50,7 +50,7 @@ COMMANDS = {
     "inpaint": ["inpaint", "a.png", "a red ring", "--mask", "mask.png", "--num-images", "2"],
     "generate": ["generate", "a red ring", "--init-image", "a.png", "--num-images", "2", "--strength", "0.5"],
 }  # fmt: skip
-# Pictures in the grid: results and what they are shown beside.
+# Images in the grid: the results and the images that they are compared with.
 SHOWN = {"variations": 3, "interpolate": 5, "text-diff": 3, "invert": 3, "reconstruct": 4, "inpaint": 4,
          "generate": 3}  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""`dalle2-fast generate` on a tiny random chain: files and what they carry, printed lines, refusals."""
+"""`dalle2-fast generate` on a tiny random pipeline: files and their text chunks, printed lines, refusals."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def test_grid(count, size):
 
 
 def test_labels_do_not_run_into_each_other():
-    """Catches: lines under small pictures that are printed over one another."""
+    """Catches: labels of small images that are printed over each other."""
     red, blue = (Image.new("RGB", (16, 16), color) for color in ("red", "blue"))
     one = image_grid([red], labels=["of variance 17.7%"])
     two = image_grid([red, blue], labels=["of variance 17.7%"] * 2)

@@ -1,4 +1,4 @@
-"""A whole chain with random weights, small enough to sample in a fraction of a second."""
+"""A whole pipeline with random weights, small enough to sample in a fraction of a second."""
 
 from __future__ import annotations
 
