@@ -1,4 +1,4 @@
-"""Times as vectors: the sinusoidal embedding that the U-Net, the upsampler and the prior's network share."""
+"""The sinusoidal embedding of a time, which the U-Net, the upsampler and the network of the prior share."""
 
 from __future__ import annotations
 
@@ -9,9 +9,20 @@ from torch import Tensor
 
 
 def sinusoidal_embedding(time: Tensor, width: int) -> Tensor:
-    """[cos(time f), sin(time f)], f falling geometrically from 1 to 1/10000; time [B] -> float32 [B, width].
+    """[cos(time f), sin(time f)] with frequencies f that fall geometrically from 1 to 1/10000.
 
-    Source: Vaswani et al. 2017, cosines first as in ADM. width is even.
+    Args:
+        time: times [B], 0 .. 1000.
+        width: the width of the embedding, even.
+
+    Returns:
+        float32 [B, width]; the cosines come first, as in ADM.
+
+    Source: Vaswani et al., 1706.03762, section 3.5; Dhariwal and Nichol, 2105.05233, for the order.
+
+    Example:
+        >>> sinusoidal_embedding(torch.tensor([0.0]), 4)
+        tensor([[1., 1., 0., 0.]])
     """
     half = width // 2
     exponent = torch.arange(half, device=time.device, dtype=torch.float32) / half

@@ -1,6 +1,6 @@
-"""CLIP's loss with hard-negative captions, which widen the softmax row of their own image only.
+"""CLIP's loss with hard-negative captions, which only widen the softmax row of the image they belong to.
 
-Source: NegCLIP, arXiv 2210.01936.
+Source: Yuksekgonul et al., "NegCLIP", 2210.01936.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import Tensor
 
 
 def check_negatives(text: Tensor, negative_text: Tensor, negative_mask: Tensor | None) -> None:
+    """Raise ValueError unless there are K negatives [B, K, L] for text [B, L], with a mask bool [B, K]."""
     batch, length = text.shape
     if negative_text.ndim != 3 or negative_text.shape[0] != batch or negative_text.shape[2] != length:
         came = tuple(negative_text.shape)
@@ -31,6 +32,13 @@ def loss_with_negatives(
     negative_mask: Tensor | None,  # bool [B, K]
     scale: Tensor,
 ) -> Tensor:
+    """The symmetric contrastive loss, a scalar, with K more columns in the softmax over the captions.
+
+    Example:
+        >>> embeddings, negatives = torch.eye(2), torch.zeros(2, 1, 2)
+        >>> loss_with_negatives(embeddings, embeddings, negatives, None, torch.tensor(10.0)).shape
+        torch.Size([])
+    """
     # Autocast would round the cosines to bfloat16, whose steps near 1 exceed a hard negative's margin.
     with torch.autocast(image_features.device.type, enabled=False):
         logits = scale * image_features @ text_features.T

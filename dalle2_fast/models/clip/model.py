@@ -3,7 +3,9 @@
     logits[i, j] = exp(logit_scale) * <image_i / |image_i|, text_j / |text_j|>,
     loss = (cross_entropy(rows) + cross_entropy(columns)) / 2.
 
-Source: CLIP, arXiv 2103.00020. Weight names are those of OpenAI's files and of open_clip's `CLIP` class.
+The weights have the names of OpenAI's files and of open_clip's `CLIP` class.
+
+Source: Radford et al., 2103.00020.
 """
 
 from __future__ import annotations
@@ -31,28 +33,53 @@ from dalle2_fast.models.clip.vision_transformer import VisionTransformer
 from dalle2_fast.models.transformer import TextTransformer
 from dalle2_fast.ops._dtypes import compute_dtype
 
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the images CLIP was trained on, per channel
+# Mean and standard deviation per channel of the images on which OpenAI trained CLIP.
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 LARGEST_LOGIT_SCALE = math.log(100.0)
 
 
 class CLIP(TextTransformer, Pretrained):
-    """CLIP. The defaults are ViT-L/14: 427,616,513 parameters.
+    """CLIP. The defaults are ViT-L/14 with 427,616,513 parameters.
 
-    It *is* its text tower plus `visual`, because OpenAI's files keep the text tower's weights at top level.
+    The class *is* its text tower and has the image tower as `visual`, because OpenAI's files keep the weights
+    of the text tower at top level.
 
-    dim_latent: width of the shared embedding; dim_text, text_enc_depth, text_heads, text_seq_len,
-    num_text_tokens: the text tower (text_enc_depth=None: there is none, as in image encoders alone);
-    dim_image, visual_enc_depth, visual_heads, visual_image_size: the image tower, of visual_kind
-      "vit"       patches of visual_patch_size pixels;
-      "conv_vit"  the same behind a stem of stride-2 convolutions, for small models; patch size 2, 4, 8, ...;
-      "resnet"    the modified ResNet: visual_enc_depth = blocks per stage, e.g. (3, 4, 6, 3), dim_image =
-                  base width (64 for RN50), visual_heads = heads of the attention pool;
-      None        no image tower: what text-to-image checkpoints keep of their CLIP.
-    quick_gelu: the activation of OpenAI's weights; False for LAION's.
-    eos_token_id: where a caption ends; None: at its last non-zero token.
-    logit_scale_init: where log(1 / temperature) starts; it is learned, and clamped at ln 100.
-    image_mean, image_std: per-channel normalisation of the images.
+    Args:
+        dim_text: width of the text tower.
+        dim_image: width of the image tower; for "resnet" its base width, 64 in RN50.
+        dim_latent: width of the shared embedding.
+        num_text_tokens: size of the vocabulary.
+        text_enc_depth: the number of blocks of the text tower; None for a CLIP without one, as image encoders
+            alone are.
+        text_seq_len: the largest number of tokens of a caption.
+        text_heads: the number of attention heads of the text tower.
+        visual_enc_depth: the number of blocks of the image tower; for "resnet" the number of blocks of each
+            of the four stages, e.g. (3, 4, 6, 3).
+        visual_heads: the number of attention heads of the image tower; for "resnet" those of the attention
+            pool.
+        visual_image_size: side S of the images in pixels.
+        visual_patch_size: side of a patch in pixels; for "conv_vit" a power of two >= 2. "resnet" ignores it.
+        visual_kind: "vit"; "conv_vit", which has a stem of stride-2 convolutions, for small models; "resnet",
+            the modified ResNet; or None for no image tower, as in the CLIPs of text-to-image checkpoints.
+        quick_gelu: whether the activation is QuickGELU, as in OpenAI's weights; False for LAION's.
+        mlp_ratio: width of the hidden layer of the text tower's MLPs, as a multiple of its width.
+        visual_mlp_ratio: the same of the image tower.
+        eos_token_id: the token that ends a caption; None: a caption ends at its last non-zero token.
+        logit_scale_init: initial value of log(1 / temperature), which is learned and clamped at ln 100.
+        image_mean: mean of the images per channel, which is subtracted.
+        image_std: standard deviation of the images per channel, by which they are divided.
+
+    Raises:
+        ValueError: a size or a kind is impossible.
+
+    Example:
+        >>> clip = CLIP(dim_text=16, dim_image=16, dim_latent=8, num_text_tokens=10, text_enc_depth=1,
+        ...             text_seq_len=6, text_heads=2, visual_enc_depth=1, visual_heads=2,
+        ...             visual_image_size=16, visual_patch_size=8)
+        >>> embedding, encodings, mask = clip.encode_text(torch.tensor([[3, 4, 0], [5, 6, 7]]))
+        >>> embedding.shape, encodings.shape, clip.encode_image(torch.rand(2, 3, 16, 16)).shape
+        (torch.Size([2, 8]), torch.Size([2, 3, 16]), torch.Size([2, 8]))
     """
 
     part = "clip"
@@ -126,31 +153,49 @@ class CLIP(TextTransformer, Pretrained):
         self.logit_scale = nn.Parameter(torch.tensor(float(logit_scale_init)))
 
     def encode_image(self, images: Tensor, *, normalize: bool = True) -> Tensor:
-        """Images [B, 3, S, S] in [0, 1] -> embedding [B, dim_latent] of unit norm, in the weights' dtype.
+        """Embed images.
 
-        normalize=False gives the raw projection.
+        Args:
+            images: [B, 3, S, S] in [0, 1], S = visual_image_size.
+            normalize: whether the embeddings have unit norm; False returns the raw projection.
+
+        Returns:
+            [B, dim_latent] in the dtype of the weights.
+
+        Raises:
+            TypeError, ValueError: the images have the wrong dtype or shape, or (on a CPU) values outside
+                [0, 1], or there is no image tower.
         """
         if self.visual is None:
             raise ValueError("images: expected a CLIP with an image tower, got one with visual_kind=None")
         size = (self.image_size, self.image_size)
-        # On a GPU, looking at the values would stall the queue at every step.
+        # On a GPU, reading the values would stall the queue in every step.
         on_cpu = isinstance(images, Tensor) and images.device.type == "cpu"
         look = on_cpu and not torch.compiler.is_compiling()
         check_images("images", images, 3, size, check_range=look)
         has_text = self.config["text_enc_depth"] is not None
         weights = self.text_projection.dtype if has_text else self.logit_scale.dtype
-        # Channel by channel with plain numbers: no constant has to live on, or be copied to, the device.
+        # Python numbers channel by channel: no constant has to be stored on the device or copied to it.
         channels = zip(images.unbind(1), self.image_mean, self.image_std, strict=True)
         x = torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
         x = self.visual(x.to(weights))
         return _unit(x).to(weights) if normalize else x.to(weights)
 
     def encode_text(self, text: Tensor, *, normalize: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens int64 [B, L] -> (embedding [B, dim_latent], encodings [B, L, dim_text], mask bool [B, L]).
+        """Embed and encode captions.
 
-        The embedding, of unit norm, is read where the caption ends: at the first eos_token_id if the model
-        has one, else at the last non-zero token; the mask is True up to there. The encodings are the hidden
-        states after the final norm, zero where padded. normalize=False gives the raw projection.
+        Args:
+            text: token ids int64 [B, L], padded with 0.
+            normalize: whether the embeddings have unit norm; False returns the raw projection.
+
+        Returns:
+            The embedding [B, dim_latent], the encodings [B, L, dim_text] and the mask bool [B, L]. The
+            embedding is taken at the end of the caption: at the first eos_token_id if the model has one,
+            otherwise at the last non-zero token. The mask is True up to that position. The encodings are the
+            hidden states after the final norm, zero where padded.
+
+        Raises:
+            TypeError, ValueError: text has the wrong dtype or shape, or there is no text tower.
         """
         self._check_text_tower("text")
         encodings, mask = self.encode_tokens(text)
@@ -160,7 +205,11 @@ class CLIP(TextTransformer, Pretrained):
         return (_unit(x).to(weights) if normalize else x.to(weights)), encodings, mask
 
     def text_tower(self) -> TextTransformer:
-        """A copy of the text tower alone, trainable: where a decoder's own tower can start from."""
+        """A trainable copy of the text tower alone, from which the text encoder of a decoder can start.
+
+        Raises:
+            ValueError: there is no text tower.
+        """
         self._check_text_tower("text_tower")
         names = dict(num_tokens="num_text_tokens", context_length="text_seq_len", dim="dim_text",
                      depth="text_enc_depth", heads="text_heads", mlp_ratio="mlp_ratio",
@@ -179,17 +228,28 @@ class CLIP(TextTransformer, Pretrained):
         negative_mask: Tensor | None = None,  # bool [B, K], False = not applicable
         return_loss: bool = True,
     ) -> Tensor:
-        """The symmetric contrastive loss (scalar), or with return_loss=False the logits [B_images, B_text].
+        """The symmetric contrastive loss, or the logits.
 
-        negative_text: captions that are wrong for their own image, and only for it: they widen that image's
-        softmax row to B + K columns and leave the text -> image direction alone.
+        Args:
+            text: token ids of the captions, padded with 0.
+            images: the images, of which image i belongs to caption i.
+            negative_text: K captions per image that are wrong for this image. They widen the softmax row of
+                the image to B + K columns and do not change the text -> image direction.
+            negative_mask: False where a negative caption does not count.
+            return_loss: False returns the logits; text and images may then have different lengths.
+
+        Returns:
+            The loss, a scalar, or the logits [B_images, B_text].
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong dtype or shape.
         """
         if return_loss and len(text) != len(images):
             raise ValueError(f"text: expected one caption per image = {len(images)}, got {len(text)}")
         if negative_text is not None:
             check_negatives(text, negative_text, negative_mask)
         if self.training:
-            # The value is clamped, not the gradient: else a scale at the limit could never come down again.
+            # The value is clamped and not the gradient, so that a scale at the limit can still fall.
             with torch.no_grad():
                 self.logit_scale.clamp_(max=LARGEST_LOGIT_SCALE)
         scale = self.logit_scale.exp()
@@ -208,9 +268,13 @@ class CLIP(TextTransformer, Pretrained):
     # ------------------------------------------------------------------------------------------- checkpoints
 
     def to_state_dict(self, layout: str = "open_clip") -> dict[str, Tensor]:
-        """The weights under the names of "openai" or "open_clip" (ours, too) or "huggingface" (CLIPModel).
+        """The weights under the names of another library.
 
-        Raises ValueError for another layout, and for image towers that Hugging Face's CLIP does not have.
+        Args:
+            layout: "openai" or "open_clip", which have our names, or "huggingface" (CLIPModel).
+
+        Raises:
+            ValueError: another layout, or an image tower that Hugging Face's CLIP does not have.
         """
         return export(self.state_dict(), layout)
 
@@ -226,26 +290,36 @@ class CLIP(TextTransformer, Pretrained):
     ) -> CLIP:
         """Load a CLIP, ours or a published one, in evaluation mode.
 
-        path: a file of OpenAI's (a TorchScript archive, of which nothing is executed), of open_clip's or
-        Hugging Face's (.pt, .bin, .safetensors, an index of shards); a folder with such a file and its
-        configuration; a diffusers pipeline, for its text_encoder/ and image_encoder/; a checkpoint of ours,
-        also of a DALLE2; an id of the Hugging Face hub (revision: a branch, tag or commit there); None: the
-        checkpoint in the package. One tower alone, with its projection, makes a CLIP without the other.
+        One tower alone, with its projection, becomes a CLIP without the other tower.
 
-        dtype: of the weights and of the computation, whatever the file stores.
-        options: arguments of CLIP that the file and its configuration do not tell, or that you know better:
-            quick_gelu, text_heads, visual_heads, image_mean, image_std.
+        Args:
+            path: one of
 
-        Raises FileNotFoundError, or CheckpointError (a ValueError) that names what is missing, left over, of
-        another shape, damaged, or asked for by the configuration and not in this class.
+                - a file of OpenAI (a TorchScript archive, of which nothing is executed), of open_clip or of
+                  Hugging Face (.pt, .bin, .safetensors, or an index of shards);
+                - a folder with such a file and its configuration;
+                - a folder of a diffusers pipeline, from which text_encoder/ and image_encoder/ are read;
+                - a checkpoint of this package, also one of a whole DALLE2;
+                - an id on the Hugging Face hub;
+                - None, the checkpoint in the package.
+            device: where the weights are wanted.
+            dtype: dtype of the weights and of the computation, regardless of the dtype in the file.
+            revision: a branch, tag or commit on the hub.
+            options: arguments of CLIP that the file and its configuration do not contain, or that replace
+                theirs: quick_gelu, text_heads, visual_heads, image_mean, image_std.
+
+        Raises:
+            FileNotFoundError: there is no such file or folder.
+            CheckpointError: (a ValueError) something is missing, left over, of another shape or damaged, or
+                the configuration asks for something that this class does not have. The message names it.
         """
         source = read_clip(embedded_path() if path is None else locate(path, revision), **options)
         try:
-            with unfilled():  # no initial weights are drawn
+            with unfilled():  # draw no initial weights
                 clip = cls(**source.options)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{source.path}: no CLIP has this configuration ({error})") from error
-        # Copies: what is read may be mapped from the file, which must not be needed any more.
+        # The tensors are copied, because they may be mapped from the file, which may be removed later.
         weights = {name: value.clone() for name, value in source.weights(clip.state_dict()).items()}
         clip.load_state_dict(weights, assign=True)
         return clip.to(device=device, dtype=dtype).eval()
@@ -256,5 +330,5 @@ class CLIP(TextTransformer, Pretrained):
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x / |x| in at least float32: a float16 norm overflows, and CLIP turns NaN in half precision."""
+    """x / |x| in at least float32, because a norm in float16 overflows and makes CLIP return NaN."""
     return F.normalize(x.to(compute_dtype(x.dtype)), dim=-1)

@@ -1,7 +1,7 @@
 """CLIP's modified ResNet: three-convolution stem, anti-aliased strides, attention pooling.
 
-Source: CLIP, arXiv 2103.00020, section 2.4 (ResNet-D, after He et al. 2019; rect-2 blur pooling, after Zhang
-2019). Weight names are OpenAI's.
+The weights have OpenAI's names. Source: Radford et al., "CLIP", 2103.00020, section 2.4; ResNet-D after He et
+al. 2019; rect-2 blur pooling after Zhang 2019.
 """
 
 from __future__ import annotations
@@ -14,7 +14,19 @@ from torch import Tensor, nn
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions, 4x expansion; a stride is an average pool before the last convolution."""
+    """A residual block of 1x1, 3x3 and 1x1 convolutions with 4x expansion.
+
+    A stride is an average pool before the last convolution.
+
+    Args:
+        in_channels: channels of the input.
+        channels: channels of the 3x3 convolution; the output has 4 times as many.
+        stride: 1, or the factor by which the block reduces the resolution.
+
+    Example:
+        >>> Bottleneck(8, 4, stride=2)(torch.randn(1, 8, 6, 6)).shape
+        torch.Size([1, 16, 3, 3])
+    """
 
     expansion = 4
 
@@ -35,7 +47,7 @@ class Bottleneck(nn.Module):
                 ("0", nn.Conv2d(in_channels, out_channels, 1, bias=False)),
                 ("1", nn.BatchNorm2d(out_channels)),
             ]))
-        nn.init.zeros_(self.bn3.weight)  # every block starts as its shortcut
+        nn.init.zeros_(self.bn3.weight)  # an untrained block is its shortcut
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
@@ -46,7 +58,18 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """One attention step whose query is the mean over all positions: [B, C, h, w] -> [B, output_dim]."""
+    """Attention whose only query is the mean over all positions: [B, C, h, w] -> [B, output_dim].
+
+    Args:
+        grid: h = w, the side of the input in cells.
+        channels: channels C of the input.
+        heads: the number of attention heads.
+        output_dim: width of the output.
+
+    Example:
+        >>> AttentionPool(2, channels=8, heads=2, output_dim=4)(torch.randn(1, 8, 2, 2)).shape
+        torch.Size([1, 4])
+    """
 
     def __init__(self, grid: int, channels: int, heads: int, output_dim: int):
         super().__init__()
@@ -73,10 +96,22 @@ class AttentionPool(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """Images [B, 3, S, S], already normalised -> embedding [B, output_dim], not normalised.
+    """Normalised images [B, 3, S, S] -> the embedding [B, output_dim], not normalised.
 
-    layers: blocks in each of the four stages, (3, 4, 6, 3) for RN50; width: channels behind the stem (64);
-    heads: of the attention pool, which is 32 * width wide; image_size S: a multiple of 32.
+    Args:
+        layers: the number of blocks in each of the four stages, (3, 4, 6, 3) for RN50.
+        width: channels after the stem, even; 64 for RN50.
+        heads: the number of heads of the attention pool, which divides its width 32 * width.
+        image_size: side S of the images in pixels, a multiple of 32.
+        output_dim: width of the embedding.
+
+    Raises:
+        ValueError: a size is impossible.
+
+    Example:
+        >>> network = ModifiedResNet((1, 1, 1, 1), width=4, heads=2, image_size=32, output_dim=8).eval()
+        >>> network(torch.randn(1, 3, 32, 32)).shape
+        torch.Size([1, 8])
     """
 
     def __init__(self, layers: tuple[int, ...], width: int, heads: int, image_size: int, output_dim: int):

@@ -1,6 +1,6 @@
 """CLIP's vision Transformer: patches, or a convolutional stem, a class token, and its projection.
 
-Source: CLIP, arXiv 2103.00020, section 2.4. Weight names are OpenAI's.
+The weights have OpenAI's names. Source: Radford et al., "CLIP", 2103.00020, section 2.4.
 """
 
 from __future__ import annotations
@@ -13,9 +13,22 @@ from dalle2_fast.modules import GroupNormSiLU
 
 
 def convolution_stem(width: int, patch_size: int) -> nn.Sequential:
-    """Stride-2 3x3 convolutions down to one pixel per patch, then a 1x1 to `width` (arXiv 2106.14881).
+    """Stride-2 3x3 convolutions down to one pixel per patch, then a 1x1 convolution to `width`.
 
-    It replaces the patch embedding where images are few and small: edges are learned sooner.
+    The stem replaces the patch embedding where images are few and small, because it learns edges sooner.
+
+    Args:
+        width: channels of the output, divisible by 4 * patch_size.
+        patch_size: side of a patch in pixels, a power of two >= 2.
+
+    Raises:
+        ValueError: patch_size or width is not of this kind.
+
+    Source: Xiao et al., 2106.14881.
+
+    Example:
+        >>> convolution_stem(16, 4)(torch.randn(1, 3, 8, 8)).shape
+        torch.Size([1, 16, 2, 2])
     """
     groups = 8
     steps = patch_size.bit_length() - 1
@@ -37,7 +50,27 @@ def convolution_stem(width: int, patch_size: int) -> nn.Sequential:
 
 
 class VisionTransformer(nn.Module):
-    """Normalised images [B, 3, S, S] -> embedding [B, output_dim] (not normalised) at the class token."""
+    """Normalised images [B, 3, S, S] -> the embedding [B, output_dim] of the class token, not normalised.
+
+    Args:
+        image_size: side S of the images in pixels.
+        patch_size: side of a patch, which divides image_size.
+        width: width of the tokens.
+        depth: the number of blocks.
+        heads: the number of attention heads.
+        output_dim: width of the embedding.
+        mlp_ratio: width of the hidden layer of the MLPs, as a multiple of width.
+        quick_gelu: whether the activation is QuickGELU, as in OpenAI's weights.
+        stem: whether `convolution_stem` replaces the patch embedding.
+
+    Raises:
+        ValueError: patch_size does not divide image_size.
+
+    Example:
+        >>> tower = VisionTransformer(16, 8, width=16, depth=1, heads=2, output_dim=8)
+        >>> tower(torch.randn(1, 3, 16, 16)).shape
+        torch.Size([1, 8])
+    """
 
     def __init__(
         self,
@@ -71,6 +104,7 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(scale * torch.randn(width, output_dim))
 
     def forward(self, images: Tensor) -> Tensor:
+        """Embed normalised images [B, 3, S, S] -> [B, output_dim]."""
         x = self.conv1(images).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
         x = self.ln_pre(x + self.positional_embedding.to(x.dtype))

@@ -1,4 +1,4 @@
-"""What the U-Net is made of: residual and attention blocks, the layout of the first grid, the fine level."""
+"""The parts of the U-Net: residual and attention blocks, the layout of the first grid, the fine level."""
 
 from __future__ import annotations
 
@@ -13,11 +13,20 @@ from dalle2_fast.modules import GroupNormSiLU
 
 
 class Layout(nn.Module):
-    """Where things go: embedding [B, E] -> [B, C, grid_size, grid_size], linear, apart for each cell.
+    """A linear map of the embedding for each cell of a grid: [B, E] -> [B, C, grid_size, grid_size].
 
-    Scale and shift (FiLM) say the same to every cell, so a net that is told "top left" by them has to find
-    out first where the top left is, through noise. This tells each cell itself. It starts as a position: the
-    cosine waves along the rows and along the columns.
+    Scale and shift (FiLM) are the same for every cell. A network that is conditioned on "top left" by them
+    alone first has to find out, through noise, where the top left is. This layer conditions every cell
+    separately. Its initial output is an embedding of the position: cosine waves along the rows and columns.
+
+    Args:
+        embed_dim: width E of the embedding.
+        channels: channels C of the output.
+        grid_size: side of the grid in cells.
+
+    Example:
+        >>> Layout(embed_dim=4, channels=8, grid_size=2)(torch.zeros(3, 4)).shape
+        torch.Size([3, 8, 2, 2])
     """
 
     def __init__(self, embed_dim: int, channels: int, grid_size: int):
@@ -37,12 +46,31 @@ class Layout(nn.Module):
 
 
 class FineLevel(nn.Module):
-    """What a net on large patches cannot draw: its image corrected on small ones, by residual blocks alone.
+    """Residual blocks on small patches that correct the image of a network on large patches.
 
-    A patch of p x p pixels leaves the net as a linear map of its `channels` numbers; with 8 x 8 pixels they
-    do not hold where an edge runs, however long the net is trained. So the coarse net decides what is where,
-    and this one draws it, from the noisy image, the coarse image and the coarse net's last features. It
-    starts at the coarse image itself: a trained coarse net can be given one later.
+    A patch of p x p pixels leaves a network as a linear map of its channels. With 8 x 8 pixels these channels
+    cannot hold where an edge runs, however long the network is trained. The coarse network therefore decides
+    what is where, and this level draws it, from the noisy image, the coarse image and the last features of
+    the coarse network. Its initial output is the coarse image, so that it can be added to a trained network.
+
+    Args:
+        in_channels: channels of the noisy image.
+        out_channels: channels of the output.
+        coarse_channels: channels of the last features of the coarse network.
+        ratio: cells of this level along one side of a cell of the coarse network.
+        patch_size: side of a small patch in pixels.
+        channels: width of the blocks.
+        layers: the number of residual blocks.
+        embed_dim: width of the embedding of time and classes.
+        num_groups: groups of the group norms.
+        film: whether the embedding scales and shifts (True) or is added (False).
+
+    Example:
+        >>> level = FineLevel(3, 3, coarse_channels=8, ratio=2, patch_size=1, channels=4, layers=1,
+        ...                   embed_dim=6, num_groups=2, film=True)
+        >>> coarse, features = torch.zeros(1, 3, 4, 4), torch.zeros(1, 8, 2, 2)
+        >>> level(torch.zeros(1, 3, 4, 4), coarse, features, torch.zeros(1, 6)).shape
+        torch.Size([1, 3, 4, 4])
     """
 
     def __init__(
@@ -50,7 +78,7 @@ class FineLevel(nn.Module):
         in_channels: int,
         out_channels: int,
         coarse_channels: int,
-        ratio: int,  # cells of this level along one side of a cell of the coarse net
+        ratio: int,
         patch_size: int,
         channels: int,
         layers: int,
@@ -73,10 +101,11 @@ class FineLevel(nn.Module):
     def forward(
         self,
         sample: Tensor,  # [B, in_channels, H, W]
-        coarse: Tensor,  # [B, out_channels, H, W], the coarse net's image
+        coarse: Tensor,  # [B, out_channels, H, W], image of the coarse network
         features: Tensor,  # [B, coarse_channels, H / (ratio patch_size), W / (ratio patch_size)]
         embed: Tensor,  # [B, embed_dim]
     ) -> Tensor:  # [B, out_channels, H, W]
+        """The corrected image."""
         hidden = F.pixel_unshuffle(torch.cat([sample, coarse], dim=1), self.patch_size)
         hidden = self.conv_in(hidden.contiguous(memory_format=torch.channels_last))
         hidden = hidden + F.pixel_shuffle(self.lift(features), self.ratio)
@@ -86,7 +115,24 @@ class FineLevel(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(resample(silu(norm(x))))))), with the embedding as FiLM or as an addition."""
+    """x + conv(silu(norm(conv(resample(silu(norm(x))))))), with an embedding as FiLM or as an addition.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        embed_dim: width of the embedding of time and classes.
+        num_groups: groups of the group norms.
+        film: whether the embedding scales and shifts the second norm (True) or is added before it (False).
+        resample: "down" halves the resolution, "up" doubles it, None keeps it.
+        dropout: dropout probability before the second convolution.
+
+    Source: Dhariwal and Nichol, "ADM", 2105.05233, section 3.
+
+    Example:
+        >>> block = ResBlock(4, 8, embed_dim=6, num_groups=2, film=True, resample="down")
+        >>> block(torch.randn(1, 4, 4, 4), torch.randn(1, 6)).shape
+        torch.Size([1, 8, 2, 2])
+    """
 
     def __init__(
         self,
@@ -108,14 +154,15 @@ class ResBlock(nn.Module):
         self.norm2 = GroupNormSiLU(num_groups, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)  # every block starts as the identity (ADM)
+        nn.init.zeros_(self.conv2.weight)  # an untrained block is the identity (ADM)
         nn.init.zeros_(self.conv2.bias)
 
     def forward(
         self,
         x: Tensor,  # [B, C, H, W]
-        embed: Tensor,  # [B, E], already through SiLU: one activation for all blocks
+        embed: Tensor,  # [B, E], after SiLU, which is applied once for all blocks
     ) -> Tensor:
+        """[B, in_channels, H, W] -> [B, out_channels, H, W], at the new resolution where there is one."""
         hidden = self.norm1(x)
         if self.resample is not None:
             hidden, x = _resample(hidden, self.resample), _resample(x, self.resample)
@@ -135,8 +182,22 @@ def _resample(x: Tensor, direction: str) -> Tensor:
 
 
 class AttentionBlock(nn.Module):
-    """x + project(attention of the image's tokens on [context, image] in one softmax) (GLIDE, section
-    2.4)."""
+    """x + project(attention): the tokens of the image attend to [context, image] in one softmax.
+
+    Args:
+        channels: channels of the image, a multiple of head_dim.
+        head_dim: width of an attention head.
+        cross_dim: width of the context; None for self-attention only.
+        num_groups: groups of the group norm.
+
+    Source: Nichol et al., "GLIDE", 2112.10741, section 2.4.
+
+    Example:
+        >>> block = AttentionBlock(8, head_dim=4, cross_dim=6, num_groups=2)
+        >>> keys, values = block.encode_context(torch.randn(1, 5, 6))
+        >>> keys.shape, block(torch.randn(1, 8, 2, 2), (keys, values)).shape
+        (torch.Size([1, 2, 5, 4]), torch.Size([1, 8, 2, 2]))
+    """
 
     def __init__(self, channels: int, head_dim: int, cross_dim: int | None, num_groups: int):
         super().__init__()
@@ -149,7 +210,7 @@ class AttentionBlock(nn.Module):
         nn.init.zeros_(self.project.bias)
 
     def encode_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """context [B, S, cross_dim] -> keys, values [B, heads, S, head_dim]."""
+        """The keys and values [B, heads, S, head_dim] of a context [B, S, cross_dim]."""
         return _split_heads(self.context_kv(context), 2, self.heads)
 
     def forward(
@@ -158,7 +219,8 @@ class AttentionBlock(nn.Module):
         context: tuple[Tensor, Tensor] | None = None,  # keys, values [B, heads, S, head_dim]
         context_mask: Tensor | None = None,  # bool [B, S]
     ) -> Tensor:
-        # Free of copies when x is channels_last; so is the way back.
+        """[B, C, H, W] -> [B, C, H, W]."""
+        # Neither this reshape nor the one at the end copies a channels_last x.
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, H * W, C]
         q, k, v = _split_heads(self.qkv(tokens), 3, self.heads)
         if context is None:

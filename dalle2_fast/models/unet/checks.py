@@ -1,4 +1,4 @@
-"""Checks of a U-Net's configuration and of its context."""
+"""Checks of the configuration and of the context of a U-Net."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from torch import Tensor
 
 
 def per_level(name: str, value: int | Sequence[int], levels: int) -> tuple[int, ...]:
+    """One int per level, from one int or a sequence of them; ValueError if their number is not `levels`.
+
+    Example:
+        >>> per_level("head_dim", 64, 3)
+        (64, 64, 64)
+    """
     values = (value,) * levels if isinstance(value, int) else tuple(value)
     if len(values) != levels:
         raise ValueError(f"{name}: expected one int or one per level ({levels}), got {value!r}")
@@ -16,6 +22,7 @@ def per_level(name: str, value: int | Sequence[int], levels: int) -> tuple[int, 
 
 
 def check_widths(channels, layers, attention_levels, head_dims, num_groups, patch_size) -> None:
+    """Raise ValueError unless these widths make a U-Net; see `UNet` for the arguments."""
     if not channels or min(channels) < 1 or patch_size < 1 or min(layers) < 1 or num_groups < 1:
         raise ValueError(
             "channels, layers_per_block, patch_size, num_groups: expected positive numbers, got "
@@ -34,6 +41,7 @@ def check_widths(channels, layers, attention_levels, head_dims, num_groups, patc
 
 
 def check_fine(fine: dict[str, int], patch_size: int, num_groups: int) -> None:
+    """Raise ValueError unless `fine` describes a level on smaller patches than those of the network."""
     names = ("patch_size", "channels", "layers")
     if set(fine) != set(names) or any(not isinstance(value, int) or value < 1 for value in fine.values()):
         raise ValueError(f"fine: expected positive ints {', '.join(names)}, got {fine!r}")
@@ -46,6 +54,7 @@ def check_fine(fine: dict[str, int], patch_size: int, num_groups: int) -> None:
 
 
 def check_context(context: Tensor, mask: Tensor | None, cross_dim: int | None) -> None:
+    """Raise ValueError unless the context is [B, S, cross_dim] and its mask bool [B, S]."""
     if cross_dim is None:
         raise ValueError(
             "encoder_hidden_states: this UNet has cross_dim=None and takes no context, got "

@@ -1,4 +1,4 @@
-"""Keys and values of a U-Net's context, made once for all its attention layers and all sampling steps."""
+"""Keys and values of the context of a U-Net, computed once for all layers and all sampling steps."""
 
 from __future__ import annotations
 
@@ -9,23 +9,37 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ContextCache:
-    """Keys and values of one context for every attention layer of one U-Net, made by `UNet.encode_context`.
+    """Keys and values of one context for every attention layer of one U-Net, from `UNet.encode_context`.
 
-    They do not depend on the timestep, so a sampling run makes them once and passes this object where the
-    context itself would go.
+    They do not depend on the timestep. A sampling run therefore computes them once and passes this object in
+    place of the context.
+
+    Args:
+        keys: one tensor [B, heads, S, head_dim] per attention layer.
+        values: the same for the values.
+        mask: bool [B, S], True = attend; None if every position counts.
     """
 
-    keys: tuple[Tensor, ...]  # one [B, heads, S, head_dim] per attention layer
+    keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-    mask: Tensor | None  # bool [B, S], True = attend
+    mask: Tensor | None
 
 
 class ContextReader:
-    """Hands each attention layer its keys and values in turn."""
+    """Gives each attention layer its keys and values, in the order of the layers.
+
+    Args:
+        cache: the keys and values; None for a U-Net without context.
+
+    Example:
+        >>> ContextReader(None).next()
+        (None, None)
+    """
 
     def __init__(self, cache: ContextCache | None):
         self.mask = None if cache is None else cache.mask
         self.pairs = None if cache is None else iter(zip(cache.keys, cache.values, strict=True))
 
     def next(self) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
+        """(keys, values) of the next attention layer, and the mask."""
         return (None, None) if self.pairs is None else (next(self.pairs), self.mask)

@@ -1,8 +1,9 @@
 """The ADM U-Net of unCLIP's decoder and upsamplers: eps(x_t, t, context, classes), convolution and attention.
 
-Source: Dhariwal & Nichol 2021 (arXiv 2105.05233, "ADM"), GLIDE (2112.10741) for text keys inside the image's
-own self-attention, unCLIP (2204.06125, section 2.1). The defaults are the public unCLIP decoder's 885,439,686
-parameters.
+The defaults are those of the public unCLIP decoder, 885,439,686 parameters.
+
+Source: Dhariwal and Nichol, "ADM", 2105.05233; Nichol et al., "GLIDE", 2112.10741, for the keys of the text
+in the self-attention of the image; Ramesh et al., "unCLIP", 2204.06125, section 2.1.
 """
 
 from __future__ import annotations
@@ -21,31 +22,49 @@ from dalle2_fast.modules import GroupNormSiLU
 
 
 class UNet(nn.Module):
-    """ADM U-Net with the call shape `net(sample, timestep, encoder_hidden_states, class_labels,
-    attention_mask)`.
+    """ADM U-Net, called as net(sample, timestep, encoder_hidden_states, class_labels, attention_mask).
 
-    Arguments (the defaults are unCLIP's 64 px decoder):
-        in_channels, out_channels: of the image; out_channels 6 = 3 + 3 for a learned variance.
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output; 6 = 3 + 3 for a learned variance.
         channels: width of each level; each level after the first halves the resolution.
-        layers_per_block: residual blocks a level, one int or one per level (the way up has one more).
-        attention_levels: levels with attention after each residual block; the middle has it if any level has.
+        layers_per_block: residual blocks per level, one int or one per level; the way up has one more.
+        attention_levels: the levels with attention after each residual block. The middle has attention if any
+            level has.
         head_dim: width of an attention head, one int or one per level.
-        cross_dim: width of `encoder_hidden_states`; None = self-attention only.
-        embed_dim: width of the time embedding, by default 4 * channels[0].
-        class_embed_dim: width of `class_labels` when they are to be projected and added to the time
-            embedding; None = `class_labels`, if given, have embed_dim columns and are added as they are.
-        patch_size: p > 1 runs the net on p x p patches (pixel-unshuffle before, pixel-shuffle after).
+        cross_dim: width of `encoder_hidden_states`; None for self-attention only.
+        embed_dim: width of the time embedding; None is 4 * channels[0].
+        class_embed_dim: width of `class_labels`, which are then projected and added to the time embedding.
+            None: `class_labels`, if given, have embed_dim columns and are added directly.
+        patch_size: p > 1 runs the network on patches of p x p pixels (pixel-unshuffle before it,
+            pixel-shuffle after it).
         num_groups: groups of every group norm; must divide every width.
-        film: scale-shift conditioning (True) or an added embedding (False).
-        kernel_in, kernel_out: size of the first and the last convolution, odd.
-        narrow_up: the blocks that double the resolution already narrow to the next level's width. ADM keeps
-            the width there, which in a net of few levels is its costliest spot: with channels (64, 192) a
-            quarter of all multiplications.
-        grid_size: adds to every cell of the first grid a linear map of the embedding, the cell's own, which
-            fixes the image size at grid_size * patch_size. ADM learns where things go from the zero padding
-            at the border and what FiLM makes of it; with little training that comes late (see `Layout`).
+        film: whether the embedding scales and shifts (True) or is added (False).
+        dropout: dropout probability in the residual blocks.
+        kernel_in: size of the first convolution, odd.
+        kernel_out: size of the last convolution, odd.
+        narrow_up: whether the blocks that double the resolution already narrow to the width of the next
+            level. ADM keeps the width there, which is the most expensive place of a network with few levels:
+            with channels (64, 192) a quarter of all multiplications.
+        grid_size: adds to every cell of the first grid a linear map of the embedding for this cell (see
+            `Layout`), which fixes the image size at grid_size * patch_size. Without it, as in ADM, a network
+            learns where things go from the zero padding at the border and from FiLM; with little training
+            it learns this late.
         fine: dict(patch_size, channels, layers) of a level on smaller patches that corrects the image of a
-            net on large ones (see `FineLevel`); its patch_size must divide that of the net.
+            network on large patches (see `FineLevel`); its patch_size must divide that of the network.
+
+    Raises:
+        ValueError: the sizes do not fit each other.
+
+    Example:
+        >>> net = UNet(in_channels=3, out_channels=3, channels=(8, 16), layers_per_block=1,
+        ...            attention_levels=(1,), head_dim=8, cross_dim=6, num_groups=4)
+        >>> image, time, context = torch.randn(2, 3, 8, 8), torch.tensor([0.0, 500.0]), torch.randn(2, 5, 6)
+        >>> net(image, time, context).shape
+        torch.Size([2, 3, 8, 8])
+        >>> cache = net.encode_context(context)  # computed once for all sampling steps
+        >>> torch.equal(net(image, time, cache), net(image, time, context))
+        True
     """
 
     def __init__(
@@ -162,7 +181,7 @@ class UNet(nn.Module):
             )
 
     def attention_blocks(self) -> list[AttentionBlock]:
-        """The attention layers in the order in which `forward` meets them."""
+        """The attention layers in the order in which `forward` calls them."""
         layers = [*self.down, *self.middle, *self.up]
         return [layer.attention for layer in layers if layer.attention is not None]
 
@@ -171,7 +190,11 @@ class UNet(nn.Module):
         context: Tensor,  # [B, S, cross_dim]
         mask: Tensor | None = None,  # bool [B, S], True = attend
     ) -> ContextCache:
-        """Keys and values of `context` for all attention layers: what `forward` would make at every step."""
+        """Compute once the keys and values of a context that `forward` would compute in every step.
+
+        Raises:
+            ValueError: the context or the mask has the wrong shape, or this network takes no context.
+        """
         check_context(context, mask, self.cross_dim)
         context = context.to(self.conv_in.weight.dtype)
         pairs = [block.encode_context(context) for block in self.attention_blocks()]
@@ -185,9 +208,20 @@ class UNet(nn.Module):
         class_labels: Tensor | None = None,  # [B, embed_dim], or [B, class_embed_dim]
         attention_mask: Tensor | None = None,  # bool [B, S], True = attend
     ) -> Tensor:  # [B, out_channels, H, W], dtype of sample
-        """Runs in the dtype of the weights (autocast applies) and answers in the dtype of `sample`.
+        """Predict from a noisy image; computed in the dtype of the weights (autocast applies).
 
-        H and W must be multiples of patch_size * 2 ** (levels - 1). Raises ValueError on any other shape.
+        Args:
+            sample: noisy image; H and W are multiples of patch_size * 2 ** (levels - 1).
+            timestep: time of each sample, 0 .. 1000.
+            encoder_hidden_states: the context, or its cache from `encode_context`; None for none.
+            class_labels: class embedding, see class_embed_dim; None for none.
+            attention_mask: mask of the context; a cache already contains its mask.
+
+        Returns:
+            [B, out_channels, H, W] in the dtype of `sample`.
+
+        Raises:
+            ValueError: an argument has another shape.
         """
         self._check_sample(sample, timestep)
         dtype = self.conv_in.weight.dtype
@@ -207,7 +241,7 @@ class UNet(nn.Module):
         hidden = sample.to(dtype)
         if self.patch_size > 1:
             hidden = F.pixel_unshuffle(hidden, self.patch_size)
-        # Convolutions hand the layout on; in this one turning pixels into attention's tokens is free.
+        # Convolutions keep the memory format. In channels_last, reshaping pixels into tokens copies nothing.
         hidden = self.conv_in(hidden.contiguous(memory_format=torch.channels_last))
         if self.layout is not None:
             hidden = hidden + self.layout(embed)
@@ -251,7 +285,13 @@ class UNet(nn.Module):
 
 
 class _Layer(nn.Module):
-    """A residual block and, at the levels that have it, its attention."""
+    """A residual block and, at the levels that have attention, an attention block.
+
+    Args:
+        res: the residual block.
+        attention: the attention block, or None.
+        takes_skip: whether the input is concatenated with a skip connection.
+    """
 
     def __init__(self, res: ResBlock, attention: AttentionBlock | None, takes_skip: bool = False):
         super().__init__()
