@@ -31,8 +31,9 @@ def dump(machine_code: Path, *options: str) -> str:
 
 
 def find_built_object(source: str) -> Path | None:
-    """The object that the last build made of csrc/`source`, if csrc/ has not changed since."""
-    changed = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*") if path.is_file())
+    """The object that the last build made of csrc/`source`, if nothing that it includes has changed since."""
+    inputs = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / source).parent.iterdir()]
+    changed = max(path.stat().st_mtime for path in inputs)
     built = ROOT.glob(f"build/native-*/{source}.o")
     return next((path for path in built if path.stat().st_mtime > changed), None)
 
