@@ -1,4 +1,4 @@
-// A parallel loop on threads of its own, which end before it returns.
+// A parallel loop on threads that end before it returns.
 #pragma once
 
 #include <algorithm>

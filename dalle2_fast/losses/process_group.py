@@ -1,6 +1,6 @@
 """The part of a loss that knows the process group: its rank in it, and whether all processes agree.
 
-A process that fails does not block the others for ever: they raise when its connection breaks or when the
+A process that fails does not block the others indefinitely: they raise when its connection breaks or when the
 process group's timeout expires. Wrong arguments on one process, and arguments that differ between processes,
 raise on every process.
 """

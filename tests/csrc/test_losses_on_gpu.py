@@ -42,7 +42,7 @@ def on_gpu(name, n, d, kind="unit", scale=14.3, dtype=torch.float32):
 
 
 def leaves_of(name, inputs, dtype):
-    """Features of dtype, scalars of float32, all asked for gradients."""
+    """Features of dtype, scalars of float32, all with requires_grad."""
     return {key: (value.to(dtype) if value.dim() else value.float()).requires_grad_()
             for key, value in inputs.items()}  # fmt: skip
 

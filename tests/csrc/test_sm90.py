@@ -115,7 +115,7 @@ def test_sums_about_their_maximum(emulated_sm90, kind):
 def test_gradient_of_logits_of_any_size(emulated_sm90):
     """Catches an lse rounded to one float: of logits of 1e6 that is up to 0.06, or 6 % of an exponential."""
     generator = torch.Generator().manual_seed(0)
-    # Integers: products, and logits at scale 16, are exact whatever the order of a sum.
+    # Integers: products, and logits at scale 16, are exact for any order of a sum.
     image, text = (torch.randint(-100, 101, (72, 64), generator=generator).bfloat16() for _ in range(2))
     logits = 16 * truth_of(image, text, 0)[0]
     row_lse, column_lse = (logits.amax(k) + torch.linspace(0.1, 1, 72, dtype=torch.float64) for k in (1, 0))

@@ -53,8 +53,8 @@ class CudaFunctions:
         return 256
 
     def lse_epilogue(self, *arguments):
-        *place, factor, scale, row_lse, column_lse, _, _ = arguments
-        _C.cpu.lse_epilogue(*place, 0, factor * float(self.values(scale)), row_lse, column_lse, 1)
+        *fields, factor, scale, row_lse, column_lse, _, _ = arguments
+        _C.cpu.lse_epilogue(*fields, 0, factor * float(self.values(scale)), row_lse, column_lse, 1)
 
     def positive_products(self, *arguments):
         image, image_stride, image_step, text, text_stride, text_step, n, d, code, positives, _ = arguments
@@ -65,26 +65,26 @@ class CudaFunctions:
         self.values(positives, n).copy_((image * text).sum(1))
 
     def gradient_epilogue(self, *arguments):
-        *place, scale, rows, columns, weight, other_weight, gradient, stride, code, sums, _, _ = arguments
-        tile = self.tensor(place[0], place[2:4], place[1], torch.float32)
-        value = _C.cpu.gradient_epilogue(*place, 0, float(self.values(scale)), rows, columns, weight,
+        *fields, scale, rows, columns, weight, other_weight, gradient, stride, code, sums, _, _ = arguments
+        tile = self.tensor(fields[0], fields[2:4], fields[1], torch.float32)
+        value = _C.cpu.gradient_epilogue(*fields, 0, float(self.values(scale)), rows, columns, weight,
                                          other_weight, 1)  # fmt: skip
         self.values(sums, 1, torch.float64).add_(value)
         self.write(tile, gradient, stride, code)
 
     def sigmoid_epilogue(self, *arguments):
-        *place, scale, bias, gradient, stride, code, sums, _, _ = arguments
-        tile = self.tensor(place[0], place[2:4], place[1], torch.float32)
-        values = _C.cpu.sigmoid_epilogue(*place, 0, float(self.values(scale)), float(self.values(bias)),
+        *fields, scale, bias, gradient, stride, code, sums, _, _ = arguments
+        tile = self.tensor(fields[0], fields[2:4], fields[1], torch.float32)
+        values = _C.cpu.sigmoid_epilogue(*fields, 0, float(self.values(scale)), float(self.values(bias)),
                                          bool(gradient), 1)  # fmt: skip
         self.values(sums, 3, torch.float64).add_(torch.tensor(values, dtype=torch.float64))
         if gradient:
             self.write(tile, gradient, stride, code)
 
     def soft_epilogue(self, *arguments):
-        *place, similarity, scale, a, b, c, d, gradient, stride, code, sums, _, _ = arguments
-        tile = self.tensor(place[0], place[2:4], place[1], torch.float32)
-        values = _C.cpu.soft_epilogue(*place, similarity, 0, float(self.values(scale)), a, b, c, d,
+        *fields, similarity, scale, a, b, c, d, gradient, stride, code, sums, _, _ = arguments
+        tile = self.tensor(fields[0], fields[2:4], fields[1], torch.float32)
+        values = _C.cpu.soft_epilogue(*fields, similarity, 0, float(self.values(scale)), a, b, c, d,
                                       bool(gradient), 1)  # fmt: skip
         self.values(sums, 2, torch.float64).add_(torch.tensor(values, dtype=torch.float64))
         if gradient:

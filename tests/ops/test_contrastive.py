@@ -26,8 +26,8 @@ def sigmoid(image_features, text_features, logit_scale, logit_bias):
 
 def soft(image_features, text_features, logit_scale):
     logits = logit_scale * image_features @ text_features.T
-    alike = (image_features @ image_features.T + text_features @ text_features.T) / 2
-    targets = (logit_scale * alike).softmax(-1).detach()
+    similarity = (image_features @ image_features.T + text_features @ text_features.T) / 2
+    targets = (logit_scale * similarity).softmax(-1).detach()
     cross = targets * (logits.logsumexp(1, keepdim=True) - logits + logits.logsumexp(0)[:, None] - logits.T)
     return cross.sum() / 2 / len(logits)
 
@@ -110,10 +110,10 @@ def test_numbers_stand_for_scalar_tensors_and_rows_may_be_strided(ours, textbook
 
 
 def test_known_values():
-    same = torch.ones(8, 4)  # all alike: a choice among 8
+    same = torch.ones(8, 4)  # all equal: a choice among 8
     assert math.isclose(functional.contrastive_loss(same, same, 3.0).item(), math.log(8), rel_tol=1e-6)
     assert math.isclose(functional.soft_contrastive_loss(same, same, 3.0).item(), math.log(8), rel_tol=1e-6)
-    axes = torch.eye(4)  # one question each, answered 0 +- 0: log 2 per pair
+    axes = torch.eye(4)  # every logit is 0: log 2 per pair
     assert math.isclose(functional.sigmoid_loss(axes, axes, 0.0, 0.0).item(), 4 * math.log(2), rel_tol=1e-6)
 
 

@@ -167,7 +167,7 @@ def test_nvcc_compiles_each_file_for_the_gpus_of_its_folder(tree):
 
 
 def test_missing_tools_are_reported(tree, tmp_path):
-    """Without a compiler the rest of the package still installs, unless the native module was asked for."""
+    """Without a compiler the rest of the package still installs, unless the native module is required."""
     bare = {"PATH": str(tmp_path), "CXX": ""}
     wheel = build("wheel", tree, tmp_path / "wheel", **bare, DALLE2_FAST_NATIVE="auto")
     assert native(wheel) == set() and "dalle2_fast/reference.py" in contents(wheel)

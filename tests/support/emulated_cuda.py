@@ -115,8 +115,8 @@ class Kernels:
             return [self.padded(torch.tensor(math.nan), dtype or torch.float32), before.clone()]
 
         def target(fresh, workspace):
-            place = (fresh[0].data_ptr(), fresh[0].shape[1], DTYPES[dtype]) if dtype else (None, 0, 0)
-            return Target(*place, fresh[1].data_ptr(), workspace.data_ptr())
+            output = (fresh[0].data_ptr(), fresh[0].shape[1], DTYPES[dtype]) if dtype else (None, 0, 0)
+            return Target(*output, fresh[1].data_ptr(), workspace.data_ptr())
 
         gradient, after = self.twice(name, outputs, *arguments, target)
         assert bool(gradient[:, self.columns :].isnan().all()), "written beyond the columns"

@@ -99,8 +99,8 @@ class Kernels:
 
     def sigmoid(self, scale: float, bias: float, with_gradient: bool = True) -> tuple[Tensor | None, Tensor]:
         gradient, sums = self._output(), torch.ones(3, dtype=torch.float64)
-        place = gradient if with_gradient else None
-        self.run("sigmoid", torch.tensor(scale), torch.tensor(bias), place, gradient.stride(0), sums)
+        output = gradient if with_gradient else None
+        self.run("sigmoid", torch.tensor(scale), torch.tensor(bias), output, gradient.stride(0), sums)
         return self._written(gradient) if with_gradient else None, sums - 1
 
     def _output(self) -> Tensor:

@@ -52,11 +52,11 @@ def upstream(world_size: int, equal: bool) -> list[float]:
 
 def build(mode: tuple, rank: int, world_size: int, library=None, impl="auto") -> nn.Module:
     """The loss of a mode, ours or that of an open_clip-like library."""
-    place = dict(rank=rank, world_size=world_size) | ({} if library else dict(impl=impl))
+    group = dict(rank=rank, world_size=world_size) | ({} if library else dict(impl=impl))
     if mode[0] == "siglip":
-        return (library.SigLipLoss if library else SigLipLoss)(dist_impl=mode[1], **place)
+        return (library.SigLipLoss if library else SigLipLoss)(dist_impl=mode[1], **group)
     kind = SoftClipLoss if mode[0] == "soft" else (library.ClipLoss if library else ClipLoss)
-    return kind(local_loss=mode[1], gather_with_grad=mode[2], cache_labels=True, **place)
+    return kind(local_loss=mode[1], gather_with_grad=mode[2], cache_labels=True, **group)
 
 
 # -------------------------------------------------------------------------------------------------- the truth
@@ -177,8 +177,8 @@ def errors(rank, world_size) -> dict[str, str]:
     image, text = (value[rank] for value in features(world_size))
     last = rank == world_size - 1
 
-    def call(kind=ClipLoss, pair=(image, text), place=(rank, world_size), **keywords):
-        return kind(rank=place[0], world_size=place[1], **keywords)(*pair, SCALE, BIAS)
+    def call(kind=ClipLoss, pair=(image, text), group=(rank, world_size), **keywords):
+        return kind(rank=group[0], world_size=group[1], **keywords)(*pair, SCALE, BIAS)
 
     calls = {
         "rows": lambda: call(pair=(image[: N - last], text[: N - last])),
@@ -188,8 +188,8 @@ def errors(rank, world_size) -> dict[str, str]:
         "exchange": lambda: call(SigLipLoss, dist_impl="shift" if last else "gather"),
         "arguments": lambda: call(pair=(image.long() if last else image, text)),
         "empty": lambda: call(pair=(image[:0], text[:0]) if last else (image, text)),
-        "rank": lambda: call(place=((rank + 1) % world_size, world_size)),
-        "world": lambda: call(place=(rank, world_size + 1)),
+        "rank": lambda: call(group=((rank + 1) % world_size, world_size)),
+        "world": lambda: call(group=(rank, world_size + 1)),
         "soft": lambda: call(SoftClipLoss, local_loss=True),
     }
     answers = {}
