@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.support import emulated_cuda as cuda
-from tests.support import emulated_sm90 as sm90
+from tests.support.native import emulated_cuda as cuda
+from tests.support.native import emulated_sm90 as sm90
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.support.machine_code import compile_cubin, dump, find_built_object
+from tests.support.native.machine_code import compile_cubin, dump, find_built_object
 
 SOURCE = "cuda/contrastive.cu"
 TARGETS = ("80", "86", "89", "90a", "100", "120")

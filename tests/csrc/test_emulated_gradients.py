@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.support.emulated_cuda import (
+from tests.support.native.emulated_cuda import (
     DTYPES,
     Kernels,
     Shape,

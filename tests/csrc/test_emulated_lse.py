@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.support.emulated_cuda import DTYPES, Kernels, is_positive, logits_of, products_of
+from tests.support.native.emulated_cuda import DTYPES, Kernels, is_positive, logits_of, products_of
 
 # Less than a block, exactly one block, one more than a block in both directions; odd everywhere.
 SIZES = [(1, 1), (3, 5), (64, 1024), (65, 1025), (97, 1030)]

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 _C = pytest.importorskip("dalle2_fast._C")
 
-from tests.support.contrastive_cases import LOSSES, compare, fused, inputs_of  # noqa: E402
+from tests.support.losses.fused_cases import LOSSES, compare, fused, inputs_of  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

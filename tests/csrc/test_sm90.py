@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.support.emulated_sm90 import (
+from tests.support.native.emulated_sm90 import (
     DTYPES,
     EARLY_COPIES,
     LATE_COPIES,

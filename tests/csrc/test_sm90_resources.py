@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.machine_code import compile_cubin, dump, find_built_object
+from tests.support.native.machine_code import compile_cubin, dump, find_built_object
 
 SOURCE = "sm90/contrastive.cu"
 

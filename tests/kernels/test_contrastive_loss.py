@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.support.contrastive_cases import LOSSES, compare, each_loss, features, fused, inputs_of, plain
+from tests.support.losses.fused_cases import LOSSES, compare, each_loss, features, fused, inputs_of, plain
 from tests.support.truth import outputs_and_gradients
 
 pytest.importorskip("dalle2_fast._C")

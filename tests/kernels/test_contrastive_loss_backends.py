@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import dalle2_fast
-from tests.support.contrastive_cases import LOSSES, each_loss, fused, inputs_of, plain
+from tests.support.losses.fused_cases import LOSSES, each_loss, fused, inputs_of, plain
 from tests.support.truth import outputs_and_gradients
 
 _C = pytest.importorskip("dalle2_fast._C")

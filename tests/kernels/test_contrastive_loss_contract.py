@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dalle2_fast import functional
-from tests.support.contrastive_cases import LOSSES, each_loss, features, fused, inputs_of
+from tests.support.losses.fused_cases import LOSSES, each_loss, features, fused, inputs_of
 from tests.support.truth import outputs_and_gradients
 
 _C = pytest.importorskip("dalle2_fast._C")

@@ -1,7 +1,7 @@
 """The losses of several processes against autograd in one process in float64, and against open_clip.
 
 The processes are started once for each world size (`loss_processes`). What they do, and the truth, is in
-`loss_cases`.
+`distributed_cases`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from dalle2_fast import functional
 from dalle2_fast.losses import ClipLoss, SigLipLoss, SoftClipLoss
 from tests.support import loss_processes
-from tests.support.loss_cases import (
+from tests.support.losses.distributed_cases import (
     BIAS,
     MODES,
     ROUNDED,

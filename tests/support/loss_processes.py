@@ -18,7 +18,9 @@ import torch
 import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed", "dalle2_fast.losses", "tests.support.loss_cases"])
+_context.set_forkserver_preload(
+    ["torch.distributed", "dalle2_fast.losses", "tests.support.losses.distributed_cases"]
+)
 
 
 def run(

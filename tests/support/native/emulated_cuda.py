@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 DTYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 3}
 GUARD = 64  # bytes behind a workspace that must not be written
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 MEBIBYTE = 1 << 20
 DTYPES = {torch.float16: 2, torch.bfloat16: 3}
 # (copies land late, products are computed late, threads run in descending order)
