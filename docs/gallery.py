@@ -68,6 +68,7 @@ def main() -> int:
     from PIL import Image
 
     from dalle2_fast import cli
+    from dalle2_fast.checkpoints.atomic import atomic_write
 
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -83,9 +84,8 @@ def main() -> int:
                 return code
             with Image.open("made.png") as made:
                 small = made.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
-            beside = out / f".{name}.partial"
-            small.save(beside, format="PNG", optimize=True)
-            os.replace(beside, out / f"{name}.png")
+            with atomic_write(out / f"{name}.png") as temporary:
+                small.save(temporary, format="PNG", optimize=True)
     return 0
 
 

@@ -3,8 +3,7 @@
     python -m benchmarks.jobs.main_job            writes benchmarks/results/main_job.json
 
 Start-up (imports and loading) is measured once, in this new process. The stages are the median of --repeats
-runs after a first one. The first run is reported, too, because it is what a user of the command line waits
-for.
+runs after a first one, which is reported, too: a user of the command line waits for it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Rows of the parity report: Karlo against diffusers. Both have the same random weights; sizes are scaled
-down."""
+"""Rows of the parity report: Karlo, scaled down, against diffusers. Both have the same random weights."""
 
 from __future__ import annotations
 

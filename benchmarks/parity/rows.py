@@ -45,8 +45,7 @@ def on_meta(make: Callable[..., torch.nn.Module], **options) -> torch.nn.Module:
 
 @torch.no_grad()
 def measure(row: Row) -> Measured:
-    """Raise RuntimeError, and report no difference, if an output is not finite, is zero or has another shape.
-    """
+    """Raise RuntimeError, without a result, if an output is not finite, all zero or of another shape."""
     norm = element = 0.0
     for ours, theirs in row.measure():
         finite = torch.isfinite(ours).all() and torch.isfinite(theirs).all()

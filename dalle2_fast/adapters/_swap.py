@@ -1,8 +1,8 @@
-"""Change what an object computes by its class: `module.__class__` becomes a subclass of what it was.
+"""Change what an object computes by its class: `module.__class__` becomes a subclass of the class it had.
 
-The object stays the same one: its weights, hooks, names in the state_dict and everybody's references to it.
-The subclass has the name and the module of the class it replaces, because trainers find blocks by class name
-(Accelerate's device maps and FSDP policies) and pipelines write it down; `print` shows the difference.
+The object stays the same one, with its weights, hooks, state_dict keys and all references to it. The subclass
+has the name and the module of the class it replaces, because trainers find blocks by class name (Accelerate's
+device maps and FSDP policies) and pipelines save it. `repr` shows the difference.
 """
 
 from __future__ import annotations
@@ -16,31 +16,33 @@ from torch import nn
 
 
 class Patched:
-    """The first base of every mixin. `plain`: the class that the object had, and gets back."""
+    """The first base class of every mixin. original_class: the class that the object had, and that `restore`
+    gives back."""
 
-    plain: type
+    original_class: type
 
-    def _get_name(self) -> str:  # of nn.Module: what its repr begins with
+    def _get_name(self) -> str:  # nn.Module begins its repr with this name
         return f"{super()._get_name()}[dalle2_fast]"
 
     def __reduce_ex__(self, protocol: Any):
-        """Copies and pickles are patched too; pickle would look the class up by its name and find theirs."""
-        made_by, arguments, *state = super().__reduce_ex__(max(int(protocol), 2))
-        here = type(self)
-        if arguments[:1] != (here,) or "plain" not in vars(here):  # theirs to do, or wrapped once more
-            return (made_by, arguments, *state)
-        return (_rebuild, (mixin_of(here), here.plain), *state)
+        """Copies and pickles stay patched. By its name, pickle would find the original class instead."""
+        function, arguments, *state = super().__reduce_ex__(max(int(protocol), 2))
+        kind = type(self)
+        if arguments[:1] != (kind,) or "original_class" not in vars(kind):
+            return (function, arguments, *state)  # the original class pickles itself, or wraps this one again
+        return (_rebuild, (mixin_of(kind), kind.original_class), *state)
 
 
 @functools.cache
-def patched_class(mixin: type[Patched], plain: type) -> type:
-    names = dict(__module__=plain.__module__, __qualname__=plain.__qualname__, __doc__=plain.__doc__)
-    return type(plain.__name__, (mixin, plain), {**names, "plain": plain})
+def patched_class(mixin: type[Patched], original: type) -> type:
+    """The subclass (mixin, original) with the name and module of `original`; one for all objects."""
+    names = dict(__module__=original.__module__, __qualname__=original.__qualname__, __doc__=original.__doc__)
+    return type(original.__name__, (mixin, original), {**names, "original_class": original})
 
 
-def _rebuild(mixin: type[Patched], plain: type) -> object:
-    made = patched_class(mixin, plain)
-    return made.__new__(made)
+def _rebuild(mixin: type[Patched], original: type) -> object:
+    kind = patched_class(mixin, original)
+    return kind.__new__(kind)
 
 
 def mixin_of(patched: type) -> type[Patched]:
@@ -52,10 +54,11 @@ def swap(target: object, mixin: type[Patched]) -> None:
 
 
 def is_patched(target: object) -> bool:
-    return "plain" in vars(type(target)) and isinstance(target, Patched)
+    return "original_class" in vars(type(target)) and isinstance(target, Patched)
 
 
 def check_restorable(name: str, target: object) -> None:
+    """Raise RuntimeError if the class of a patched object was changed again."""
     if isinstance(target, Patched) and not is_patched(target):
         raise RuntimeError(
             f"model: {name or 'it'} got another class, {type(target).__qualname__}, after it was patched (as "
@@ -64,33 +67,35 @@ def check_restorable(name: str, target: object) -> None:
 
 
 def restore(target: object) -> bool:
-    """Whether there was anything to restore."""
+    """Give the object its original class back; False if it was not patched."""
     if not is_patched(target):
         return False
-    target.__class__ = type(target).plain
+    target.__class__ = type(target).original_class
     return True
 
 
 @dataclass(frozen=True)
-class Cover:
-    """One kind of module that `patch` knows.
+class PatchRule:
+    """How `patch` treats one kind of module.
 
-    option: the argument of `patch` that it belongs to, "norms" or "attention".
-    is_one: whether a module is of this kind.
-    obstacle: why this one has to stay as it is, or None.
+    option: the argument of `patch` that switches it, "norms" or "attention".
+    mixin: the first base of the class that a module of this kind gets.
+    matches: whether a module is of this kind.
+    why_unavailable: why a module of this kind has to keep its class, or None.
     """
 
     option: str
     mixin: type[Patched]
-    is_one: Callable[[nn.Module], bool]
-    obstacle: Callable[[nn.Module], str | None]
+    matches: Callable[[nn.Module], bool]
+    why_unavailable: Callable[[nn.Module], str | None]
 
 
-def overrides(module: nn.Module, base: type, method: str = "forward") -> str | None:
-    """Why a subclass is not what its base is: it has another `method`. Classes made here do not count."""
+def why_overridden(module: nn.Module, base: type, method: str = "forward") -> str | None:
+    """Why a subclass may compute something else than its base: it overrides `method`. Classes made by
+    `patched_class` do not count."""
     kind = type(module)
-    while issubclass(kind, Patched) and "plain" in vars(kind):
-        kind = kind.plain
+    while issubclass(kind, Patched) and "original_class" in vars(kind):
+        kind = kind.original_class
     if getattr(kind, method) is getattr(base, method):
         return None
     return f"{kind.__qualname__} has a {method} of its own"

@@ -1,8 +1,8 @@
-"""Blocks of plain torch, and the residual block of guided-diffusion's family, with their norms fused.
+"""Blocks of plain torch, and the residual block of guided-diffusion's family, with fused group norms.
 
-guided-diffusion (Dhariwal and Nichol, 2105.05233), GLIDE, Karlo and latent diffusion each have their own copy
-of one block: in_layers, emb_layers, out_layers, skip_connection. It is told by these attributes and by what
-its forward reads; none of the packages is imported.
+guided-diffusion (Dhariwal and Nichol, 2105.05233), GLIDE, Karlo and latent diffusion each have a copy of one
+block: in_layers, emb_layers, out_layers, skip_connection. It is recognised by these attributes and by the
+names that its forward uses; none of the packages is imported.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import types
 from torch import Tensor, nn
 
 from dalle2_fast import functional
-from dalle2_fast.adapters._swap import Cover, Patched, overrides
+from dalle2_fast.adapters._swap import Patched, PatchRule, why_overridden
 from dalle2_fast.modules import GroupNormSiLU
 
 # ------------------------------------------------------------------------------------------------- group norm
 
 
 class FusedGroupNorm(Patched):
-    """`nn.GroupNorm`, and for the blocks around it with a scale, a shift and SiLU in the same op.
+    """`nn.GroupNorm`, optionally with a scale, a shift and SiLU in the same op.
 
-    They call it as a module, so hooks on it (FSDP, offloading) see every call. swish: of GLIDE's GroupNorm32.
+    The blocks around it pass these when they call it as a module, so that its hooks (FSDP, offloading) see
+    every call. swish: 1.0 in GLIDE's GroupNorm32, which applies SiLU in the norm.
     """
 
     swish = 0.0
@@ -44,18 +45,18 @@ def is_norm(module: nn.Module | None) -> bool:
     return isinstance(module, nn.GroupNorm) and not isinstance(module, GroupNormSiLU)
 
 
-def norm_obstacle(norm: nn.Module | None) -> str | None:
+def why_norm_unavailable(norm: nn.Module | None) -> str | None:
     if isinstance(norm, FusedGroupNorm):
         return None
     if not is_norm(norm):
         return f"{type(norm).__name__} is no GroupNorm"
-    own = overrides(norm, nn.GroupNorm)
-    if own is None:
+    overridden = why_overridden(norm, nn.GroupNorm)
+    if overridden is None:
         return None
-    # guided-diffusion's norm computes in float32, as ours does; GLIDE's and Karlo's also apply swish there.
+    # guided-diffusion's norm computes in float32, as ours does; GLIDE's and Karlo's may also apply swish.
     if type(norm).__name__ == "GroupNorm32" and getattr(norm, "swish", 0.0) in (0.0, 1.0):
         return None
-    return own
+    return overridden
 
 
 def is_silu(module: nn.Module | None) -> bool:
@@ -67,45 +68,46 @@ def is_silu(module: nn.Module | None) -> bool:
 
 
 class FusedSequential(Patched):
-    """`nn.Sequential` in which a group norm and the SiLU after it are one op. Slices of it are fused too."""
+    """`nn.Sequential` in which a group norm and the SiLU after it are one op, also in its slices."""
 
     def forward(self, input: Tensor) -> Tensor:
         modules = list(self._modules.values())
-        done = False
+        fused = False  # whether this module, a SiLU, was part of the op before
         for module, following in zip(modules, [*modules[1:], None], strict=True):
-            if done:
-                done = False
+            if fused:
+                fused = False
             elif isinstance(module, FusedGroupNorm) and not module.swish and _is_bare_silu(following):
-                input, done = module(input, activation="silu"), True
+                input, fused = module(input, activation="silu"), True
             else:
                 input = module(input)
         return input
 
 
 def _is_bare_silu(module: nn.Module | None) -> bool:
-    """Without hooks, which would want to be called."""
+    """A SiLU without hooks, which a fused op would not call."""
     return is_silu(module) and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def _has_pair(module: nn.Module) -> bool:
+    """Whether a Sequential has a group norm that a SiLU follows."""
     if not isinstance(module, nn.Sequential):
         return False
     inside = list(module._modules.values())
     return any(is_norm(norm) and is_silu(act) for norm, act in zip(inside, inside[1:], strict=False))
 
 
-def _sequential_obstacle(sequential: nn.Sequential) -> str | None:
-    own = overrides(sequential, nn.Sequential)
-    if own is not None:
-        return own
-    reasons = [norm_obstacle(module) for module in sequential if is_norm(module)]
+def _why_sequential_unavailable(sequential: nn.Sequential) -> str | None:
+    overridden = why_overridden(sequential, nn.Sequential)
+    if overridden is not None:
+        return overridden
+    reasons = [why_norm_unavailable(module) for module in sequential if is_norm(module)]
     return reasons[0] if all(reasons) else None
 
 
 # --------------------------------------------------------------------------------------------- residual block
 
 _PARTS = ("in_layers", "emb_layers", "out_layers", "skip_connection")
-# All that the published forwards name, globals and attributes. One that names more does more.
+# All names, global ones and attributes, that the published forwards use. A forward that uses more does more.
 _NAMES = {
     *_PARTS, "use_scale_shift_norm", "updown", "up", "down", "h_upd", "x_upd", "th", "torch", "chunk", "type",
     "to", "dtype", "len", "shape", "F",
@@ -115,7 +117,7 @@ _NAMES = {
 class FusedResBlock(Patched):
     """The block with FiLM (use_scale_shift_norm): its second norm, the FiLM and the SiLU are one op.
 
-    The first norm, and both of a block without FiLM, are pairs in a Sequential and fused there.
+    The first norm, and both of a block without FiLM, are followed by SiLU in a Sequential and fused there.
     """
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -123,7 +125,7 @@ class FusedResBlock(Patched):
 
 
 class FusedCheckpointedResBlock(Patched):
-    """The same, where forward only calls _forward through a checkpoint."""
+    """The same for a block whose forward only calls _forward through gradient checkpointing."""
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         return _residual(self, x, emb)
@@ -150,7 +152,11 @@ def _is_film_block(block: nn.Module) -> bool:
     return has_parts and bool(getattr(block, "use_scale_shift_norm", False))
 
 
-def _film_block_obstacle(block: nn.Module) -> str | None:
+def _is_checkpointed_film_block(block: nn.Module) -> bool:
+    return _is_film_block(block) and hasattr(type(block), "_forward")
+
+
+def _why_film_block_unavailable(block: nn.Module) -> str | None:
     forward = _inner_forward(block)
     if list(inspect.signature(forward).parameters)[1:] != ["x", "emb"]:
         return f"its forward takes {inspect.signature(forward)}, not (x, emb)"
@@ -162,13 +168,12 @@ def _film_block_obstacle(block: nn.Module) -> str | None:
     norm, act = block.out_layers[0], block.out_layers[1]
     if getattr(norm, "swish", 0.0) or not is_silu(act):
         return f"its out_layers have no SiLU after the norm, but {type(act).__name__}"
-    return norm_obstacle(norm)
+    return why_norm_unavailable(norm)
 
 
-COVERS = (
-    Cover("norms", FusedGroupNorm, is_norm, norm_obstacle),
-    Cover("norms", FusedSequential, _has_pair, _sequential_obstacle),
-    Cover("norms", FusedCheckpointedResBlock,
-          lambda block: _is_film_block(block) and hasattr(type(block), "_forward"), _film_block_obstacle),
-    Cover("norms", FusedResBlock, _is_film_block, _film_block_obstacle),
-)  # fmt: skip
+RULES = (
+    PatchRule("norms", FusedGroupNorm, is_norm, why_norm_unavailable),
+    PatchRule("norms", FusedSequential, _has_pair, _why_sequential_unavailable),
+    PatchRule("norms", FusedCheckpointedResBlock, _is_checkpointed_film_block, _why_film_block_unavailable),
+    PatchRule("norms", FusedResBlock, _is_film_block, _why_film_block_unavailable),
+)

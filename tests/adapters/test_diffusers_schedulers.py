@@ -200,7 +200,7 @@ def test_wrong_steps_are_named(diffusers):
         ours.step(draw(2, 6, 4, 4), 5, x)
     with pytest.raises(ValueError, match="noise: expected without generator and seeds"):
         ours.step(x, 5, x, noise=x, seeds=torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match="generator: expected one a sample, 2, got 1"):
+    with pytest.raises(ValueError, match="generator: expected one per sample, 2, got 1"):
         ours.step(x, 5, x, generator=[torch.Generator()])
     ddpm = adapter.DDPMScheduler()
     ddpm.set_timesteps(3)

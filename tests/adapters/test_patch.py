@@ -223,7 +223,7 @@ def test_the_report_and_back():
     assert isinstance(net[1], nn.GroupNorm) and list(net.state_dict()) == keys
     assert unpatch(net) == 4 and unpatch(net) == 0
     assert {name: (module, type(module)) for name, module in net.named_modules()} == before
-    assert not any("plain" in vars(module) for module in net.modules())
+    assert not any("original_class" in vars(module) for module in net.modules())
     assert "known kind" in str(patch(nn.Linear(1, 1)))
 
 

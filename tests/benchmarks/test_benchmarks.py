@@ -118,8 +118,7 @@ def test_what_is_wrong_is_not_timed():
 
 @pytest.mark.parametrize("name", OPS)
 def test_bytes_are_those_of_the_inputs_and_outputs(name):
-    """Catches a row whose lower bound of bytes, and so its share of the copy's speed, belongs to other
-    shapes."""
+    """Catches a lower bound of bytes, and so a share of the copy's speed, that belongs to other shapes."""
     case = CASES[name]
     if "norms of the decoder" in name:
         counted = sum(2 * 2 * 2 * math.prod(shape) for shape, _, _ in decoder_norms())

@@ -37,10 +37,10 @@ ARROWS = {
     "evaluation": {"seeds", "pipeline", "models", "diffusion", "data", "checkpoints"},
     "training": {"evaluation", "pipeline", "models", "diffusion", "data", "checkpoints", "functional",
                  "seeds"},  # fmt: skip
-    "adapters": {"models", "modules", "functional", "diffusion"},
+    "adapters": {"models", "modules", "functional", "ops"},
     "cli": {"training", "evaluation", "pipeline", "models", "data", "checkpoints", "ops", "__init__"},
     "__main__": {"cli"},
-    "previous_paths": {"pipeline", "models", "data"},
+    "previous_paths": {"pipeline", "models", "data", "adapters"},
     "__init__": {"pipeline", "models", "modules", "losses", "functional", "diffusion", "data", "checkpoints",
                  "ops", "adapters", "_lazy"},  # fmt: skip
 }

@@ -1,19 +1,26 @@
-"""diffusers' ResnetBlock2D, Attention and pipelines, patched. Written for and tested with diffusers 0.42.1.
+"""The rules of `patch` for diffusers' ResnetBlock2D and Attention, and its pipelines with a context cache.
 
-The package is looked at when one of its classes is: whoever has a module of it has imported it.
+Written for and tested with diffusers 0.42.1. The package is not imported: a user who has one of its modules
+has imported it.
 """
 
 from __future__ import annotations
 
 import functools
-import sys
 
 from torch import Tensor, nn
 
-from dalle2_fast.adapters._swap import Cover, Patched, overrides
+from dalle2_fast.adapters._foreign import imported_class, is_instance
+from dalle2_fast.adapters._swap import Patched, PatchRule, why_overridden
 from dalle2_fast.adapters.context_cache import context_cache
-from dalle2_fast.adapters.diffusers_attention import attend, attend_added_kv, is_key_mask
-from dalle2_fast.adapters.norm_blocks import norm_obstacle
+from dalle2_fast.adapters.diffusers.attention import attend, attend_added_kv
+from dalle2_fast.adapters.diffusers.masks import is_key_mask
+from dalle2_fast.adapters.norm_blocks import why_norm_unavailable
+
+_RESNET = ("diffusers.models.resnet", "ResnetBlock2D")
+_PROCESSORS = "diffusers.models.attention_processor"
+_ATTENTION = (_PROCESSORS, "Attention")
+_PIPELINE = ("diffusers.pipelines.pipeline_utils", "DiffusionPipeline")
 
 # ---------------------------------------------------------------------------------------------- ResnetBlock2D
 
@@ -21,16 +28,16 @@ from dalle2_fast.adapters.norm_blocks import norm_obstacle
 class FusedResnetBlock2D(Patched):
     """norm1 and SiLU are one op; norm2, FiLM and SiLU another.
 
-    With time_embedding_norm="default" the embedding is added before norm2, which stays a sum of its own.
+    With time_embedding_norm="default" the embedding is added before norm2, in a separate sum.
     """
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args, **kwargs) -> Tensor:
-        if args or kwargs.get("scale") is not None:  # deprecated: theirs says so
+        if args or kwargs.get("scale") is not None:  # deprecated: the original warns
             return super().forward(input_tensor, temb, *args, **kwargs)
         h = self.norm1(input_tensor, activation="silu")
         resample = self.downsample if self.upsample is None else self.upsample
         if resample is not None:
-            if self.upsample is not None and h.shape[0] >= 64:  # as theirs: large batches fail channels_last
+            if self.upsample is not None and h.shape[0] >= 64:  # as in diffusers: channels_last fails
                 input_tensor, h = input_tensor.contiguous(), h.contiguous()
             input_tensor, h = resample(input_tensor), resample(h)
         h = self.conv1(h)
@@ -52,35 +59,35 @@ class FusedResnetBlock2D(Patched):
         h = self.conv2(self.dropout(h))
 
         if self.conv_shortcut is not None:
-            if self.training:  # as theirs: DDP warns of gradients in other strides
+            if self.training:  # as in diffusers: DDP warns of gradients in other strides
                 input_tensor = input_tensor.contiguous()
             input_tensor = self.conv_shortcut(input_tensor)
         return (input_tensor + h) / self.output_scale_factor
 
 
-def _resnet_obstacle(block: nn.Module) -> str | None:
-    own = overrides(block, _theirs("diffusers.models.resnet", "ResnetBlock2D"))
-    if own is not None:
-        return own
+def _why_resnet_unavailable(block: nn.Module) -> str | None:
+    overridden = why_overridden(block, imported_class(*_RESNET))
+    if overridden is not None:
+        return overridden
     if not isinstance(block.nonlinearity, nn.SiLU):
         return f"its activation is {type(block.nonlinearity).__name__}, not SiLU"
     if block.time_embedding_norm not in ("default", "scale_shift"):
         return f"time_embedding_norm={block.time_embedding_norm!r}"
-    return norm_obstacle(block.norm1) or norm_obstacle(block.norm2)
+    return why_norm_unavailable(block.norm1) or why_norm_unavailable(block.norm2)
 
 
 # -------------------------------------------------------------------------------------------------- Attention
 
 
 class FusedAttention(Patched):
-    """Attention in which AttnProcessor2_0 and AttnAddedKVProcessor2_0 run fused.
+    """Attention that runs AttnProcessor2_0 and AttnAddedKVProcessor2_0 as the fused op.
 
-    The processor object stays, and another one that is set later is obeyed.
+    The processor object stays. A processor of another class, set later, runs unchanged.
     """
 
     def __init_subclass__(cls) -> None:
-        cls.plain_processor = _theirs("diffusers.models.attention_processor", "AttnProcessor2_0")
-        cls.added_kv_processor = _theirs("diffusers.models.attention_processor", "AttnAddedKVProcessor2_0")
+        cls.plain_processor = imported_class(_PROCESSORS, "AttnProcessor2_0")
+        cls.added_kv_processor = imported_class(_PROCESSORS, "AttnAddedKVProcessor2_0")
 
     def forward(
         self,
@@ -100,13 +107,12 @@ class FusedAttention(Patched):
         return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
 
 
-def _attention_obstacle(attention: nn.Module) -> str | None:
-    own = overrides(attention, _theirs("diffusers.models.attention_processor", "Attention"))
-    if own is not None:
-        return own
+def _why_attention_unavailable(attention: nn.Module) -> str | None:
+    overridden = why_overridden(attention, imported_class(*_ATTENTION))
+    if overridden is not None:
+        return overridden
     kind = type(attention.processor)
-    known = [_theirs("diffusers.models.attention_processor", name)
-             for name in ("AttnProcessor2_0", "AttnAddedKVProcessor2_0")]  # fmt: skip
+    known = [imported_class(_PROCESSORS, name) for name in ("AttnProcessor2_0", "AttnAddedKVProcessor2_0")]
     if kind not in known:
         return f"its processor is {kind.__name__}; known are {', '.join(one.__name__ for one in known)}"
     if attention.inner_kv_dim != attention.inner_dim:
@@ -120,7 +126,7 @@ def _attention_obstacle(attention: nn.Module) -> str | None:
 
 
 class CachingPipeline(Patched):
-    """A pipeline that projects its context once a call: every call runs in `context_cache`."""
+    """A pipeline that projects its context once per call, because every call runs in `context_cache`."""
 
     def __init_subclass__(cls) -> None:
         plain_call = cls.__bases__[1].__call__
@@ -133,30 +139,9 @@ class CachingPipeline(Patched):
         cls.__call__ = call
 
 
-def is_pipeline(target: object) -> bool:
-    pipeline = _theirs("diffusers.pipelines.pipeline_utils", "DiffusionPipeline")
-    return pipeline is not None and isinstance(target, pipeline)
+is_pipeline = is_instance(*_PIPELINE)
 
-
-# ---------------------------------------------------------------------------------------------------- look-up
-
-
-def _theirs(module: str, name: str) -> type | None:
-    """A class of diffusers, if that module of it has been imported."""
-    found = sys.modules.get(module)
-    return None if found is None else getattr(found, name)
-
-
-def _is_a(module: str, name: str):
-    def is_one(candidate: nn.Module) -> bool:
-        kind = _theirs(module, name)
-        return kind is not None and isinstance(candidate, kind)
-
-    return is_one
-
-
-COVERS = (
-    Cover("norms", FusedResnetBlock2D, _is_a("diffusers.models.resnet", "ResnetBlock2D"), _resnet_obstacle),
-    Cover("attention", FusedAttention, _is_a("diffusers.models.attention_processor", "Attention"),
-          _attention_obstacle),
-)  # fmt: skip
+RULES = (
+    PatchRule("norms", FusedResnetBlock2D, is_instance(*_RESNET), _why_resnet_unavailable),
+    PatchRule("attention", FusedAttention, is_instance(*_ATTENTION), _why_attention_unavailable),
+)

@@ -1,18 +1,21 @@
-"""DALLE2-pytorch's Block, Attention and CrossAttention, patched. Written for and tested with 1.15.6.
+"""The rules of `patch` for DALLE2-pytorch's Block, Attention and CrossAttention.
 
-Its attention has one more key than it is given, a learned `null`, which is always seen. Here that key and the
-given ones are the two parts that `cross_attention` takes, so nothing is concatenated.
+Its attention has an additional, learned key, `null`, which is always visible. That key and those of the input
+are the two parts of keys that `cross_attention` takes, so nothing is concatenated. Written for and tested
+with 1.15.6. The package is not imported: a user who has one of its modules has imported it.
 """
 
 from __future__ import annotations
 
-import sys
-
 from torch import Tensor, nn
 
 from dalle2_fast import functional
-from dalle2_fast.adapters._swap import Cover, Patched, overrides
-from dalle2_fast.adapters.norm_blocks import norm_obstacle
+from dalle2_fast.adapters._foreign import imported_class, is_instance
+from dalle2_fast.adapters._swap import Patched, PatchRule, why_overridden
+from dalle2_fast.adapters.norm_blocks import why_norm_unavailable
+
+_MODULE = "dalle2_pytorch.dalle2_pytorch"
+_COSINES = "cosine_sim=True: the op takes inner products, not cosines"
 
 
 class FusedBlock(Patched):
@@ -24,6 +27,8 @@ class FusedBlock(Patched):
 
 
 class FusedCrossAttention(Patched):
+    """Cross-attention with the null key, as one op."""
+
     def forward(
         self,
         x: Tensor,  # [B, T, C]
@@ -38,8 +43,8 @@ class FusedCrossAttention(Patched):
 
 
 class FusedSelfAttention(Patched):
-    """Its `Attention`: many heads of queries, one of keys and values. Theirs runs where a bias is given, and
-    where attention weights are dropped."""
+    """DALLE2-pytorch's `Attention`: many heads of queries, one head of keys and values. The original runs
+    with a bias, and where attention weights are dropped."""
 
     def forward(
         self,
@@ -52,7 +57,7 @@ class FusedSelfAttention(Patched):
         x = self.norm(x)
         q = _heads(self.to_q(x), self.heads)
         k, v = (_shared(part, self.heads) for part in self.to_kv(x).chunk(2, dim=-1))
-        # q is scaled once, then q and k by the root of the scale each: as theirs, and as its weights expect.
+        # DALLE2-pytorch, and so its weights, scale q once, and then q and k by the root of the scale each.
         scale = self.scale * self.scale
         out = functional.cross_attention(q, k, v, mask, *_null(self, q), softmax_scale=scale)
         return self.to_out(out.transpose(1, 2).flatten(2))
@@ -62,7 +67,7 @@ def _heads(x: Tensor, heads: int) -> Tensor:  # [B, T, H D] -> [B, H, T, D]
     return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-def _shared(x: Tensor, heads: int) -> Tensor:  # [B, T, D] -> [B, H, T, D], all heads the same memory
+def _shared(x: Tensor, heads: int) -> Tensor:  # [B, T, D] -> [B, H, T, D] without a copy
     return x[:, None].expand(-1, heads, -1, -1)
 
 
@@ -71,46 +76,34 @@ def _null(attention: nn.Module, q: Tensor) -> tuple[Tensor, Tensor]:  # [B, H, 1
     return k.expand(q.shape[0], q.shape[1], 1, -1), v.expand(q.shape[0], q.shape[1], 1, -1)
 
 
-# ----------------------------------------------------------------------------------------------------- covers
+# ------------------------------------------------------------------------------------------------------ rules
 
-
-def _theirs(name: str) -> type | None:
-    found = sys.modules.get("dalle2_pytorch.dalle2_pytorch")
-    return None if found is None else getattr(found, name)
-
-
-def _is_a(name: str):
-    def is_one(module: nn.Module) -> bool:
-        kind = _theirs(name)
-        return kind is not None and isinstance(module, kind)
-
-    return is_one
-
-
-def _block_obstacle(block: nn.Module) -> str | None:
+def _why_block_unavailable(block: nn.Module) -> str | None:
     if not isinstance(block.act, nn.SiLU):
         return f"its activation is {type(block.act).__name__}, not SiLU"
-    return overrides(block, _theirs("Block")) or norm_obstacle(block.norm)
+    return why_overridden(block, imported_class(_MODULE, "Block")) or why_norm_unavailable(block.norm)
 
 
-def _cross_obstacle(attention: nn.Module) -> str | None:
+def _why_cross_unavailable(attention: nn.Module) -> str | None:
     if attention.cosine_sim:
-        return "cosine_sim=True: the op takes inner products, not cosines"
-    return overrides(attention, _theirs("CrossAttention"))
+        return _COSINES
+    return why_overridden(attention, imported_class(_MODULE, "CrossAttention"))
 
 
-def _self_obstacle(attention: nn.Module) -> str | None:
+def _why_self_unavailable(attention: nn.Module) -> str | None:
     if attention.cosine_sim:
-        return "cosine_sim=True: the op takes inner products, not cosines"
+        return _COSINES
     if attention.causal:
         return "causal=True: the op has no causal mask"
     if attention.rotary_emb is not None:
         return "rotary_emb: queries and keys are rotated first"
-    return overrides(attention, _theirs("Attention"))
+    return why_overridden(attention, imported_class(_MODULE, "Attention"))
 
 
-COVERS = (
-    Cover("norms", FusedBlock, _is_a("Block"), _block_obstacle),
-    Cover("attention", FusedCrossAttention, _is_a("CrossAttention"), _cross_obstacle),
-    Cover("attention", FusedSelfAttention, _is_a("Attention"), _self_obstacle),
+RULES = (
+    PatchRule("norms", FusedBlock, is_instance(_MODULE, "Block"), _why_block_unavailable),
+    PatchRule(
+        "attention", FusedCrossAttention, is_instance(_MODULE, "CrossAttention"), _why_cross_unavailable
+    ),
+    PatchRule("attention", FusedSelfAttention, is_instance(_MODULE, "Attention"), _why_self_unavailable),
 )

@@ -1,19 +1,15 @@
-"""What diffusers' AttnProcessor2_0 and AttnAddedKVProcessor2_0 compute, by the fused op.
+"""The computation of diffusers' AttnProcessor2_0 and AttnAddedKVProcessor2_0 with the fused op.
 
-attn is diffusers' `Attention`; only its attributes are used, the package is not imported.
+attn is diffusers' `Attention`. Only its attributes are used; the package is not imported.
 """
 
 from __future__ import annotations
 
-import weakref
-
-import torch
 from torch import Tensor, nn
 
 from dalle2_fast import functional
 from dalle2_fast.adapters.context_cache import project
-
-_CLOSED = -1000.0  # of an additive mask: exp(-1000) is zero in every dtype; diffusers writes -10000
+from dalle2_fast.adapters.diffusers.masks import visible_keys
 
 
 def attend(
@@ -23,15 +19,15 @@ def attend(
     attention_mask: Tensor | None = None,  # see is_key_mask
     temb: Tensor | None = None,
 ) -> Tensor:  # of the shape of hidden_states
-    """AttnProcessor2_0: self- or cross-attention, with the norms that `attn` has around it.
+    """AttnProcessor2_0: self- or cross-attention, with the norms of `attn` around it.
 
-    A query whose keys are all masked gives zeros (AttnProcessor2_0 then attends as if there were no mask).
+    A query whose keys are all masked gives zeros, whereas AttnProcessor2_0 then ignores the mask.
     """
     residual = hidden_states
     if attn.spatial_norm is not None:
         hidden_states = attn.spatial_norm(hidden_states, temb)
     shape = hidden_states.shape
-    if attn.group_norm is not None:  # on [B, C, ...], where it lies as the norm wants it
+    if attn.group_norm is not None:  # on [B, C, ...], the layout that the norm reads
         hidden_states = attn.group_norm(hidden_states if len(shape) == 4 else hidden_states.transpose(1, 2))
         hidden_states = hidden_states.flatten(2).transpose(1, 2)
     elif len(shape) == 4:
@@ -47,7 +43,7 @@ def attend(
         q = attn.norm_q(q)
     if attn.norm_k is not None:
         k = attn.norm_k(k)
-    out = functional.cross_attention(q, k, v, _open_keys(attention_mask, k.shape[2]))
+    out = functional.cross_attention(q, k, v, visible_keys(attention_mask, k.shape[2]))
     out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
 
     if len(shape) == 4:
@@ -61,12 +57,12 @@ def attend_added_kv(
     attn: nn.Module,
     hidden_states: Tensor,  # [B, C, H, W] or [B, C, T]
     encoder_hidden_states: Tensor | None = None,  # [B, S, E]
-    attention_mask: Tensor | None = None,  # see is_key_mask; of the context, image keys are always seen
+    attention_mask: Tensor | None = None,  # see is_key_mask; for the context, image keys are always visible
 ) -> Tensor:  # of the shape of hidden_states
-    """AttnAddedKVProcessor2_0: one softmax over the context's keys and the image's own, not concatenated."""
+    """AttnAddedKVProcessor2_0: one softmax over the keys of context and image, without concatenation."""
     residual = hidden_states
     context = encoder_hidden_states
-    if context is None:  # as theirs: the image before its norm
+    if context is None:  # as in diffusers: the image before its norm
         context = hidden_states.flatten(2).transpose(1, 2)
     hidden_states = attn.group_norm(hidden_states).flatten(2).transpose(1, 2)
 
@@ -76,7 +72,7 @@ def attend_added_kv(
     image_k = image_v = None
     if not attn.only_cross_attention:
         image_k, image_v = _heads(attn, attn.to_k(hidden_states)), _heads(attn, attn.to_v(hidden_states))
-    mask = _open_keys(attention_mask, context_k.shape[2])
+    mask = visible_keys(attention_mask, context_k.shape[2])
     out = functional.cross_attention(q, context_k, context_v, mask, image_k, image_v)
     out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
     return out.transpose(1, 2).reshape(residual.shape) + residual
@@ -90,47 +86,3 @@ def _context(attn: nn.Module, context: Tensor, to_k: nn.Module, to_v: nn.Module)
     if attn.norm_cross is not None:
         context = attn.norm_encoder_hidden_states(context)
     return project(attn, context, to_k, to_v)
-
-
-# ------------------------------------------------------------------------------------------------------ masks
-
-
-def is_key_mask(mask: Tensor | None, batch: int) -> bool:
-    """Whether a mask says which keys are seen by all queries alike: None, [B, S] or [B, 1, S].
-
-    Boolean, True = attend, or additive as diffusers' U-Nets make it: 0 = attend, -10000 = do not.
-    """
-    if mask is None:
-        return True
-    return mask.shape[0] == batch and (mask.dim() == 2 or (mask.dim() == 3 and mask.shape[1] == 1))
-
-
-_last: tuple[weakref.ref, int, Tensor] | None = None  # of one forward pass all attentions get one mask
-
-
-def _open_keys(mask: Tensor | None, keys: int) -> Tensor | None:  # -> bool [B, S]
-    global _last
-    if mask is None:
-        return None
-    if mask.shape[-1] != keys:
-        raise ValueError(
-            f"attention_mask: expected [B, 1, S] = ({mask.shape[0]}, 1, {keys}), got {tuple(mask.shape)}"
-        )
-    if mask.dtype == torch.bool:
-        return mask.flatten(1)
-    if torch.compiler.is_compiling() or mask.is_inference():
-        return _read(mask)
-    last = _last  # one look, whatever other threads do
-    if last is None or last[0]() is not mask or last[1] != mask._version:
-        _last = last = (weakref.ref(mask), mask._version, _read(mask))
-    return last[2]
-
-
-def _read(mask: Tensor) -> Tensor:
-    is_open = mask == 0
-    # On the device, where it waits for nothing: a bias in between is no mask, and would be lost.
-    torch._assert_async(
-        (is_open | (mask <= _CLOSED)).all(),
-        f"attention_mask: expected 0 (attend) or at most {_CLOSED:.0f}; other biases need attention=False",
-    )
-    return is_open.flatten(1)
