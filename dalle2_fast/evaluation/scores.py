@@ -11,7 +11,7 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
-from dalle2_fast.data.synthetic.scenes import Scenes
+from dalle2_fast.data.synthetic.scenes import CELL, MARGIN, Scenes
 from dalle2_fast.data.synthetic.shapes import geometry
 from dalle2_fast.data.synthetic.vocabulary import COUNT, KINDS
 from dalle2_fast.evaluation.reading.table import Reading
@@ -20,7 +20,6 @@ ATTRIBUTES = (
     "count", "color", "shape", "binding", "fill", "size", "position", "relation", "background", "texture",
     "everything",
 )  # fmt: skip
-ROOM, CELL = 0.465, 0.27  # places of single objects: see data.synthetic.scenes
 MATCHED = 3  # the largest number of objects of a scene that differ from one another
 
 
@@ -152,7 +151,7 @@ def _position(reading: Reading) -> Tensor:
     canvas; the border between two cells is half-way.
     """
     extent = geometry().extent[reading.shape[:, 0].clamp_min(0)] * reading.radius[:, 0]
-    border = (ROOM - extent).clamp(0.1, CELL) / 2
+    border = (0.5 - MARGIN - extent).clamp(0.1, CELL) / 2
     column, row = ((place[:, 0] - 0.5) / border for place in (reading.x, reading.y))
     cell = [(value > 1).long() - (value < -1).long() + 1 for value in (column, row)]
     return torch.where(reading.color[:, 0] >= 0, cell[1] * 3 + cell[0], -1)

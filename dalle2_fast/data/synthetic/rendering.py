@@ -15,6 +15,7 @@ from dalle2_fast.data.synthetic.scenes import Scenes, valid_slots
 from dalle2_fast.data.synthetic.shapes import SIGNED_DISTANCES, geometry
 from dalle2_fast.data.synthetic.vocabulary import DOTTED, SOLID, STRIPED, TEXTURES
 
+GRADIENT_REACH = 1.6  # the weight of the second tone at the end of a gradient: it runs beyond that tone
 TEXTURE_PERIOD = 0.125  # in units of the canvas
 
 # Scene pixels per chunk. On a CPU, a quarter of this number loses 20 % to the overhead of each operation, and
@@ -175,7 +176,7 @@ def _background(scenes: Scenes, resolution: int) -> Tensor:
 
 
 def _texture(name: str, phase: Tensor, resolution: int) -> Tensor:
-    """The weight of the second tone, [n, R or 1, R or 1] in [0, 1]; up to 1.6 for a gradient."""
+    """The weight of the second tone, [n, R or 1, R or 1] in [0, 1]; up to GRADIENT_REACH for a gradient."""
     pixel, period = _pixel_centres(resolution, phase.device), TEXTURE_PERIOD
     x = pixel[None, None, :] + phase[:, 0, None, None] * period * 2
     y = pixel[None, :, None] + phase[:, 1, None, None] * period * 2
@@ -187,7 +188,7 @@ def _texture(name: str, phase: Tensor, resolution: int) -> Tensor:
         return across + down - 2 * across * down
     if name == "dotted":
         return _dots(x, y, period, 0.27, resolution)
-    return pixel[None, :, None] * 1.6  # gradient
+    return pixel[None, :, None] * GRADIENT_REACH
 
 
 def _pixel_centres(resolution: int, device: torch.device) -> Tensor:

@@ -44,6 +44,7 @@ Scenes = dict[str, Tensor]
 
 SPLITS = ("train", "iid", "comp", "all")
 MARGIN = 0.035  # between an object and the edge of the canvas
+CELL = 0.27  # from the middle of the canvas to the outer cells of the 3 x 3 positions, where there is room
 GAP = 0.05  # at least, between two related objects
 PAIR_EXTENT = 0.435  # the largest sum of two half extents with which both objects fit on the canvas
 STALE_ROUNDS = 40  # rounds of proposals without one accepted scene before sampling gives up
@@ -256,7 +257,7 @@ def _place(layout: Scenes, uniform) -> tuple[Tensor, Tensor]:
     # "one": a cell of the 3 x 3 positions.
     room = 0.5 - MARGIN - extent[:, 0]
     for centre, cell in ((cx, (pos % 3) - 1), (cy, (pos.clamp_min(0) // 3) - 1)):
-        offset = cell * torch.minimum(torch.full_like(room, 0.27), room) + (uniform(n) - 0.5) * 0.05
+        offset = cell * torch.minimum(torch.full_like(room, CELL), room) + (uniform(n) - 0.5) * 0.05
         centre[:, 0] = torch.where(kind == ONE, 0.5 + _bounded(offset, room), centre[:, 0])
 
     # "two": one after the other along the axis of the relation, nearly level on the other axis.

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from dalle2_fast.data.synthetic.palette import SHADOW, palette
+from dalle2_fast.data.synthetic.rendering import GRADIENT_REACH
 from dalle2_fast.data.synthetic.vocabulary import TEXTURES
 from dalle2_fast.data.synthetic.world import World
 from dalle2_fast.evaluation.reading.tones import segment_distance
-
-GRADIENT_REACH = 1.6  # how far beyond the second tone a gradient runs, see data.synthetic.rendering
 
 
 class Background(NamedTuple):
