@@ -13,10 +13,10 @@ RIVALS = ("triton", "open_clip_torch", "inf-cl", "liger-kernel", "apex", "diffus
 
 def pytest_addoption(parser):
     group = parser.getgroup("dalle2_fast")
-    group.addoption("--quick", action="store_true", help="few rounds: every row once, 8 minutes at most")
-    group.addoption("--threads", type=int, help="of a CPU; default: torch's own choice")
-    group.addoption("--minutes", type=float, help="no row is begun later; default: no limit, 8 with --quick")
-    group.addoption("--note", default="", help="kept in the results: what else the machine does, say")
+    group.addoption("--quick", action="store_true", help="every row once with few rounds, 8 minutes at most")
+    group.addoption("--threads", type=int, help="threads of a CPU; default: torch's choice")
+    group.addoption("--minutes", type=float, help="no row begins later; default: no limit, 8 with --quick")
+    group.addoption("--note", default="", help="kept in the results, e.g. other load on the machine")
 
 
 def pytest_configure(config):
@@ -44,7 +44,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """pytest-benchmark writes what was timed; what was not is part of the result, too."""
+    """Adds the rows that were not timed, which pytest-benchmark does not write."""
     from benchmarks.timing.rows import ROWS
 
     output_json["dalle2_fast_absent"] = [row.to_json() for row in ROWS if row.absent]
@@ -66,9 +66,9 @@ def pytest_terminal_summary(terminalreporter):
     if not ROWS:
         return
     terminalreporter.section("dalle2_fast")
-    heads = ("case", "implementation", "us", "+-", "GB/s", "GFLOP/s", "images/s", "of best", "peak MB",
-             "ours is")  # fmt: skip
-    line = "{:<50}{:<26}{:>11}{:>6}{:>8}{:>10}{:>10}{:>9}{:>9}{:>9}"
+    heads = ("case", "implementation", "us", "spread", "GB/s", "GFLOP/s", "images/s", "of ceiling", "peak MB",
+             "speed-up")  # fmt: skip
+    line = "{:<50}{:<26}{:>11}{:>8}{:>8}{:>10}{:>10}{:>12}{:>9}{:>10}"
     terminalreporter.write_line(line.format(*heads))
     for row in sorted(ROWS, key=lambda row: bool(row.absent)):
         if row.absent:

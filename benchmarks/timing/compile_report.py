@@ -1,9 +1,9 @@
-"""What can be said of the kernels without a GPU: launches, bytes by construction, compiled resources.
+"""Facts about the kernels that need no GPU: launches, bytes by construction, compiled resources.
 
     python -m benchmarks.timing.compile_report      writes benchmarks/results/compile_resources.json and .md
 
-Every launch configuration of every kernel is compiled for six GPUs, about a second each; only what changed
-since the last report is compiled again. tests/kernels/test_aot.py refuses a report that is out of date.
+Every launch configuration of every kernel is compiled for six GPUs, about a second each. Only configurations
+that changed since the last report are compiled again. tests/kernels/test_aot.py rejects an outdated report.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 
-os.environ["TRITON_INTERPRET"] = "1"  # so that the ops' launchers run on the CPU, where launches are counted
+os.environ["TRITON_INTERPRET"] = "1"  # so that the launchers of our ops run on the CPU
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -38,7 +38,7 @@ from tests.support.aot.compile import (
 from tests.support.launches import recorded
 
 JSON = RESULTS / "compile_resources.json"
-CHUNK = 40  # compiles between two writes of the file
+CHUNK = 40  # compilations between two writes of the file
 
 
 # -------------------------------------------------------------------------------------------------- resources
@@ -63,7 +63,7 @@ def save(cases: dict, launches: dict) -> dict:
 
 
 def update(launches: dict) -> dict:
-    """Compile what is new and write the file, every few compiles, so that an interrupted run is not lost."""
+    """Compile what is new. The file is written after every CHUNK, so that an interrupted run is not lost."""
     report = load()
     known = {entry["fingerprint"]: entry["resources"] for entry in report["cases"].values()}
     if report.get("versions", {}).get("triton") != version("triton"):
@@ -91,14 +91,14 @@ def update(launches: dict) -> dict:
 
 
 def launches_of(case: Case, function: Callable) -> list[tuple[str, int]]:
-    """(kernel, bytes of its tensors) of each launch at the real size. Nothing runs, no memory is touched."""
+    """(kernel, bytes of its tensors) of each launch at the real size. No kernel runs, no data is touched."""
     inputs = {
         key: None if value is None else torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
         for key, value in case.make("meta", torch.bfloat16, False).items()
     }
     with recorded() as launches:
         job = timed_job(case, function, *prepare(case, inputs))
-        launches.clear()  # the forward pass that a row of a gradient alone needs before it
+        launches.clear()  # of the forward pass, where a row times the gradient alone
         job()
     return [(launch.name, sum(map(_bytes, (*launch.args, *launch.kwargs.values())))) for launch in launches]
 
@@ -132,15 +132,14 @@ def as_text(report: dict) -> str:
     lines = [
         "# The kernels without a GPU: launches, bytes, compiled resources",
         "",
-        f"Written by `benchmarks/timing/compile_report.py` with Triton {used['triton']}, "
-        f"torch {used['torch']}.",
-        "Nothing here is a time.",
+        f"Written by `python -m benchmarks.timing.compile_report` with Triton {used['triton']} and torch "
+        f"{used['torch']}. Nothing here is a time.",
         "",
         "## Launches and bytes by construction",
         "",
-        "Shapes of the acceptance table in bfloat16, as configured for an H100. Bytes: every tensor that a",
-        "launch is given, once per launch. At least: every input read and every output written once. Ops of",
-        "eager: those of plain PyTorch that make or change data.",
+        "Shapes of the acceptance table in bfloat16, configured for an H100. `MB` counts every tensor that a",
+        "launch gets, once per launch; `MB at least` counts every input and output once. `ops of eager` are",
+        "the ops of plain PyTorch that make or change data.",
         "",
         "| case | launches | kernels | MB | MB at least | ops of eager |",
         "|---|---|---|---|---|---|",
@@ -155,9 +154,10 @@ def as_text(report: dict) -> str:
         "",
         "## Compiled resources",
         "",
-        "Registers a thread on " + ", ".join(f"sm_{sm}" for sm in CAPABILITIES) + "; - where it is not used.",
-        "Instructions that use local memory (spills) follow in brackets. Shared memory is the most of them,",
-        "in KiB. wgmma: instructions on sm_90. Bold: time matters there, no spill is allowed.",
+        "Registers per thread on " + ", ".join(f"sm_{sm}" for sm in CAPABILITIES) + "; - if unused.",
+        "The number of instructions that use local memory (spills) follows in brackets. Shared memory is the",
+        "maximum over the GPUs, in KiB. wgmma: instructions on sm_90. Bold: hot kernels, which must not",
+        "spill.",
         "",
         "| case | registers | shared | wgmma |",
         "|---|---|---|---|",

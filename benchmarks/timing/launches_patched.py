@@ -1,12 +1,12 @@
-"""How many kernels other packages' U-Nets launch before and after `dalle2_fast.patch`; no GPU needed.
+"""Count the kernels that other packages' U-Nets launch before and after `dalle2_fast.patch`, without a GPU.
 
     python -m benchmarks.timing.launches_patched [NAME ...]    # writes results/launches_patched.json
 
-The networks have their full size and run on tensors without data (FakeTensorMode), in bfloat16, forward
-without gradients and forward with the backward pass. An op of PyTorch that makes or changes data counts as
-one launch, also where CUDA needs several (native_group_norm), so "before" is a lower bound. Of our ops those
-kernels count that their launchers launch at these shapes, configured for an H100. Only rows whose package is
-installed are counted anew; the others stay as they are in the file. Nothing here is a time.
+The networks have their full size and run on tensors without data (FakeTensorMode), in bfloat16: the forward
+pass without gradients, and the forward and backward pass. An op of PyTorch that makes or changes data counts
+as one launch, even if CUDA needs several (native_group_norm), so "before" is a lower bound. For our ops, the
+count is that of the kernels that their launchers launch at these shapes, configured for an H100. Rows whose
+package is not installed keep their values in the file. Nothing here is a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from unittest import mock
 
-os.environ["TRITON_INTERPRET"] = "1"  # so that the ops' launchers run on the CPU, where launches are counted
+os.environ["TRITON_INTERPRET"] = "1"  # so that the launchers of our ops run on the CPU
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -39,7 +39,7 @@ BATCH = 2  # one image with guidance
 
 
 def launched(op, described: tuple) -> tuple[Counter, int]:
-    """The kernels that one of our ops launches, and the ops of PyTorch around them."""
+    """The kernels that one of our ops launches, and the number of PyTorch's ops around them."""
     with torch.no_grad(), recorded() as found, CountLaunches() as mode:
         op(*map(allocated, described))
     return Counter(launch.name for launch in found), mode.op_count
@@ -50,7 +50,7 @@ def count(run: Callable[[], object], fake: FakeTensorMode) -> dict:
         run()
     kernels, around = Counter(), 0
     for (op, described), times in mode.ours.items():
-        one, ops = launched(op, described)  # ops: the copies that some launchers make
+        one, ops = launched(op, described)  # ops: copies that some launchers make
         around += times * ops
         for name in one:
             kernels[name] += times * one[name]
@@ -61,7 +61,7 @@ def count(run: Callable[[], object], fake: FakeTensorMode) -> dict:
 
 def measure(name: str) -> dict:
     assert _dispatch.load_kernels(torch.device("cpu")) is None  # the kernels are loaded
-    torch.set_default_dtype(torch.bfloat16)  # a parameter without data cannot be cast
+    torch.set_default_dtype(torch.bfloat16)  # because a parameter without data cannot be cast
     with FakeTensorMode() as fake:
         net = foreign_unets.build(name).eval()
         given = foreign_unets.inputs(name, net, BATCH, dtype=torch.bfloat16)
@@ -103,9 +103,12 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(foreign_unets.NAMES)}")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.timing.launches_patched", description=__doc__.splitlines()[0]
+    )
+    names = ", ".join(foreign_unets.NAMES)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {names}; default: all")
     chosen = parser.parse_args().names or list(foreign_unets.NAMES)
     if unknown := set(chosen) - set(foreign_unets.NAMES):
-        parser.error(f"NAME: expected some of {', '.join(foreign_unets.NAMES)}, got {', '.join(unknown)}")
+        parser.error(f"NAME: expected some of {names}, got {', '.join(unknown)}")
     main(chosen)

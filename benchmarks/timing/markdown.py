@@ -4,14 +4,15 @@ from __future__ import annotations
 
 
 def table(result: dict) -> str:
-    """Markdown. Where we lose is printed like where we win."""
-    heads = ("case", "implementation", "us", "+-", "GB/s", "GFLOP/s", "images/s", "of best", "peak MB",
-             "ours is", "wanted")  # fmt: skip
+    """All rows. Rows in which ours is slower are shown like the others."""
+    heads = ("case", "implementation", "us", "spread", "GB/s", "GFLOP/s", "images/s", "of ceiling",
+             "peak MB", "speed-up of ours", "goal")  # fmt: skip
     lines = [
         f"# {title(result)}",
         "",
-        f"{about(result)} `of best`: of whichever of the two is nearer. `ours is`: how many times faster "
-        "than this rival, the median over rounds before each of which ours ran.",
+        f"{about(result)} `spread`: interquartile range over median. `of ceiling`: share of the nearer of "
+        "copy and matrix product. `speed-up of ours`: this rival's time over that of ours, the median over "
+        "rounds, before each of which ours ran.",
         "",
         f"| {' | '.join(heads)} |",
         f"|{'---|' * len(heads)}",
@@ -56,8 +57,10 @@ def about(result: dict) -> str:
 
 
 def summary(results: list[tuple[str, dict]], folder: str) -> str:
-    """For the README: of each device a line for every case, ours beside every rival. folder: of the results,
-    as the README names it."""
+    """For the README: per device a line for every case, ours against every rival.
+
+    folder: of the results, relative to the README.
+    """
     lines = []
     for name, result in results:
         lines += [
@@ -75,13 +78,13 @@ def summary(results: list[tuple[str, dict]], folder: str) -> str:
             rate = f"{row['images_per_second']:.3g}" if row["images_per_second"] else ""
             lines.append(f"| {row['case']} | {milliseconds(row['seconds'])} | {rate} | {versus} |")
         lines.append("")
-        pictures = [f"[{kind}]({folder}/{name}-{kind}.png)" for kind in result["plots"]]
-        if pictures:
-            lines += [f"Plots: {', '.join(pictures)}.", ""]
+        plots = [f"[{kind}]({folder}/{name}-{kind}.png)" for kind in result["plots"]]
+        if plots:
+            lines += [f"Plots: {', '.join(plots)}.", ""]
     return "\n".join(lines)
 
 
 def milliseconds(seconds: float) -> str:
-    """Three digits, and never a power of ten."""
+    """Three significant digits, without an exponent."""
     value = seconds * 1e3
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""The plots of a result file: ours against each rival, the roofline, the loss's time and memory against N."""
+"""Plots of a result file: ours against each rival, the roofline, time and memory of the loss against N."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def save(figure, path: Path) -> Path:
 
 
 def plot(result: dict, stem: Path) -> list[Path]:
-    """Bars (how much faster ours is than each rival), the roofline, and the losses' time and memory."""
+    """Bars (speed-up of ours over each rival), the roofline, and time and memory of the losses."""
     from matplotlib.figure import Figure
 
     def at(name: str) -> Path:
@@ -66,8 +66,8 @@ def plot(result: dict, stem: Path) -> list[Path]:
 
 
 def plot_memory(path: Path) -> list[Path]:
-    """The same of contrastive_memory.py's file, where there is one. In CPU seconds: what else the machine did
-    changes them least."""
+    """Time and memory from the file of contrastive_memory.py, if there is one. The time is in CPU seconds,
+    which other load on the machine changes least."""
     if not path.exists():
         return []
     result = json.loads(path.read_text())
@@ -84,7 +84,7 @@ def plot_memory(path: Path) -> list[Path]:
 
 
 def against_n(series: dict[str, list[tuple]], title: str, time: str = "seconds"):
-    """{implementation: [(N, seconds, bytes), ...]} as two panels."""
+    """Two panels of {implementation: [(N, seconds, bytes), ...]}."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4))

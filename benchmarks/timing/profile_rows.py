@@ -1,10 +1,10 @@
-"""Where the time of the rows goes that fell short of a goal: kernels of one call, longest first.
+"""Profile the rows that missed a goal: the kernels of a call, longest first.
 
     python -m benchmarks.timing.profile_rows RUN.json [--cases NAME ...] [--output DIR]
 
-RUN.json: of pytest benchmarks/ --benchmark-json, or a file of results/. For every case of which a goal is not
-met (or those of --cases) DIR/<case>.txt gets torch's profile of ours, and DIR/<case>.json its trace. What is
-then changed, with what was predicted and what came, is a line of results/tuning.md.
+RUN.json is a file of pytest benchmarks/ --benchmark-json or of results/. For every case that missed a goal
+(or those of --cases), torch's profile of ours is written to DIR/<case>.txt and its trace to DIR/<case>.json.
+A change that follows from it is a line in results/tuning.md, with the predicted and the measured time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.timing.rows import Row
 
 
 def short_of_a_goal(path: Path) -> list[str]:
-    """Names of cases, without repetition."""
+    """Names of the cases with a goal that was missed, each once."""
     content = json.loads(path.read_text())
     rows = content["rows"] if "rows" in content else [one["extra_info"] for one in content["benchmarks"]]
     known = Row.__dataclass_fields__
@@ -37,7 +37,7 @@ def short_of_a_goal(path: Path) -> list[str]:
 
 
 def profile(case: registry.Case, stem: Path, rounds: int = 10) -> str:
-    """The table; the trace goes beside it."""
+    """Write the table and the trace to files with this stem, and return the table."""
     on_gpu = case.device == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     inputs = case.make(case.device, dtype, False)
@@ -60,9 +60,11 @@ def profile(case: registry.Case, stem: Path, rounds: int = 10) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.timing.profile_rows", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("run", type=Path)
-    parser.add_argument("--cases", nargs="+", help="names, whatever their goals")
+    parser.add_argument("--cases", nargs="+", help="names of cases to profile, regardless of their goals")
     parser.add_argument("--output", type=Path, default=Path("profiles"), help="default: %(default)s")
     arguments = parser.parse_args()
     cases = registry.load()
@@ -70,8 +72,8 @@ def main() -> int:
         names = arguments.cases or short_of_a_goal(arguments.run)
     except (OSError, ValueError, KeyError) as error:
         parser.error(f"{arguments.run}: {type(error).__name__}: {error}")
-    if strangers := [name for name in names if name not in cases]:
-        parser.error(f"expected cases of the registry, got {', '.join(strangers)}")
+    if unknown := [name for name in names if name not in cases]:
+        parser.error(f"expected cases of the registry, got {', '.join(unknown)}")
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name in names:
         if cases[name].device == "cuda" and not torch.cuda.is_available():

@@ -49,7 +49,7 @@ def read_runs(paths: list[Path]) -> dict:
             "date": run["datetime"][:10],
             "commit": commit["id"][:10] + (" with local changes" if commit["dirty"] else ""),
             "machine": machine,
-            "runs": runs,  # with other versions, say; a ratio is always of one run
+            "runs": runs,  # they may differ in versions; each ratio comes from one run
         }
         for benchmark in run["benchmarks"]:
             row = dict(benchmark["extra_info"])
@@ -70,7 +70,7 @@ def read_runs(paths: list[Path]) -> dict:
 
 
 def write_readme(path: Path, folder: Path) -> None:
-    """Replaces what stands between the markers. ValueError where they are not there."""
+    """Replace the text between the markers. ValueError if they are missing."""
     text = path.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{path}: expected the markers {BEGIN} and {END}, once each and in this order")
@@ -85,22 +85,22 @@ def write_readme(path: Path, folder: Path) -> None:
 
 
 def compare(old: dict, new: dict) -> list[str]:
-    """One line for each row of `new` that is slower than in `old` by more than both spreads together, and for
-    each that is no longer there."""
+    """One line per row of `old` that is slower in `new` by more than both spreads together, or missing there.
+    """
     if old["device"] != new["device"]:
         raise ValueError(f"--compare: expected one device, got {old['device']} and {new['device']}")
     now = {(row["case"], row["implementation"]): row for row in new["rows"]}
-    fallen = []
+    slower = []
     for before in old["rows"]:
         key = before["case"], before["implementation"]
         if key not in now:
-            fallen.append(f"{' / '.join(key)}: no longer there")
+            slower.append(f"{' / '.join(key)}: missing")
             continue
         factor = now[key]["seconds"] / before["seconds"]
         allowed = 1 + before["spread"] + now[key]["spread"]
         if factor > allowed:
-            fallen.append(f"{' / '.join(key)}: {factor:.2f}x as long (spread allows {allowed:.2f}x)")
-    return fallen
+            slower.append(f"{' / '.join(key)}: {factor:.2f}x as long (spread allows {allowed:.2f}x)")
+    return slower
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m benchmarks.timing.report", description=__doc__.splitlines()[0]
     )
     parser.add_argument("runs", nargs="*", type=Path, help="files of pytest benchmarks/ --benchmark-json")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="files of results/")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="files in results/")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="default: %(default)s")
     parser.add_argument("--no-plots", action="store_true")
     parser.add_argument("--readme", type=Path, metavar="FILE", help="default: the project's, unless --output")
@@ -117,9 +117,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("expected files of runs, or --compare OLD NEW")
     try:
         if args.compare:
-            fallen = compare(*(json.loads(path.read_text()) for path in args.compare))
-            print("\n".join(fallen) or "no row fell by more than its spread")
-            return 1 if fallen else 0
+            slower = compare(*(json.loads(path.read_text()) for path in args.compare))
+            print("\n".join(slower) or "no row became slower by more than its spread")
+            return 1 if slower else 0
         result = read_runs(args.runs)
     except (OSError, ValueError, KeyError) as error:
         parser.error(f"{type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""A row of the results: one implementation of one case, or why it was not timed."""
+"""A row of the results: one implementation of one case, or the reason why it was not timed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from dataclasses import asdict, dataclass
 
 @dataclass
 class Row:
-    """seconds: the median of a call; spread: interquartile range over median. peak_bytes: GPU memory beyond
-    the inputs. share_of_best: of the copy or the matrix product that this run measured, whichever is nearer.
-    ours_is_faster: the median over rounds of this rival's time over that of ours just before it. The goals,
-    wanted_* and target_us, are None where the case has none."""
+    """One implementation of one case.
+
+    seconds: median time of a call. spread: interquartile range over median.
+    peak_bytes: GPU memory beyond the inputs.
+    share_of_best: share of the nearer ceiling, the copy or the matrix product measured in the same run.
+    ours_is_faster: this rival's time over that of ours just before it, the median over rounds.
+    target_us, wanted_*: the goals, None where the case has none.
+    """
 
     case: str
     implementation: str
@@ -40,8 +44,7 @@ class Row:
         )
 
     def goals(self) -> list[tuple[str, bool]]:
-        """(what is wanted, whether it is met) of each goal: for ours the absolute ones, for a rival its
-        factor."""
+        """(goal, whether it is met): for ours the absolute goals, for a rival the factor."""
         if self.absent is not None:
             return []
         if self.implementation != "ours":

@@ -65,7 +65,7 @@ def difference(found: dict, wanted: dict) -> float:
 
 
 def is_lost() -> bool:
-    """Whether the GPU refuses all further work of this process, as after an illegal memory access."""
+    """Whether the GPU rejects all further work of this process, as after an illegal memory access."""
     try:
         torch.cuda.synchronize()
     except Exception:
@@ -74,10 +74,12 @@ def is_lost() -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="+", help="texts that a case's name has to begin with")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--compile-only", metavar="K/N")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.timing.tune", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--cases", nargs="+", help="beginnings of the names of cases")
+    parser.add_argument("--output", type=Path, help="a JSON file of the rows")
+    parser.add_argument("--compile-only", metavar="K/N", help="see above; times nothing")
     parser.add_argument("--first", type=int, default=0, help="number of the variation to begin with")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -110,9 +112,9 @@ def main() -> int:
                     continue
                 off = difference(found, wanted)
                 if not off < TOLERANCE:
-                    raise ValueError(f"other results, off by {off:.1%}")
+                    raise ValueError(f"other results, relative difference {off:.1%}")
                 us = microseconds(*gpu_round(case, ours(case, "fused"), inputs))
-        except Exception as error:  # of a compiler, of a launch, of the check: the next one may do
+        except Exception as error:  # from a compiler, a launch or the check; the next variation may work
             reason = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:120]}"
             print(f"    {what}: {reason}", flush=True)
             rows.append(dict(case=name, variation=what, failed=reason))
@@ -122,7 +124,7 @@ def main() -> int:
         if arguments.output:
             write(arguments.output, json.dumps(rows, indent=1) + "\n")
         if "failed" in rows[-1] and is_lost():
-            print("    no further work on the GPU in this process; the next one goes on", flush=True)
+            print("    this process can no longer use the GPU; a new one continues", flush=True)
             command = [sys.executable, "-m", "benchmarks.timing.tune", *sys.argv[1:]]
             return subprocess.call([*command, "--first", str(index + 1)])
     return 0
