@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -30,32 +30,32 @@ def contents(folder: Path, limit: int = 6) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "") or "an empty folder"
 
 
-def mismatches(
-    expected: Mapping[str, Sequence[int] | None],
-    found: Mapping[str, Tensor],
-) -> list[str]:
-    """What keeps the tensors `found` from being those expected; empty if nothing does.
+def mismatches(expected: Mapping[str, Tensor | None], found: Mapping[str, Tensor]) -> list[str]:
+    """What keeps the tensors `found` from taking the place of those expected; empty if nothing does.
 
     Args:
-        expected: name -> shape, or None where any shape will do.
-        found: name -> tensor.
+        expected: name -> a tensor of the right shape, on any device, or None where any shape will do.
+        found: name -> tensor; integers do not take the place of floating-point numbers.
 
     Returns:
-        At most one phrase for the missing names, one for those left over, and three for wrong shapes.
+        At most one phrase for the missing names, one for those left over, three for wrong shapes or dtypes.
 
     Example:
         >>> import torch
-        >>> mismatches({"weight": (2, 3), "bias": (2,)}, {"weight": torch.zeros(3, 2)})
+        >>> mismatches({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}, {"weight": torch.zeros(3, 2)})
         ['missing 1 (bias)', 'weight: expected [2, 3], got [3, 2]']
     """
-    problems = []
+    problems, wrong = [], []
     if missing := [name for name in expected if name not in found]:
         problems.append(f"missing {listed(missing)}")
     if leftover := [name for name in found if name not in expected]:
         problems.append(f"left over {listed(leftover)}")
-    shapes = [
-        f"{name}: expected {list(shape)}, got {list(found[name].shape)}"
-        for name, shape in expected.items()
-        if shape is not None and name in found and tuple(shape) != tuple(found[name].shape)
-    ]
-    return problems + shapes[:3]
+    for name, tensor in expected.items():
+        if tensor is None or name not in found:
+            continue
+        came = found[name]
+        if tensor.shape != came.shape:
+            wrong.append(f"{name}: expected {list(tensor.shape)}, got {list(came.shape)}")
+        elif tensor.is_floating_point() and not came.is_floating_point():
+            wrong.append(f"{name}: expected floating-point numbers, got {came.dtype}")
+    return problems + wrong[:3]

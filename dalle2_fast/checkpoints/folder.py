@@ -109,7 +109,7 @@ def construct(make: Callable[[dict], Any], config: dict[str, Any], name: str, so
         )
     try:
         return make(config[name])
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, MemoryError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise CheckpointError(f"{source}: {CONFIG_FILE}: {name}: cannot be built ({reason})") from error
 

@@ -68,7 +68,7 @@ def read_json(path: Path, expected: str = "a JSON object") -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of JSON, of Unicode, of lists nested a thousand deep
         raise CheckpointError(f"{path}: damaged, not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected {expected}, got {type(value).__name__}")

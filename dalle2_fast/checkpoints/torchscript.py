@@ -101,9 +101,10 @@ class _Reader(pickle.Unpickler):
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError(f"expected a storage, got {kind!r}")
         if key not in self.storages:
-            data = self.archive.read(self.folder + str(key))
-            if len(data) != count * dtype.itemsize:
-                raise ValueError(f"data/{key}: expected {count * dtype.itemsize} bytes, got {len(data)}")
+            entry, size = self.archive.getinfo(self.folder + str(key)), count * dtype.itemsize
+            if entry.file_size != size:  # checked before a zip bomb is inflated
+                raise ValueError(f"data/{key}: expected {size} bytes, got {entry.file_size}")
+            data = self.archive.read(entry)
             numbers = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
             self.storages[key] = numbers
         return self.storages[key]

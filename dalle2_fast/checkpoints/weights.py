@@ -63,7 +63,8 @@ def load_state(
         dtype: None keeps that of the tensors.
 
     Raises:
-        CheckpointError: names are missing or left over, or shapes differ. Nothing has been copied.
+        CheckpointError: names are missing or left over, or shapes differ, or integers came for floating-point
+            weights. Nothing has been copied.
 
     Example:
         >>> module = nn.Linear(2, 1)
@@ -72,7 +73,7 @@ def load_state(
         >>> module.weight.tolist()
         [[1.0, 1.0]]
     """
-    expected = {f"{prefix}.{key}": tensor.shape for key, tensor in module.state_dict().items()}
+    expected = {f"{prefix}.{key}": tensor for key, tensor in module.state_dict().items()}
     given = {key: value for key, value in tensors.items() if key.startswith(prefix + ".")}
     if problems := mismatches(expected, given):
         raise CheckpointError(

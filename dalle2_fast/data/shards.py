@@ -264,7 +264,7 @@ def _caption(sample: dict) -> str:
         if key == "json":
             try:
                 record = json.loads(text)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 return ""
             text = (record.get("caption") or record.get("text") or "") if isinstance(record, dict) else ""
         return str(text).strip()

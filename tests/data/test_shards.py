@@ -89,6 +89,7 @@ def test_bad_samples_are_counted_and_reported(tmp_path):
         {"txt": b"a caption alone"},
         {"png": picture("red")},
         {"jpg": picture("red", kind="JPEG"), "json": b"{broken"},
+        {"jpg": picture("red", kind="JPEG"), "json": b"[" * 100_000},
     ]
     good = [{"jpg": picture("blue", kind="JPEG"), "json": json.dumps({"caption": "a blue one"}).encode()}]
     write_shard(tmp_path / "a.tar", bad + good * 3)
@@ -97,7 +98,7 @@ def test_bad_samples_are_counted_and_reported(tmp_path):
         batch = stream.batch(0)  # the damaged one and the three good ones
     assert batch["captions"] == ["a blue one"] * 4
     assert batch["images"][8][0, 2].min() > 0.95
-    assert stream.skipped == {"image cannot be decoded": 1, "no caption": 3, "no image": 1}
+    assert stream.skipped == {"image cannot be decoded": 1, "no caption": 4, "no image": 1}
 
 
 def test_unreadable_shards(tmp_path):

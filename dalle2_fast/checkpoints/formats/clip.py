@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -134,14 +134,23 @@ def _preferred(folder: Path) -> tuple[str, ...]:
 
 def _options(file: Path, naming: Naming, tensors: dict[str, Tensor]) -> dict[str, Any]:
     if naming is HUGGING_FACE:
-        config = _json_if_present(file.with_name("config.json"))
+        source = file.with_name("config.json")
+        config = _json_if_present(source)
         if config.get("model_type") in KINDS:
-            return from_hugging_face(config, file.with_name("config.json")) | _processor(file.parent)
+            return _configured(from_hugging_face, config, source) | _processor(file.parent)
         return from_shapes(tensors, naming, _towers(tensors), file)
-    config = _json_if_present(file.with_name("open_clip_config.json"))
-    if config:
-        return from_open_clip(config, file.with_name("open_clip_config.json"))
+    source = file.with_name("open_clip_config.json")
+    if config := _json_if_present(source):
+        return _configured(from_open_clip, config, source)
     return from_shapes(tensors, naming, "both", file)
+
+
+def _configured(read: Callable[..., dict[str, Any]], config: dict[str, Any], file: Path) -> dict[str, Any]:
+    """`read(config, file)`; CheckpointError also if a value has another type than `read` computes with."""
+    try:
+        return read(config, file)
+    except (TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        raise CheckpointError(f"{file}: not the configuration of a CLIP ({error})") from None
 
 
 def _towers(tensors: dict[str, Tensor]) -> str:
@@ -168,7 +177,7 @@ def _config_in_header(file: Path) -> dict[str, Any] | None:
     try:
         with safe_open(file, framework="pt") as opened:
             config = json.loads((opened.metadata() or {}).get("config", "{}")).get("model")
-    except (SafetensorError, OSError, ValueError, AttributeError):
+    except (SafetensorError, OSError, ValueError, AttributeError, RecursionError):
         return None  # damage raises when the tensors are read
     return config if isinstance(config, dict) and "visual_kind" in config else None
 

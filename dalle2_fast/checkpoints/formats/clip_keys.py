@@ -152,7 +152,7 @@ def convert(
     for key, value in expected.items():
         wanted |= naming.take_apart(key, value)
     weights = {name: x for name, x in tensors.items() if name in wanted or not NO_WEIGHTS.fullmatch(name)}
-    if problems := mismatches({name: tensor.shape for name, tensor in wanted.items()}, weights):
+    if problems := mismatches(wanted, weights):
         raise CheckpointError(f"{source}: the weights are not those of this CLIP: " + "; ".join(problems))
     return {key: naming.assemble(key, tensors) for key in expected}
 

@@ -5,7 +5,6 @@ A configuration that asks for what our classes do not have is an error.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,10 +44,9 @@ _SAME_SCHEDULER = {"beta_schedule": "squaredcos_cap_v2"}
 def class_name(file: Path) -> str | None:
     """The `_class_name` in a config.json of diffusers, None for any other content."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:  # the reader that needs the content raises a better error
+        return read_json(file).get("_class_name")
+    except CheckpointError:  # whoever needs the content raises again
         return None
-    return content.get("_class_name") if isinstance(content, dict) else None
 
 
 class Options:

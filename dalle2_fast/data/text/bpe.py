@@ -213,7 +213,7 @@ class BPETokenizer:
                     raise ValueError(f"the id of {name!r}: expected {index}, got {vocabulary.get(name)}")
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file}: not a byte-pair tokenizer ({error!r})") from None
-        except ValueError as error:  # from JSON, Unicode or the merges
+        except (ValueError, RecursionError) as error:  # from JSON, Unicode or the merges
             raise ValueError(f"{file}: not a tokenizer of CLIP's kind ({error})") from None
         return tokenizer
 
