@@ -1,9 +1,10 @@
 """The packages and the native module. Everything else about the project is declared in pyproject.toml.
 
 `dalle2_fast/kernels` is a relative symlink to `kernels/`, and `kernels/` has no `__init__.py`, so the
-namespace search below finds it as `dalle2_fast.kernels` in a wheel, an sdist and an editable install. A
-`package_dir` mapping breaks one of these cases, and an `__init__.py` in the top-level `kernels/` would hide
-the package of that name from every program that runs in this folder. tests/packaging covers each case.
+namespace search below finds it as `dalle2_fast.kernels` in a wheel, an sdist and an editable install. To map
+the name by `package_dir` instead breaks one of these cases, and an `__init__.py` in the top-level `kernels/`
+would hide the package of that name from every program that runs in this folder. tests/packaging covers each
+case.
 
 `dalle2_fast._C` is built from csrc/ with ninja: every .cpp file, and, if nvcc is found, every .cu file. The
 folder of a .cu file decides for which GPUs it is compiled: `csrc/sm90/` for compute capability 9.0 only, any
@@ -266,6 +267,9 @@ native = Extension(
 
 setup(
     # pretrained/ is data, not code: without the exclusion its folders would be listed as packages.
+    # The default, said explicitly: setuptools then makes an editable install a plain path, which type
+    # checkers can follow, and not an import hook, which they cannot.
+    package_dir={"": "."},
     packages=find_namespace_packages(include=["dalle2_fast*"], exclude=["dalle2_fast.pretrained*"]),
     package_data={"dalle2_fast": ["py.typed", "pretrained/**", "data/text/clip_merges.*"]},
     include_package_data=False,

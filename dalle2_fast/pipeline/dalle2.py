@@ -14,6 +14,7 @@ from dalle2_fast.data.images import to_pil
 from dalle2_fast.pipeline import decoding, editing, inversion, reconstruction
 from dalle2_fast.pipeline.checkpoint import load_pipeline, save_pipeline
 from dalle2_fast.pipeline.context import Generation, GenerationContext
+from dalle2_fast.pipeline.options import GenerateOptions
 from dalle2_fast.pipeline.parts import check_parts
 from dalle2_fast.pipeline.progress import Progress
 from dalle2_fast.pipeline.settings import SamplingSettings, resolve_prompts, resolve_settings, resolve_size
@@ -30,6 +31,7 @@ from dalle2_fast.pipeline.stages import (
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from typing_extensions import Unpack
 
     from dalle2_fast.data.text.tokenizer import Tokenizer
     from dalle2_fast.models.clip.model import CLIP
@@ -118,7 +120,7 @@ class DALLE2(nn.Module):
         num_images: int = 4,
         *,
         output_type: Literal["pt"] = "pt",
-        **options: Any,
+        **options: Unpack[GenerateOptions],
     ) -> Tensor: ...
 
     @overload
@@ -128,7 +130,7 @@ class DALLE2(nn.Module):
         num_images: int = 4,
         *,
         output_type: Literal["pil"],
-        **options: Any,
+        **options: Unpack[GenerateOptions],
     ) -> list[Image]: ...
 
     def __call__(
@@ -137,7 +139,7 @@ class DALLE2(nn.Module):
         num_images: int = 4,
         *,
         output_type: str = "pt",
-        **options: Any,
+        **options: Unpack[GenerateOptions],
     ) -> Tensor | list[Image]:
         """`num_images` images of each prompt.
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 
 import pytest
 import torch
 
+from dalle2_fast import DALLE2
+from dalle2_fast.pipeline.options import GenerateOptions
 from dalle2_fast.pipeline.settings import SamplingSettings, resolve_settings
 from tests.support.tiny_pipeline import tiny_pipeline
 
@@ -70,3 +73,10 @@ def test_settings_that_an_older_pipeline_does_not_have():
         del pipe.sampling[name]
     assert torch.equal(pipe("a ring", 1, seed=0), expected)
     assert torch.equal(pipe.decode(z, seed=0).images, decoded)
+
+
+def test_the_options_of_a_call_are_those_of_generate():
+    """Catches: a keyword of `generate` that a type checker refuses in `pipe(...)`, or one that it misses."""
+    keywords = [name for name, parameter in inspect.signature(DALLE2.generate).parameters.items()
+                if parameter.kind is inspect.Parameter.KEYWORD_ONLY]  # fmt: skip
+    assert list(GenerateOptions.__annotations__) == keywords

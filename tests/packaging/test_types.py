@@ -1,0 +1,57 @@
+"""Type checkers see the signatures of an installed dalle2_fast: mypy on a user's program, wheel and editable.
+
+An editable install by an import hook would be invisible to them; setup.py makes it a plain path.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.installs import attempt, build, copy_checkout, make_environment, pip_install
+
+pytest.importorskip("mypy", reason="mypy is not installed")
+
+PROGRAM = """
+from dalle2_fast import DALLE2, Decoder
+from dalle2_fast.functional import group_norm_silu
+
+pipe = DALLE2.from_pretrained()
+reveal_type(pipe("a red circle", num_images=1))
+reveal_type(pipe("a red circle", output_type="pil"))
+reveal_type(pipe.generate("a red circle").images)
+pipe("a red circle", num_image=1)
+Decoder(image_sizes=64)
+group_norm_silu("not a tensor", 4)
+"""
+SEEN = [
+    (6, "torch._tensor.Tensor"),
+    (7, "list[PIL.Image.Image]"),
+    (8, "torch._tensor.Tensor"),
+    (9, 'Unexpected keyword argument "num_image"'),
+    (10, 'Unexpected keyword argument "image_sizes" for "Decoder"'),
+    (11, 'Argument 1 to "group_norm_silu" has incompatible type "str"; expected "Tensor"'),
+]
+
+
+@pytest.fixture(scope="module", params=["wheel", "editable"])
+def python(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    tree = copy_checkout(folder / "tree")
+    python = make_environment(folder / "venv")
+    what = ["-e", tree] if request.param == "editable" else [build("wheel", tree, folder / "dist")]
+    pip_install(python, *what)
+    return python
+
+
+def test_mypy_sees_signatures_and_a_misspelt_argument(python, tmp_path):
+    """Catches: a package without py.typed, lazy names of type Any, a signature that swallows any keyword."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, "-m", "mypy", "--python-executable", python, "--cache-dir", tmp_path / "cache"]
+    done = attempt([*command, "program.py"], cwd=tmp_path)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("program.py:")]
+    for number, text in SEEN:
+        assert any(line.startswith(f"program.py:{number}:") and text in line for line in lines), done.stdout
+    assert not [line for line in lines if int(line.split(":")[1]) < 6], done.stdout
