@@ -35,20 +35,20 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
         raise ValueError(f"{name}: expected device {other.device} (that of {other_name}), got {value.device}")
 
 
-def finite_number(name: str, value: object) -> None:
+def finite_number(name: str, value: float) -> None:
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not -math.inf < value < math.inf:  # torch.compile cannot trace isfinite of a symbolic float
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
-def positive_number(name: str, value: object) -> None:
+def positive_number(name: str, value: float) -> None:
     finite_number(name, value)
     if value <= 0:
         raise ValueError(f"{name}: expected a number > 0, got {value}")
 
 
-def seeds_and_step(seeds: object, step: object, batch: int) -> None:
+def seeds_and_step(seeds: Tensor, step: int | Tensor, batch: int) -> None:
     tensor("seeds", seeds)
     if seeds.dtype != torch.int64:
         raise TypeError(f"seeds: expected torch.int64, got {seeds.dtype}")
@@ -56,7 +56,7 @@ def seeds_and_step(seeds: object, step: object, batch: int) -> None:
     step_index(step, seeds)
 
 
-def step_index(step: object, like: Tensor, length: int | None = None) -> None:
+def step_index(step: int | Tensor, like: Tensor, length: int | None = None) -> None:
     """An int, or an int64 scalar tensor on the device of `like`. length: rows of the indexed table."""
     if isinstance(step, Tensor):
         if step.dtype != torch.int64:

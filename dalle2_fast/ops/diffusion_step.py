@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -86,8 +88,8 @@ def diffusion_step(
         >>> x_next.shape, bool(x0.abs().max() <= 1)
         (torch.Size([2, 3, 4, 4]), True)
     """
-    tensors = dict(seeds=seeds, guidance=guidance, previous_x0=previous_x0)
-    options = dict(
+    tensors: dict[str, Any] = dict(seeds=seeds, guidance=guidance, previous_x0=previous_x0)
+    options: dict[str, Any] = dict(
         guidance_rescale=guidance_rescale,
         prediction=prediction,
         clip=clip,
