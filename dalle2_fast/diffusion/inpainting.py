@@ -95,7 +95,7 @@ def resampling_order(start: int, steps: int, resample: int, jump: int) -> list[t
 
     Returns:
         The steps in order. Repetition 0 is the first pass of every segment. Every later pass of every segment
-        has a number that no other pass has, and therefore noise of its own.
+        has a number that no other pass has, and therefore different noise.
 
     Raises:
         ValueError: resample or jump is not an int of at least 1.

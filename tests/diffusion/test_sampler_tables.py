@@ -64,7 +64,7 @@ def test_ddpm_is_the_posterior_of_the_strided_process(steps):
     torch.testing.assert_close(small[:, STD], variance.sqrt(), **EXACT)
     torch.testing.assert_close(large[1:, STD], beta[1:].sqrt(), **EXACT)
     torch.testing.assert_close(small[1:, LOG_MIN], variance[1:].log(), **EXACT)
-    torch.testing.assert_close(small[0, LOG_MIN], variance[1].log(), **EXACT)  # clipped: the log of its variance is -inf
+    torch.testing.assert_close(small[0, LOG_MIN], variance[1].log(), **EXACT)  # clipped: the log is -inf
     torch.testing.assert_close(small[:, LOG_MAX], beta.log(), **EXACT)
 
 

@@ -103,7 +103,7 @@ def test_the_sample_depends_on_its_seed_only(sampler, eta):
     turned = sample(diffusion, seeds=SEEDS.flip(0), sampler=sampler, eta=eta)
     assert torch.equal(turned.flip(0), together)
     assert not torch.equal(together[0], together[1])
-    torch.manual_seed(1)  # torch's own generators play no part
+    torch.manual_seed(1)  # torch's default generator must not matter
     assert torch.equal(sample(diffusion, sampler=sampler, eta=eta), together)
 
 

@@ -10,11 +10,11 @@ from tests.support.small_autoregressive_prior import (
     DOTS,
     KEPT,
     caption,
+    conditions,
     embeddings,
     small_net,
     small_prior,
     some_codes,
-    told,
 )
 
 
@@ -30,21 +30,21 @@ def test_paper_size():
 def test_each_dimension_sees_only_those_before_it():
     """Catches: a shifted sequence, which would learn to copy and sample noise."""
     net, (codes, dots) = small_net(), some_codes()
-    logits = net(codes, dots, *told(caption()))
+    logits = net(codes, dots, *conditions(caption()))
     assert logits.shape == (4, KEPT, BUCKETS)
     for place in range(KEPT):
         changed = codes.clone()
         changed[:, place] = (codes[:, place] + 5) % BUCKETS
-        difference = (net(changed, dots, *told(caption())) - logits).abs().amax(dim=(0, 2))
+        difference = (net(changed, dots, *conditions(caption())) - logits).abs().amax(dim=(0, 2))
         assert difference[: place + 1].max() < 1e-5
         assert (difference[place + 1 :] > 1e-3).all()
-    other = (net(codes, (dots + 1) % DOTS, *told(caption())) - logits).abs().amax(dim=(0, 2))
+    other = (net(codes, (dots + 1) % DOTS, *conditions(caption())) - logits).abs().amax(dim=(0, 2))
     assert (other > 1e-3).all()
 
 
 def test_padding_changes_nothing():
     net, (codes, dots), words = small_net(), some_codes(), caption()
-    logits = net(codes, dots, *told(words))
+    logits = net(codes, dots, *conditions(words))
     noise = torch.where(words["text_mask"][..., None], words["text_encodings"], 100.0)
     torch.testing.assert_close(net(codes, dots, words["text_embed"], noise, words["text_mask"]), logits)
     for i, length in enumerate(words["text_mask"].sum(dim=1).tolist()):
@@ -57,7 +57,7 @@ def test_padding_changes_nothing():
 def test_cache_equals_no_cache():
     """Catches: keys at a wrong position, a mask that forgets the grown part."""
     net, (codes, dots), words = small_net().double(), some_codes(), caption()
-    words = told({k: v if v.dtype == torch.bool else v.double() for k, v in words.items()})
+    words = conditions({k: v if v.dtype == torch.bool else v.double() for k, v in words.items()})
     expected = net(codes, dots, *words)
     prefix = net.encode_prefix(*words)
     for place in range(KEPT):

@@ -166,8 +166,8 @@ def test_rerank_keeps_the_candidate_nearest_to_the_text():
     best = prior.sample(**words, seeds=seeds, num_samples_per_batch=3)
     three = {name: tensor.repeat_interleave(3, 0) for name, tensor in words.items()}
     # The one candidate of a seed s is drawn by s xor the first offset: undo that, and see all three alone.
-    own = candidate_seeds(seeds, 3) ^ candidate_seeds(torch.zeros(1, dtype=torch.int64), 1)
-    alone = prior.sample(**three, seeds=own, num_samples_per_batch=1)
+    undone = candidate_seeds(seeds, 3) ^ candidate_seeds(torch.zeros(1, dtype=torch.int64), 1)
+    alone = prior.sample(**three, seeds=undone, num_samples_per_batch=1)
     cosines = (alone * three["text_embed"]).sum(-1).unflatten(0, (4, 3))
     assert (cosines.amax(1) > cosines.amin(1) + 1e-3).all()
     torch.testing.assert_close(best, best_candidate(alone, words["text_embed"]), rtol=1e-5, atol=1e-6)

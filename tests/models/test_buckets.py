@@ -36,7 +36,7 @@ def test_pca_is_numpys():
 
 
 def test_round_trip_is_within_half_a_bucket():
-    """Catches: edges taken for centres, an index off by one, a range that leaves out its own data."""
+    """Catches: edges taken for centres, an index off by one, a range that excludes fitted data."""
     prior, x = small_prior(unit_norm=False, embed_scale=3.0), embeddings()
     codes = prior.quantise(x)
     assert codes.shape == (400, KEPT) and codes.dtype == torch.int64
@@ -44,7 +44,7 @@ def test_round_trip_is_within_half_a_bucket():
     error = ((prior.restore(codes) - x) * 3.0) @ prior.components.T
     half = (prior.high - prior.low) / BUCKETS / 2
     assert (error.abs() <= half * (1 + 1e-4)).all()
-    assert (error.abs().amax(dim=0) > 0.8 * half).all()  # the bound is tight: buckets are not finer than told
+    assert (error.abs().amax(dim=0) > 0.8 * half).all()  # the bound is tight: the buckets are not finer
     assert torch.equal(prior.quantise(prior.restore(codes)), codes)
 
 

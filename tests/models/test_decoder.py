@@ -1,4 +1,4 @@
-"""The decoder: which condition reaches the picture, when it is dropped, and that a seed is a picture."""
+"""The decoder: which condition reaches the image, when it is dropped, and that a seed fixes the image."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEXT = dict(num_tokens=20, context_length=7, dim=16, depth=1, heads=2, causal=Fa
 
 
 def shake(module: torch.nn.Module) -> None:
-    """Random weights everywhere: at its initialisation the U-Net answers zero whatever it is given."""
+    """Random weights everywhere: an untrained U-Net returns zero for every input."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -116,7 +116,7 @@ def test_learns_the_brightness_of_its_images():
 
 @pytest.mark.parametrize("drop_image, drop_text", [(0, 0), (1, 0), (0, 1), (1, 1)])
 def test_conditions_are_dropped_independently(drop_image, drop_text):
-    """With probability 1 a condition changes nothing, with 0 it always does, whatever the other one is."""
+    """With probability 1 a condition changes nothing, with 0 it always does, regardless of the other one."""
     decoder = small_decoder(image_cond_drop_prob=float(drop_image), text_cond_drop_prob=float(drop_text))
     image, text, image_embed = batch()
     base = decoder(image, text, image_embed, generator=fixed())

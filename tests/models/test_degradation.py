@@ -143,7 +143,7 @@ def test_noise_is_white_grey_or_mixed():
 
 
 def test_sensor_noise_grows_with_light_and_runs_across_pixels():
-    """Catches: noise added to the picture instead of the light; a mosaic that is not interpolated."""
+    """Catches: noise added to the image instead of the light; a mosaic that is not interpolated."""
     values = torch.tensor([0.2, 0.8])
     flat = values[:, None, None, None].expand(2, 3, 96, 96).repeat(64, 1, 1, 1)
     noisy = degradation._random_sensor(flat, fixed())
@@ -172,5 +172,5 @@ def test_on_the_gpu_by_a_generator_of_either_device(device):
     images = picture().cuda()
     first, again = (bsr(images, torch.Generator(device).manual_seed(1)) for _ in range(2))
     assert first.device.type == "cuda" and torch.equal(first, again)
-    if device == "cpu":  # the same draws, the same picture, but for roundings that JPEG may flip
+    if device == "cpu":  # the same random numbers, the same image, except where JPEG rounds differently
         assert (first.cpu() - bsr(images.cpu(), fixed(1))).abs().mean() < 0.02

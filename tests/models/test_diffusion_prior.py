@@ -42,7 +42,7 @@ def image_embeddings(rows: int = 4, seed: int = 1) -> torch.Tensor:
     return F.normalize(torch.randn(rows, EMBED, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def told(row: dict[str, torch.Tensor], rows: slice = slice(None)) -> tuple[torch.Tensor, ...]:
+def conditions(row: dict[str, torch.Tensor], rows: slice = slice(None)) -> tuple[torch.Tensor, ...]:
     return row["text_embed"][rows], row["text_encodings"][rows], row["text_mask"][rows]
 
 
@@ -57,9 +57,9 @@ def test_default_size_is_that_of_karlo():
 
 
 def test_padding_changes_nothing():
-    """Packing, trimming, whatever stands in the padding and batch mates must not show in a row's output."""
+    """Packing, trimming, the values in the padding and other rows must not show in the output of a row."""
     net, words, x, t = small_net(), caption(), image_embeddings(), torch.tensor([3.0, 500.0, 20.0, 999.0])
-    out = net(x, t, *told(words))
+    out = net(x, t, *conditions(words))
     noise = torch.where(words["text_mask"][..., None], words["text_encodings"], 100.0)
     torch.testing.assert_close(net(x, t, words["text_embed"], noise, words["text_mask"]), out)
     for i, length in enumerate(words["text_mask"].sum(dim=1).tolist()):
@@ -72,7 +72,7 @@ def test_padding_changes_nothing():
 def test_attention_equals_a_masked_one():
     """Moving the padding behind the tail must be the same as masking it where it is (the paper's order)."""
     net, words, x, t = small_net(), caption(), image_embeddings(), torch.arange(4.0)
-    prefix, valid = embed_caption(net, *told(words))
+    prefix, valid = embed_caption(net, *conditions(words))
     tokens = torch.cat([prefix, net._embed_tail(x, t)], dim=1)
     valid = F.pad(valid, (0, 3), value=True)
     size = tokens.shape[1]
@@ -82,7 +82,7 @@ def test_attention_equals_a_masked_one():
     for block in net.transformer.resblocks:
         tokens, _ = block(tokens, mask=mask[:, None])
     expected = net.proj_out(net.ln_final(tokens[:, -1]))
-    torch.testing.assert_close(net(x, t, *told(words)), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(net(x, t, *conditions(words)), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_network_is_causal():
@@ -100,10 +100,10 @@ def test_network_is_causal():
 
 def test_remembered_caption_equals_the_full_pass():
     net, words, x, t = small_net(), caption(), image_embeddings(), torch.tensor([0.0, 10.0, 500.0, 999.0])
-    prefix = net.encode_prefix(*told(words))
-    torch.testing.assert_close(net.denoise(x, t, prefix), net(x, t, *told(words)), rtol=1e-5, atol=1e-5)
+    prefix = net.encode_prefix(*conditions(words))
+    torch.testing.assert_close(net.denoise(x, t, prefix), net(x, t, *conditions(words)), rtol=1e-5, atol=1e-5)
     twice = net.denoise(x.repeat_interleave(2, 0), t.repeat_interleave(2), prefix.repeat_interleave(2))
-    torch.testing.assert_close(twice[1::2], net(x, t, *told(words)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(twice[1::2], net(x, t, *conditions(words)), rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_reach_every_parameter():
@@ -153,7 +153,7 @@ def test_drop_takes_embedding_and_encodings_together():
     ]
     assert losses[0] == losses[1]
     keep = torch.tensor([True, False, True, False])
-    seen = prior._condition(Caption(*told(caption())), keep)
+    seen = prior._condition(Caption(*conditions(caption())), keep)
     assert not seen.embed[~keep].any() and not seen.mask[~keep].any()
     assert seen.embed[keep].any(dim=1).all() and torch.equal(seen.mask[keep], caption()["text_mask"][keep])
 

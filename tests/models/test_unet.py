@@ -24,7 +24,7 @@ SMALL = dict(
 
 
 def small_unet(**options) -> UNet:
-    """With random weights everywhere: at its initialisation the net answers zero whatever it is given."""
+    """With random weights everywhere: an untrained net returns zero for every input."""
     torch.manual_seed(0)
     net = UNet(**SMALL | options)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Large pictures in tiles: the weights, equality with the whole picture, seams, memory."""
+"""Large images in tiles: the weights, equality with the whole image, seams, memory."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def test_weights_sum_to_one_and_spare_the_edges(length, tile, overlap):
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
 @pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
 def test_tiled_is_whole_where_the_net_sees_no_farther(sampler, variance):
-    """Catches: noise drawn for each tile, a condition cut elsewhere than the picture, padding that shows,
-    images of the batch mixed up, the variance's channels lost."""
+    """Catches: noise drawn for each tile, a condition cut at another place than the image, visible padding,
+    mixed images of the batch, lost channels of the variance."""
     unet = UNET | dict(out_channels=6 if variance == "learned_range" else 3)
     torch.manual_seed(0)
     upsampler = Upsampler(unet, image_size=64, low_res_size=16, variance=variance)
@@ -118,7 +118,7 @@ def test_noise_level_and_last_net_are_tiled_too():
 
 
 def test_seams_do_not_show():
-    """A net with norms answers each tile by the tile's own moments; the blend must spread the difference over
+    """A net with norms uses the moments of each tile; the blend must spread the difference over
     the overlap. Pasted tiles, for comparison, jump at the seam."""
     upsampler = short_sighted(prediction="sample", residual=True)
     inner = upsampler.unet.forward
@@ -134,7 +134,7 @@ def test_seams_do_not_show():
               for part, side in ((slice(0, 16), slice(0, 64)), (slice(16, 32), slice(64, 128)))]
 
     def jumps(images):
-        """What lies between neighbouring columns and not in the whole picture, mean over the rows."""
+        """What lies between neighbouring columns and not in the whole image, mean over the rows."""
         return (images - whole).diff(dim=3).mean(dim=2).abs().amax(dim=(0, 1))
 
     pasted = jumps(torch.cat(halves, dim=3))
@@ -150,7 +150,7 @@ def test_seams_do_not_show():
         (dict(tile=32.0), "tile: expected a multiple of 4 from 8 on, got 32.0"),
         (dict(tile=32, overlap=20), "overlap: expected a multiple of 4 up to tile / 2 = 16, got 20"),
         (dict(tile=32, overlap=0), "overlap: expected a multiple of 4 up to tile / 2 = 16, got 0"),
-        (dict(overlap=16), "overlap: expected a tile with it, got overlap=16 alone"),
+        (dict(overlap=16), "overlap: expected a tile as well, got overlap=16 alone"),
     ],
 )
 def test_impossible_tiles_are_named(options, message):
@@ -202,7 +202,7 @@ def test_1024_pixels_fit_24_gigabytes_in_tiles():
     karlo = dict(in_channels=6, out_channels=3, attention_levels=(), cross_dim=None, film=False)
     tile = UNCLIP_1024["sample_tile"]
     assert estimated_bytes(karlo, tile) < 0.4 * 24e9
-    assert estimated_bytes(karlo, 1024) > 0.85 * 24e9  # in one pass a single picture leaves no room
+    assert estimated_bytes(karlo, 1024) > 0.85 * 24e9  # in one pass a single image leaves no room
     assert estimated_bytes(UNCLIP_1024["unet"], tile) < 3.2e9
 
 

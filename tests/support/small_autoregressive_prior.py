@@ -52,7 +52,7 @@ def caption(rows: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
     )
 
 
-def told(row: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def conditions(row: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     return row["text_embed"], row["text_encodings"], row["text_mask"]
 
 

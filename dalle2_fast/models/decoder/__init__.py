@@ -1,4 +1,4 @@
-"""The decoder, from an image embedding and a caption to an image, and what conditions it."""
+"""The decoder: from an image embedding and a caption to an image, by diffusion."""
 
 from dalle2_fast.models.decoder.model import Decoder
 

@@ -1,4 +1,4 @@
-"""What a decoder's caller hands in -> what it is conditioned on: image embeddings and encoded captions."""
+"""From what a caller passes to a decoder to what conditions it: image embeddings and encoded captions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 
 def embed_images(decoder: Decoder, image: Tensor) -> Tensor:  # [B, C, H, W] in [0, 1] -> [B, E]
-    """The embeddings of images by the decoder's CLIP, at CLIP's size."""
+    """Embed images with the decoder's CLIP, resized to the size that CLIP takes.
+
+    Raises:
+        ValueError: the decoder has no CLIP.
+    """
     if decoder.clip is None:
         raise ValueError(
             "image_embed: expected [B, E], got None; only a decoder built with clip=... can compute it"
@@ -36,7 +40,24 @@ def encode_captions(
     mask: Tensor | None,  # bool [B, L]
     embed: Tensor | None,  # [B, E]
 ) -> Caption | None:
-    """Captions in the dtype of the weights, their embedding scaled; None where nothing was given."""
+    """Encode and check the captions of a batch.
+
+    Args:
+        decoder: its text_encoder or its CLIP encodes tokens.
+        batch: the number of captions that are expected.
+        text: token ids; either these, or encodings.
+        encodings: encodings of the tokens.
+        mask: which positions of the encodings are tokens; None for all.
+        embed: one vector per caption. None takes the encoding of the last token, if the decoder has a
+            text_encoder.
+
+    Returns:
+        The captions in the dtype of the weights with a scaled embedding, or None if nothing was given.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype or shape, is missing or superfluous, or nothing
+            can encode the tokens.
+    """
     if text is not None:
         if encodings is not None or mask is not None or embed is not None:
             raise ValueError(
@@ -67,11 +88,11 @@ def encode_captions(
         embed = encodings[torch.arange(batch, device=encodings.device), last_token(mask)]
     else:
         raise ValueError(
-            "text_embed: expected [B, E] beside text_encodings, got None (only a decoder with its own "
-            "text_encoder reads it from the encodings)"
+            "text_embed: expected [B, E] together with text_encodings, got None (only a decoder with a "
+            "text_encoder takes it from the encodings)"
         )
-    # On the CPU padding that no caption of the batch uses is cut off. On a GPU, to know the longest
-    # caption would stall the queue.
+    # On a CPU the padding that no caption of the batch uses is cut off. On a GPU, reading the length of the
+    # longest caption would stall the queue.
     if mask.device.type == "cpu" and batch and not torch.compiler.is_compiling():
         longest = int(last_token(mask).max()) + 1
         encodings, mask = encodings[:, :longest], mask[:, :longest]
@@ -80,8 +101,20 @@ def encode_captions(
 
 
 def encode_negative(decoder: Decoder, batch: int, negative: Tensor | tuple | None) -> Caption | None:
-    """The captions that guidance leads away from, one per row: given as tokens, or as CLIP.encode_text
-    returns them; one caption serves every row."""
+    """Encode the captions that guidance leads away from.
+
+    Args:
+        decoder: see `encode_captions`.
+        batch: the number of rows.
+        negative: 1 or `batch` captions, as token ids int64 [1 or B, L] or as the tuple (embedding, encodings,
+            mask) of `CLIP.encode_text`; None for none.
+
+    Returns:
+        One caption per row, or None.
+
+    Raises:
+        ValueError: the number of captions is neither 1 nor `batch`.
+    """
     if negative is None:
         return None
     if isinstance(negative, Tensor):
@@ -95,5 +128,10 @@ def encode_negative(decoder: Decoder, batch: int, negative: Tensor | tuple | Non
 
 
 def last_token(mask: Tensor) -> Tensor:
-    """Position of the last True of each row of bool [B, L] (0 when there is none): int64 [B]."""
+    """The position of the last True in each row of bool [B, L], or 0 if there is none: int64 [B].
+
+    Example:
+        >>> last_token(torch.tensor([[True, True, False], [False, False, False]]))
+        tensor([1, 0])
+    """
     return (torch.arange(mask.shape[1], device=mask.device) * mask).amax(dim=1)

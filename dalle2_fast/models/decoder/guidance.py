@@ -24,8 +24,22 @@ def condition(
     keep_image: Tensor,  # bool [B]
     keep_text: Tensor,  # bool [B]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Context [B, S, cross_dim], its mask bool [B, S] and class embedding [B, embed_dim] of a batch; what is
-    None counts as dropped."""
+    """Project the conditions of a batch; a condition that is None counts as dropped in every row.
+
+    Args:
+        decoder: its projections are used.
+        batch: the number of rows.
+        image_embed: image embeddings, or None.
+        caption: encoded captions (see `encode_captions`), or None.
+        keep_image: False where the image embedding is dropped.
+        keep_text: False where the caption is dropped.
+
+    Returns:
+        The context [B, S, cross_dim], its mask bool [B, S] and the class embedding [B, embed_dim].
+
+    Raises:
+        TypeError, ValueError: image_embed has the wrong dtype or shape.
+    """
     weight = decoder.text_proj.image_to_time.weight
     if image_embed is None:
         image_embed = weight.new_zeros(batch, decoder.image_embed_dim)
@@ -46,13 +60,27 @@ def condition(
 def guided_denoiser(
     decoder: Decoder,
     batch: int,
-    image_embed: Tensor | None,
+    image_embed: Tensor | None,  # [B, E]
     caption: Caption | None,
     guidance: float | Tensor | None,
     negative: Tensor | tuple | None = None,
-    extra: Tensor | None = None,  # [B, C', H, W], input channels beside x
+    extra: Tensor | None = None,  # [B, C', H, W]
 ) -> tuple[Callable[[Tensor, Tensor], Tensor], float | Tensor | None]:
-    """The network as GaussianDiffusion calls it, and the guidance to call it with (None for none)."""
+    """The U-Net with its conditions, as `GaussianDiffusion.sample` calls it.
+
+    Args:
+        decoder: the decoder.
+        batch: the number of rows.
+        image_embed: image embeddings, or None.
+        caption: encoded captions, or None.
+        guidance: guidance weight, a number or [B]; 1 is no guidance.
+        negative: captions of the unconditional rows, see `encode_negative`.
+        extra: input channels in addition to x.
+
+    Returns:
+        A function of (x, t), and the guidance to sample with. With guidance the function returns 2B rows,
+        first the conditional ones; without guidance it returns B rows and the guidance is None.
+    """
     device = decoder.unet.conv_in.weight.device
     if not isinstance(guidance, Tensor) and guidance == 1.0:
         guidance = None
@@ -66,7 +94,7 @@ def guided_denoiser(
         context, mask, classes = (
             cat_padded(*pair) for pair in zip((context, mask, classes), without, strict=True)
         )
-    cache = decoder.unet.encode_context(context, mask)  # the same at every step
+    cache = decoder.unet.encode_context(context, mask)  # the same in every step
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         if extra is not None:

@@ -1,6 +1,6 @@
-"""A decoder that sees what it must keep: C + 1 more input channels, the kept part of the image and the mask.
+"""A decoder that also receives what it must keep: C + 1 more input channels, for the kept image and the mask.
 
-Source: GLIDE, 2112.10741, section 3.3.
+Source: Nichol et al., "GLIDE", 2112.10741, section 3.3.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 
 
 def check_inpainting_mask(mask: Tensor, shape: Sequence[int]) -> Tensor:
-    """The mask as bool [1 or B, 1, H, W] for images of `shape`; ValueError unless it is one."""
+    """Return the mask as bool [1 or B, 1, H, W] for images of `shape`.
+
+    Raises:
+        TypeError, ValueError: it is not such a mask.
+
+    Example:
+        >>> check_inpainting_mask(torch.ones(1, 1, 1, 1), (2, 3, 4, 4)).shape
+        torch.Size([1, 1, 4, 4])
+    """
     mask = check_mask(mask, tuple(shape))
     if mask.shape[1] != 1:
         raise ValueError(f"mask: expected [1 or B, 1, H, W], got {tuple(mask.shape)}")
@@ -27,14 +35,30 @@ def check_inpainting_mask(mask: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def kept_channels(known: Tensor, mask: Tensor) -> Tensor:
-    """What an inpainting U-Net sees besides x, [B, C + 1, H, W]: the image where it is kept, 0 elsewhere, and
-    the mask."""
+    """The channels that an inpainting U-Net receives in addition to x.
+
+    Args:
+        known: images [B, C, H, W] in [-1, 1].
+        mask: bool [1 or B, 1, H, W], True = repaint.
+
+    Returns:
+        [B, C + 1, H, W]: the image where it is kept, 0 elsewhere, and the mask.
+
+    Example:
+        >>> kept_channels(torch.ones(2, 3, 4, 4), torch.ones(1, 1, 4, 4, dtype=torch.bool)).shape
+        torch.Size([2, 4, 4, 4])
+    """
     mask = mask.to(known.device).expand(len(known), -1, -1, -1)
     return torch.cat([known.masked_fill(mask, 0.0), mask.to(known.dtype)], dim=1)
 
 
 def nothing_kept(shape: Sequence[int], like: Tensor) -> Tensor:
-    """The same channels for images of `shape` (B, C, H, W) of which nothing is kept."""
+    """The same channels for images of `shape` (B, C, H, W) of which nothing is kept.
+
+    Example:
+        >>> nothing_kept((2, 3, 4, 4), torch.zeros(0)).shape
+        torch.Size([2, 4, 4, 4])
+    """
     batch, channels, height, width = shape
     extra = like.new_zeros(batch, channels + 1, height, width)
     extra[:, -1] = 1
@@ -42,15 +66,19 @@ def nothing_kept(shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def widened(unet: dict, variance: str) -> dict:
-    """A U-Net's config with the channels of inpainting, unless it has them already."""
+    """The config of a U-Net with the input channels of inpainting, unless it already has them.
+
+    Example:
+        >>> widened(dict(in_channels=3, out_channels=3), "fixed_small")["in_channels"]
+        7
+    """
     channels = unet.get("in_channels", 3)
     out = unet.get("out_channels", 6) // (2 if variance == "learned_range" else 1)
     return unet | {"in_channels": 2 * channels + 1} if channels == out else unet
 
 
 def check_channels(unet: UNet, variance: str, inpaint: bool) -> None:
-    """ValueError unless the U-Net has the input channels of x (and of inpainting) and the output channels of
-    the prediction (and of a learned variance)."""
+    """Raise ValueError unless the U-Net has the channels that `variance` and `inpaint` need."""
     factor = 2 if variance == "learned_range" else 1
     if inpaint:
         expected = 2 * (unet.out_channels // factor) + 1
@@ -67,14 +95,14 @@ def check_channels(unet: UNet, variance: str, inpaint: bool) -> None:
 
 
 def with_inpainting(kind: type[Decoder], decoder: Decoder) -> Decoder:
-    """A copy of a decoder, of class `kind`, with inpaint=True; the weights of the new channels are zero."""
+    """A copy of a decoder, of class `kind`, with inpaint=True and zero weights for the new channels."""
     if decoder.inpaint:
         raise ValueError("decoder: expected one with inpaint=False, got inpaint=True")
-    with torch.random.fork_rng(devices=[]):  # the constructor draws initial weights
+    with torch.random.fork_rng(devices=[]):  # because the constructor draws initial weights
         wider = kind(**decoder.config | {"inpaint": True}, clip=decoder.clip)
     channels, weights = decoder.channels, wider.state_dict()
     for name, old in decoder.state_dict().items():
-        if old.shape != weights[name].shape:  # a first convolution: [x, new channels, whatever follows]
+        if old.shape != weights[name].shape:  # a first convolution: [x, new channels, other channels]
             cells = old.new_zeros(weights[name].shape)
             patch = wider.unet.patch_size if name == "unet.conv_in.weight" else wider.unet.fine.patch_size
             head, added = channels * patch**2, (channels + 1) * patch**2

@@ -1,6 +1,6 @@
-"""Inpainting masks: 1 (True) where the picture is to be repainted, 0 (False) where it is kept. Everywhere.
+"""Random inpainting masks for training: everything, some boxes, or everything outside of a box.
 
-Training draws them at random: everything, some boxes, or everything outside of a box.
+In the whole package a mask is 1 (True) where the image is repainted and 0 (False) where it is kept.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_EVERYTHING, _OUTSIDE = 0.2, 0.2  # shares; the rest are boxes
-_BOXES = 4  # at most
+_EVERYTHING, _OUTSIDE = 0.2, 0.2  # fractions of the masks; the others are boxes
+_BOXES = 4  # the largest number of boxes
 
 
 def draw_masks(
@@ -19,12 +19,29 @@ def draw_masks(
     device: torch.device | str | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # bool [B, 1, height, width]
-    """Random masks for training an inpainting decoder (GLIDE, 2112.10741, section 3.3, erases at random).
+    """Draw random masks for training an inpainting decoder.
 
-    A fifth ask for the whole picture, so that the decoder goes on drawing from nothing; a fifth for all that
-    is outside of one box; the rest for the union of one to four boxes, each side 1/8 to 3/4 of the picture's.
+    A fifth of the masks covers the whole image, so that the decoder still learns to sample from noise alone.
+    A fifth covers everything outside of one box. The others are the union of one to four boxes whose sides
+    are 1/8 to 3/4 of the image.
+
+    Args:
+        batch: the number of masks.
+        height: height of the images in pixels.
+        width: width of the images in pixels.
+        device: where the masks are wanted.
+        generator: source of the random numbers; None is torch's default generator.
+
+    Returns:
+        bool [B, 1, height, width], True = repaint.
+
+    Source: Nichol et al., "GLIDE", 2112.10741, section 3.3, which erases random regions.
+
+    Example:
+        >>> draw_masks(2, 8, 8).shape
+        torch.Size([2, 1, 8, 8])
     """
-    # A generator draws on its own device, which need not be the data's.
+    # A generator can only draw on its device, which need not be the device of the data.
     drawn_on = generator.device if generator is not None else device
     u = torch.rand(batch, 2 + 4 * _BOXES, generator=generator, device=drawn_on).to(device)
     kind, count = u[:, 0], 1 + (u[:, 1] * _BOXES).long().clamp(max=_BOXES - 1)

@@ -1,9 +1,8 @@
 """The decoder of unCLIP: image embedding and caption -> image, by diffusion.
 
-    class embedding = W_z z + W_t z_t,   context = [W_tokens z (4 tokens), LayerNorm(W_y encodings)]
+    prediction = unet(x_t, t, context, classes),   context, classes = projections(image embedding, caption)
 
-Source: unCLIP, arXiv 2204.06125, section 2.1; learned variance: Nichol & Dhariwal 2021, arXiv 2102.09672. The
-defaults are Karlo's: 893,318,086 parameters.
+Source: Ramesh et al., "unCLIP", 2204.06125, section 2.1.
 """
 
 from __future__ import annotations
@@ -38,26 +37,60 @@ if TYPE_CHECKING:
 
 
 class Decoder(ClipConditioned):
-    """Image embedding and caption -> image [B, C, image_size, image_size].
+    """Image embedding and caption -> image [B, C, image_size, image_size], by diffusion.
 
-    unet: a UNet, or its config; None builds the default. clip: encodes what is not given encoded; it is used
-        without gradients and stays outside: neither trained, moved nor saved with the decoder.
-    image_embed_dim, text_embed_dim, text_encoding_dim: widths of the image embedding, of a caption's one
-        vector and of its token encodings; None takes them from text_encoder or clip, or 768.
-    num_image_tokens: context tokens made from the image embedding.
-    text_encoder: the decoder's own TextTransformer, or its config, trained along; a caption's one vector is
-        then the encoding of its last token. None: captions are encoded by clip, or arrive encoded.
-    image_cond_drop_prob, text_cond_drop_prob: how often training drops each condition, independently.
-    unit_norm: embeddings of CLIP are L2-normalised first (False for weights trained on raw ones: Karlo's);
-        embed_scale: then multiplied by this, by default sqrt(width) so that entries have about unit size (1
-            for raw).
-    schedule, timesteps, prediction, variance, weighting, min_snr_gamma, log_snr_focus, vlb_weight,
-        max_weight, stratified: see GaussianDiffusion. schedule is a name, or the arguments of make_schedule;
-        variance "learned_range" needs a unet with twice as many output channels.
-    sample_timesteps: steps of `sample` by default.
-    inpaint: the U-Net also sees the part of the picture that is kept, and the mask (1 = repaint): C + 1 more
-        input channels (a config whose in_channels are the C of the picture is widened), trained on random
-        masks. GLIDE, 2112.10741, section 3.3. `for_inpainting` makes one of a trained decoder.
+    The defaults are Karlo's decoder with 893,318,086 parameters.
+
+    Args:
+        unet: a UNet, or a dict of its arguments; None builds the default.
+        clip: embeds and encodes what is not given encoded. It is frozen (set to evaluation mode, used without
+            gradients), and is not trained, moved or saved with the decoder.
+        image_size: side of the images in pixels.
+        image_embed_dim: width of the image embedding; None takes it from `clip`, or 768.
+        text_embed_dim: width of a caption's one vector; None takes it from `text_encoder` or `clip`, or 768.
+        text_encoding_dim: width of a caption's token encodings; None as for text_embed_dim.
+        num_image_tokens: the number of context tokens made from the image embedding.
+        text_encoder: a TextTransformer, or a dict of its arguments, that is trained with the decoder. A
+            caption's one vector is then the encoding of its last token. None: captions are encoded by `clip`,
+            or given encoded.
+        image_cond_drop_prob: probability with which training drops the image embedding.
+        text_cond_drop_prob: probability with which training drops the caption, independently.
+        unit_norm: whether embeddings of CLIP are L2-normalised first; False for weights that were trained on
+            raw projections (Karlo's).
+        embed_scale: factor on embeddings of CLIP, which gives their entries about unit size; None is
+            sqrt(width); 1 for raw projections.
+        schedule: the name of a noise schedule, or a dict of arguments of `make_schedule`.
+        timesteps: the number of discrete times of a schedule that is given by name.
+        prediction: what the U-Net predicts, see `GaussianDiffusion` for this and the next seven options.
+        variance: variance of the noise of DDPM; "learned_range" needs a U-Net with twice as many output
+            channels.
+        weighting: weighting of the loss over time.
+        min_snr_gamma: gamma of the weighting "min_snr".
+        log_snr_focus: range of log-SNR from which a fraction of the training times is drawn.
+        vlb_weight: weight of the variational bound; None is the default of `GaussianDiffusion`.
+        max_weight: upper bound on the weights of the loss.
+        stratified: whether training times are stratified.
+        sample_timesteps: the default number of steps of `sample`.
+        inpaint: whether the U-Net also receives the kept part of the image and the mask (1 = repaint), as
+            C + 1 more input channels (a dict with in_channels = C is widened), and trains on random masks;
+            GLIDE, 2112.10741, section 3.3. `for_inpainting` makes such a decoder from a trained one.
+
+    Raises:
+        TypeError, ValueError: an option has the wrong type or value, or sizes do not fit each other.
+
+    Source: Ramesh et al., "unCLIP", 2204.06125, section 2.1; Nichol and Dhariwal, 2102.09672, for the learned
+    variance.
+
+    Example:
+        >>> unet = dict(in_channels=3, out_channels=3, channels=(8, 16), layers_per_block=1, num_groups=4,
+        ...             attention_levels=(1,), head_dim=8, cross_dim=6)
+        >>> decoder = Decoder(unet, image_size=8, image_embed_dim=4, text_embed_dim=4, text_encoding_dim=5,
+        ...                   variance="fixed_small", text_cond_drop_prob=1.0)
+        >>> image_embed = torch.randn(2, 4)
+        >>> decoder(torch.rand(2, 3, 8, 8), image_embed=image_embed).shape
+        torch.Size([])
+        >>> decoder.sample(image_embed, seeds=torch.tensor([0, 1]), steps=2).shape
+        torch.Size([2, 3, 8, 8])
     """
 
     part = "decoder"
@@ -149,21 +182,35 @@ class Decoder(ClipConditioned):
     def forward(
         self,
         image: Tensor,  # [B, C, image_size, image_size] in [0, 1]
-        text: Tensor | None = None,  # int64 [B, L]; needs text_encoder or clip
-        image_embed: Tensor | None = None,  # [B, image_embed_dim]; None needs clip
+        text: Tensor | None = None,  # int64 [B, L]
+        image_embed: Tensor | None = None,  # [B, image_embed_dim]
         *,
-        text_encodings: Tensor | None = None,  # [B, L, text_encoding_dim], instead of text
+        text_encodings: Tensor | None = None,  # [B, L, text_encoding_dim]
         text_mask: Tensor | None = None,  # bool [B, L], True = a token
-        text_embed: Tensor | None = None,  # [B, text_embed_dim], beside text_encodings
+        text_embed: Tensor | None = None,  # [B, text_embed_dim]
         generator: torch.Generator | None = None,
-        pixel_weight: Tensor | None = None,  # [B, 1, H, W], weight of the squared error
-        mask: Tensor | None = None,  # [B, 1, H, W], 1 = repaint; with inpaint=True, None draws them
+        pixel_weight: Tensor | None = None,  # [B, 1, H, W]
+        mask: Tensor | None = None,  # [B, 1, H, W], 1 = repaint
         check_range: bool = True,
     ) -> Tensor:
         """The training loss, a scalar, with each condition dropped at random.
 
-        A condition may be left out only where training drops it always (its drop probability is 1).
-        check_range=False skips the look at the image's values, for which the host has to wait for a GPU.
+        A condition may only be absent if training always drops it (its drop probability is 1).
+
+        Args:
+            image: the images.
+            text: token ids of the captions, which the text_encoder or `clip` encodes.
+            image_embed: CLIP embeddings of the images; None computes them with `clip`.
+            text_encodings: encodings of the captions, in place of `text`.
+            text_mask: which positions of text_encodings are tokens; None for all.
+            text_embed: one vector per caption, with text_encodings.
+            generator: source of the random numbers; None is torch's default generator.
+            pixel_weight: factor on the squared error of each pixel.
+            mask: with inpaint=True the masks to train on; None draws them with `draw_masks`.
+            check_range: whether the values of the images are checked; on a GPU the host has to wait for this.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong dtype, shape or values, or is missing.
         """
         check_images(
             "image", image, self.channels, (self.image_size, self.image_size), check_range=check_range
@@ -199,13 +246,21 @@ class Decoder(ClipConditioned):
         )
         return losses.mean()
 
-    # -- sampling: free functions of a decoder, which are its methods as well --------------------------------
+    # -- sampling: free functions of a decoder, which are also its methods -----------------------------------
 
     sample = sampling.sample
     invert = sampling.invert
 
     @classmethod
     def for_inpainting(cls, decoder: Decoder) -> Decoder:
-        """A copy of `decoder` with inpaint=True. The weights of the new input channels are zero, so it draws
-        as before until it is trained (GLIDE, 2112.10741, section 3.3)."""
+        """A copy of `decoder` with inpaint=True.
+
+        The weights of the new input channels are zero, so that the copy samples as before until it is
+        trained.
+
+        Raises:
+            ValueError: the decoder already has inpaint=True.
+
+        Source: Nichol et al., "GLIDE", 2112.10741, section 3.3.
+        """
         return with_inpainting(cls, decoder)

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def sample(
     decoder: Decoder,
-    image_embed: Tensor | None = None,  # [B, image_embed_dim]; None = unconditional on it
-    text: Tensor | None = None,  # int64 [B, L]; None = unconditional on it
+    image_embed: Tensor | None = None,  # [B, image_embed_dim]
+    text: Tensor | None = None,  # int64 [B, L]
     *,
-    text_encodings: Tensor | None = None,  # [B, L, text_encoding_dim], instead of text
-    text_mask: Tensor | None = None,  # bool [B, L]
-    text_embed: Tensor | None = None,  # [B, text_embed_dim], beside text_encodings
+    text_encodings: Tensor | None = None,  # [B, L, text_encoding_dim]
+    text_mask: Tensor | None = None,  # bool [B, L], True = a token
+    text_embed: Tensor | None = None,  # [B, text_embed_dim]
     negative: Tensor | tuple | None = None,  # int64 [1 or B, L], or (embed, encodings, mask)
     seeds: Tensor | None = None,  # int64 [B]
     generator: torch.Generator | None = None,
@@ -38,27 +38,50 @@ def sample(
     sampler: str = "ddpm",
     size: int | tuple[int, int] | None = None,
     batch_size: int | None = None,
-    image: Tensor | None = None,  # [B, C, H, W] in [0, 1], to keep where mask is 0
+    image: Tensor | None = None,  # [B, C, H, W] in [0, 1]
     mask: Tensor | None = None,  # [1 or B, 1, H, W], 1 = repaint
     init_image: Tensor | None = None,  # [B, C, H, W] in [0, 1]
     strength: float | None = None,
     progress: Progress = None,
     **sampler_options,
 ) -> Tensor:
-    """Images [B, C, H, W] float32 in [0, 1].
+    """Sample images.
 
-    seeds: one int64 an image, the same seed giving the same picture in any batch; None draws them from
-    `generator`, or from torch's own. guidance (= cond_scale, DALLE2-pytorch's name): 1 is none, a number
-    or [B]; conditional and fully unconditional rows go through the U-Net as one batch. negative: a
-    caption for the unconditional rows, as tokens or as CLIP.encode_text returns it: that of "" for
-    weights that were trained with it where the caption was dropped (Karlo's). size: image_size
-    by default. batch_size: needed only when both conditions are left out.
+    Conditional and unconditional rows go through the U-Net as one batch.
 
-    image, mask: inpainting by any decoder: the image is kept, exactly, where the mask is 0, by putting
-    it, noised, into every step; one with inpaint=True sees it besides. init_image, strength: start from
-    this image, noised, and make only the last `strength` in (0, 1] of the steps (SDEdit, 2108.01073); 1
-    is all of them and forgets the image. Further keywords (eta, guidance_rescale, clip,
-    dynamic_threshold, spacing, x_T, start, resample, jump, callback) go to GaussianDiffusion.sample.
+    Args:
+        decoder: the decoder.
+        image_embed: CLIP image embeddings; None samples without them.
+        text: token ids of the captions; None samples without captions, or with text_encodings.
+        text_encodings: encodings of the captions, in place of `text`.
+        text_mask: which positions of text_encodings are tokens; None for all.
+        text_embed: one vector per caption, with text_encodings.
+        negative: a caption for the unconditional rows, as token ids or as the tuple that CLIP.encode_text
+            returns: that of "" for weights that were trained with it where the caption was dropped (Karlo's).
+        seeds: one per image; the same seed gives the same image in any batch. None draws them from
+            `generator`.
+        generator: source of the seeds; None is torch's default generator.
+        steps: the number of steps; None is sample_timesteps.
+        cond_scale: DALLE2-pytorch's name for `guidance`, which is used where guidance is None.
+        guidance: guidance weight, a number or [B]; 1 is no guidance.
+        sampler: "ddpm", "ddim" or "dpm++".
+        size: side, or height and width, of the images in pixels; None is image_size.
+        batch_size: the number of images, needed only if there are no conditions.
+        image: images of which a part is kept: inpainting, by any decoder. The noised image replaces the kept
+            pixels in every step, and they come out unchanged; a decoder with inpaint=True also receives them.
+        mask: where `image` is repainted.
+        init_image: images to start from. Their noised version is the start, and only the last `strength` of
+            the steps are made (SDEdit, 2108.01073).
+        strength: fraction of the steps in (0, 1]; 1 makes all of them and ignores init_image.
+        progress: see `GaussianDiffusion.sample`.
+        sampler_options: more keywords of `GaussianDiffusion.sample` (eta, guidance_rescale, clip,
+            dynamic_threshold, spacing, x_T, start, resample, jump, callback).
+
+    Returns:
+        Images [B, C, H, W] in [0, 1], float32 (float64 for float64 weights).
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape or value, or is missing.
     """
     given = next((x for x in (image_embed, text, text_encodings) if x is not None), None)
     if given is None and batch_size is None:
@@ -72,7 +95,7 @@ def sample(
         (decoder.image_size,) * 2 if size is None else (size, size) if isinstance(size, int) else size
     )
     shape = (batch, decoder.channels, height, width)
-    # Small steps in bfloat16 would drown in rounding: the state stays in float32.
+    # The state stays in float32 also for half-precision weights, whose rounding would swamp small steps.
     dtype = compute_dtype(weight.dtype)
     steps = decoder.sample_timesteps if steps is None else steps
     if (image is None) != (mask is None):
@@ -105,20 +128,42 @@ def sample(
 def invert(
     decoder: Decoder,
     image: Tensor,  # [B, C, H, W] in [0, 1]
-    image_embed: Tensor | None = None,  # [B, image_embed_dim]; None = unconditional on it
-    text: Tensor | None = None,  # int64 [B, L]; None = unconditional on it
+    image_embed: Tensor | None = None,  # [B, image_embed_dim]
+    text: Tensor | None = None,  # int64 [B, L]
     *,
-    text_encodings: Tensor | None = None,  # [B, L, text_encoding_dim], instead of text
-    text_mask: Tensor | None = None,  # bool [B, L]
-    text_embed: Tensor | None = None,  # [B, text_embed_dim], beside text_encodings
-    negative: Tensor | tuple | None = None,  # as in sample
+    text_encodings: Tensor | None = None,  # [B, L, text_encoding_dim]
+    text_mask: Tensor | None = None,  # bool [B, L], True = a token
+    text_embed: Tensor | None = None,  # [B, text_embed_dim]
+    negative: Tensor | tuple | None = None,
     steps: int = 50,
     cond_scale: float | Tensor = 1.0,
     progress: Progress = None,
     **options,
 ) -> Tensor:
-    """The noise x_T [B, C, H, W], float32, from which `sample(x_T=..., sampler="ddim")` with the same
-    conditions, steps and guidance draws about this image. refine, clip: see GaussianDiffusion.invert."""
+    """Find the noise x_T that leads to an image by DDIM.
+
+    `sample(x_T=..., sampler="ddim")` with the same conditions, steps and guidance returns about this image.
+
+    Args:
+        decoder: the decoder.
+        image: the images.
+        image_embed: as in `sample`, like the other conditions.
+        text: as in `sample`.
+        text_encodings: as in `sample`.
+        text_mask: as in `sample`.
+        text_embed: as in `sample`.
+        negative: as in `sample`.
+        steps: the number of steps, >= 2.
+        cond_scale: guidance weight, a number or [B]; 1 is no guidance.
+        progress: see `GaussianDiffusion.sample`.
+        options: more keywords of `GaussianDiffusion.invert` (refine, clip).
+
+    Returns:
+        x_T, [B, C, H, W], float32 (float64 for float64 weights).
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape or value.
+    """
     check_images("image", image, decoder.channels)
     weight = decoder.unet.conv_in.weight
     dtype = compute_dtype(weight.dtype)
@@ -133,11 +178,11 @@ def invert(
 def _start_from(
     diffusion: GaussianDiffusion, x0: Tensor, strength: float, steps: int, seeds: Tensor, spacing: str
 ) -> dict[str, Any]:
-    """Options of GaussianDiffusion.sample that start it from x0, noised, with a part of its steps left."""
+    """The options of `GaussianDiffusion.sample` that start from x0, noised, and make a part of the steps."""
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength <= 1:
         raise ValueError(f"strength: expected a number in (0, 1], got {strength!r}")
     start = steps - max(1, round(strength * steps))
-    if start == 0:  # all steps, from noise alone
+    if start == 0:  # all steps: start from noise alone
         return {}
     time = diffusion.times(steps, spacing)[start]
     return dict(x_T=diffusion.add_noise(x0, time.expand(len(x0)), seeds=seeds), start=start)

@@ -1,4 +1,4 @@
-"""The priors: caption -> CLIP image embedding, by diffusion or autoregressively over PCA components."""
+"""The priors: caption -> CLIP image embedding, by diffusion or by autoregression over PCA components."""
 
 from dalle2_fast.models.prior.autoregressive import ARPrior
 from dalle2_fast.models.prior.autoregressive_network import ARPriorNetwork

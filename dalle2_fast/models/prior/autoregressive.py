@@ -1,9 +1,9 @@
-"""The autoregressive prior: from a caption to a CLIP image embedding, spelt in buckets.
+"""The autoregressive prior: from a caption to a CLIP image embedding, as a sequence of buckets.
 
     z_i - mean = sum_k v_k c_k (principal components c_k, by falling eigenvalue),   q_k = bucket of v_k
     loss = - mean_k log p(q_k | q_1, ..., q_{k-1}, bucket of z_i . z_t, caption)
 
-Source: unCLIP, arXiv 2204.06125, section 2.2 and appendix C.
+Source: Ramesh et al., "unCLIP", 2204.06125, section 2.2 and appendix C.
 """
 
 from __future__ import annotations
@@ -30,14 +30,34 @@ if TYPE_CHECKING:
 class ARPrior(EmbeddingPrior):
     """Caption -> CLIP image embedding, by an autoregressive Transformer. Call `fit` before training.
 
-    net: an ARPriorNetwork, or a dict of its arguments; widths that such a dict (or None) leaves open come
-        from `clip` or `image_embed_dim`.
-    clip, cond_drop_prob, embed_scale, unit_norm: as for DiffusionPrior. A dropped caption takes its dot
-        product with it.
+    `fit` fills buffers, which are saved with the weights: mean [E], components [K, E] (orthonormal rows),
+    eigenvalues [E], low and high [K] (the range that the buckets of a dimension divide evenly), dot_edges
+    [num_dot_buckets - 1], and fitted.
 
-    What `fit` finds are buffers, saved with the weights: mean [E], components [K, E] (orthonormal rows),
-    eigenvalues [E], low and high [K] (the range that a dimension's buckets divide evenly), dot_edges
-    [num_dot_buckets - 1], fitted.
+    Args:
+        net: an ARPriorNetwork, or a dict of its arguments. Widths that the dict (or None) does not contain
+            come from `clip` or `image_embed_dim`.
+        clip: computes embeddings from `text` and `image`. It is frozen (set to evaluation mode, used without
+            gradients), and is not trained, moved or saved with the prior.
+        image_embed_dim: width E of the image embeddings; None takes it from `net` or `clip`.
+        cond_drop_prob: probability with which training drops a caption (embedding, encodings and dot product
+            together), for guidance.
+        embed_scale: factor on embeddings, which gives their entries about unit size; None is sqrt(E).
+        unit_norm: whether embeddings are L2-normalised when they enter and leave.
+
+    Raises:
+        ValueError: the widths do not fit each other, or a probability is not one.
+
+    Example:
+        >>> net = dict(dim=16, depth=1, heads=2, text_dim=5, context_length=3, num_components=4,
+        ...            num_buckets=7, num_dot_buckets=5)
+        >>> prior = ARPrior(net, image_embed_dim=6).eval()
+        >>> image_embed, text_embed = torch.randn(20, 6), torch.randn(20, 6)
+        >>> prior.fit(image_embed, text_embed)
+        >>> prior(text_embed=text_embed, image_embed=image_embed).shape
+        torch.Size([])
+        >>> prior.sample(text_embed=text_embed[:2], seeds=torch.tensor([0, 1])).shape
+        torch.Size([2, 6])
     """
 
     diffuses = False
@@ -61,7 +81,7 @@ class ARPrior(EmbeddingPrior):
         self.register_buffer("high", torch.ones(kept))
         self.register_buffer("dot_edges", torch.zeros(self.net.num_dot_buckets - 1))
         self.register_buffer("fitted", torch.tensor(False))
-        self._is_fitted = False  # what the host knows of `fitted`
+        self._is_fitted = False  # the value of `fitted` that the host has read
 
     # -------------------------------------------------------------------------------- embeddings as buckets
 
@@ -69,14 +89,21 @@ class ARPrior(EmbeddingPrior):
     def fit(
         self,
         image_embed: Tensor,  # [N, E], N > num_components
-        text_embed: Tensor,  # [N, E], row i is of the caption of image i
+        text_embed: Tensor,  # [N, E], row i belongs to the caption of image i
     ) -> None:
         """Find components, bucket ranges and dot-product buckets from data. Call it before training.
 
-        Components are those of the covariance of the scaled embeddings, computed in float64 on the CPU. A
-        dimension's num_buckets buckets divide the range of its values evenly, so that inside the range an
-        error is at most half a bucket; what lies outside later is clamped. Those of z_i . z_t have equal
+        The components are those of the covariance of the scaled embeddings, computed in float64 on the CPU.
+        The num_buckets buckets of a dimension divide the range of its values evenly, so that inside the range
+        the error is at most half a bucket; values outside are clamped. The buckets of z_i . z_t have equal
         shares of the data, so that the top half of the buckets is the top half of the distribution.
+
+        Args:
+            image_embed: embeddings of the training images, more than num_components.
+            text_embed: embeddings of their captions.
+
+        Raises:
+            TypeError, ValueError: the embeddings have the wrong dtype or shape, are too few, or not finite.
         """
         self._check_embed("image_embed", image_embed)
         self._check_embed("text_embed", text_embed, len(image_embed))
@@ -97,11 +124,11 @@ class ARPrior(EmbeddingPrior):
 
     @property
     def explained_variance(self) -> float:
-        """The share of the embeddings' variance that the kept components hold, in [0, 1]."""
+        """The fraction of the variance of the embeddings that the kept components hold, in [0, 1]."""
         return (self.eigenvalues[: self.net.num_components].sum() / self.eigenvalues.sum()).item()
 
     def quantise(self, image_embed: Tensor) -> Tensor:
-        """[B, E] -> buckets int64 [B, K], 0 .. num_buckets - 1, by falling eigenvalue."""
+        """The buckets int64 [B, K] of embeddings [B, E], 0 .. num_buckets - 1, by falling eigenvalue."""
         self._check_embed("image_embed", image_embed)
         scaled = self.scale_embedding(image_embed)
         values = (scaled - self.mean.to(scaled.dtype)) @ self.components.to(scaled.dtype).T
@@ -109,8 +136,11 @@ class ARPrior(EmbeddingPrior):
         return ((values - low) / width).floor().clamp(0, self.net.num_buckets - 1).long()
 
     def restore(self, codes: Tensor) -> Tensor:
-        """Buckets int64 [B, K] -> the embedding [B, E] at their centres, float32 (float64 for such weights),
-        of unit norm if unit_norm."""
+        """The embedding [B, E] at the centres of buckets int64 [B, K].
+
+        Returns:
+            float32 (float64 for float64 weights), of unit norm if unit_norm.
+        """
         dtype = compute_dtype(self.mean.dtype)
         low, width = self._buckets(dtype)
         values = low + (codes.to(dtype) + 0.5) * width
@@ -118,7 +148,7 @@ class ARPrior(EmbeddingPrior):
         return F.normalize(embed, dim=-1) if self.unit_norm else embed
 
     def _buckets(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Lower end of the first bucket and width of every bucket, [K] each."""
+        """The lower end of the first bucket and the width of a bucket, [K] each."""
         low, high = self.low.to(dtype), self.high.to(dtype)
         return low, ((high - low) / self.net.num_buckets).clamp(min=1e-9)
 
@@ -128,7 +158,8 @@ class ARPrior(EmbeddingPrior):
         return product.sum(dim=-1) / self.embed_scale**2
 
     def _check_fitted(self) -> None:
-        # Looked at once: asking a GPU would stall every training step.
+        # Once the buffer was read as True it is not read again, because reading it from a GPU would stall
+        # every training step.
         if torch.compiler.is_compiling():
             return
         if not self._is_fitted and not self.fitted.item():
@@ -150,7 +181,20 @@ class ARPrior(EmbeddingPrior):
     ) -> Tensor:
         """The training loss, a scalar: cross-entropy in nats, mean over dimensions and batch.
 
-        A net that knows nothing has log(num_buckets). Raises RuntimeError before `fit`.
+        A network that has learned nothing has the loss log(num_buckets).
+
+        Args:
+            text: token ids of the captions.
+            image: the images.
+            text_embed: CLIP embeddings of the captions.
+            text_encodings: CLIP encodings of the captions, with text_embed; None for none.
+            text_mask: which positions of the encodings are tokens; None for all.
+            image_embed: CLIP embeddings of the images.
+            generator: source of the random numbers; None is torch's default generator.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong dtype or shape, is missing, or needs a CLIP.
+            RuntimeError: `fit` was not called.
         """
         self._check_fitted()
         caption = self._caption(text, text_embed, text_encodings, text_mask)
@@ -184,22 +228,36 @@ class ARPrior(EmbeddingPrior):
         dot_quantile: float = 0.5,
         progress: Progress = None,
     ) -> Tensor:
-        """An image embedding [B, E] for each caption: float32 (float64 for such weights), of unit norm.
+        """Sample an image embedding for each caption: the best of some candidates.
 
-        Draws num_samples_per_batch candidates a caption, num_components passes of one position each, and
-        keeps the candidate with the largest cosine to the text embedding.
+        It takes num_components passes of one position each.
 
-        seeds: one a caption; the same seed gives the same embedding in any batch. None draws them from
-            `generator`, or from torch's own generator.
-        guidance: = cond_scale (DALLE2-pytorch's name), a number or [B]: logits = unconditional + guidance *
-            (conditional - unconditional); 1 is none. negative: a caption that guidance leads away from, in
-            place of none at all; it is told the same dot product.
-        temperature: the logits are divided by it; 0 takes the likeliest bucket of each dimension.
-        dot_quantile: z_i . z_t is drawn from above this quantile of its distribution, in [0, 1); the paper
-            takes the top half.
-        progress: True for a tqdm bar, or a function of (iterable, total=...) that gives the iterable back.
+        Args:
+            text: token ids of the captions.
+            text_embed: CLIP embeddings of the captions.
+            text_encodings: CLIP encodings of the captions, with text_embed; None for none.
+            text_mask: which positions of the encodings are tokens; None for all.
+            negative: a caption, as CLIP.encode_text returns it, that guidance leads away from in place of no
+                caption; its rows have the same dot product.
+            num_samples_per_batch: the number of candidates per caption; the one with the largest cosine to
+                the text embedding is kept.
+            seeds: one per caption; the same seed gives the same embedding in any batch. None draws them from
+                `generator`.
+            generator: source of the seeds; None is torch's default generator.
+            cond_scale: DALLE2-pytorch's name for `guidance`, which is used where guidance is None.
+            guidance: guidance weight w, a number or [B], of logits = unconditional + w * (conditional -
+                unconditional); 1 is no guidance.
+            temperature: the logits are divided by it; 0 takes the most likely bucket of each dimension.
+            dot_quantile: z_i . z_t is sampled from above this quantile of its distribution, in [0, 1). The
+                paper takes the top half.
+            progress: see `GaussianDiffusion.sample`; it counts the dimensions.
 
-        Raises RuntimeError before `fit`.
+        Returns:
+            [B, E], float32 (float64 for float64 weights), of unit norm if unit_norm.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong dtype, shape or value, or needs a CLIP.
+            RuntimeError: `fit` was not called.
         """
         self._check_fitted()
         caption = self._caption(text, text_embed, text_encodings, text_mask)
@@ -213,7 +271,8 @@ class ARPrior(EmbeddingPrior):
             cond_scale if guidance is None else guidance,
         )  # fmt: skip
 
-        # One number in (0, 1) for each choice of each candidate, by its seed and the choice's place alone.
+        # One number in (0, 1) for each choice of each candidate. It depends only on the seed of the candidate
+        # and on the position of the choice.
         chances = torch.special.ndtr(sample_noise(seeds, 0, (len(seeds), steps + 1)))
         chances = chances.clamp(max=1 - 2**-24)
         dot_codes = ((dot_quantile + (1 - dot_quantile) * chances[:, 0]) * self.net.num_dot_buckets).long()
@@ -221,7 +280,7 @@ class ARPrior(EmbeddingPrior):
         unconditional = torch.full_like(last, self.net.num_dot_buckets) if negative is None else last
         codes = []
         for position in with_progress(range(steps), progress):
-            if guidance is not None:  # conditional rows, then unconditional ones: one pass
+            if guidance is not None:  # conditional rows, then unconditional ones, in one pass
                 last = torch.cat([last, unconditional if position == 0 else last])
             logits, prefix = self.net.extend(last, position, prefix)
             logits = logits.to(compute_dtype(logits.dtype))

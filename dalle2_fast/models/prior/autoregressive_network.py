@@ -1,9 +1,9 @@
-"""The network of the autoregressive prior: a causal Transformer that spells an embedding, a bucket at a time.
+"""The network of the autoregressive prior: a causal Transformer that predicts an embedding bucket by bucket.
 
     [text encodings, text embedding, z_i . z_t, z_1, ..., z_{K-1}] -> logits of z_1, ..., z_K
 
-Source: unCLIP, arXiv 2204.06125, section 2.2; the default size is that of its appendix C (width 1664, 24
-layers, 26 heads), 319 dimensions of 1024 buckets.
+Source: Ramesh et al., "unCLIP", 2204.06125, section 2.2; the default size is that of its appendix C (width
+1664, 24 layers, 26 heads, 319 dimensions of 1024 buckets).
 """
 
 from __future__ import annotations
@@ -19,10 +19,30 @@ from dalle2_fast.models.transformer import Transformer
 class ARPriorNetwork(nn.Module):
     """Causal Transformer over a caption, the bucket of z_i . z_t and those of the first K - 1 dimensions.
 
-    num_components: K, the dimensions that are spelt; num_buckets: of each of them; num_dot_buckets: of the
-    dot product, whose table has one row more, for "not told". The other arguments are those of
-    DiffusionPriorNetwork. All dimensions share one table of buckets and one output layer; which dimension a
-    position stands for is its positional embedding's to say.
+    All dimensions share one embedding table and one output layer; the positional embedding tells them apart.
+
+    Args:
+        dim: width of the tokens.
+        depth: the number of blocks.
+        heads: the number of attention heads.
+        dim_head: width of a head; None is dim / heads.
+        embed_dim: width E of the CLIP embeddings.
+        text_dim: width of the text encodings.
+        context_length: the largest number of text positions.
+        mlp_ratio: width of the hidden layer of the MLPs, as a multiple of dim.
+        num_components: K, the number of dimensions that are predicted, 1 .. E.
+        num_buckets: the number of buckets of each dimension, >= 2.
+        num_dot_buckets: the number of buckets of the dot product, >= 2. Its table has one more row, for a
+            dot product that is not given.
+
+    Raises:
+        ValueError: num_components or a number of buckets is out of range.
+
+    Example:
+        >>> net = ARPriorNetwork(8, 1, 2, embed_dim=6, text_dim=5, context_length=3, num_components=4,
+        ...                      num_buckets=7, num_dot_buckets=5)
+        >>> net(torch.zeros(2, 4, dtype=torch.int64), torch.tensor([0, 5]), torch.randn(2, 6)).shape
+        torch.Size([2, 4, 7])
     """
 
     def __init__(
@@ -73,12 +93,12 @@ class ARPriorNetwork(nn.Module):
     def forward(
         self,
         codes: Tensor,  # int64 [B, K], buckets 0 .. num_buckets - 1 (the last column is not read)
-        dot_codes: Tensor,  # int64 [B], 0 .. num_dot_buckets - 1, or num_dot_buckets: not told
+        dot_codes: Tensor,  # int64 [B], 0 .. num_dot_buckets - 1, or num_dot_buckets: not given
         proj_embedding: Tensor,  # [B, E] text embedding
         encoder_hidden_states: Tensor | None = None,  # [B, L, text_dim]
         attention_mask: Tensor | None = None,  # bool [B, L], True = attend
     ) -> Tensor:
-        """Logits [B, K, num_buckets] of every dimension, each from the true buckets of those before it."""
+        """Logits [B, K, num_buckets] of every dimension, given the true buckets of those before it."""
         prefix, valid = embed_caption(self, proj_embedding, encoder_hidden_states, attention_mask)
         tail = torch.cat([self.dot_embedding(dot_codes)[:, None], self.code_embedding(codes[:, :-1])], dim=1)
         tail = tail + self.positional_embedding[self.context_length + 1 :].to(tail.dtype)
@@ -94,10 +114,19 @@ class ARPriorNetwork(nn.Module):
     def extend(
         self,
         codes: Tensor,  # int64 [B]
-        position: int,  # 0: codes are of the dot product; k: of dimension k (counted from 1)
+        position: int,
         prefix: PrefixCache,
-    ) -> tuple[Tensor, PrefixCache]:  # logits [B, num_buckets] of dimension position + 1, the longer prefix
-        """One more position behind the cached ones: what `forward` computes there, from their keys."""
+    ) -> tuple[Tensor, PrefixCache]:
+        """Compute one more position after the cached ones, as `forward` would.
+
+        Args:
+            codes: the buckets at this position.
+            position: 0: the codes are of the dot product; k: of dimension k, counted from 1.
+            prefix: the cache of the positions before.
+
+        Returns:
+            The logits [B, num_buckets] of the next dimension, and the cache with this position.
+        """
         table = self.dot_embedding if position == 0 else self.code_embedding
         x = table(codes)[:, None]
         x = x + self.positional_embedding[self.context_length + 1 + position].to(x.dtype)

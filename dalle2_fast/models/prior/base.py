@@ -1,4 +1,4 @@
-"""What both priors share: captions in, candidates out, the best of them kept."""
+"""What both priors share: they take captions, sample candidates, and keep the best of them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,27 @@ from dalle2_fast.seeds import derived_seeds
 if TYPE_CHECKING:
     from dalle2_fast.models.clip.model import CLIP
 
-EncodedText = tuple[Tensor, Tensor | None, Tensor | None]  # what CLIP.encode_text returns
+EncodedText = tuple[Tensor, Tensor | None, Tensor | None]  # embedding, encodings, mask of CLIP.encode_text
 
 
 class EmbeddingPrior(ClipConditioned):
-    """Caption -> CLIP image embedding; a subclass adds to `config` what it has besides.
+    """A network that samples CLIP image embeddings for captions. A subclass adds its options to `config`.
 
-    diffuses: whether `sample` is a diffusion, with steps and a sampler to choose.
+    Args:
+        kind: the class of `net`.
+        net: the network, or a dict of its arguments. Widths that the dict (or None) does not contain come
+            from `clip` or `image_embed_dim`.
+        clip: a frozen CLIP that computes embeddings, see `ClipConditioned`; None for none.
+        image_embed_dim: width E of the image embeddings; None takes it from `net` or `clip`.
+        cond_drop_prob: probability with which training drops a caption, for guidance.
+        embed_scale: factor on embeddings; None is sqrt(E).
+        unit_norm: whether embeddings are L2-normalised when they enter and leave.
+
+    Attributes:
+        diffuses: whether `sample` is a diffusion, with steps and a sampler to choose.
+
+    Raises:
+        ValueError: the widths do not fit each other, or a probability is not one.
     """
 
     diffuses = True
@@ -32,7 +46,7 @@ class EmbeddingPrior(ClipConditioned):
 
     def __init__(
         self,
-        kind: type[nn.Module],  # of net
+        kind: type[nn.Module],
         net: nn.Module | dict | None,
         clip: CLIP | None,
         image_embed_dim: int | None,
@@ -89,7 +103,7 @@ class EmbeddingPrior(ClipConditioned):
         return image_embed
 
     def _negative(self, negative: EncodedText | None, caption: Caption) -> Caption | None:
-        """`negative`, as CLIP.encode_text returns captions, for every row of `caption`."""
+        """The captions that guidance leads away from, one per row of `caption`."""
         if negative is None:
             return None
         negative = self._caption(None, *negative)
@@ -108,11 +122,14 @@ class EmbeddingPrior(ClipConditioned):
     def _check_embed(self, name: str, embed: Tensor, batch: int | None = None) -> None:
         check_features(name, embed, "B, E", ("B" if batch is None else batch, self.image_embed_dim))
 
-    # --------------------------------------------------------------------------------- what the network sees
+    # ------------------------------------------------------------------------------ what the network receives
 
     def _condition(self, caption: Caption, keep: Tensor) -> Caption:
-        """What the network is told: scaled embedding, encodings, mask. Where keep [B] is False it is told
-        nothing: a zero embedding (the projection's bias speaks for it) and no text positions."""
+        """The conditioning of the network: scaled embedding, encodings and mask.
+
+        Where keep [B] is False the caption is dropped: its embedding is zero, so that the projection returns
+        its bias, and it has no text positions.
+        """
         weights = self.net.text_embed_proj.weight.dtype
         embed = torch.where(keep[:, None], self.scale_embedding(caption.embed), 0.0).to(weights)
         if caption.encodings is None:
@@ -125,8 +142,10 @@ class EmbeddingPrior(ClipConditioned):
     def _encode_prefix(
         self, caption: Caption, guided: bool = False, negative: Caption | None = None
     ) -> PrefixCache:
-        """The captions' part of the network, and behind it, for guidance, that of rows that are told nothing,
-        or the caption `negative`."""
+        """The cached prefix of the captions; with guidance also of B unconditional rows after them.
+
+        The unconditional rows have no caption, or the caption `negative`.
+        """
         keep = torch.ones(len(caption.embed), dtype=torch.bool, device=caption.embed.device)
         condition = self._condition(caption, keep)
         if guided:
@@ -143,8 +162,12 @@ class EmbeddingPrior(ClipConditioned):
         generator: torch.Generator | None,
         guidance: float | Tensor,
     ) -> tuple[Tensor, float | Tensor | None, PrefixCache]:
-        """For `count` candidates a caption: their seeds [B * count], guidance ([B * count], a number, or None
-        for none) and the captions' part of the network, once for all steps."""
+        """Prepare sampling of `count` candidates per caption.
+
+        Returns:
+            The seeds of the candidates [B * count], their guidance ([B * count], a number, or None for none)
+            and the cached prefix of their captions.
+        """
         if count < 1:
             raise ValueError(f"num_samples_per_batch: expected at least 1, got {count}")
         batch, device = len(caption.embed), caption.embed.device
@@ -160,8 +183,13 @@ class EmbeddingPrior(ClipConditioned):
 def build_net(
     kind: type[nn.Module], net: nn.Module | dict | None, clip: CLIP | None, image_embed_dim: int | None
 ) -> nn.Module:
-    """`net`, or one of class `kind` from a dict of its arguments; widths that the dict (or None) leaves open
-    come from `clip` or `image_embed_dim`. ValueError if it does not fit them."""
+    """Return `net`, or build one of class `kind` from a dict of its arguments.
+
+    Widths that the dict (or None) does not contain come from `clip` or `image_embed_dim`.
+
+    Raises:
+        ValueError: the network has another width than `clip` or `image_embed_dim`.
+    """
     if not isinstance(net, kind):
         widths = {}
         if clip is not None:
@@ -177,10 +205,17 @@ def build_net(
 
 
 def best_candidate(
-    candidates: Tensor,  # [B * count, E], those of one caption side by side
+    candidates: Tensor,  # [B * count, E], those of one caption next to each other
     text_embed: Tensor,  # [B, E]
 ) -> Tensor:  # [B, E]
-    """Of each caption's candidates the one with the largest cosine to its embedding (unCLIP, section 2.2)."""
+    """Choose the candidate of each caption that has the largest cosine to the text embedding.
+
+    Source: Ramesh et al., "unCLIP", 2204.06125, section 2.2.
+
+    Example:
+        >>> best_candidate(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.1, 0.9]]))
+        tensor([[0., 1.]])
+    """
     candidates = candidates.unflatten(0, (len(text_embed), -1))
     text_unit = F.normalize(text_embed.to(candidates.dtype), dim=-1)
     cosine = (F.normalize(candidates, dim=-1) * text_unit[:, None]).sum(dim=-1)
@@ -188,9 +223,13 @@ def best_candidate(
 
 
 def candidate_seeds(seeds: Tensor, count: int) -> Tensor:
-    """[B] -> [B * count], the candidates of one caption next to each other, each with noise of its own.
+    """Derive the seeds of the candidates: [B] -> [B * count], those of one caption next to each other.
 
-    None of them keeps the plain seed: a decoder that is given the same one would start from the same numbers
-    as the prior.
+    No candidate has the seed of its caption, because a decoder with the same seed would start from the same
+    random numbers as the prior.
+
+    Example:
+        >>> candidate_seeds(torch.tensor([7, 8]), 3).shape
+        torch.Size([6])
     """
     return derived_seeds(seeds[:, None], torch.arange(1, count + 1, device=seeds.device)).flatten()

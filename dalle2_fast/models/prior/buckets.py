@@ -1,4 +1,4 @@
-"""Embeddings as buckets of their principal components: which buckets there are, and which one is drawn."""
+"""Buckets of the principal components of embeddings: fitting them to data, and sampling one."""
 
 from __future__ import annotations
 
@@ -14,10 +14,22 @@ def fit_buckets(
     num_components: int,
     num_dot_buckets: int,
 ) -> dict[str, Tensor]:
-    """Components, bucket ranges and edges of the dot product's buckets, float64 on the CPU.
+    """Find the components of embeddings, and the ranges of the buckets.
 
-    mean [E], components [K, E], eigenvalues [E], low and high [K] (the range of each component's values),
-    dot_edges [num_dot_buckets - 1] (quantiles, so that each bucket has an equal share of the data).
+    Args:
+        embeddings: the embeddings as the network sees them, scaled.
+        dots: dot products of image and text embeddings.
+        num_components: K, the number of components to keep.
+        num_dot_buckets: the number of buckets of the dot product.
+
+    Returns:
+        float64 on the CPU: mean [E]; components [K, E]; eigenvalues [E]; low and high [K], the range of the
+        values of each component; dot_edges [num_dot_buckets - 1], quantiles of the dot products, so that
+        each bucket has an equal share of the data.
+
+    Example:
+        >>> fit_buckets(torch.randn(20, 6), torch.randn(20), num_components=4, num_dot_buckets=8)["low"].shape
+        torch.Size([4])
     """
     embeddings, dots = embeddings.to("cpu", torch.float64), dots.to("cpu", torch.float64)
     pca = PCA.fit(embeddings)
@@ -31,10 +43,23 @@ def fit_buckets(
 
 
 def sample_bucket(logits: Tensor, chance: Tensor, temperature: float = 1.0) -> Tensor:
-    """logits [B, N], chance [B] in [0, 1) -> a bucket of each row, int64 [B], by the inverse distribution.
+    """Sample one bucket per row, by the inverse of the distribution function.
 
-    Buckets are ordered, so a last digit that differs between two batches (matrix products round by their
-    shape) can at worst move a choice to the bucket beside it; a maximum of N perturbed logits would jump.
+    The buckets are ordered. A difference in the last digit between two batches (matrix products round
+    depending on their shape) can therefore at worst choose the neighbouring bucket; the maximum of N
+    perturbed logits could jump to any bucket.
+
+    Args:
+        logits: unnormalised log probabilities of the N buckets, [B, N].
+        chance: a uniform random number in [0, 1) per row, [B].
+        temperature: the logits are divided by it; 0 takes the most likely bucket.
+
+    Returns:
+        int64 [B].
+
+    Example:
+        >>> sample_bucket(torch.zeros(2, 4), torch.tensor([0.1, 0.9]))
+        tensor([0, 3])
     """
     if temperature == 0:
         return logits.argmax(dim=-1)

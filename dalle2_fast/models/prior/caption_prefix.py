@@ -1,9 +1,10 @@
-"""The part of a prior's sequence that a caption fills: [text encodings, text embedding], always first.
+"""The caption's part of the sequence of a prior: [text encodings, text embedding], always at the start.
 
-Both networks are causal, so the keys and values of these positions do not depend on what follows them: they
-are computed once per caption, by `encode_prefix`, and serve every sampling step. The functions take a network
-with text_embed_proj, text_encodings_proj, positional_embedding (whose first context_length + 1 rows are the
-caption's), context_length and transformer.
+The networks of both priors are causal, so the keys and values of these positions do not depend on later
+positions. `encode_prefix` computes them once per caption, for all sampling steps.
+
+The functions take a network that has text_embed_proj, text_encodings_proj, positional_embedding (of which the
+first context_length + 1 rows belong to the caption), context_length and transformer.
 """
 
 from __future__ import annotations
@@ -17,13 +18,23 @@ from torch import Tensor, nn
 
 @dataclass
 class PrefixCache:
-    """Keys and values of every position so far, and which of them exist."""
+    """Keys and values of the P positions so far.
 
-    keys_values: list[tuple[Tensor, Tensor]]  # of each block, [B, H, P, D]
-    valid: Tensor  # bool [B, P]
+    Args:
+        keys_values: the pair of each block, [B, H, P, D] each.
+        valid: bool [B, P], False where a shorter caption has no position.
+
+    Example:
+        >>> cache = PrefixCache([(torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4))], torch.ones(2, 3) > 0)
+        >>> cache.repeat_interleave(2).valid.shape
+        torch.Size([4, 3])
+    """
+
+    keys_values: list[tuple[Tensor, Tensor]]
+    valid: Tensor
 
     def repeat_interleave(self, count: int) -> PrefixCache:
-        """Each caption `count` times, side by side."""
+        """Repeat each caption `count` times, next to each other."""
         keys_values = [tuple(x.repeat_interleave(count, 0) for x in pair) for pair in self.keys_values]
         return PrefixCache(keys_values, self.valid.repeat_interleave(count, 0))
 
@@ -34,7 +45,14 @@ def encode_prefix(
     encoder_hidden_states: Tensor | None = None,  # [B, L, text_dim]
     attention_mask: Tensor | None = None,  # bool [B, L], True = attend
 ) -> PrefixCache:
-    """Compute the caption's part of the sequence once, for all that follows it."""
+    """Compute the keys and values of the caption once, for every position that follows.
+
+    Example:
+        >>> from dalle2_fast.models.prior import DiffusionPriorNetwork
+        >>> net = DiffusionPriorNetwork(8, 1, 2, 4, embed_dim=6, text_dim=5, context_length=3)
+        >>> encode_prefix(net, torch.randn(2, 6), torch.randn(2, 3, 5)).valid.shape
+        torch.Size([2, 4])
+    """
     tokens, valid = embed_caption(net, proj_embedding, encoder_hidden_states, attention_mask)
     tokens, lengths = pack(tokens, valid)
     valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
@@ -44,7 +62,7 @@ def encode_prefix(
 def embed_caption(
     net: nn.Module, text_embed: Tensor, text_encodings: Tensor | None, text_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """-> (tokens [B, L + 1, dim], valid bool [B, L + 1])."""
+    """The caption's tokens [B, L + 1, dim], and which of them exist, bool [B, L + 1]."""
     batch = len(text_embed)
     embed = net.text_embed_proj(text_embed)[:, None]
     embed = embed + net.positional_embedding[net.context_length].to(embed.dtype)
@@ -59,11 +77,24 @@ def embed_caption(
 
 
 def pack(tokens: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's valid tokens first, in order: [B, S, D], bool [B, S] -> ([B, S', D], lengths [B]).
+    """Move the valid tokens of each row to the front, in order.
 
-    With the gaps at the end a causal pass never sees them: attention needs no mask and keeps its fast path.
-    Positions were embedded before, so the result is that of masking. On the CPU the columns that no row uses
-    are dropped; on a GPU, asking for their number would stall the queue.
+    A causal pass then never sees the gaps, so that attention needs no mask and keeps its fast path. The
+    positions are embedded before, so the result equals that of masking. On a CPU the columns that no row uses
+    are dropped; on a GPU, reading their number would stall the queue.
+
+    Args:
+        tokens: [B, S, D].
+        valid: bool [B, S].
+
+    Returns:
+        Tokens [B, S', D] with S' <= S, and the number of valid ones per row, [B].
+
+    Example:
+        >>> tokens, valid = torch.tensor([[[1.0], [2.0], [3.0]]]), torch.tensor([[True, False, True]])
+        >>> pack(tokens, valid)
+        (tensor([[[1.],
+                 [3.]]]), tensor([2]))
     """
     lengths = valid.sum(dim=1)
     order = torch.argsort((~valid).to(torch.uint8), dim=1, stable=True)

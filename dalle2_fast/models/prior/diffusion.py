@@ -1,10 +1,10 @@
 """The diffusion prior: from a caption to a CLIP image embedding.
 
-A causal Transformer reads [text encodings, z_t, t, noised z_i, query] and predicts z_i itself at the query:
+A causal Transformer over [text encodings, z_t, t, noised z_i, query] predicts z_i itself at the query:
 
     loss = | f(z_i^(t), t, caption) - z_i |^2,   z_i^(t) = alpha_t z_i + sigma_t noise.
 
-Source: unCLIP, arXiv 2204.06125, section 2.2 and appendix C.
+Source: Ramesh et al., "unCLIP", 2204.06125, section 2.2 and appendix C.
 """
 
 from __future__ import annotations
@@ -29,28 +29,46 @@ if TYPE_CHECKING:
 
 
 class DiffusionPrior(EmbeddingPrior):
-    """Caption -> CLIP image embedding.
+    """Caption -> CLIP image embedding, by diffusion.
 
     The defaults are Karlo's prior: 1,022,030,080 numbers, of which 1,536 are embedding statistics (buffers).
-    The paper's differs in its 24 layers (net=dict(depth=24)) and the size of its CLIP; 64 strided steps, two
-    candidates, a caption dropped in a tenth of the cases, inputs scaled by sqrt(E) and the cosine schedule
-    are the defaults.
+    The paper's prior differs in its 24 layers (net=dict(depth=24)) and in the size of its CLIP; its 64
+    strided steps, two candidates, captions dropped in a tenth of the cases, inputs scaled by sqrt(E) and
+    cosine schedule are the defaults.
 
-    net: a DiffusionPriorNetwork, or a dict of its arguments; widths that such a dict (or None) leaves open
-        come from `clip` or `image_embed_dim`.
-    clip: computes embeddings from `text` and `image`. It is frozen (set to evaluation mode, used without
-        gradients) and stays outside: it is not trained, moved or saved with the prior.
-    timesteps, schedule: the diffusion; sample_timesteps: strided steps when sampling.
-    cond_drop_prob: how often training drops a caption (embedding and encodings together), for guidance.
-    embed_scale: embeddings are multiplied by it, so that their entries are of about unit size; the default is
-        sqrt(image_embed_dim).
-    prediction, weighting: what the network predicts and the loss's weight over time, see GaussianDiffusion.
-        The defaults are the paper's: the embedding itself, plain squared error.
-    sample_clip: while sampling, bound on each entry of a predicted, scaled embedding; None for no bound.
-    analytic_variance: "ddpm" sampling with the optimal variance, from the network's error as `fit_variance`
-        finds it in a trained prior (a buffer, x0_error); unCLIP's prior was sampled so.
-    unit_norm: embeddings are L2-normalised on the way in and out; False for weights that were trained on raw
-        projections (Karlo's, with embed_scale=1).
+    Args:
+        net: a DiffusionPriorNetwork, or a dict of its arguments. Widths that the dict (or None) does not
+            contain come from `clip` or `image_embed_dim`.
+        clip: computes embeddings from `text` and `image`. It is frozen (set to evaluation mode, used without
+            gradients), and is not trained, moved or saved with the prior.
+        image_embed_dim: width E of the image embeddings; None takes it from `net` or `clip`.
+        timesteps: the number of discrete times of the diffusion.
+        sample_timesteps: strided steps when sampling.
+        cond_drop_prob: probability with which training drops a caption (embedding and encodings together),
+            for guidance.
+        embed_scale: factor on embeddings, which gives their entries about unit size; None is sqrt(E).
+        schedule: the name of the noise schedule, see `make_schedule`.
+        prediction: what the network predicts, see `GaussianDiffusion`; "sample" (the embedding itself) is the
+            paper's choice.
+        weighting: weighting of the loss over time, see `GaussianDiffusion`; "uniform" (the plain squared
+            error) is the paper's choice.
+        sample_clip: while sampling, bound on each entry of a predicted, scaled embedding; None for no bound.
+        unit_norm: whether embeddings are L2-normalised when they enter and leave; False for weights that were
+            trained on raw projections (Karlo's, with embed_scale=1).
+        analytic_variance: whether "ddpm" samples with the optimal variance, as unCLIP's prior did. It follows
+            from the error of the trained network, which `fit_variance` measures into the buffer x0_error.
+
+    Raises:
+        TypeError, ValueError: an option has the wrong type or value.
+
+    Example:
+        >>> net = dict(dim=16, depth=1, heads=2, dim_head=8, text_dim=5, context_length=3)
+        >>> prior = DiffusionPrior(net, image_embed_dim=6, timesteps=10).eval()
+        >>> text_embed = torch.randn(2, 6)
+        >>> prior(text_embed=text_embed, image_embed=torch.randn(2, 6)).shape
+        torch.Size([])
+        >>> prior.sample(text_embed=text_embed, seeds=torch.tensor([0, 1]), steps=2).shape
+        torch.Size([2, 6])
     """
 
     def __init__(
@@ -87,15 +105,21 @@ class DiffusionPrior(EmbeddingPrior):
         if analytic_variance:
             if self.diffusion.schedule.timesteps is None:
                 raise ValueError(f"schedule: analytic_variance needs discrete times, got {schedule!r}")
-            self.register_buffer("x0_error", torch.full((timesteps,), -1.0))  # negative: not found yet
+            self.register_buffer("x0_error", torch.full((timesteps,), -1.0))  # negative: not measured yet
 
-    # ------------------------------------------------------------------ embeddings as the network sees them
+    # -------------------------------------------------------------- embeddings as the network receives them
 
     @torch.no_grad()
     def fit_statistics(self, image_embed: Tensor) -> None:
-        """Standardise each entry by its mean and deviation over image_embed [N, E], N >= 2.
+        """Standardise each entry of an embedding by its mean and standard deviation. Call it before training.
 
-        It helps where CLIP's image embeddings lie in a narrow cone. Call it before training.
+        It helps where the image embeddings of CLIP lie in a narrow cone.
+
+        Args:
+            image_embed: embeddings [N, E] of the training data, N >= 2.
+
+        Raises:
+            TypeError, ValueError: the embeddings have the wrong dtype or shape.
         """
         self._check_embed("image_embed", image_embed)
         if len(image_embed) < 2:
@@ -125,8 +149,23 @@ class DiffusionPrior(EmbeddingPrior):
         generator: torch.Generator | None = None,
         points: int = 32,
     ) -> None:
-        """For analytic_variance: measure the network's squared error at `points` times on these pairs, the
-        arguments being those of `forward`. Call it after training, in evaluation mode, with thousands."""
+        """Measure the error of the network for analytic_variance.
+
+        Call it after training, in evaluation mode, with thousands of pairs.
+
+        Args:
+            text: as in `forward`.
+            image: as in `forward`.
+            text_embed: as in `forward`.
+            text_encodings: as in `forward`.
+            text_mask: as in `forward`.
+            image_embed: as in `forward`.
+            generator: source of the noise; None is torch's default generator.
+            points: the number of times at which the error is measured, see `measure_x0_error`.
+
+        Raises:
+            ValueError: the prior has analytic_variance=False.
+        """
         if not self.analytic_variance:
             raise ValueError("fit_variance: expected a prior with analytic_variance=True")
         caption = self._caption(text, text_embed, text_encodings, text_mask)
@@ -151,7 +190,20 @@ class DiffusionPrior(EmbeddingPrior):
         image_embed: Tensor | None = None,  # [B, E], instead of image
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The training loss, a scalar: squared error of the embedding, mean over entries and batch."""
+        """The training loss, a scalar: squared error of the embedding, mean over entries and batch.
+
+        Args:
+            text: token ids of the captions.
+            image: the images.
+            text_embed: CLIP embeddings of the captions.
+            text_encodings: CLIP encodings of the captions, with text_embed; None for none.
+            text_mask: which positions of the encodings are tokens; None for all.
+            image_embed: CLIP embeddings of the images.
+            generator: source of the random numbers; None is torch's default generator.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong dtype or shape, is missing, or needs a CLIP.
+        """
         caption = self._caption(text, text_embed, text_encodings, text_mask)
         batch, device = len(caption.embed), caption.embed.device
         x0 = self._standardised(self._embed_image(image, image_embed, batch))
@@ -182,18 +234,34 @@ class DiffusionPrior(EmbeddingPrior):
         progress: Progress = None,
         **sampler_options,
     ) -> Tensor:
-        """An image embedding [B, E] for each caption: float32 (float64 for such weights), of unit norm.
+        """Sample an image embedding for each caption: the best of some candidates.
 
-        Draws num_samples_per_batch candidates a caption and keeps the one with the largest cosine to the text
-        embedding; the paper takes two.
+        Args:
+            text: token ids of the captions.
+            text_embed: CLIP embeddings of the captions.
+            text_encodings: CLIP encodings of the captions, with text_embed; None for none.
+            text_mask: which positions of the encodings are tokens; None for all.
+            negative: a caption, as CLIP.encode_text returns it, that guidance leads away from in place of no
+                caption: that of "" for weights that were trained with it where the caption was dropped
+                (Karlo's).
+            num_samples_per_batch: the number of candidates per caption; the one with the largest cosine to
+                the text embedding is kept. The paper takes two.
+            seeds: one per caption; the same seed gives the same embedding in any batch. None draws them from
+                `generator`.
+            generator: source of the seeds; None is torch's default generator.
+            steps: the number of steps; None is sample_timesteps.
+            cond_scale: DALLE2-pytorch's name for `guidance`, which is used where guidance is None.
+            guidance: guidance weight, a number or [B]; 1 is no guidance.
+            sampler: "ddpm", "ddim" or "dpm++".
+            progress: see `GaussianDiffusion.sample`.
+            sampler_options: more keywords of `GaussianDiffusion.sample` (eta, dynamic_threshold, ...).
 
-        seeds: one a caption; the same seed gives the same embedding in any batch. None draws them from
-            `generator`, or from torch's own generator.
-        steps: sample_timesteps by default. sampler: "ddpm", "ddim" or "dpm++".
-        guidance: = cond_scale (DALLE2-pytorch's name), a number or [B]; 1 is none.
-        negative: a caption that guidance leads away from, in place of none at all: that of "" for weights
-            that were trained with it where the caption was dropped (Karlo's).
-        sampler_options: further keywords of GaussianDiffusion.sample (eta, dynamic_threshold, ...).
+        Returns:
+            [B, E], float32 (float64 for float64 weights), of unit norm if unit_norm.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong dtype, shape or value, or needs a CLIP.
+            RuntimeError: analytic_variance with "ddpm" before `fit_variance`.
         """
         caption = self._caption(text, text_embed, text_encodings, text_mask)
         seeds, guidance, prefix = self._candidates(
@@ -202,11 +270,11 @@ class DiffusionPrior(EmbeddingPrior):
         )  # fmt: skip
 
         def net(x: Tensor, t: Tensor) -> Tensor:
-            if guidance is not None:  # conditional rows, then unconditional ones: one pass
+            if guidance is not None:  # conditional rows, then unconditional ones, in one pass
                 x, t = torch.cat([x, x]), torch.cat([t, t])
             return self.net.denoise(x, t, prefix).to(x.dtype)
 
-        # The state stays in float32 also for half-precision weights: many small steps drown in rounding.
+        # The state stays in float32 also for half-precision weights, whose rounding would swamp small steps.
         dtype = compute_dtype(self.net.proj_in.weight.dtype)
         if self.analytic_variance and sampler == "ddpm":
             if (self.x0_error < 0).any():

@@ -1,8 +1,8 @@
-"""The network of the diffusion prior: a causal Transformer that reads a caption and a noised image embedding.
+"""The network of the diffusion prior: a causal Transformer over a caption and a noised image embedding.
 
     [text encodings, text embedding, time, noised image embedding, query] -> image embedding at the query.
 
-Source: unCLIP, arXiv 2204.06125, section 2.2; the defaults are the public Karlo prior's.
+Source: Ramesh et al., "unCLIP", 2204.06125, section 2.2; the defaults are those of the public Karlo prior.
 """
 
 from __future__ import annotations
@@ -15,16 +15,31 @@ from dalle2_fast.models.prior.caption_prefix import PrefixCache, embed_caption, 
 from dalle2_fast.models.time_embedding import sinusoidal_embedding
 from dalle2_fast.models.transformer import Transformer
 
-TAIL = 3  # positions behind the caption: time, noised embedding, query
+TAIL = 3  # positions after the caption: time, noised embedding, query
 
 
 class DiffusionPriorNetwork(nn.Module):
     """Causal Transformer over [text encodings, text embedding, time, noised image embedding, query].
 
-    The defaults are Karlo's (20 layers of 32 heads x 64).
+    The defaults are Karlo's (20 layers of 32 heads of width 64).
 
-    dim: width; depth, heads, dim_head (None = dim / heads); embed_dim: width of the CLIP embeddings;
-    text_dim: width of the text encodings; context_length: the most text positions.
+    Args:
+        dim: width of the tokens.
+        depth: the number of blocks.
+        heads: the number of attention heads.
+        dim_head: width of a head; None is dim / heads.
+        embed_dim: width of the CLIP embeddings.
+        text_dim: width of the text encodings.
+        context_length: the largest number of text positions.
+        mlp_ratio: width of the hidden layer of the MLPs, as a multiple of dim.
+
+    Example:
+        >>> net = DiffusionPriorNetwork(8, 1, 2, 4, embed_dim=6, text_dim=5, context_length=3)
+        >>> noised, time, text_embed = torch.randn(2, 6), torch.tensor([0.0, 9.0]), torch.randn(2, 6)
+        >>> net(noised, time, text_embed, torch.randn(2, 3, 5)).shape
+        torch.Size([2, 6])
+        >>> net.denoise(noised, time, net.encode_prefix(text_embed)).shape
+        torch.Size([2, 6])
     """
 
     def __init__(
@@ -70,7 +85,7 @@ class DiffusionPriorNetwork(nn.Module):
         encoder_hidden_states: Tensor | None = None,  # [B, L, text_dim]
         attention_mask: Tensor | None = None,  # bool [B, L], True = attend
     ) -> Tensor:
-        """Predicted image embedding [B, E]. The call shape is that of diffusers' PriorTransformer."""
+        """Predict the image embedding [B, E]. The arguments are those of diffusers' PriorTransformer."""
         prefix, valid = embed_caption(self, proj_embedding, encoder_hidden_states, attention_mask)
         tail = self._embed_tail(hidden_states, timestep)
         tokens = torch.cat([prefix, tail], dim=1)
@@ -83,7 +98,13 @@ class DiffusionPriorNetwork(nn.Module):
     encode_prefix = encode_prefix
 
     def denoise(self, hidden_states: Tensor, timestep: Tensor, prefix: PrefixCache) -> Tensor:
-        """hidden_states [B, E], timestep [B] -> predicted image embedding [B, E], as `forward` gives it."""
+        """Predict the image embedding [B, E] as `forward` does, from a cached prefix of the captions.
+
+        Args:
+            hidden_states: noised image embedding [B, E].
+            timestep: times [B].
+            prefix: the captions' part of the sequence, from `encode_prefix`.
+        """
         tail = self._embed_tail(hidden_states, timestep)
         batch = len(tail)
         causal = torch.ones(TAIL, TAIL, dtype=torch.bool, device=tail.device).tril()
@@ -93,7 +114,7 @@ class DiffusionPriorNetwork(nn.Module):
         return self.proj_out(self.ln_final(x[:, -1]))
 
     def _embed_tail(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
-        """-> tokens [B, 3, dim]: time, noised image embedding, query."""
+        """The tokens [B, 3, dim] of time, noised image embedding and query."""
         weight = self.proj_in.weight
         time = self.time_embedding(sinusoidal_embedding(timestep, self.dim).to(weight.dtype))
         noised = self.proj_in(hidden_states.to(weight.dtype))

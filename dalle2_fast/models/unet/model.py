@@ -233,7 +233,7 @@ class UNet(nn.Module):
         cache = encoder_hidden_states
         if isinstance(cache, ContextCache):
             if attention_mask is not None:
-                raise ValueError("attention_mask: a ContextCache carries its own mask, got a second one")
+                raise ValueError("attention_mask: a ContextCache contains a mask, got a second one")
         elif cache is not None:
             cache = self.encode_context(cache, attention_mask)
         context = ContextReader(cache)

@@ -1,4 +1,4 @@
-"""The upsampler, from a small image to a large one, and the degradations that it is trained on."""
+"""The upsampler: from a small image to a large one, by diffusion."""
 
 from dalle2_fast.models.upsampler.model import Upsampler
 from dalle2_fast.models.upsampler.presets import UNCLIP_256, UNCLIP_1024

@@ -1,4 +1,4 @@
-"""Random windows of images, to train a network of convolutions on a part of each."""
+"""Random windows of images, so that a network of convolutions can train on a part of each image."""
 
 from __future__ import annotations
 
@@ -13,9 +13,26 @@ def random_crops(
     image: Tensor,  # [B, C, H, W]
     *others: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """The same random crop x crop window of each image's tensors; None stays None.
+    """Cut a random crop x crop window out of each image, and the same window out of other tensors.
 
-    crop: in pixels, or as a part of the shorter side; rounded to, or a multiple of, `multiple`.
+    Args:
+        crop: side of the window: an int in pixels, a multiple of `multiple`, or a float in (0, 1], the
+            fraction of the shorter side of the image, which is rounded to a multiple.
+        multiple: the factor by which the network reduces the resolution.
+        generator: source of the random numbers; None is torch's default generator.
+        image: the images.
+        others: tensors of the same batch and size; None stays None.
+
+    Returns:
+        The windows of the image and of the others.
+
+    Raises:
+        ValueError: crop is too large, or not a multiple.
+
+    Example:
+        >>> image, weight = random_crops(4, 2, None, torch.rand(2, 3, 8, 8), None)
+        >>> image.shape, weight
+        (torch.Size([2, 3, 4, 4]), None)
     """
     batch, _, height, width = image.shape
     largest = min(height, width)

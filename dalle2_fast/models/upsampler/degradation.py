@@ -1,9 +1,9 @@
-"""Corruptions of an upsampler's condition, so that it forgives what the stage before it gets wrong.
+"""Degradations of the condition of an upsampler, which make it robust to errors of the stage before it.
 
-"blur": a small Gaussian blur, unCLIP's first upsampler. "bsr": blur, resampling, noise, sensor noise and JPEG
-in random order, unCLIP's second upsampler, after BSRGAN's model (Zhang et al. 2021, arXiv 2103.14006).
-Every function maps images [B, C, H, W] in [0, 1] to the same shape and range, on their device; a generator
-decides everything random.
+"blur" is a small Gaussian blur, as in unCLIP's first upsampler. "bsr" is blur, resampling, noise, sensor
+noise and JPEG in random order, as in unCLIP's second upsampler, after the model of BSRGAN (Zhang et al.,
+2103.14006). Every function maps images [B, C, H, W] in [0, 1] to the same shape and range on the same device.
+All random numbers come from a generator.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from dalle2_fast.models.upsampler.jpeg import jpeg
 from dalle2_fast.ops._dtypes import compute_dtype
 
-# Orders and sizes are choices of the host, drawn anew for each of so many parts of a batch.
+# The host chooses orders and sizes, once for each of this many parts of a batch.
 _PARTS = 8
 
 
@@ -27,7 +27,20 @@ def gaussian_blur(
     kernel_size: int = 3,
     sigma: float = 0.6,
 ) -> Tensor:
-    """Separable Gaussian blur with reflected edges; kernel_size odd and at most 2 min(H, W) - 1."""
+    """Gaussian blur with reflected edges.
+
+    Args:
+        images: the images.
+        kernel_size: side of the kernel in pixels, odd, at most 2 min(H, W) - 1.
+        sigma: standard deviation of the kernel in pixels, > 0.
+
+    Raises:
+        ValueError: kernel_size is even, or sigma is not positive.
+
+    Example:
+        >>> gaussian_blur(torch.rand(1, 3, 8, 8)).shape
+        torch.Size([1, 3, 8, 8])
+    """
     if kernel_size < 1 or kernel_size % 2 == 0 or sigma <= 0:
         raise ValueError(
             f"kernel_size, sigma: expected an odd size and sigma > 0, got {kernel_size} and {sigma}"
@@ -40,10 +53,23 @@ def gaussian_blur(
 def bsr(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Two blurs, resampling, noise, sensor noise and JPEG in a random order, each of random strength.
 
-    BSRGAN's steps and ranges, except that blurs are as wide as befits a condition at its own size and not the
-    image that is to be made: unCLIP's corruptions are slight. Strengths differ for each image, the order and
-    the resampling for each of up to eight parts of the batch. Sensor noise meets a quarter of the images,
-    JPEG three quarters.
+    The steps and ranges are those of BSRGAN, except for the widths of the blurs: they suit a condition at its
+    own size and not the image that the upsampler makes, because unCLIP's degradations are slight. The
+    strengths differ between images; the order and the resampling differ between up to eight parts of the
+    batch. A quarter of the images get sensor noise, three quarters JPEG.
+
+    Args:
+        images: the images.
+        generator: source of the random numbers; None is torch's default generator.
+
+    Returns:
+        Images of the same shape and dtype.
+
+    Source: Zhang et al., "BSRGAN", 2103.14006, section 3.
+
+    Example:
+        >>> bsr(torch.rand(2, 3, 16, 16), torch.Generator().manual_seed(0)).shape
+        torch.Size([2, 3, 16, 16])
     """
     if not len(images):
         return images
@@ -52,7 +78,7 @@ def bsr(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     steps = (_random_blur, _random_blur, _random_noise, _sometimes(_random_sensor, 0.25),
              _sometimes(_random_jpeg, 0.75))
     parts = images.split(max(1, math.ceil(len(images) / _PARTS)))
-    # One wait for the device, however many choices.
+    # One copy to the host for all choices, so that the host waits for the device only once.
     draws = torch.rand(len(parts), 3 + len(steps) + 1, generator=generator, device=_device(images, generator))
     results = []
     for part, draw in zip(parts, draws.tolist(), strict=True):
@@ -69,7 +95,7 @@ def _device(images: Tensor, generator: torch.Generator | None) -> torch.device:
 
 
 def _uniform(low: float, high: float, images: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One number in [low, high) per image: [B, 1, 1, 1]."""
+    """Draw one number in [low, high) per image: [B, 1, 1, 1]."""
     draw = torch.rand(len(images), 1, 1, 1, generator=generator, device=_device(images, generator))
     return (low + (high - low) * draw).to(images)
 
@@ -87,7 +113,7 @@ def _sometimes(step: Callable[..., Tensor], probability: float) -> Callable[...,
 
 
 def _filter(images: Tensor, kernels: Tensor) -> Tensor:
-    """Filter image b with kernels[b], kernels [B, K, K], edges reflected."""
+    """Filter image b with kernels[b], kernels [B, K, K], with reflected edges."""
     batch, channels, height, width = images.shape
     size = kernels.shape[-1]
     padded = F.pad(images, (size // 2,) * 4, mode="reflect").reshape(
@@ -98,7 +124,7 @@ def _filter(images: Tensor, kernels: Tensor) -> Tensor:
 
 
 def _random_blur(images: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Gaussian blur, for half of the images of one width, for half of two at a random angle."""
+    """Gaussian blur: isotropic for half of the images, of two widths at a random angle for the others."""
     size = min(7, 2 * min(images.shape[-2:]) - 1)
     offset = torch.arange(size, device=images.device, dtype=images.dtype) - size // 2
     y, x = torch.meshgrid(offset, offset, indexing="ij")
@@ -112,7 +138,7 @@ def _random_blur(images: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _resampling(factor: float, down: float, up: float) -> Callable[..., Tensor]:
-    """To `factor` times the size and back; down and up in [0, 1) choose the filters."""
+    """Resize to `factor` times the size and back; down and up in [0, 1) choose the filters."""
     modes = ("area", "bilinear", "bicubic")
 
     def resample(images: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -126,8 +152,11 @@ def _resampling(factor: float, down: float, up: float) -> Callable[..., Tensor]:
 
 
 def _random_noise(images: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Gaussian noise of a deviation up to 25 / 255: of each channel (2 of 5 images), grey (2 of 5), or with
-    random correlations between the channels."""
+    """Gaussian noise with a standard deviation up to 25 / 255.
+
+    It is independent per channel for two fifths of the images, grey for two fifths, and randomly correlated
+    between the channels for one fifth.
+    """
     batch, channels = images.shape[:2]
     noise = _normal(tuple(images.shape), images, generator)
     kind = _uniform(0, 1, images, generator)[:, 0]
@@ -141,10 +170,10 @@ def _random_noise(images: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _random_sensor(images: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A camera's noise: in linear light with a variance that grows with it, on a Bayer mosaic (for three
-    channels) whose missing colours are interpolated.
+    """The noise of a camera, in linear light, with a variance that grows with the light.
 
-    The noise levels are the lower half of those of Brooks et al. 2019, arXiv 1811.11127, section 3.1.
+    Images of three channels get it on a Bayer mosaic, whose missing colours are interpolated. The noise
+    levels are the lower half of those of Brooks et al., 1811.11127, section 3.1.
     """
     shot = torch.exp(_uniform(math.log(1e-4), math.log(4e-3), images, generator))
     read = torch.exp(2.18 * shot.log() + 1.2)
@@ -157,7 +186,7 @@ def _random_sensor(images: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _mosaic(images: Tensor) -> Tensor:
-    """Of each pixel one colour is kept (RG over GB); the others are means of neighbours that kept them."""
+    """Keep one colour of each pixel (RG over GB); the others become means of neighbours that kept them."""
     height, width = images.shape[-2:]
     rows = torch.arange(height, device=images.device)[:, None] % 2
     columns = torch.arange(width, device=images.device) % 2
@@ -165,13 +194,13 @@ def _mosaic(images: Tensor) -> Tensor:
     weight = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]], device=images.device, dtype=images.dtype)
     weight = weight.expand(3, 1, 3, 3)
     known = F.conv2d(kept[None], weight, padding=1, groups=3)
-    # The edge of a picture one pixel wide may know no neighbour of a colour at all.
+    # In an image of one pixel's width a pixel may have no neighbour with some colour.
     sums = F.conv2d(images * kept, weight, padding=1, groups=3)
     return torch.where(known > 0, sums / known.clamp(min=1), images)
 
 
 def _random_jpeg(images: Tensor, generator: torch.Generator | None) -> Tensor:
-    """JPEG of a random quality in 30..95."""
+    """JPEG with a random quality in 30..95."""
     return jpeg(images, _uniform(30, 95, images, generator).flatten())
 
 

@@ -1,10 +1,12 @@
-"""What JPEG does to a picture, in tensors: colours, chroma at half size, 8 x 8 cosines, quantisation.
+"""JPEG's effect on an image, in tensors: colours, chroma at half size, 8 x 8 cosines, quantisation.
 
     coefficients <- round(coefficients / table) * table
 
-Its lossless coding changes no pixel and is left out; so there is no file, no host and no loop over images.
-Source: ITU-T T.81 (tables: annex K.1 and K.2); JFIF 1.02 for the colours; the scaling of the tables by
-quality is libjpeg's.
+JPEG's lossless coding changes no pixel and is omitted. Without it no file, no copy to the host and no loop
+over images is needed.
+
+Source: ITU-T T.81, with the tables of annex K.1 and K.2; JFIF 1.02 for the colours; libjpeg for the scaling
+of the tables by quality.
 """
 
 from __future__ import annotations
@@ -39,13 +41,27 @@ _TO_YCBCR = ((0.299, 0.587, 0.114), (-0.168735892, -0.331264108, 0.5), (0.5, -0.
 
 def jpeg(
     images: Tensor,  # [B, C, H, W] in [0, 1], H, W >= 1
-    quality: float | Tensor,  # 1..100, a number or [B] (whose values are not looked at, but clamped)
+    quality: float | Tensor,  # 1..100, a number or [B]
     subsample: bool = True,
 ) -> Tensor:
-    """The images after JPEG at this quality, on 8-bit levels, in their own dtype.
+    """The images after JPEG at this quality, on 8-bit levels. Rounding leaves no useful gradient.
 
-    Three channels are RGB and become YCbCr, with chroma at half size if subsample (4:2:0, what most encoders
-    do); any other number of channels are coded each as luminance. It has no useful gradient: rounding.
+    Args:
+        images: three channels are RGB and become YCbCr; with any other number each channel is coded as
+            luminance.
+        quality: a number is checked; the values of a tensor are clamped without a check, because reading them
+            would stall a GPU.
+        subsample: whether chroma has half the size (4:2:0, as in most encoders).
+
+    Returns:
+        Images of the same shape and dtype.
+
+    Raises:
+        ValueError: quality is a number outside of [1, 100].
+
+    Example:
+        >>> jpeg(torch.rand(1, 3, 10, 12), quality=75).shape
+        torch.Size([1, 3, 10, 12])
     """
     if not isinstance(quality, Tensor) and not 1 <= quality <= 100:
         raise ValueError(f"quality: expected a number in [1, 100], got {quality}")
@@ -66,7 +82,7 @@ def jpeg(
         x = torch.einsum("ij,bjhw->bihw", matrix, x)
         bright, colour = x[:, :1].round(), (x[:, 1:] + 128).round()
         if subsample:
-            # Up or down by the column: libjpeg's way to round means of four without a bias.
+            # libjpeg rounds means of four up or down depending on the column, which avoids a bias.
             half = 0.25 + 0.25 * (torch.arange(x.shape[3] // 2, device=x.device) % 2)
             colour = (F.avg_pool2d(colour, 2) + half).floor()
         colour = _through_cosines(colour, chrominance)
@@ -79,15 +95,16 @@ def jpeg(
 
 def _through_cosines(
     x: Tensor,  # [B, C, H, W] levels 0..255, H and W multiples of 8
-    table: Tensor,  # [B, 8, 8], step of each frequency
+    table: Tensor,  # [B, 8, 8], quantisation step of each frequency
 ) -> Tensor:
+    """Transform 8 x 8 blocks to cosines, quantise the coefficients, and transform back to levels."""
     frequency = torch.arange(8, device=x.device, dtype=x.dtype)
     basis = torch.cos(math.pi / 8 * (frequency + 0.5) * frequency[:, None]) / 2
-    basis[0] /= math.sqrt(2)  # now orthonormal: rows are frequencies
+    basis[0] /= math.sqrt(2)  # now orthonormal; the rows are frequencies
     blocks = (x - 128).unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)  # [B, C, H/8, W/8, 8, 8]
     table = table[:, None, None, None]
     coefficients = basis @ blocks @ basis.T / table
-    # Halves away from zero, as libjpeg: with whole pixels and even steps they are frequent.
+    # Round halves away from zero, as libjpeg does: with integer pixels and even steps halves are frequent.
     coefficients = (coefficients.abs() + 0.5).floor() * coefficients.sign() * table
     blocks = basis.T @ coefficients @ basis
     return (blocks.transpose(3, 4).flatten(4, 5).flatten(2, 3) + 128).round().clamp(0, 255)

@@ -2,8 +2,7 @@
 
     prediction = unet([x_t, resize(degrade(low_res))], t)
 
-Source: unCLIP, arXiv 2204.06125, section 2.1; SR3, arXiv 2104.07636. The defaults are Karlo's net:
-691,579,523 parameters.
+Source: Ramesh et al., "unCLIP", 2204.06125, section 2.1; Saharia et al., "SR3", 2104.07636.
 """
 
 from __future__ import annotations
@@ -29,23 +28,53 @@ from dalle2_fast.models.upsampler.tiles import tiles_for
 
 
 class Upsampler(Pretrained, nn.Module):
-    """low_res [B, C, h, w] -> [B, C, f h, f w], f = image_size / low_res_size, any h and w that the U-Net can
-    halve.
+    """low_res [B, C, h, w] -> [B, C, f h, f w] with f = image_size / low_res_size, by diffusion.
 
-    unet: a UNet with 2 C input channels (noisy image, resized condition), or its config; None builds the
-        default.
-    last_unet: a second net of the same channels, or its config, for the last step of `sample` alone: Karlo's
-        is trained apart to finish the picture. The loss of `forward` is that of `unet`.
-    degradation: of the condition while training: "blur" (Gaussian, 3 x 3, sigma 0.6), "bsr" (blur,
-        resampling, noise, JPEG) or None; degradation_prob: how often.
-    max_noise_level: 0 = off; otherwise the condition gets noise of a level drawn from [0, max_noise_level],
-        at most 1, of which the U-Net is told: it needs a class_embed_dim (even).
-    resize: filter that enlarges the condition, "bilinear" or "bicubic".
-    schedule, timesteps, prediction, variance, weighting, min_snr_gamma, log_snr_focus, vlb_weight,
-        max_weight, stratified: see GaussianDiffusion. sample_timesteps, sample_tile: steps and tile of
-        `sample` by default.
-    residual: the U-Net's output is added to the enlarged condition, so that an untrained model already
-        returns that; for prediction "sample".
+    h and w may have any size that the U-Net can halve. The defaults are Karlo's net with 691,579,523
+    parameters.
+
+    Args:
+        unet: a UNet with 2 C input channels (the noisy image and the enlarged condition), or a dict of its
+            arguments; None builds the default.
+        last_unet: a second UNet with the same channels, or a dict of its arguments, for the last step of
+            `sample` alone. Karlo's is trained separately to finish the image. `forward` trains `unet` only.
+        image_size: side of the large images in pixels.
+        low_res_size: side of the small images in pixels, which divides image_size.
+        degradation: of the condition while training: "blur" (Gaussian, 3 x 3, sigma 0.6), "bsr" (blur,
+            resampling, noise, JPEG) or None.
+        degradation_prob: probability with which a condition is degraded.
+        max_noise_level: while training, the condition gets noise of a level in [0, max_noise_level], at most
+            1, and the level conditions the U-Net, which needs an even class_embed_dim. 0 is no noise.
+        resize: the filter that enlarges the condition, "bilinear" or "bicubic".
+        schedule: the name of a noise schedule, or a dict of arguments of `make_schedule`.
+        timesteps: the number of discrete times of a schedule that is given by name.
+        prediction: what the U-Net predicts, see `GaussianDiffusion` for this and the next seven options.
+        variance: variance of the noise of DDPM; "learned_range" needs a U-Net with twice as many output
+            channels.
+        weighting: weighting of the loss over time.
+        min_snr_gamma: gamma of the weighting "min_snr".
+        log_snr_focus: range of log-SNR from which a fraction of the training times is drawn.
+        vlb_weight: weight of the variational bound; None is the default of `GaussianDiffusion`.
+        max_weight: upper bound on the weights of the loss.
+        stratified: whether training times are stratified.
+        residual: whether the output of the U-Net is added to the enlarged condition, so that an untrained
+            model returns the condition; for prediction "sample".
+        sample_timesteps: the default number of steps of `sample`.
+        sample_tile: the default tile of `sample`; None for one pass.
+
+    Raises:
+        TypeError, ValueError: an option has the wrong type or value, or sizes do not fit each other.
+
+    Source: Ramesh et al., "unCLIP", 2204.06125, section 2.1; Saharia et al., "SR3", 2104.07636.
+
+    Example:
+        >>> unet = dict(in_channels=6, out_channels=3, channels=(8, 16), layers_per_block=1, num_groups=4,
+        ...             attention_levels=(), cross_dim=None)
+        >>> upsampler = Upsampler(unet, image_size=16, low_res_size=4)
+        >>> upsampler(torch.rand(2, 3, 16, 16)).shape
+        torch.Size([])
+        >>> upsampler.sample(torch.rand(2, 3, 4, 4), seeds=torch.tensor([0, 1]), steps=2).shape
+        torch.Size([2, 3, 16, 16])
     """
 
     part = "upsampler"
@@ -142,7 +171,7 @@ class Upsampler(Pretrained, nn.Module):
         self.residual = residual
         self.unet = unet
         self.last_unet = last_unet
-        tiles_for(unet, image_size, image_size, sample_tile, None)  # an impossible one is found now
+        tiles_for(unet, image_size, image_size, sample_tile, None)  # raises now if the tile is impossible
         self.diffusion = diffusion_of(self.config)
 
     # -- training --------------------------------------------------------------------------------------------
@@ -150,19 +179,27 @@ class Upsampler(Pretrained, nn.Module):
     def forward(
         self,
         image: Tensor,  # [B, C, H, W] in [0, 1]
-        low_res: Tensor | None = None,  # [B, C, H / factor, W / factor] in [0, 1]; None = image, made smaller
+        low_res: Tensor | None = None,  # [B, C, H / factor, W / factor] in [0, 1]
         *,
         crop: int | float | None = None,
         generator: torch.Generator | None = None,
-        pixel_weight: Tensor | None = None,  # [B, 1, H, W], weight of the squared error
+        pixel_weight: Tensor | None = None,  # [B, 1, H, W]
         check_range: bool = True,
     ) -> Tensor:
-        """The training loss, a scalar. H and W may be any size that the U-Net can halve: whole images or
-        crops.
+        """The training loss, a scalar.
 
-        crop: train on one random crop x crop window of each image; the condition is made from the whole one.
-            An int is in pixels, a float in (0, 1] the part of the shorter side: 0.25 is the paper's.
-        check_range=False skips the look at the values, for which the host has to wait for a GPU.
+        Args:
+            image: the large images, whole or crops; H and W may have any size that the U-Net can halve.
+            low_res: the small images; None resizes `image`.
+            crop: train on one random crop x crop window of each image, with the condition made from the whole
+                image: an int in pixels, or a float in (0, 1], the fraction of the shorter side. The paper
+                takes 0.25. None trains on whole images.
+            generator: source of the random numbers; None is torch's default generator.
+            pixel_weight: factor on the squared error of each pixel.
+            check_range: whether the values of the images are checked; on a GPU the host has to wait for this.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong dtype, shape or values.
         """
         check_images("image", image, self.channels, check_range=check_range)
         batch, _, height, width = image.shape
@@ -199,17 +236,19 @@ class Upsampler(Pretrained, nn.Module):
         return losses.mean()
 
     def predict(self, unet: UNet, x: Tensor, t: Tensor, condition: Tensor, level: Tensor | None) -> Tensor:
+        """The output of `unet` at x_t [B, C, H, W], given the enlarged condition and its noise level [B]."""
         classes = None if level is None else sinusoidal_embedding(level * 1000.0, unet.class_embed_dim)
         output = unet(torch.cat([x, condition.to(x.dtype)], dim=1), t, class_labels=classes)
         return output + condition.to(output.dtype) if self.residual else output
 
     def check_size(self, name: str, height: int, width: int) -> None:
+        """Raise ValueError unless the U-Net and the factor divide a height and a width in pixels."""
         multiple = math.lcm(self.factor, self.unet.size_multiple)
         if height % multiple or width % multiple or not height or not width:
             raise ValueError(
                 f"{name}: expected height and width to be multiples of {multiple}, got {height} x {width}"
             )
 
-    # -- sampling: a free function of an upsampler, which is its method as well ------------------------------
+    # -- sampling: a free function of an upsampler, which is also its method ---------------------------------
 
     sample = sampling.sample

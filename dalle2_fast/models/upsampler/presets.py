@@ -1,9 +1,13 @@
-"""Configurations of published upsamplers."""
+"""The two upsamplers of unCLIP, as arguments of `Upsampler`.
+
+Their losses are on crops of a quarter of the side, and their sampler is DDIM. `Upsampler(**UNCLIP_256)` has
+700 million parameters, `Upsampler(**UNCLIP_1024)` has 300 million.
+
+Source: Ramesh et al., "unCLIP", 2204.06125, appendix C.
+"""
 
 from __future__ import annotations
 
-# unCLIP's own two, appendix C: their losses are on crops of a quarter of the side, their samplers DDIM.
-# Upsampler(**UNCLIP_256) has 700 million parameters, Upsampler(**UNCLIP_1024) 300 million.
 UNCLIP_256 = dict(
     unet=dict(
         in_channels=6, out_channels=3, channels=(320, 640, 960, 1280), layers_per_block=3,

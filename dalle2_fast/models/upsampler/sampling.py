@@ -20,7 +20,7 @@ from dalle2_fast.ops._dtypes import compute_dtype
 if TYPE_CHECKING:
     from dalle2_fast.models.upsampler.model import Upsampler
 
-# The noise of the condition while sampling: a Philox step that no sampler reaches, nor the initial noise.
+# The Philox counter of the condition's noise: neither a step of a sampler nor the initial noise has it.
 _CONDITION_NOISE_STEP = 2**31 - 2
 
 
@@ -39,19 +39,33 @@ def sample(
     progress: Progress = None,
     **sampler_options,
 ) -> Tensor:
-    """Images [B, C, factor * h, factor * w] float32 in [0, 1].
+    """Sample large images for small ones.
 
-    seeds: one int64 an image, the same seed giving the same picture in any batch; None draws them from
-    `generator`, or from torch's own. noise_level: of the condition, at most max_noise_level: more noise,
-    more invention.
+    Args:
+        upsampler: the upsampler.
+        low_res: the small images.
+        seeds: one per image; the same seed gives the same image in any batch. None draws them from
+            `generator`.
+        generator: source of the seeds; None is torch's default generator.
+        steps: the number of steps; None is sample_timesteps.
+        sampler: "ddpm", "ddim" or "dpm++".
+        noise_level: noise on the condition, 0 .. max_noise_level; the more noise, the more new detail.
+        tile: side in pixels of the windows of the large image in which the U-Net runs, one window of one
+            image at a time. None is sample_tile; a side that holds the whole image is one pass. The memory of
+            the U-Net is then that of one window: for Karlo's net in float32 about 5 GB of activations for a
+            tile of 512, 18 GB for a whole image of 1024 (estimated from the live tensors, without
+            workspaces).
+        overlap: pixels that neighbouring windows share; None is about a quarter of tile, see `Tiles`. Both
+            are multiples of the factor by which the U-Net reduces the resolution.
+        progress: see `GaussianDiffusion.sample`.
+        sampler_options: more keywords of `GaussianDiffusion.sample` (eta, clip, dynamic_threshold, x_T,
+            start, callback).
 
-    tile: side of the windows of the result in which the net runs, one window of one image at a time
-    (None: sample_tile; a side that holds the whole picture is one pass); overlap: of neighbours, by
-    default a quarter of it, see Tiles. Both are multiples of what the U-Net halves. The net's memory is
-    then that of one window: counted for Karlo's net in float32, about 5 GB of activations for a tile of
-    512, 18 GB for a whole picture of 1024 (an estimate: the live tensors, without workspaces).
+    Returns:
+        Images [B, C, factor * h, factor * w] in [0, 1], float32 (float64 for float64 weights).
 
-    Further keywords (eta, clip, dynamic_threshold, x_T, start, callback) go to GaussianDiffusion.sample.
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape or value.
     """
     check_images("low_res", low_res, upsampler.channels)
     if not 0.0 <= noise_level <= upsampler.max_noise_level:
