@@ -14,10 +14,15 @@ from dalle2_fast.data.images import to_pil
 from dalle2_fast.pipeline import decoding, editing, inversion, reconstruction
 from dalle2_fast.pipeline.checkpoint import load_pipeline, save_pipeline
 from dalle2_fast.pipeline.context import Generation, GenerationContext
-from dalle2_fast.pipeline.options import GenerateOptions
 from dalle2_fast.pipeline.parts import check_parts
 from dalle2_fast.pipeline.progress import Progress
-from dalle2_fast.pipeline.settings import SamplingSettings, resolve_prompts, resolve_settings, resolve_size
+from dalle2_fast.pipeline.settings import (
+    GenerateOptions,
+    SamplingSettings,
+    resolve_prompts,
+    resolve_settings,
+    resolve_size,
+)
 from dalle2_fast.pipeline.stages import (
     check_candidates,
     check_prior,

@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from dalle2_fast.diffusion.names import SAMPLERS
 from dalle2_fast.pipeline.parts import UPSAMPLERS
 
 if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from torch import Tensor
+
     from dalle2_fast.pipeline.dalle2 import DALLE2
+    from dalle2_fast.pipeline.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,28 @@ class SamplingSettings:
     def to_dict(self) -> dict[str, Any]:
         """All settings by name, in order; JSON can hold them."""
         return asdict(self)
+
+
+class GenerateOptions(TypedDict, total=False):
+    """The keyword arguments of `DALLE2.generate`, for `DALLE2.__call__`, which passes them on."""
+
+    seed: int | None
+    generator: torch.Generator | None
+    steps: int | None
+    guidance: float | None
+    candidates: int | None
+    prior_steps: int | None
+    prior_guidance: float | None
+    negative_prompt: str | None
+    init_image: Tensor | Image | None
+    strength: float
+    upsampler_steps: int | None
+    upsampler2_steps: int | None
+    size: int | None
+    tile: int | None
+    sampler: str | None
+    batch_size: int | None
+    progress: Progress
 
 
 def resolve_prompts(prompt: str | Sequence[str]) -> list[str]:

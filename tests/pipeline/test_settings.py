@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from dalle2_fast import DALLE2
-from dalle2_fast.pipeline.options import GenerateOptions
-from dalle2_fast.pipeline.settings import SamplingSettings, resolve_settings
+from dalle2_fast.pipeline.settings import GenerateOptions, SamplingSettings, resolve_settings
 from tests.support.tiny_pipeline import tiny_pipeline
 
 
