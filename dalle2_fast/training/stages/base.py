@@ -39,9 +39,12 @@ class SceneStage:
         self.device, self.tokenizer = source.device, source.tokenizer
         self.model = self.build_model().to(self.device)
         self.config = {"model": self.model.config}
-        options = dict(resolutions=self.resolutions, negatives=self.negatives)
-        self.stream = source.stream(self.stream_number, self.scenes_per_batch(), split="train", **options)
-        held_out = source.stream(HELD_OUT_STREAM, self.held_out_size, split="iid", **options)
+        self.stream = source.stream(
+            self.stream_number, self.scenes_per_batch(), self.resolutions, self.negatives, split="train"
+        )
+        held_out = source.stream(
+            HELD_OUT_STREAM, self.held_out_size, self.resolutions, self.negatives, split="iid"
+        )
         self.held_out = held_out.batch(0)
 
     def build_model(self) -> nn.Module:

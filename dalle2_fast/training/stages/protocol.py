@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class Validation(NamedTuple):
     """What a model achieves on held-out data: numbers for the log, and images to look at."""
 
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float]
     images: Tensor | None = None  # float [N, 3, H, W] in [0, 1]
     columns: int = 1  # images in each row of their grid
 

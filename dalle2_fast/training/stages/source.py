@@ -32,7 +32,7 @@ class Source:
     device: torch.device
 
     def stream(
-        self, number: int, batch_size: int, *, resolutions: tuple[int, ...], split: str, negatives: int = 0
+        self, number: int, batch_size: int, resolutions: tuple[int, ...], negatives: int, *, split: str
     ) -> SceneStream | WebDatasetStream:
         """A stream whose `batch(step)` depends on the run's seed, on `number` and on the step.
 
@@ -41,8 +41,8 @@ class Source:
                 shards have the same pairs in another order.
             batch_size: scenes, or pairs, in each batch.
             resolutions: of the images; the same scenes are rendered at each of them.
-            split: of the scenes, "train" or "iid" (held out).
             negatives: hard-negative captions for each image.
+            split: of the scenes, "train" or "iid" (held out).
         """
         seed = seed_of(self.seed, number)
         if self.shards is not None:
@@ -53,8 +53,16 @@ class Source:
         if self.device.type != "cpu" and split == "train":
             scenes = min(SCENES_AT_ONCE, PIXELS_AT_ONCE // max(resolutions) ** 2)
             at_once = max(1, scenes // batch_size)
-        options = dict(negatives=negatives, at_once=at_once)
-        return SceneStream(self.world, batch_size, resolutions, seed, split, self.device, **options)
+        return SceneStream(
+            self.world,
+            batch_size,
+            resolutions,
+            seed,
+            split,
+            self.device,
+            negatives=negatives,
+            at_once=at_once,
+        )
 
 
 def seed_of(seed: int, number: int) -> int:
