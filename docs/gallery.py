@@ -1,9 +1,9 @@
-"""The pictures of the README's gallery, made anew by the command line with fixed seeds.
+"""Make the images of the README's gallery with the command line and fixed seeds.
 
     python docs/gallery.py                     writes docs/variations.png, docs/interpolate.png, ...
-    python docs/gallery.py inpaint invert      only these
+    python docs/gallery.py inpaint invert      writes only these
 
-The source pictures are rendered scenes of the world that the checkpoint knows.
+The source images are rendered scenes of the world on which the checkpoint was trained.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import tempfile
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
-COLOURS = 48  # of a written file, to keep it small
+COLOURS = 48  # in a written file, which keeps it small
 
-# What is rendered, as arguments of World beside those of one plain object, and the seed of its place.
+# Source images of one plain object: further arguments of World, and the seed of the object's position.
 SOURCES = {
     "circle": (dict(shapes=["circle"], colors=["red"], sizes=["large"], backgrounds=["navy"]), 0),
     "square": (dict(shapes=["square"], colors=["yellow"], sizes=["medium"], backgrounds=["gray"]), 3),
 }
-# name of the picture -> command line; a word with ".png" is a source.
+# name of the image -> command line; a word that ends with ".png" is a source image.
 GALLERY = {
     "variations": ["variations", "circle.png", "--num-images", "5"],
     "interpolate": ["interpolate", "circle.png", "square.png", "--frames", "6", "--noise", "slerp"],
@@ -44,6 +44,7 @@ GALLERY = {
 
 
 def render_sources(folder: Path, size: int = 256) -> None:
+    """Write every source image, as NAME.png, into the folder."""
     import torch
 
     from dalle2_fast.data import World, render
@@ -58,10 +59,10 @@ def render_sources(folder: Path, size: int = 256) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(GALLERY)} (default: all)")
-    parser.add_argument("--checkpoint", help="a folder (default: the checkpoint in the package)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(GALLERY)}; default: all")
+    parser.add_argument("--checkpoint", help="a folder; default: the checkpoint in the package")
     parser.add_argument("--seed", default="0")
-    parser.add_argument("--out", type=Path, default=DOCS, help="where to write (default: docs)")
+    parser.add_argument("--out", type=Path, default=DOCS, help="folder of the images; default: docs")
     args = parser.parse_args()
     if unknown := set(args.names) - set(GALLERY):
         parser.error(f"expected some of {', '.join(GALLERY)}, got {', '.join(sorted(unknown))}")
@@ -77,7 +78,7 @@ def main() -> int:
         os.chdir(folder)
         render_sources(Path())
         for name in args.names or GALLERY:
-            # One dtype on every machine: others round to other pictures.
+            # The same dtype on every machine, because another one gives other images.
             command = [*GALLERY[name], "--seed", args.seed, "--dtype", "fp32"]
             print("dalle2-fast", *(f'"{word}"' if " " in word else word for word in command), flush=True)
             if code := cli.main([*command, *chosen, "--output", "made.png", "--quiet"]):

@@ -1,5 +1,5 @@
-"""Test-wide settings: one thread (many are slower on a busy machine), the kernels' interpreter where there is
-no GPU, and gpu tests only where one is."""
+"""Settings of all tests: one thread (more are slower on a busy machine); without a GPU, Triton's interpreter
+for the kernels and no tests that need a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
-    # Before anything imports triton: a kernel is interpreted or compiled according to this at its definition.
+    # Set before triton is imported, because it decides at a kernel's definition whether it is interpreted.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def kernel_device() -> str:
-    """Where the kernels run in this session: "cuda", or "cpu" in Triton's interpreter."""
+    """The device of the kernels in this session: "cuda", or "cpu" in Triton's interpreter."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs triton")
     if torch.cuda.is_available():
@@ -42,7 +42,7 @@ def kernel_device() -> str:
 
 @pytest.fixture(scope="session")
 def karlo(tmp_path_factory):
-    """diffusers' pipeline with a scaled-down Karlo; never changed."""
+    """diffusers' pipeline with a scaled-down Karlo. Tests do not change it."""
     from tests.support import tiny_karlo
 
     pipe = tiny_karlo.pipeline(tmp_path_factory.mktemp("tokenizer"))
@@ -59,13 +59,13 @@ def karlo_folder(karlo, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def karlo_originals(karlo, tmp_path_factory) -> Path:
-    """Karlo's original files with the same weights; its CLIP is that of OpenAI, here one of ours."""
+    """Karlo's original files with the same weights; its CLIP, OpenAI's, is here one of ours."""
     from dalle2_fast import CLIP
     from tests.support import tiny_karlo
 
-    place = tiny_karlo.original_files(tmp_path_factory.mktemp("originals"), karlo.components)
+    folder = tiny_karlo.original_files(tmp_path_factory.mktemp("originals"), karlo.components)
     clip = CLIP(dim_text=64, dim_image=64, dim_latent=64, text_enc_depth=1, text_heads=1, visual_enc_depth=1,
                 visual_heads=1, visual_image_size=16, visual_patch_size=8)
-    state = clip.state_dict() | {"input_resolution": torch.tensor(16)}  # as OpenAI's files tell themselves
-    torch.save(state, place / "ViT-L-14.pt")
-    return place
+    state = clip.state_dict() | {"input_resolution": torch.tensor(16)}  # OpenAI's files are recognised by it
+    torch.save(state, folder / "ViT-L-14.pt")
+    return folder

@@ -1,4 +1,4 @@
-"""docs/gallery.py: the command line and the checkpoint in the package understand its commands."""
+"""docs/gallery.py: the command line and the checkpoint in the package accept its commands."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ spec.loader.exec_module(gallery)
 
 @pytest.mark.parametrize("name", gallery.GALLERY)
 def test_commands_are_understood(name):
-    """An option that was renamed, or a word that the checkpoint does not know, would show only in a run."""
+    """Catches: a renamed option, or a word outside the checkpoint's vocabulary, before a whole run fails."""
     command, *arguments = gallery.GALLERY[name]
     parser = argparse.ArgumentParser()
     import_module(cli.COMMANDS[command][0]).add_arguments(parser)
@@ -32,15 +32,16 @@ def test_commands_are_understood(name):
     tokenizer = WordTokenizer.from_config(load_config(embedded_path())["tokenizer"])
     captions = [getattr(args, option, None) for option in ("caption", "source", "target")]
     tokenizer.encode([caption for caption in captions if caption])
-    pictures = [word for word in arguments if word.endswith(".png")]
-    assert pictures and {Path(picture).stem for picture in pictures} <= set(gallery.SOURCES)
+    images = [word for word in arguments if word.endswith(".png")]
+    assert images and {Path(image).stem for image in images} <= set(gallery.SOURCES)
 
 
 def test_sources_are_of_the_checkpoints_world(tmp_path):
+    """Catches: a source image that the checkpoint was not trained on, or an empty one."""
     world = World.from_config(load_config(embedded_path())["metadata"]["world"])
     for chosen, _ in gallery.SOURCES.values():
         assert all(set(names) <= set(getattr(world, attribute)) for attribute, names in chosen.items())
     gallery.render_sources(tmp_path, 32)
     for name in gallery.SOURCES:
-        with Image.open(tmp_path / f"{name}.png") as picture:
-            assert picture.size == (32, 32) and len(picture.getcolors(1024)) > 2
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert image.size == (32, 32) and len(image.getcolors(1024)) > 2

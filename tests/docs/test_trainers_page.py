@@ -1,6 +1,6 @@
 """docs/trainers.md: every block of code on the page runs, against the real packages where they are installed.
 
-Catches: a line that the page promises and that does not work, or no longer.
+Catches: a line of the page that does not work.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def is_patched(model) -> bool:
 
 @pytest.fixture
 def names(tmp_path):
-    """What the page takes as given."""
+    """The names that the code on the page uses without defining them."""
     torch.manual_seed(0)
     pipe = tiny_pipeline().requires_grad_(True)
     images = torch.rand(2, 3, 32, 32)
@@ -91,7 +91,7 @@ def test_block(name, names):
 
 
 def Pipe(diffusers, unet):
-    """A pipeline of a U-Net and its scheduler."""
+    """A diffusers pipeline of a U-Net and its scheduler."""
 
     class UnCLIP(diffusers.DiffusionPipeline):
         def __init__(self, decoder, decoder_scheduler) -> None:

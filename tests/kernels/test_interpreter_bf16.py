@@ -46,5 +46,5 @@ def test_arithmetic_in_bfloat16_raises():
     from tests.support.aot.toys import bfloat16_sum_kernel
 
     x = torch.ones(16, dtype=torch.bfloat16)
-    with pytest.raises(Exception, match="on bfloat16 in the interpreter: widen first"):
+    with pytest.raises(Exception, match="on bfloat16 in the interpreter: convert to float32"):
         bfloat16_sum_kernel[(1,)](x, torch.empty_like(x), BLOCK=16)

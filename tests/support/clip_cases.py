@@ -1,4 +1,4 @@
-"""The published CLIPs' sizes, and small CLIPs with the configurations that others would write for them."""
+"""The sizes of the published CLIPs, and small CLIPs with their configurations in other packages' formats."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def config_of_open_clip(**more) -> dict:
 
 
 def torchscript(path: Path, state: dict[str, torch.Tensor]) -> Path:
-    """An archive as torch.jit.save writes it, of modules that hold the tensors of `state`."""
+    """A TorchScript archive of modules that hold the tensors of `state`."""
 
     class Holder(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -48,12 +48,12 @@ def torchscript(path: Path, state: dict[str, torch.Tensor]) -> Path:
     root = Holder()
     for name, value in state.items():
         *modules, last = name.split(".")
-        place = root
+        holder = root
         for module in modules:
-            if not hasattr(place, module):
-                place.add_module(module, Holder())
-            place = getattr(place, module)
-        place.register_buffer(last, value)
+            if not hasattr(holder, module):
+                holder.add_module(module, Holder())
+            holder = getattr(holder, module)
+        holder.register_buffer(last, value)
     torch.jit.trace(root, torch.zeros(1)).save(path)
     return path
 
@@ -76,7 +76,7 @@ def _config(embed: int, vision: dict, text: Text) -> dict:
 
 
 B, L, H, G = (512, 8, 12), (768, 12, 12), (1024, 16, 24), (1280, 20, 32)
-# open_clip 2.32's configurations, and its models' parameters, counted.
+# The configurations of open_clip 2.32, and the parameter counts of its models.
 NAMED = {
     "ViT-B-32": (vit(512, 768, 12, 32, B), 151_277_313),
     "ViT-B-16": (vit(512, 768, 12, 16, B), 149_620_737),

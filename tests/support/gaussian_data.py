@@ -1,4 +1,4 @@
-"""Data of which the exact network is known: normal entries of mean MEAN and deviation DEVIATION."""
+"""Data whose optimal network is known: independent normal numbers with mean MEAN and deviation DEVIATION."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def best_x0(x: Tensor | float, alpha: Tensor | float, sigma: Tensor | float) -> 
 
 
 def exact_net(schedule: Schedule, prediction: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """The best network for this data, in float64, for any of the three predictions."""
+    """The optimal network for this data, in float64, for one of the three predictions."""
 
     def net(x: Tensor, net_time: Tensor) -> Tensor:
         t = net_time.double() if schedule.timesteps else net_time.double() / 1000

@@ -1,9 +1,9 @@
-"""bfloat16 in Triton's interpreter: right where kernels use it, an error where they do arithmetic in it.
+"""bfloat16 in Triton's interpreter: correct conversions and products, and an error for any other arithmetic.
 
-The interpreter (Triton 3.6 and 3.9) keeps bfloat16 as uint16 bit patterns: it multiplies and adds the
-patterns, and conversion from float32 truncates. Kernels here load bfloat16, widen it, compute in float32 and
-round once at the store; their tensor-core products take bfloat16 operands. `mend()` makes conversions (to
-nearest, ties to even) and products right, and everything else on bfloat16 raise.
+The interpreter (Triton 3.6 and 3.9) stores bfloat16 as uint16 bit patterns: it multiplies and adds these
+patterns, and its conversion from float32 truncates. The kernels of this project load bfloat16, convert it to
+float32, compute and round once at the store; only their tensor-core products take bfloat16 operands. `mend()`
+corrects conversions (to nearest, ties to even) and products; all other operations on bfloat16 then raise.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def narrow(values: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def mend() -> None:
-    """Patch the interpreter of this process."""
+    """Patch the interpreter in this process."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -64,7 +64,9 @@ def mend() -> None:
         @functools.wraps(original)
         def wrapped(self, *args):
             if any(is_bf16(value) for value in args) and np.where not in args:
-                raise NotImplementedError(f"{original.__name__} on bfloat16 in the interpreter: widen first")
+                raise NotImplementedError(
+                    f"{original.__name__} on bfloat16 in the interpreter: convert to float32 first"
+                )
             return original(self, *args)
 
         return wrapped

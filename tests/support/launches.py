@@ -15,7 +15,7 @@ from tests.support.aot.compile import Case, function_of
 
 
 class Launch(NamedTuple):
-    kernel: Any  # as triton.jit wraps it
+    kernel: Any  # the object that triton.jit returns
     args: tuple
     kwargs: dict
 
@@ -65,7 +65,10 @@ _TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16
 
 
 def as_case(name: str, launch: Launch, varying: Collection[str], **options) -> Case:
-    """A launch as a case to compile. varying: arguments that are not specialised on; options: of Case."""
+    """A launch as a case to compile.
+
+    varying: arguments whose value is not specialised. options: arguments of Case.
+    """
     constants = {key: value for key, value in launch.kwargs.items() if key.isupper()}
     options |= {key: value for key, value in launch.kwargs.items() if key in ("num_warps", "num_stages")}
     signature = {}

@@ -1,6 +1,5 @@
-"""Karlo scaled down, with random weights, made by diffusers' and transformers' own classes; its folder, and
-the same weights as Karlo's original files hold them.
-"""
+"""Karlo scaled down, with random weights, built by the classes of diffusers and transformers: its folder, and
+the same weights in the format of Karlo's original files."""
 
 from __future__ import annotations
 
@@ -13,12 +12,12 @@ from torch import Tensor, nn
 
 MERGES = ("a t</w>", "i n", "t h", "th e</w>", "r e", "re d</w>", "o r", "in g</w>", "a n", "an d</w>")
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
-WIDTH = 64  # of CLIP's embeddings and of its text encodings, which are one width in Karlo
+WIDTH = 64  # of CLIP's embeddings and of its text encodings, which are equal in Karlo
 LENGTH = 13  # tokens of a caption
 
 
 def shaken(module: nn.Module, scale: float = 0.05) -> nn.Module:
-    """Random numbers added to every parameter: norms and zero initialisations hide what is mixed up."""
+    """Random numbers added to every parameter: initial zeros and ones would hide exchanged weights."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(scale * torch.randn_like(parameter))
@@ -26,7 +25,7 @@ def shaken(module: nn.Module, scale: float = 0.05) -> nn.Module:
 
 
 def tokenizer_folder(folder: Path) -> Path:
-    """A byte-pair vocabulary of ten merges, as Hugging Face writes it."""
+    """A byte-pair vocabulary of ten merges in Hugging Face's format."""
     from dalle2_fast.data.text.bpe import BPETokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +42,7 @@ def tokenizer_folder(folder: Path) -> Path:
 
 
 def diffusers_parts(image_size: int = 16, seed: int = 0) -> dict[str, nn.Module]:
-    """The networks of an UnCLIPPipeline. Heads are 64 wide, as in Karlo."""
+    """The networks of an UnCLIPPipeline. The width of a head is 64, as in Karlo."""
     from diffusers import PriorTransformer, UNet2DConditionModel, UNet2DModel
     from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 
@@ -78,8 +77,8 @@ def diffusers_parts(image_size: int = 16, seed: int = 0) -> dict[str, nn.Module]
             shaken(part)
         with torch.no_grad():
             parts["prior"].clip_std.add_(1.0)
-            # A net that predicts noise ten times its size puts pixels at random on either bound, where a last
-            # digit decides; so weak ones, for which a chain can be compared. The last step has no such bound.
+            # If a net predicts noise ten times too large, rounding decides which bound of x0 a pixel hits, so
+            # that pipelines cannot be compared. These nets predict little. The last step has no such bound.
             for name in ("decoder", "super_res_first"):
                 parts[name].conv_out.weight.mul_(0.1)
     return parts
@@ -112,7 +111,7 @@ def image_encoder(seed: int = 2) -> nn.Module:
 
 
 def schedulers() -> dict[str, object]:
-    """Those of kakaobrain/karlo-v1-alpha."""
+    """The schedulers of kakaobrain/karlo-v1-alpha."""
     from diffusers.schedulers import UnCLIPScheduler
 
     return dict(
@@ -125,7 +124,7 @@ def schedulers() -> dict[str, object]:
 
 
 def pipeline(folder: Path):
-    """A whole diffusers.UnCLIPPipeline; its tokenizer is read from `folder`."""
+    """A complete diffusers.UnCLIPPipeline; the files of its tokenizer are written to `folder`."""
     from diffusers import UnCLIPPipeline
     from transformers import CLIPTokenizer
 
@@ -139,12 +138,12 @@ def pipeline(folder: Path):
 
 
 def interleaved(*parts: Tensor, head_dim: int = 64) -> Tensor:
-    """Rows [heads * head_dim] of queries, keys, ... -> [heads, parts, head_dim] below each other."""
+    """Rows [heads * head_dim] of queries, keys, ... -> [heads * parts * head_dim], head by head."""
     return torch.stack([part.unflatten(0, (-1, head_dim)) for part in parts], dim=1).flatten(0, 2)
 
 
 def original_prior(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """Written from the original's module tree, not from the loader's rules."""
+    """Derived from the module tree of the original, not from the loader's rules."""
     layers = {
         "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
         "clip_img_proj": "proj_in", "text_emb_proj": "embedding_proj",
@@ -168,7 +167,7 @@ def original_prior(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
 
 
 def original_unet(unet: nn.Module) -> dict[str, Tensor]:
-    """diffusers' U-Net under the original's names, by walking its modules in the order in which they run."""
+    """diffusers' U-Net under the names of the original, found by visiting its modules in execution order."""
     made: dict[str, Tensor] = {}
 
     def layer(name: str, module: nn.Module) -> None:
@@ -245,7 +244,7 @@ def original_upsampler(first: nn.Module, last: nn.Module) -> dict[str, Tensor]:
 
 
 def original_files(folder: Path, parts: dict[str, nn.Module]) -> Path:
-    """A .ckpt each for prior, decoder and upsampler, and the statistics, as Karlo's loader reads them."""
+    """One .ckpt each for prior, decoder and upsampler, and the statistics, as Karlo's loader reads them."""
     folder.mkdir(parents=True, exist_ok=True)
     prior = parts["prior"].state_dict()
     mean, std = (prior.pop(name)[0].clone() for name in ("clip_mean", "clip_std"))
@@ -263,7 +262,7 @@ def original_files(folder: Path, parts: dict[str, nn.Module]) -> Path:
 
 
 class Malicious:
-    """A pickle that, were it run, would leave a file behind."""
+    """A pickle that creates a file if its code is executed."""
 
     def __init__(self, proof: Path) -> None:
         self.proof = proof

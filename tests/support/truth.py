@@ -1,9 +1,8 @@
-"""How a test says "right": as close to the float64 truth as plain torch is at the same dtype.
+"""The criterion of correctness: as close to the float64 truth as plain torch is at the same dtype.
 
-An op of bfloat16 numbers cannot be exact, and a fixed tolerance is either too tight for one shape or blind
-to a wrong formula in another. So three results are compared: `actual` (what is tested), `plain` (ordinary
-torch at the test's dtype) and `truth` (the reference in float64). The error of `actual` may be 1.5 times that
-of `plain`.
+An op on bfloat16 numbers cannot be exact. A fixed tolerance is too tight for one shape, or hides a wrong
+formula at another. So three results are compared: `actual` (which is tested), `plain` (ordinary torch at the
+test's dtype) and `truth` (the reference in float64). The error of `actual` may be 1.5 times that of `plain`.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ def assert_close_to_truth(
 ) -> None:
     """|actual - truth| <= factor |plain - truth| + slack |truth| in norm, and a bound on every element.
 
-    Mappings (of outputs and gradients) are compared entry by entry. The element bound, 4 times the largest
-    error of `plain` plus one rounding of the largest value, catches a wrong element that a norm hides.
+    Mappings (of outputs and gradients) are compared entry by entry. A norm hides a single wrong element; the
+    bound on every element is 4 times the largest error of `plain` plus one rounding of the largest value.
     """
     if isinstance(truth, Mapping):
         assert set(actual) == set(plain) == set(truth), f"{set(actual)}, {set(plain)}, {set(truth)}"
@@ -41,7 +40,7 @@ def assert_close_to_truth(
     if truth.numel() == 0:
         return
     rounding = torch.finfo(actual.dtype).eps
-    # Where the truth is: a CPU takes seconds for the norms of a picture batch's 84 million numbers.
+    # On the device of the truth: a CPU takes seconds for the norms of 84 million numbers, a batch of images.
     actual, plain, truth = (value.detach().to(truth.device).double() for value in (actual, plain, truth))
     assert bool(actual.isfinite().all()), "not finite"
 
@@ -65,8 +64,8 @@ def outputs_and_gradients(
 ) -> dict[str, Tensor]:
     """`function(**inputs)` at `dtype` and its gradients, as {"output": ..., "d <input>": ...}.
 
-    Floating inputs are cast to dtype, those in keep_dtype only when dtype is float64; layouts are kept. The
-    output is weighted by fixed random numbers, rounded to bfloat16 so that every dtype sees the same ones.
+    Floating-point inputs are cast to dtype, with the same memory layout; those in keep_dtype only if dtype is
+    float64. The gradient of the output is fixed random numbers, the same for every dtype.
     """
     leaves = {}
     for name, value in inputs.items():
