@@ -168,7 +168,7 @@ def _generate(
     texts, images = _texts(tokens), []
     idle = {"upsampler_steps"} | (set() if pipe.prior.diffuses else {"prior_steps"})
     starts = range(0, len(texts), batch_size)
-    for start in tqdm(starts, desc="drawing captions", unit="batch", disable=not progress, leave=False):
+    for start in tqdm(starts, desc="generating images", unit="batch", disable=not progress, leave=False):
         # Within a call every caption gets the same noise; so every call gets another seed.
         made = pipe.generate(
             texts[start : start + batch_size],

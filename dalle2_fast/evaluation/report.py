@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-COLUMNS = {"generated": "drawn", "renders": "true", "shuffled": "shuffled", "nearest": "nearest"}
+COLUMNS = ("generated", "renders", "shuffled", "nearest")
 KIND_TITLES = {"one": "one object", "two": "two objects", "count": "2 to 5 alike", "three": "three objects"}
 
 
@@ -11,30 +11,30 @@ def print_report(report: dict) -> None:
     splits, sampling = report["splits"], report["sampling"]
     print(f"checkpoint {report['checkpoint']}, seed {report['seed']}, {report['device']} {report['dtype']}")
     if report["clip"]:
-        print(f"\nCLIP, right of {report['clip_captions']} pictures, %")
+        print(f"\nCLIP, right of {report['clip_captions']} images, %")
         _print_rows(_clip_rows(report["clip"], splits), [(split, "") for split in splits])
         print(
-            f"retrieval: is the nearest of {report['clip_captions']} captions true of the picture? "
-            "two-way: is the true caption\nnearer than its edited copy? Chance is 50; "
+            f"retrieval: is the nearest of {report['clip_captions']} captions true of the image? "
+            "two-way: is the true caption\nnearer than its edited copy? Chance is 50. "
             "binding: colours or shapes exchanged."
         )
     if report["caption_accuracy"]:
         settings = ", ".join(
             f"{name} {value}" for name, value in sampling.items() if not name.startswith("upsampler")
         )
-        print(f"\nCaptions read back from {report['captions']} pictures of {report['size']} px per split, %")
-        heads = [(split, title) for split in splits for title in COLUMNS.values()]
+        print(f"\nCaptions read back from {report['captions']} images of {report['size']} px per split, %")
+        heads = [(split, title) for split in splits for title in COLUMNS]
         _print_rows(_caption_rows(report["caption_accuracy"], splits), heads)
         print(
-            "drawn: by this checkpoint. true: the renders, so this is how well the reader reads. shuffled: "
-            "drawn from\nother captions. nearest: the picture of the most similar of "
+            "generated: by this checkpoint. renders: the true images; this is how well the reader reads. "
+            "shuffled: generated\nfrom other captions. nearest: the render of the most similar of "
             f"{report['training_captions']} training captions.\n{settings}"
         )
     if report["upsampler"]:
         scores = report["upsampler"]
         print(
             f"\nupsampler: PSNR {scores['psnr']:.2f} dB, bicubic {scores['psnr_bicubic']:.2f} dB "
-            f"({scores['pictures']} pictures against their large renders)"
+            f"({scores['pictures']} images, compared with their large renders)"
         )
     print(f"\nseconds: {', '.join(f'{name} {value}' for name, value in report['seconds'].items())}")
 

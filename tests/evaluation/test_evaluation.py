@@ -56,7 +56,7 @@ def test_a_bag_of_words_retrieves_but_does_not_bind():
     assert scores["two_way"]["binding"].of == sum(part.of for part in parts) > 50
 
 
-# Catches: a caption that is as true of the picture as its own and is still called wrong.
+# Catches: a caption that is as true of the image as the image's caption and is still called wrong.
 def test_retrieving_another_true_caption_is_right():
     scenes = sample_scenes(40, generator(1), "iid", WORLD)
     twice = {key: torch.cat([value, value]) for key, value in scenes.items()}
@@ -111,7 +111,7 @@ def test_an_upsampler_that_knows_the_truth_beats_bicubic_and_bicubic_equals_itse
 
 
 def pipeline(world: World | None = WORLD, second: bool = False) -> DALLE2:
-    """A whole chain with random weights that takes scene captions."""
+    """A whole pipeline with random weights that takes scene captions."""
     words = WordTokenizer.scenes(world)
     tower = dict(num_tokens=words.vocab_size, context_length=words.context_length, dim=16, depth=1, heads=2)
     unet = dict(out_channels=3, patch_size=2, channels=(16, 16), layers_per_block=1, num_groups=4)
@@ -143,7 +143,7 @@ def checkpoint(tmp_path_factory):
 SMALL = "--captions 8 --clip-captions 20 --training-captions 100 --pictures 2 --quiet".split()
 
 
-# Catches: a chain with a second upsampler that cannot be scored; the first one is.
+# Catches: a pipeline with a second upsampler that cannot be scored; the first one is.
 def test_a_second_upsampler_does_not_matter(tmp_path, capsys):
     path = pipeline(second=True).save_pretrained(tmp_path)
     command = ["evaluate", "--checkpoint", str(path), *SMALL, "--parts", "upsampler", "--device", "cpu"]

@@ -1,4 +1,4 @@
-"""The reader of pictures: right on true pictures, wrong where the picture is."""
+"""The reader of images: it reads true images right, and sees what is wrong in others."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def scenes_of(kind: int, n: int = 48, seed: int = 0):
 
 
 def rates(images, scenes, says) -> dict[str, float]:
-    """Attribute -> share of pictures that have it right, of all that state it."""
+    """Attribute -> share of images that have it right, of all that state it."""
     right, applies = judge(READER.read(images), scenes, says)
     return {
         name: (right[name] & applies[name]).sum().item() / applies[name].sum().item()
@@ -89,7 +89,7 @@ def test_blur_noise_and_specks_do_not_matter():
         assert rate >= 0.97, name
 
 
-# Catches: a resolution baked in; 256 px pictures are the pipeline's default output.
+# Catches: a resolution baked in; 256 px images are the pipeline's default output.
 @pytest.mark.parametrize("size", [32, 256])
 def test_other_sizes_are_read_too(size):
     scenes, says = scenes_of(ONE, 24)
@@ -114,7 +114,7 @@ def with_another(scenes, name: str):
     return scenes | {key: another(scenes[key], choices)}
 
 
-# Catches: an attribute that is scored right whatever the picture shows, or that drags another one along.
+# Catches: an attribute that is right regardless of what the image shows, or that changes another one.
 @pytest.mark.parametrize("name", ["color", "shape", "size", "position", "background"])
 def test_one_wrong_attribute_costs_exactly_itself(name):
     scenes, says = scenes_of(ONE, 64)
@@ -182,7 +182,7 @@ def test_shuffled_pictures_score_far_lower():
     assert shuffled["one"]["color"].rate < 0.4 and shuffled["one"]["position"].rate < 0.4
 
 
-# Catches: unstated attributes that are scored, so that a right picture is called wrong.
+# Catches: unstated attributes that are scored, so that a right image is called wrong.
 def test_only_what_is_stated_counts():
     scenes, says = scenes_of(ONE)
     silent = {name: torch.zeros_like(value) for name, value in says.items()}
@@ -192,7 +192,7 @@ def test_only_what_is_stated_counts():
     assert right["everything"].float().mean() > 0.97
 
 
-# Catches: crashes and inventions on pictures without objects, where objects lie in others, too: what an
+# Catches: crashes and invented objects on images without objects, also where objects lie in others: what an
 # untrained decoder draws.
 @pytest.mark.parametrize(
     "world", [PLAIN, World(), World(**PLAIN.to_config() | {"relations": ["left", "inside"]})],
@@ -231,7 +231,7 @@ def flood(mask):
     return found
 
 
-# Catches: label spreading that stops early (snakes are long) or leaks between pictures.
+# Catches: label spreading that stops early (snakes are long) or leaks between images.
 def test_components_are_those_of_a_flood_fill():
     share = torch.tensor([0.3, 0.5, 0.6, 0.65, 0.9, 1.0])[:, None, None]
     masks = torch.rand(6, 20, 20, generator=generator()) < share

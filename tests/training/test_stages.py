@@ -58,7 +58,7 @@ def test_foreground_weight_covers_the_objects():
 
 
 def test_crops_show_the_same_place():
-    """Catches: low and high cropped apart, crops that leave the picture, one crop repeated."""
+    """Catches: low and high cropped apart, crops that leave the image, one crop repeated."""
     rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
     low = torch.stack([rows, columns, torch.zeros(8, 8)]).expand(3, -1, -1, -1).clone()
     low[:, 2] = torch.arange(3.0)[:, None, None]
@@ -91,9 +91,9 @@ def test_own_data(tmp_path, capsys):
     shard = tmp_path / "data.tar"
     with tarfile.open(shard, "w") as tar:
         for index, caption in enumerate(["a quiet harbour", "two dogs", "the sea at night", "a red bicycle"]):
-            picture = io.BytesIO()
-            Image.new("RGB", (40, 32), (60 * index, 90, 200)).save(picture, format="PNG")
-            for ending, data in (("png", picture.getvalue()), ("txt", caption.encode())):
+            png = io.BytesIO()
+            Image.new("RGB", (40, 32), (60 * index, 90, 200)).save(png, format="PNG")
+            for ending, data in (("png", png.getvalue()), ("txt", caption.encode())):
                 entry = tarfile.TarInfo(f"{index}.{ending}")
                 entry.size = len(data)
                 tar.addfile(entry, io.BytesIO(data))
