@@ -105,19 +105,19 @@ class WebDatasetStream:
         samples = list(itertools.islice(self._samples, skip, skip + self.batch_size))
         self._step = step + 1
 
-        pictures = list(self._threads.map(self._decode, (image for image, _ in samples)))
-        good = [index for index, picture in enumerate(pictures) if not isinstance(picture, Exception)]
-        for picture in pictures:
-            if isinstance(picture, Exception):
-                self._skip("image cannot be decoded", picture)
+        decoded = list(self._threads.map(self._decode, (image for image, _ in samples)))
+        good = [index for index, image in enumerate(decoded) if not isinstance(image, Exception)]
+        for image in decoded:
+            if isinstance(image, Exception):
+                self._skip("image cannot be decoded", image)
         if not good:
             raise ValueError(f"shards: none of the {self.batch_size} images of step {step} can be decoded")
         # The next sample of the shard is no replacement: a resumed stream would have to decode all that it
         # skips, in order to know which samples a batch holds.
-        order = [index if index in set(good) else good[index % len(good)] for index in range(len(pictures))]
+        order = [index if index in set(good) else good[index % len(good)] for index in range(len(decoded))]
         captions = [samples[index][1] for index in order]
         images = {
-            resolution: torch.stack([pictures[index][column] for index in order]).to(self.device)
+            resolution: torch.stack([decoded[index][column] for index in order]).to(self.device)
             for column, resolution in enumerate(self.resolutions)
         }
         return dict(

@@ -172,8 +172,8 @@ def draw_phrasing(
         return torch.randint(0, high, (n,), generator=generator, device=device)
 
     def synonym(table: str) -> Tensor:
-        drawn = integers(tables[table].shape[1])
-        return torch.zeros_like(drawn) if canonical else drawn
+        column = integers(tables[table].shape[1])
+        return torch.zeros_like(column) if canonical else column
 
     attributes = dict(
         size=bernoulli(0.55, MAX_OBJECTS),

@@ -21,8 +21,9 @@ from functools import cache, lru_cache
 from os import PathLike
 from pathlib import Path
 
-import torch
 from torch import Tensor
+
+from dalle2_fast.data.text.rows import check_context_length, checked_ids, encode_rows
 
 MERGES_FILE = Path(__file__).with_name("clip_merges.txt.gz")
 BEGIN, END = "<start_of_text>", "<end_of_text>"
@@ -53,8 +54,7 @@ class BPETokenizer:
     """
 
     def __init__(self, context_length: int = 77, merges: Sequence[str] | None = None) -> None:
-        if not isinstance(context_length, int) or context_length < 3:
-            raise ValueError(f"context_length: expected an int >= 3, got {context_length!r}")
+        check_context_length(context_length)
         if isinstance(merges, str):
             raise TypeError("merges: expected a sequence of pairs, got a single string")
         self.context_length = context_length
@@ -85,15 +85,9 @@ class BPETokenizer:
             TypeError: a caption is not a str.
             ValueError: a caption has more than context_length - 2 ids.
         """
-        if unknown not in ("error", "token"):
-            raise ValueError(f'unknown: expected "error" or "token", got {unknown!r}')
-        captions = [captions] if isinstance(captions, str) else list(captions)
-        rows = [self._encode(caption, truncate) for caption in captions]
-        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.context_length)
+        return encode_rows(captions, lambda x: self._encode(x, truncate), self.context_length, unknown)
 
     def _encode(self, caption: str, truncate: bool) -> list[int]:
-        if not isinstance(caption, str):
-            raise TypeError(f"captions: expected str, got {type(caption).__name__}")
         ids, room = self.tokenize(caption), self.context_length - 2
         if len(ids) > room and not truncate:
             raise ValueError(f"the caption has {len(ids)} tokens: expected at most {room}")
@@ -155,11 +149,7 @@ class BPETokenizer:
         Raises:
             ValueError: the row has another shape, or an id lies outside of the vocabulary.
         """
-        if isinstance(row, Tensor) and row.dim() != 1:
-            raise ValueError(f"row: expected [L], got {tuple(row.shape)}")
-        ids = [int(index) for index in row]
-        if bad := [index for index in ids if not 0 <= index < self.vocab_size]:
-            raise ValueError(f"row: expected ids from 0 to {self.vocab_size - 1}, got {bad[0]}")
+        ids = checked_ids(row, self.vocab_size)
         if self.eos in ids:
             ids = ids[: ids.index(self.eos)]
         letters = "".join(self._names[index] for index in ids if index != self.bos)

@@ -6,13 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor
 
 from dalle2_fast.data.synthetic.vocabulary import BOS, EOS, MAX_LENGTH, PAD, SPECIALS, UNK, WORDS
 from dalle2_fast.data.synthetic.words import scene_words
 from dalle2_fast.data.synthetic.world import World
 from dalle2_fast.data.text.bpe import BPETokenizer
+from dalle2_fast.data.text.rows import check_context_length, checked_ids, encode_rows
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")  # letters and digits, joined by - or '
 
@@ -43,8 +43,7 @@ class WordTokenizer:
         if isinstance(table, str):
             raise TypeError("table: expected a sequence of words, got a single string")
         self.table = tuple(table)
-        if not isinstance(context_length, int) or context_length < 3:
-            raise ValueError(f"context_length: expected an int >= 3, got {context_length!r}")
+        check_context_length(context_length)
         bad = [word for word in self.table if split_words(word) != [word]]
         if bad or len(set(self.table)) < len(self.table):
             got = f"got {', '.join(map(repr, bad[:5]))}" if bad else "some word occurs twice"
@@ -79,15 +78,11 @@ class WordTokenizer:
             TypeError: a caption is not a str.
             ValueError: a caption is empty, too long, or has unknown words, which the message names.
         """
-        if unknown not in ("error", "token"):
-            raise ValueError(f'unknown: expected "error" or "token", got {unknown!r}')
-        captions = [captions] if isinstance(captions, str) else list(captions)
-        rows = [self._encode(caption, unknown, truncate) for caption in captions]
-        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.context_length)
+        return encode_rows(
+            captions, lambda caption: self._encode(caption, unknown, truncate), self.context_length, unknown
+        )
 
     def _encode(self, caption: str, unknown: str, truncate: bool) -> list[int]:
-        if not isinstance(caption, str):
-            raise TypeError(f"captions: expected str, got {type(caption).__name__}")
         words, room = split_words(caption), self.context_length - 2
         if not words:
             raise ValueError(f"the caption {caption!r} is empty: expected 1 to {room} words")
@@ -113,12 +108,7 @@ class WordTokenizer:
         Raises:
             ValueError: the row has another shape, or an id lies outside of the vocabulary.
         """
-        if isinstance(row, Tensor) and row.dim() != 1:
-            raise ValueError(f"row: expected [L], got {tuple(row.shape)}")
-        ids = [int(index) for index in row]
-        bad = [index for index in ids if not 0 <= index < self.vocab_size]
-        if bad:
-            raise ValueError(f"row: expected ids from 0 to {self.vocab_size - 1}, got {bad[0]}")
+        ids = checked_ids(row, self.vocab_size)
         names = SPECIALS + self.table
         return " ".join(names[index] for index in ids if index not in (PAD, BOS, EOS))
 
