@@ -124,10 +124,11 @@ def build(
 
 @contextmanager
 def unfilled() -> Iterator[None]:
-    """Within this context, modules are made without initialising their parameters.
+    """Within this context, modules are made on the CPU without initialising their parameters.
 
-    The parameters lie on the CPU and take no memory until they are written, because torch.nn.init does
-    nothing to them. Buffers are filled as usual, and the state of torch's random numbers is restored.
+    The parameters take no memory until they are written, because torch.nn.init does nothing to them. Buffers
+    are filled as usual. No random number is drawn, and nothing that other threads see is set: to restore the
+    random state afterwards would give a thread that draws in the meantime the same numbers again.
 
     The "meta" device would save as much, but its operations import torch's compiler, which takes 1.6 s at
     every start.
@@ -138,20 +139,31 @@ def unfilled() -> Iterator[None]:
         >>> layer.weight.shape
         torch.Size([1000, 1000])
     """
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), _NoInitialisation():
+    with _NoInitialisation():
         yield
 
 
 _FILLS = {Tensor.zero_, Tensor.fill_, Tensor.normal_, Tensor.uniform_}  # what torch.nn.init calls at its end
+_RANDOM = {torch.rand, torch.randn}  # what constructors fill parameters with
+_FACTORIES = {
+    torch.arange, torch.as_tensor, torch.empty, torch.eye, torch.full, torch.linspace, torch.ones,
+    torch.scalar_tensor, torch.tensor, torch.zeros,
+}  # fmt: skip
 
 
 class _NoInitialisation(TorchFunctionMode):
+    """A mode of the current thread alone; `with torch.device("cpu")` would also set a global variable."""
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init" or func in _FILLS:
             tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
             if isinstance(tensor, nn.Parameter):
                 return tensor
+        if func in _RANDOM:
+            func, kwargs = torch.zeros, {key: kwargs[key] for key in kwargs if key != "generator"}
+        if func in _FACTORIES and kwargs.get("device") is None:  # the default device may be a GPU
+            kwargs = kwargs | {"device": "cpu"}
         return func(*args, **kwargs)
 
 

@@ -6,15 +6,18 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils import _device
 
 from dalle2_fast import CLIP, DALLE2, ARPrior, Decoder, DiffusionPrior, Upsampler, checkpoints
 from dalle2_fast.checkpoints import CheckpointError
 from dalle2_fast.checkpoints.weights import unfilled
+from dalle2_fast.pipeline.context import resolve_seed
 from tests.support.tiny_pipeline import tiny_pipeline
 
 UNET = dict(channels=(16, 16), layers_per_block=1, patch_size=2, num_groups=4)
@@ -340,6 +343,32 @@ def test_making_a_model_for_loading_takes_no_memory():
     assert sum(parameter.numel() for parameter in decoder.parameters()) == 893_318_086
     assert (pages() - before) * os.sysconf("SC_PAGE_SIZE") < 200e6  # of 3.6 GB
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_making_a_model_for_loading_draws_nothing_and_sets_nothing_that_other_threads_see():
+    """Restoring the random state afterwards gives a thread that draws in the meantime the same numbers twice.
+
+    `with torch.device("cpu")` sets a global variable, in which two threads can leave each other's value.
+    """
+    state, device = torch.random.get_rng_state(), _device.CURRENT_DEVICE
+    with unfilled():
+        for kind in (CLIP, Decoder, DiffusionPrior, ARPrior):
+            kind()
+            assert torch.equal(state, torch.random.get_rng_state()) and _device.CURRENT_DEVICE is device
+
+
+def test_a_default_device_is_not_used_for_loading():
+    with torch.device("meta"), unfilled():
+        assert torch.nn.Linear(2, 2).weight.device.type == "cpu"
+
+
+def test_seeds_that_are_drawn_while_a_thread_loads_are_all_different():
+    loading = threading.Thread(target=lambda: [DALLE2.from_pretrained() for _ in range(2)])
+    loading.start()
+    seeds = []
+    while loading.is_alive():
+        seeds.append(resolve_seed(None))
+    assert len(set(seeds)) > 0.999 * len(seeds) > 0  # 2^32 seeds: two of 10,000 are equal once in 100 runs
 
 
 def test_buffers_are_filled_where_parameters_are_not():

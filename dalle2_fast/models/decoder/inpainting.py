@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dalle2_fast.checkpoints.weights import unfilled
 from dalle2_fast.diffusion.inpainting import check_mask
 from dalle2_fast.models.unet.model import UNet
 
@@ -98,7 +99,7 @@ def with_inpainting(kind: type[Decoder], decoder: Decoder) -> Decoder:
     """A copy of a decoder, of class `kind`, with inpaint=True and zero weights for the new channels."""
     if decoder.inpaint:
         raise ValueError("decoder: expected one with inpaint=False, got inpaint=True")
-    with torch.random.fork_rng(devices=[]):  # because the constructor draws initial weights
+    with unfilled():  # draw no initial weights, because all are copied below
         wider = kind(**decoder.config | {"inpaint": True}, clip=decoder.clip)
     channels, weights = decoder.channels, wider.state_dict()
     for name, old in decoder.state_dict().items():
