@@ -108,8 +108,8 @@ def resampling_order(start: int, steps: int, resample: int, jump: int) -> list[t
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
     return [
-        (step, 0 if again == 0 else stretch * (resample - 1) + again)
-        for stretch, begin in enumerate(range(start, steps, jump))
+        (step, 0 if again == 0 else segment * (resample - 1) + again)
+        for segment, begin in enumerate(range(start, steps, jump))
         for again in range(resample)
         for step in range(begin, min(begin + jump, steps))
     ]

@@ -36,6 +36,6 @@ __getattr__, __dir__, __all__ = attach(
         "dalle2_fast.models.transformer": ["TextTransformer"],
         "dalle2_fast.models.unet": ["UNet"],
         "dalle2_fast.models.upsampler": ["Upsampler"],
-        "dalle2_fast.pipeline": ["DALLE2"],  # a name from before the pipeline had a room of its own
+        "dalle2_fast.pipeline": ["DALLE2"],  # importable from here since before there was a pipeline package
     },
 )
