@@ -39,6 +39,15 @@ class TrainingState:
             "stage": stage.name, "optimizer": options.optimizer, "seed": seed, "config": stage.config
         }  # fmt: skip
 
+    def update(self, rate: float) -> None:
+        """Step the optimisers with learning rate `rate`, then move the average."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+        self.ema.update(self.model)
+        self.step += 1
+
     def state_dict(self) -> dict:
         """What state.pt holds: tensors and plain values, which load with weights_only=True."""
         return {

@@ -90,33 +90,29 @@ class Trainer:
         begin, elapsed_before = time.monotonic(), state.elapsed
         saved = validated = begin
         while True:
-            # The clock, and the end.
+            # Is this the end?
             now = time.monotonic()
             state.elapsed = elapsed_before + now - begin
             progress = options.progress(state.step, state.elapsed)
+            finished = progress >= 1.0
             paused = pause_after is not None and now - begin >= 60 * pause_after
-            if progress >= 1.0 or stops or paused:
+            if finished or stops or paused:
                 self._require_finite(window)
-                if progress >= 1.0:
+                if finished:
                     self._log(window, bar, validate=True)
                 self.save()
-                if progress >= 1.0:
+                if finished:
                     return "finished"
                 return f"interrupted by {signal.Signals(stops[0]).name}" if stops else "paused"
 
-            # One step.
+            # Batch, loss, gradient, clipping; then the weights and their average.
             rate = options.rate(state.step, progress)
             window.add(*self._backward(), rate)
             if self.device.type == "cpu":  # reading a value stalls a GPU; there the log line does it
                 self._require_finite(window)
-            for optimizer in state.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.step()
-            state.ema.update(state.model)
-            state.step += 1
+            state.update(rate)
 
-            # A line of the log.
+            # The log: numbers often, metrics and images now and then.
             doubled = state.step >= options.first_validation and state.step & (state.step - 1) == 0
             validate = doubled or now - validated >= 60 * options.validation_minutes
             if (validate or state.step % options.log_steps == 0) and state.step != options.steps:
@@ -127,7 +123,7 @@ class Trainer:
                 validated = now if validate else validated
             bar.update(1 if options.steps is not None else max(0, int(state.elapsed) - bar.n))
 
-            # The state.
+            # The state, to resume from.
             by_step = options.save_steps is not None and state.step % options.save_steps == 0
             if by_step or now - saved >= 60 * options.save_minutes:
                 self._require_finite(window)
