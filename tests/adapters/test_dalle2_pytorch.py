@@ -31,8 +31,8 @@ def images():
 
 @pytest.fixture
 def embed():
-    draws = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
-    return torch.nn.functional.normalize(draws, dim=-1)
+    values = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+    return torch.nn.functional.normalize(values, dim=-1)
 
 
 def test_without_the_package_it_says_so(monkeypatch):
@@ -69,10 +69,10 @@ def test_the_decoder_trainer_trains_and_samples(pipe, images, embed, tmp_path):
     assert trainer(images, unet_number=2) > 0
     trainer.update(unet_number=2)
 
-    drawn = trainer.sample(image_embed=embed, text=TOKENS, seeds=torch.arange(3), steps=2)
-    assert drawn.shape == (3, 3, 32, 32) and drawn.min() >= 0 and drawn.max() <= 1
+    sampled = trainer.sample(image_embed=embed, text=TOKENS, seeds=torch.arange(3), steps=2)
+    assert sampled.shape == (3, 3, 32, 32) and sampled.min() >= 0 and sampled.max() <= 1
     latest = trainer.sample(image_embed=embed, text=TOKENS, seeds=torch.arange(3), steps=2, use_non_ema=True)
-    assert not torch.equal(drawn, latest)
+    assert not torch.equal(sampled, latest)
     small = trainer.sample(image_embed=embed, text=TOKENS, stop_at_unet_number=1, max_batch_size=2, steps=2)
     assert small.shape == (3, 3, 16, 16)
     trainer.save(str(tmp_path / "trainer.pt"))
@@ -86,7 +86,7 @@ def test_the_decoder_trainer_trains_and_samples(pipe, images, embed, tmp_path):
 
 
 def test_the_prior_trainer_trains_and_samples(pipe, embed):
-    """Catches: an embedding scaled in place (a fault of DALLE2-pytorch's own prior), a loss that does not
+    """Catches: an embedding scaled in place (an error in DALLE2-pytorch's prior), a loss that does not
     fall, p_sample_loop's arguments taken for others."""
     need_theirs()
     from dalle2_pytorch.trainer import DiffusionPriorTrainer
@@ -103,14 +103,14 @@ def test_the_prior_trainer_trains_and_samples(pipe, embed):
         trainer.update()
     assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
     assert torch.equal(embed, kept)
-    drawn = trainer.p_sample_loop((3, 16), text_cond=cond, timesteps=2)
-    assert drawn.shape == (3, 16)
-    torch.testing.assert_close(drawn.norm(dim=-1), torch.ones(3))
+    sampled = trainer.p_sample_loop((3, 16), text_cond=cond, timesteps=2)
+    assert sampled.shape == (3, 16)
+    torch.testing.assert_close(sampled.norm(dim=-1), torch.ones(3))
     assert trainer.sample(TOKENS, num_samples_per_batch=2, timesteps=2).shape == (3, 16)
 
 
 def test_their_dalle2_runs_our_parts(pipe):
-    """Catches: attributes that their pipeline reads and ours lack."""
+    """Catches: attributes that their pipeline reads and our adapters lack."""
     theirs = need_theirs()
     torch.manual_seed(0)
     whole = theirs.DALLE2(
@@ -122,14 +122,14 @@ def test_their_dalle2_runs_our_parts(pipe):
 
 
 def test_their_prior_takes_our_clip(pipe, images):
-    """Catches: a CLIP adapter without what their classes ask of a CLIP."""
+    """Catches: an attribute of a CLIP that their classes need and the adapter lacks."""
     theirs = need_theirs()
     torch.manual_seed(0)
     clip = adapter.ClipAdapter(pipe.clip)
     net = theirs.DiffusionPriorNetwork(dim=16, depth=1, dim_head=8, heads=2, num_timesteps=8, max_text_len=8)
     prior = theirs.DiffusionPrior(net, clip=clip, timesteps=8, image_embed_dim=16)
     assert prior(TOKENS, images[..., :16, :16]).isfinite()
-    # Their mask is where an encoding is not zero.
+    # DALLE2-pytorch derives the mask from the encodings that are not zero.
     mask = (clip.embed_text(TOKENS).text_encodings != 0).any(-1)
     assert torch.equal(mask, pipe.clip.encode_text(TOKENS)[2])
 

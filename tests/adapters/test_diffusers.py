@@ -23,7 +23,7 @@ def diffusers():
     return pytest.importorskip("diffusers", reason="diffusers is not installed")
 
 
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -49,7 +49,7 @@ def small(name: str) -> tuple[torch.nn.Module, dict]:
 
 
 def test_processors_through_set_attn_processor(diffusers):
-    """Catches: a processor that diffusers does not take, or that computes something else."""
+    """Catches: a processor that diffusers does not accept, or that computes something else."""
     kinds = {"karlo decoder": "AttnAddedKVProcessor", "stable diffusion 1.5": "AttnProcessor"}
     for which, name in kinds.items():
         unet, inputs = small(which)
@@ -61,12 +61,12 @@ def test_processors_through_set_attn_processor(diffusers):
         assert pickle.loads(pickle.dumps(processor)).__class__ is getattr(adapter, name)
 
 
-def test_masks_that_are_no_masks_are_refused(diffusers):
-    """Catches: a bias between 0 and -1000, or one for each query, read as yes or no."""
+def test_biases_are_refused_as_masks(diffusers):
+    """Catches: a bias between 0 and -1000, or one bias per query, treated as a mask."""
     unet, inputs = small("stable diffusion 1.5")
     unet.set_attn_processor(adapter.AttnProcessor())
     attention = unet.mid_block.attentions[0].transformer_blocks[0].attn2
-    x, context = draw(2, 6, attention.query_dim), inputs["encoder_hidden_states"]
+    x, context = randn(2, 6, attention.query_dim), inputs["encoder_hidden_states"]
     keys = context.shape[1]
     with pytest.raises(RuntimeError, match="attention_mask: expected 0 .attend. or at most -1000"):
         attention(x, context, torch.full((2, 1, keys), -2.0))
@@ -78,7 +78,7 @@ def test_masks_that_are_no_masks_are_refused(diffusers):
     seen[0, 0, 2:] = -10000.0
     same = attention(x, context, seen), attention(x, context, seen == 0)
     assert torch.equal(*same) and not torch.equal(same[0][0], attention(x, context)[0][0])
-    seen.zero_()  # the same tensor, changed: what was read of it before is old
+    seen.zero_()  # the same tensor with new values: its cached mask is outdated
     assert torch.equal(attention(x, context, seen), attention(x, context))
 
 
@@ -86,7 +86,7 @@ def test_masks_that_are_no_masks_are_refused(diffusers):
 
 
 def counted(monkeypatch) -> list[int]:
-    """How often something was projected and kept."""
+    """A list with one entry for each projection that was cached."""
     made = []
     plain = cache_module._Entry
 
@@ -99,7 +99,7 @@ def counted(monkeypatch) -> list[int]:
 
 
 def test_the_context_is_projected_once_a_run(diffusers, monkeypatch):
-    """Catches: keys and values of an older context: of other values in it, other weights, another dtype."""
+    """Catches: outdated keys and values, from another context, other values in it, other weights or dtype."""
     unet, inputs = small("karlo decoder")
     unet.eval()
     patch(unet)
@@ -119,14 +119,14 @@ def test_the_context_is_projected_once_a_run(diffusers, monkeypatch):
         for _ in range(3):
             same_as_without()
         assert len(made) == attentions
-        other = draw(*inputs["encoder_hidden_states"].shape, seed=7)
+        other = randn(*inputs["encoder_hidden_states"].shape, seed=7)
         same_as_without(encoder_hidden_states=other)
         assert len(made) == 2 * attentions
         other.mul_(2)  # in place
         same_as_without(encoder_hidden_states=other)
         del other
         gc.collect()
-        same_as_without(encoder_hidden_states=draw(*inputs["encoder_hidden_states"].shape, seed=8))
+        same_as_without(encoder_hidden_states=randn(*inputs["encoder_hidden_states"].shape, seed=8))
         assert len(made) == 4 * attentions
         for name, parameter in unet.named_parameters():
             if "add_k_proj" in name:
@@ -135,24 +135,24 @@ def test_the_context_is_projected_once_a_run(diffusers, monkeypatch):
         same_as_without()
         for name, parameter in unet.named_parameters():
             if "add_v_proj" in name:
-                parameter.data = parameter.data * 0.5  # what Module.to does
+                parameter.data = parameter.data * 0.5  # as Module.to does
         same_as_without()
         with torch.autocast("cpu", torch.bfloat16):
             same_as_without()
         same_as_without()
         count = len(made)
-        unet(**inputs).sample.sum().backward()  # gradients are wanted: nothing is kept
+        unet(**inputs).sample.sum().backward()  # with gradients nothing is cached
         unet.train()
         same_as_without()
         with torch.inference_mode():
-            unet(**{**inputs, "encoder_hidden_states": draw(*inputs["encoder_hidden_states"].shape)})
+            unet(**{**inputs, "encoder_hidden_states": randn(*inputs["encoder_hidden_states"].shape)})
         assert len(made) == count
     same_as_without()
     assert cache_module._store.get() is None
 
 
-def test_a_patched_pipeline_draws_the_same(diffusers, monkeypatch, tmp_path):
-    """Catches: a context kept from another prompt, guidance or run; a pipeline that is another class."""
+def test_a_patched_pipeline_makes_the_same_images(diffusers, monkeypatch, tmp_path):
+    """Catches: a cached context of another prompt, guidance or run; a pipeline of another class."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     pipe = tiny_karlo.pipeline(tmp_path)
     pipe.set_progress_bar_config(disable=True)
@@ -177,7 +177,7 @@ def test_a_patched_pipeline_draws_the_same(diffusers, monkeypatch, tmp_path):
     for prompt, image in zip(prompts, expected, strict=True):
         made.clear()
         torch.testing.assert_close(run(*prompt), image, rtol=1e-4, atol=1e-4)
-        assert len(made) == attentions  # once a run, whatever the number of steps
+        assert len(made) == attentions  # once per run, regardless of the number of steps
     pipe.decoder_scheduler = adapter.UnCLIPScheduler.from_config(pipe.decoder_scheduler.config)
     first = run("ab", 4.0)
     assert torch.equal(first, run("ab", 4.0)) and not torch.equal(first, expected[0])

@@ -1,6 +1,6 @@
-"""Our modules in other people's training loops: same losses as a plain loop, on one process or two.
+"""Our modules in other training loops: the losses are those of a plain loop, in one process or two.
 
-Each test names the fault it would catch. Lightning and Accelerate are met as they are, where installed.
+Each test names the fault it would catch. Lightning and Accelerate are the real packages, where installed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ TOKENS = torch.tensor([[1, 2, 4, 0], [1, 3, 5, 6], [2, 5, 0, 0], [6, 4, 3, 0]])
 
 
 class Stage(nn.Module):
-    """A module with its loss as a function of one batch, as trainers want it. Every batch brings a seed for
-    the loss's own draws: what differs between two loops is then the loops."""
+    """A module whose forward returns the loss of one batch, as trainers expect. Every batch contains a seed
+    for the random numbers of the loss, so that only the loops differ."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Stage(nn.Module):
         if self.name == "clip":
             return self.net(text, images)
         if self.name == "prior":
-            # All of a caption: without encodings their projection has no gradient, which DDP must be told.
+            # With encodings: without them their projection has no gradient, for which DDP needs an option.
             caption = dict(text_embed=embed.flip(0), text_encodings=embed.flip(1)[:, None].expand(-1, 8, -1))
             return self.net(image_embed=embed, generator=generator, **caption)
         return self.net(images, text=text, image_embed=embed, generator=generator)
@@ -45,9 +45,9 @@ class Batches(torch.utils.data.Dataset):
     """STEPS times the same BATCH rows, with a seed for each step."""
 
     def __init__(self) -> None:
-        draws = torch.Generator().manual_seed(3)
-        self.images = torch.rand(BATCH, 3, 16, 16, generator=draws)
-        self.embed = nn.functional.normalize(torch.randn(BATCH, 16, generator=draws), dim=-1)
+        generator = torch.Generator().manual_seed(3)
+        self.images = torch.rand(BATCH, 3, 16, 16, generator=generator)
+        self.embed = nn.functional.normalize(torch.randn(BATCH, 16, generator=generator), dim=-1)
 
     def __len__(self) -> int:
         return STEPS * BATCH
@@ -67,7 +67,7 @@ def optimizer(module: nn.Module) -> torch.optim.Optimizer:
 
 
 def plain_loop(name: str, call=None) -> tuple[nn.Module, list[float]]:
-    """The yardstick; call(stage) -> what is called with a batch."""
+    """The loop to compare with; call(stage) -> the function of a batch."""
     stage = Stage(name)
     called = stage if call is None else call(stage)
     steps, losses = optimizer(stage), []
@@ -93,7 +93,7 @@ STAGES = pytest.mark.parametrize("name", ["clip", "prior", "decoder"])
 
 @STAGES
 def test_a_plain_loop_learns(name):
-    """Catches: a loss that gives no gradient to some weight, or does not fall on a batch seen again."""
+    """Catches: a loss that gives no gradient to some weight, or does not fall on a repeated batch."""
     stage = Stage(name)
     steps, batch = optimizer(stage), next(iter(loader()))
     first = stage(batch).item()
@@ -106,7 +106,7 @@ def test_a_plain_loop_learns(name):
 
 @STAGES
 def test_lightning(name, tmp_path):
-    """Catches: a module that a LightningModule cannot hold, or whose steps differ in its loop."""
+    """Catches: a module that does not work inside a LightningModule, or whose steps differ in its loop."""
     lightning = pytest.importorskip("lightning", reason="Lightning is not installed")
 
     class Lit(lightning.LightningModule):
@@ -159,14 +159,14 @@ def test_accelerate(name, tmp_path):
 
 @STAGES
 def test_compile(name):
-    """Catches: a training step that cannot be traced, or computes something else when it is."""
+    """Catches: a training step that cannot be traced, or that computes something else when traced."""
     stage, losses = plain_loop(name, lambda stage: torch.compile(stage, backend="eager"))
     assert_same(stage, losses, name, rtol=1e-5, atol=1e-6)
 
 
 @STAGES
 def test_gradient_checkpointing(name):
-    """Catches: a forward pass that draws differently when it is run again for the backward pass."""
+    """Catches: a forward pass that uses other random numbers when it is repeated for the backward pass."""
 
     def checkpointed(stage):
         again = torch.utils.checkpoint.checkpoint
@@ -229,7 +229,8 @@ def train_wrapped(rank: int, world_size: int, name: str, kind: str) -> dict:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        # FSDP2 shards no scalars (CLIP's logit_scale): such a one stays whole, its gradient is averaged here.
+        # FSDP2 does not shard scalars (CLIP's logit_scale): they stay whole, and their gradient is averaged
+        # here.
         whole_scalars = [value for value in stage.parameters() if value.dim() == 0]
         mesh = init_device_mesh("cpu", (world_size,))
         whole = dict(ignored_params=set(whole_scalars)) if whole_scalars else {}
@@ -252,7 +253,7 @@ def train_wrapped(rank: int, world_size: int, name: str, kind: str) -> dict:
 
 
 def train_halves(name: str) -> tuple[list[list[float]], dict]:
-    """What two processes should do: the mean of the gradients of both halves."""
+    """The expected result of two processes: the mean of the gradients of both halves."""
     stage = Stage(name)
     steps, losses = optimizer(stage), [[], []]
     for batch in loader():

@@ -1,4 +1,4 @@
-"""`patch` and `unpatch` on plain torch and guided-diffusion's kind of block. Each test names its fault."""
+"""`patch` and `unpatch` on plain torch and blocks like guided-diffusion's. Each test names its fault."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.truth import assert_close_to_truth
 
 
 class GroupNorm32(nn.GroupNorm):
-    """guided-diffusion's: in float32 (here float64 stays) with float32 weights; with GLIDE's swish."""
+    """guided-diffusion's norm in float32 (here float64 stays float64), with GLIDE's swish."""
 
     def __init__(self, groups: int, channels: int, swish: float = 0.0) -> None:
         super().__init__(groups, channels)
@@ -33,8 +33,7 @@ class GroupNorm32(nn.GroupNorm):
 
 
 class ResBlock(nn.Module):
-    """The published block, written again: in, embedding and out layers, a skip, optional FiLM and
-    resampling."""
+    """A copy of the published block: in, embedding and out layers, a skip, optional FiLM and resampling."""
 
     def __init__(self, channels=8, out_channels=12, emb=6, film=True, updown=False, swish=False) -> None:
         super().__init__()
@@ -79,7 +78,7 @@ class CheckpointedResBlock(ResBlock):
 
 
 class OtherResBlock(ResBlock):
-    """One that does more than the published one."""
+    """A block that does more than the published one."""
 
     def forward(self, x, emb):
         return self.rescale(super().forward(x, emb))
@@ -104,11 +103,11 @@ def block_results(block: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tenso
     for module in block.modules():
         if isinstance(module, nn.GroupNorm) and dtype == torch.bfloat16:
             module.float()
-    draws = torch.Generator().manual_seed(0)
-    x, emb = (torch.randn(shape, generator=draws).bfloat16().to(dtype).requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+    x, emb = (torch.randn(shape, generator=generator).bfloat16().to(dtype).requires_grad_()
               for shape in ((3, 8, 5, 5), (3, 6)))  # fmt: skip
     out = block(x, emb)
-    out.backward(torch.randn(out.shape, generator=draws).to(dtype))
+    out.backward(torch.randn(out.shape, generator=generator).to(dtype))
     named = dict(block.named_parameters())
     assert all(value.grad is not None for value in named.values())
     grads = {name: value.grad for name, value in named.items()}
@@ -130,7 +129,7 @@ def test_residual_blocks_agree(name, dtype):
 
 
 def test_which_residual_blocks_are_swapped(monkeypatch):
-    """Catches: a block that does more than the published one run as if it did not; fused norms not fused."""
+    """Catches: a block that does more than the published one, but is patched; norms that are not fused."""
     blocks = nn.ModuleDict({
         "film": ResBlock(), "checkpointed": CheckpointedResBlock(), "plain": ResBlock(film=False),
         "other": OtherResBlock(),
@@ -173,7 +172,7 @@ def small() -> nn.Sequential:
 
 
 def test_a_sequential_agrees_and_fuses_pairs_only(monkeypatch):
-    """Catches: SiLU after a norm done twice or not; GELU taken for SiLU; slices that forget the pair."""
+    """Catches: SiLU applied twice or never; GELU treated as SiLU; a slice in which the pair is not fused."""
     net, x = small(), torch.randn(2, 3, 8, 8)
     expected, part = net(x), net[1:3](net[0](x))
     patch(net)
@@ -187,7 +186,7 @@ def test_a_sequential_agrees_and_fuses_pairs_only(monkeypatch):
 
 
 def test_hooks_see_what_they_saw():
-    """Catches: norms called past their hooks (FSDP, offloading), an activation whose hook is not called."""
+    """Catches: a norm or an activation whose hooks (FSDP, offloading) are not called."""
     net, x = small(), torch.randn(2, 3, 8, 8)
     patch(net)
     seen = []
@@ -228,13 +227,13 @@ def test_the_report_and_back():
 
 
 def test_norms_only_attention_only():
-    """Catches: an option that is not obeyed."""
+    """Catches: an option that is ignored."""
     report = patch(small(), norms=False)
     assert not report.swapped and set(report.skipped.values()) == {"norms=False"}
 
 
 def test_copies_and_pickles_stay_patched():
-    """Catches: an EMA copy or a spawned process that gets a class it cannot find, or the slow one."""
+    """Catches: an EMA copy or a spawned process that cannot find the class, or gets the unpatched one."""
     net, x = small(), torch.randn(2, 3, 8, 8)
     patch(net)
     buffer = io.BytesIO()
@@ -261,7 +260,7 @@ def test_compile_makes_one_graph():
 
 
 def test_autocast_rounds_once():
-    """Catches: a norm that leaves the dtype of its input, which the docstring says it does not."""
+    """Catches: a norm that does not return the dtype of its input, as the docstring says."""
     net = small()[:3]
     patch(net)
     with torch.autocast("cpu", torch.bfloat16):
@@ -270,7 +269,7 @@ def test_autocast_rounds_once():
 
 
 def test_our_own_norms_are_not_theirs():
-    """Catches: a module that is fused already reported as one that could not be."""
+    """Catches: our fused module reported as one that cannot be patched."""
     report = patch(dalle2_fast.GroupNormSiLU(2, 8))
     assert not report.swapped and not report.skipped
 

@@ -1,6 +1,6 @@
 """DALLE2-pytorch's blocks, patched one by one. Each test names the fault it would catch.
 
-test_patch_unets.py holds its whole U-Net to what it was.
+test_patch_unets.py compares its whole U-Net with the unpatched one.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def theirs():
     return package
 
 
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def assert_patched_agrees(module: torch.nn.Module, *args, **kwargs) -> None:
-    """Output and gradients, of inputs too."""
+    """Output and all gradients, also of the inputs."""
     ours = copy.deepcopy(module)
     report = patch(ours)
     assert report.swapped and not report.skipped
@@ -36,7 +36,7 @@ def assert_patched_agrees(module: torch.nn.Module, *args, **kwargs) -> None:
     for one in (module, ours):
         leaves = [value.clone().requires_grad_() for value in args]
         out = one(*leaves, **kwargs)
-        out.backward(draw(*out.shape, seed=9))
+        out.backward(randn(*out.shape, seed=9))
         found.append([out.detach(), *(leaf.grad for leaf in leaves), *(p.grad for p in one.parameters())])
     for actual, expected in zip(*reversed(found), strict=True):
         assert expected is not None
@@ -52,10 +52,10 @@ MASKS = {
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_attention_agrees(theirs, mask):
-    """Catches: the scale that theirs applies twice, the null key, one head of keys for all of queries."""
+    """Catches: an error in the scale that theirs applies twice, the null key, or the one head of keys."""
     torch.manual_seed(0)
     attention = theirs.Attention(12, dim_head=8, heads=3, cosine_sim=False)
-    assert_patched_agrees(attention, draw(2, 5, 12), mask=MASKS[mask])
+    assert_patched_agrees(attention, randn(2, 5, 12), mask=MASKS[mask])
 
 
 @pytest.mark.parametrize("norm_context", [False, True])
@@ -65,7 +65,7 @@ def test_cross_attention_agrees(theirs, mask, norm_context):
     torch.manual_seed(0)
     options = dict(context_dim=10, dim_head=8, heads=3, norm_context=norm_context)
     attention = theirs.CrossAttention(12, **options)
-    assert_patched_agrees(attention, draw(2, 7, 12), draw(2, 5, 10, seed=1), mask=MASKS[mask])
+    assert_patched_agrees(attention, randn(2, 7, 12), randn(2, 5, 10, seed=1), mask=MASKS[mask])
 
 
 @pytest.mark.parametrize("standardised", [False, True])
@@ -74,17 +74,17 @@ def test_residual_block_agrees(theirs, standardised, monkeypatch):
     torch.manual_seed(0)
     block = theirs.ResnetBlock(8, 16, cond_dim=10, time_cond_dim=6, groups=4,
                                weight_standardization=standardised)  # fmt: skip
-    assert_patched_agrees(block, draw(2, 8, 4, 4), draw(2, 6, seed=1), draw(2, 5, 10, seed=2))
-    assert_patched_agrees(theirs.Block(8, 16, groups=4), draw(2, 8, 4, 4))
+    assert_patched_agrees(block, randn(2, 8, 4, 4), randn(2, 6, seed=1), randn(2, 5, 10, seed=2))
+    assert_patched_agrees(theirs.Block(8, 16, groups=4), randn(2, 8, 4, 4))
     patch(block)
     calls, plain = [], functional.group_norm_silu
     monkeypatch.setattr(functional, "group_norm_silu", lambda *args: calls.append(args[-1]) or plain(*args))
-    block(draw(2, 8, 4, 4), draw(2, 6), draw(2, 5, 10))
+    block(randn(2, 8, 4, 4), randn(2, 6), randn(2, 5, 10))
     assert calls == ["silu", "silu"]
 
 
 def test_what_is_left_alone_and_why(theirs):
-    """Catches: an option that the op does not have, computed as if it were not there."""
+    """Catches: an option that the op does not have and that is ignored."""
     blocks = torch.nn.ModuleDict(dict(
         cosine=theirs.Attention(8, cosine_sim=True),
         cosine_cross=theirs.CrossAttention(8, cosine_sim=True),
@@ -98,10 +98,10 @@ def test_what_is_left_alone_and_why(theirs):
         "cosine": "cosine_sim=True", "cosine_cross": "cosine_sim=True", "causal": "causal=True",
         "rotary": "rotary_emb",
     }  # fmt: skip
-    x, attention = draw(2, 5, 8), blocks["plain"].train()
+    x, attention = randn(2, 5, 8), blocks["plain"].train()
     torch.manual_seed(3)
     dropped = attention(x)
-    bias = draw(8, 5, 6)
+    bias = randn(8, 5, 6)
     biased = attention.eval()(x, attn_bias=bias)
     unpatch(blocks)
     torch.manual_seed(3)
@@ -110,7 +110,7 @@ def test_what_is_left_alone_and_why(theirs):
 
 
 def test_their_decoder_trains_and_samples_patched(theirs):
-    """Catches: a patched U-Net that its Decoder, checkpointing, EMA copies or pickles do not take."""
+    """Catches: a patched U-Net that fails in its Decoder, in checkpointing, EMA copies or pickles."""
     torch.manual_seed(0)
     unet = theirs.Unet(dim=16, image_embed_dim=12, cond_dim=16, dim_mults=(1, 2), attn_heads=2,
                        attn_dim_head=8, checkpoint_during_training=True)  # fmt: skip
@@ -119,7 +119,7 @@ def test_their_decoder_trains_and_samples_patched(theirs):
     report = patch(decoder)
     assert len(report.swapped) > 30 and all(name.startswith("unets.0.") for name in report.swapped)
     steps = torch.optim.Adam(decoder.parameters(), lr=3e-3)
-    images, embed = draw(4, 3, 16, 16).sigmoid(), draw(4, 12)
+    images, embed = randn(4, 3, 16, 16).sigmoid(), randn(4, 12)
     losses = []
     for _ in range(8):
         steps.zero_grad()

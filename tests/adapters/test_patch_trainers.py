@@ -1,4 +1,4 @@
-"""Patched models under what trainers do to models: DDP, FSDP2, checkpointing, compile, averages, offloading.
+"""Patched models in trainers: DDP, FSDP2, checkpointing, compilation, averages, offloading.
 
 Each test names the fault it would catch.
 """
@@ -36,7 +36,7 @@ def assert_near(actual: dict, expected: dict) -> None:
 
 
 def test_gradient_checkpointing():
-    """Catches: a block that checkpointing calls in another way than the U-Net does, or not at all."""
+    """Catches: a block that checkpointing calls with other arguments than the U-Net, or not at all."""
     net, given = karlo()
     expected = gradients(net, given)
     patch(net)
@@ -50,19 +50,19 @@ def test_compile_makes_one_graph():
     patch(net)
     block = net.down_blocks[1].resnets[0]
     attention = net.down_blocks[1].attentions[0]
-    draws = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(2)
 
-    def draw(*shape):
-        return torch.randn(*shape, generator=draws)
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
 
     mask = torch.zeros(2, 1, 5)
     mask[0, 0, 3:] = -10000.0
-    x = draw(2, block.in_channels, 8, 8)
+    x = randn(2, block.in_channels, 8, 8)
     calls = [
-        (block, (x, draw(2, net.config.block_out_channels[0] * 4)), {}),
+        (block, (x, randn(2, net.config.block_out_channels[0] * 4)), {}),
         (
             attention,
-            (draw(2, attention.query_dim, 8, 8), draw(2, 5, net.config.cross_attention_dim), mask),
+            (randn(2, attention.query_dim, 8, 8), randn(2, 5, net.config.cross_attention_dim), mask),
             {},
         ),
     ]
@@ -83,8 +83,8 @@ def test_names_by_which_trainers_find_blocks():
     assert [type(module).__module__ for module in net.modules()] == modules
 
 
-def test_processors_that_are_set_later_are_obeyed():
-    """Catches: a patch that goes on running its own attention; reasons that are not given."""
+def test_processors_that_are_set_later_run():
+    """Catches: a patch that ignores another processor; a reason that is not reported."""
     net, given = karlo()
     expected = foreign_unets.run(net, given)
     patch(net)
@@ -104,7 +104,7 @@ def test_processors_that_are_set_later_are_obeyed():
 
 
 def test_norms_or_attention_alone():
-    """Catches: a half of the patch that needs the other."""
+    """Catches: patched norms that need patched attention, or the reverse."""
     net, given = karlo()
     expected = foreign_unets.run(net, given)
     for options, kinds in (
@@ -152,7 +152,7 @@ def test_blocks_with_options():
 
 
 def test_offloading_hooks_of_accelerate():
-    """Catches: weights that are used past the hooks which bring them to the device."""
+    """Catches: weights that are used without the hooks which load them to the device."""
     accelerate = pytest.importorskip("accelerate", reason="Accelerate is not installed")
     net, given = karlo()
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_offloading_hooks_of_accelerate():
 
 
 def test_averages_stay_patched():
-    """Catches: an average whose modules are the slow ones, or share weights with the model."""
+    """Catches: an average whose modules are unpatched, or share weights with the model."""
     net, given = karlo()
     patch(net)
     average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.5))
@@ -209,7 +209,7 @@ def wrapped_gradients(rank: int, world_size: int, kind: str) -> dict:
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes(kind, tmp_path):
-    """Catches: weights that a wrapper does not see, sharded weights used past its hooks."""
+    """Catches: weights that a wrapper does not see, sharded weights used without its hooks."""
     net, given = karlo()
     expected = gradients(net, given)
     for result in loss_processes.run(wrapped_gradients, 2, tmp_path, kind):

@@ -1,7 +1,7 @@
 """Patched U-Nets of other packages against unpatched ones: outputs and every gradient.
 
-Each test names the fault it would catch. The yardstick is the U-Net as it was at the same dtype; the truth is
-the same one in float64.
+Each test names the fault it would catch. The patched U-Net is compared with the unpatched one at the same
+dtype; the truth is the unpatched one in float64.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from dalle2_fast.adapters.patch import patch, unpatch
 
 
 def small(name: str, **changes) -> tuple[nn.Module, dict]:
-    """A small U-Net whose weights are all at work, and inputs. All are bfloat16 numbers in float32."""
+    """A small U-Net in which every weight has an effect, and inputs: bfloat16 numbers in float32."""
     pytest.importorskip(foreign_unets.package(name), reason=f"{foreign_unets.package(name)} is not installed")
-    draws = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
     torch.manual_seed(0)
     net = foreign_unets.build(name, small=True, **changes).train()
     for module in net.modules():
-        if hasattr(module, "fp16_eps"):  # of DALLE2-pytorch's LayerNorm: one formula for all dtypes
+        if hasattr(module, "fp16_eps"):  # DALLE2-pytorch's LayerNorm: the same eps for all dtypes
             module.eps = module.fp16_eps
     with torch.no_grad():
         for value in net.parameters():
             if float(value.detach().abs().max()) in (0.0, 1.0):  # as initialised: zero layers, norms
-                value += 0.2 * torch.randn(value.shape, generator=draws)
+                value += 0.2 * torch.randn(value.shape, generator=generator)
             value.copy_(value.bfloat16())
-    return net, rounded(foreign_unets.inputs(name, net, 2, draws))
+    return net, rounded(foreign_unets.inputs(name, net, 2, generator))
 
 
 def rounded(given):
@@ -63,7 +63,7 @@ def results(net: nn.Module, given: dict) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", foreign_unets.NAMES)
 def test_float32_agrees(name):
-    """Catches: a block, mask, scale, FiLM or skip that is not what it was; weights without a gradient."""
+    """Catches: a changed block, mask, scale, FiLM or skip; weights without a gradient."""
     net, given = small(name)
     plain = results(net, given)
     report = patch(net)
@@ -73,7 +73,7 @@ def test_float32_agrees(name):
     largest = max(value.norm() for value in plain.values())
     for key, value in plain.items():
         error = (ours[key] - value).norm()
-        # A bias of keys has next to no gradient: what there is are roundings of larger ones.
+        # The gradient of a bias of keys is almost zero: it consists of rounding errors of larger gradients.
         assert error <= 1e-5 * value.norm() + 1e-8 * largest, f"{key}: {error / value.norm():.1e}"
     assert unpatch(net) == len(report.swapped)
     again = results(net, given)
@@ -82,10 +82,10 @@ def test_float32_agrees(name):
 
 @pytest.mark.parametrize("name", foreign_unets.NAMES)
 def test_bfloat16_is_as_near_to_the_truth(name):
-    """Catches: what is rounded more often than it was.
+    """Catches: a result that is rounded more often than without the patch.
 
-    Behind dozens of rounded layers one error is chance, and of a few weights it may be small by luck: the
-    rule of 1.5 is held for the root mean square over draws.
+    After dozens of rounded layers a single error is random, and for a few weights it may be small by chance.
+    So the factor of 1.5 applies to the root mean square over several inputs.
     """
     net, _ = small(name)
     plain = copy.deepcopy(net).bfloat16()
@@ -107,7 +107,7 @@ def test_bfloat16_is_as_near_to_the_truth(name):
 
 @pytest.mark.parametrize("name", foreign_unets.NAMES)
 def test_the_benchmark_compares_the_same_networks(name, monkeypatch):
-    """Catches: rows that time two networks with other weights, or two patched ones."""
+    """Catches: rows that time two networks with different weights, or two patched ones."""
     pytest.importorskip(foreign_unets.package(name), reason=f"{foreign_unets.package(name)} is not installed")
     from benchmarks.cases import registry
     from benchmarks.timing.agreement import check, ours
