@@ -70,7 +70,7 @@ def invert(
     table = inversion_table(diffusion.schedule, times)
     ends, factors = inversion_ends(diffusion.schedule, times)
     rows, net_times, table = on_device(diffusion, times, table, x0.shape[0], x0.device, x0.dtype)
-    ends = ends.to(table)
+    ends = ends.to(table.dtype).to(table.device)  # rounded first: Apple's GPUs have no float64
 
     def step_from(x: Tensor, at: int, table: Tensor) -> Tensor:
         """Apply row `at` of a table with the network's output at x and times[at]."""

@@ -177,9 +177,9 @@ class GaussianDiffusion:
 
     def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha(t) and sigma(t) [B] on the device of `like`, in float32 (float64 for a float64 `like`)."""
-        dtype = compute_dtype(like.dtype)
-        t = t.to(like.device)
-        return self.schedule.alpha(t).to(dtype), self.schedule.sigma(t).to(dtype)
+        dtype, device = compute_dtype(like.dtype), like.device
+        t = t.to("cpu" if device.type == "mps" else device)  # Apple's GPUs have no float64
+        return tuple(f(t).to(dtype).to(device) for f in (self.schedule.alpha, self.schedule.sigma))
 
     def split_output(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Split the network's output at x into its prediction and, with a learned range, the variance logit.

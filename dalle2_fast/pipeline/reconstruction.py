@@ -80,7 +80,7 @@ def fit_pca(
     if images is None:
         images = _world_images(pipe, check_count("count", count), seed, batch_size)
     with torch.no_grad():
-        embeds = [embed_image(pipe, batch).double().cpu() for batch in images]
+        embeds = [embed_image(pipe, batch).cpu().double() for batch in images]
     if not embeds:
         raise ValueError("images: expected at least one batch, got none")
     return PCA.fit(torch.cat(embeds), unit_norm=pipe.decoder.unit_norm)

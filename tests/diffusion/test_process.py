@@ -104,3 +104,25 @@ def test_bad_data_are_named():
     with pytest.raises(ValueError, match="discrete times"):
         continuous = GaussianDiffusion(make_schedule("continuous_cosine"))
         continuous.vlb_bits_per_dim(lambda x, time: x, x0, seeds=torch.arange(6))
+
+
+def test_float64_tables_are_not_read_on_an_apple_gpu(monkeypatch):
+    """Metal has no float64: `--device mps --init-image` failed in the table of the schedule."""
+
+    class OnMps:  # this machine has no such GPU
+        device, dtype = torch.device("mps"), torch.float32
+
+    class Value:
+        def __init__(self, t):
+            assert t.device.type == "cpu"
+            self.moves = []
+
+        def to(self, where):
+            self.moves.append(where)
+            return self
+
+    process = GaussianDiffusion(make_schedule("cosine"))
+    monkeypatch.setattr(process.schedule, "alpha", Value)
+    monkeypatch.setattr(process.schedule, "sigma", Value)
+    for value in process.alpha_sigma(torch.tensor([3]), OnMps()):
+        assert value.moves == [torch.float32, torch.device("mps")]
