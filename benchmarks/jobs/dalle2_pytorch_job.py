@@ -127,7 +127,7 @@ def main() -> None:
     this_machine, images = machine(), arguments.num_images
 
     torch.manual_seed(0)
-    pipe = DALLE2.from_pretrained(arguments.checkpoint)
+    pipe = DALLE2.from_pretrained(arguments.checkpoint, device="cpu", dtype="fp32")
     pipe.sampling["candidates"] = 1  # DALLE2-pytorch chooses among embeddings, not among images
     plain, rival = plain_pipeline(pipe), their_pipeline(pipe)
     # The first two share text tower and prior. A job wraps its prior to count its rows, hence a copy.

@@ -32,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     this_machine = machine()
-    pipe = DALLE2.from_pretrained(arguments.checkpoint)
+    pipe = DALLE2.from_pretrained(arguments.checkpoint, device="cpu", dtype="fp32")
     size = pipe.decoder.image_size
     world = World.from_config(pipe.metadata["world"])
     stream = SceneStream(world, arguments.images, (size,), arguments.seed, split="iid")

@@ -33,7 +33,7 @@ def run(pipe: DALLE2, num_images: int) -> tuple[torch.Tensor, dict[str, float]]:
 def main() -> None:
     arguments = options("main_job", __doc__).parse_args()
     this_machine = machine()
-    pipe = DALLE2.from_pretrained(arguments.checkpoint)
+    pipe = DALLE2.from_pretrained(arguments.checkpoint, device="cpu", dtype="fp32")
     startup = time.perf_counter() - START
 
     first, cold = run(pipe, arguments.num_images)

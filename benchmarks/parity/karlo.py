@@ -27,7 +27,7 @@ def pipelines() -> tuple:
         theirs = tiny_karlo.pipeline(Path(folder) / "tokenizer_files")
         theirs.set_progress_bar_config(disable=True)
         theirs.save_pretrained(Path(folder) / "karlo")
-        return theirs, DALLE2.from_pretrained(Path(folder) / "karlo")
+        return theirs, DALLE2.from_pretrained(Path(folder) / "karlo", device="cpu", dtype="fp32")
 
 
 def random_inputs() -> Iterator[tuple[Callable[..., Tensor], Tensor, Tensor]]:

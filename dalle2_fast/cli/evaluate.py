@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         _check_output(args.output)
     device = choose_device(args.device)
     path = None if args.checkpoint == "embedded" else Path(args.checkpoint)
-    pipe = DALLE2.from_pretrained(path, device=device)
+    pipe = DALLE2.from_pretrained(path, device=device, dtype="fp32")
     world = _world(pipe)
     report = evaluate(
         pipe,

@@ -21,6 +21,7 @@ from dalle2_fast.models.decoder.model import Decoder
 from dalle2_fast.models.prior.autoregressive import ARPrior
 from dalle2_fast.models.prior.diffusion import DiffusionPrior
 from dalle2_fast.models.upsampler.model import Upsampler
+from dalle2_fast.pipeline.device import choose_device, choose_dtype
 from dalle2_fast.pipeline.parts import PARTS, UPSAMPLERS
 
 if TYPE_CHECKING:
@@ -47,10 +48,13 @@ def load_pipeline(
     kind: type[DALLE2],
     path: str | PathLike | None,
     device: torch.device | str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
     revision: str | None,
 ) -> DALLE2:
     """See DALLE2.from_pretrained; `kind` is the class to construct."""
+    if not isinstance(device, torch.device):  # one that a program made itself may be of another type
+        device = choose_device(device, argument="device")
+    dtype = choose_dtype(dtype, device, "dtype")
     checkpoint = open_checkpoint(path, revision=revision)
     path, config = checkpoint.path, checkpoint.config
     if config.get("model") != "DALLE2":

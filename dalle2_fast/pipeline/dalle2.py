@@ -69,7 +69,7 @@ class DALLE2(nn.Module):
         ValueError, TypeError: no tokenizer, parts that do not fit each other, or settings out of range.
 
     Example:
-        >>> pipe = DALLE2.from_pretrained()
+        >>> pipe = DALLE2.from_pretrained(device="cpu", dtype="fp32")
         >>> pipe.sizes, pipe.dtype
         ((64, 256), torch.float32)
     """
@@ -317,8 +317,8 @@ class DALLE2(nn.Module):
         cls,
         path: str | PathLike | None = None,
         *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "auto",
+        dtype: torch.dtype | str = "auto",
         revision: str | None = None,
     ) -> DALLE2:
         """Load a checkpoint, in evaluation mode.
@@ -332,14 +332,17 @@ class DALLE2(nn.Module):
                 original .ckpt files; or an id of the Hugging Face hub, "kakaobrain/karlo-v1-alpha", for which
                 huggingface_hub has to be installed. None is the checkpoint that is installed with the
                 package.
-            device: of the weights.
-            dtype: of the weights and of the computation, regardless of what the file stores.
+            device: of the weights. "auto" is a GPU if there is one, else the CPU, as for the command line.
+            dtype: of the weights and of the computation, regardless of what the file stores: a floating-point
+                torch.dtype, "fp32", "bf16", "fp16", or "auto", which is bfloat16 on a device that has
+                instructions for it, else float32, as for the command line.
             revision: a branch, tag or commit of the hub.
 
         Raises:
             FileNotFoundError: a missing folder or file.
             CheckpointError: (a ValueError) a damaged, truncated or unknown checkpoint; the message names the
                 keys that are missing, left over or of another shape.
+            TypeError, ValueError: another device or dtype, or a device that this machine does not have.
 
         Example:
             >>> DALLE2.from_pretrained(dtype=torch.bfloat16).dtype

@@ -227,7 +227,7 @@ def inpaint(
 
     Example:
         >>> from dalle2_fast import DALLE2
-        >>> pipe = DALLE2.from_pretrained()
+        >>> pipe = DALLE2.from_pretrained(device="cpu", dtype="fp32")
         >>> image, mask = torch.rand(3, 64, 64), torch.zeros(64, 64)
         >>> mask[:32] = 1
         >>> made = pipe.inpaint(image, mask, "a red circle", 1, steps=2, prior_steps=2, size=64).images

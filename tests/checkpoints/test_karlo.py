@@ -24,13 +24,14 @@ pytest.importorskip("diffusers", reason="needs diffusers, whose Karlo is the ora
 pytest.importorskip("transformers", reason="needs transformers, whose CLIP the pipeline uses")
 
 from tests.support import tiny_karlo  # noqa: E402
+from tests.support.tiny_pipeline import load_on_cpu
 
 PROMPTS = ["the red ring", "and"]
 
 
 @pytest.fixture(scope="module")
 def ours(karlo_folder) -> DALLE2:
-    return DALLE2.from_pretrained(karlo_folder)
+    return load_on_cpu(karlo_folder)
 
 
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -171,7 +172,7 @@ def test_the_whole_pipeline_equals_diffusers(karlo, ours, monkeypatch, exact, to
 )  # fmt: skip
 def test_the_comparison_would_notice(karlo, karlo_folder, monkeypatch, change, value):
     """Each of Karlo's ways changed on our side: the pictures must differ by far more than is tolerated."""
-    ours = DALLE2.from_pretrained(karlo_folder)
+    ours = load_on_cpu(karlo_folder)
     guidance = (4.0, 8.0)
     if change in ours.sampling and change != "guidance":
         ours.sampling[change] = value
@@ -216,7 +217,7 @@ def test_defaults_are_karlos(ours):
 def test_pickled_weights_give_the_same(karlo, ours, tmp_path):
     karlo.save_pretrained(tmp_path, safe_serialization=False)
     assert list(tmp_path.rglob("*.bin")) and not list((tmp_path / "decoder").glob("*.safetensors"))
-    same(DALLE2.from_pretrained(tmp_path), ours)
+    same(load_on_cpu(tmp_path), ours)
 
 
 def test_shards_and_half_precision(karlo, ours, tmp_path):
@@ -226,7 +227,7 @@ def test_shards_and_half_precision(karlo, ours, tmp_path):
     assert (tmp_path / "decoder" / "diffusion_pytorch_model.safetensors.index.json").is_file()
     shutil.rmtree(tmp_path / "prior")
     deepcopy(karlo.prior).half().save_pretrained(tmp_path / "prior", variant="fp16")
-    loaded = DALLE2.from_pretrained(tmp_path)
+    loaded = load_on_cpu(tmp_path)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     half = {name: x.half().float() for name, x in ours.prior.state_dict().items()}
     assert all(torch.equal(x, half[name]) for name, x in loaded.prior.state_dict().items())
@@ -268,7 +269,7 @@ def test_the_command_line_describes_it(karlo_folder, capsys):
 
 
 def test_saved_again_as_ours_it_is_the_same(ours, tmp_path):
-    again = DALLE2.from_pretrained(ours.save_pretrained(tmp_path / "ours"))
+    again = load_on_cpu(ours.save_pretrained(tmp_path / "ours"))
     same(again, ours)
     assert again.sampling == ours.sampling and again.tokenizer == ours.tokenizer
     assert [again.prior.config, again.decoder.config, again.upsampler.config, again.clip.config] == [
@@ -291,14 +292,14 @@ def test_a_pipeline_of_image_variations(karlo, ours, monkeypatch, tmp_path):
     )  # fmt: skip
     variations.save_pretrained(tmp_path / "theirs")
     variations.set_progress_bar_config(disable=True)
-    loaded = DALLE2.from_pretrained(tmp_path / "theirs")
+    loaded = load_on_cpu(tmp_path / "theirs")
     assert loaded.prior is None
     same(loaded.decoder, ours.decoder)
     with pytest.raises(ValueError, match="prompt: this pipeline has no prior"):
         loaded("the ring", prior_steps=2)
     with pytest.raises(CheckpointError, match="a DALLE2 with a DiffusionPrior as its prior, got none"):
         DiffusionPrior.from_pretrained(tmp_path / "theirs")
-    again = DALLE2.from_pretrained(loaded.save_pretrained(tmp_path / "ours"))
+    again = load_on_cpu(loaded.save_pretrained(tmp_path / "ours"))
     same(again, loaded)
 
     noise = OurNoise(seed=7, count=1, steps=3)
@@ -327,7 +328,7 @@ def test_a_pipeline_of_image_variations(karlo, ours, monkeypatch, tmp_path):
 
 def test_original_files_give_the_same_weights(karlo_originals, ours):
     """Written by walking diffusers' modules in the order in which they run; read by rules."""
-    loaded = DALLE2.from_pretrained(karlo_originals)
+    loaded = load_on_cpu(karlo_originals)
     for part in ("prior", "decoder", "upsampler"):
         same(getattr(loaded, part), getattr(ours, part))
         one, two = getattr(loaded, part).config, getattr(ours, part).config

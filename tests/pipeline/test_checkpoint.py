@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dalle2_fast import DALLE2
-from tests.support.tiny_pipeline import tiny_pipeline
+from tests.support.tiny_pipeline import load_on_cpu, tiny_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def pipe():
 def test_saved_and_loaded_draws_the_same(pipe, tmp_path):
     folder = pipe.save_pretrained(tmp_path / "saved")
     state = torch.random.get_rng_state()
-    loaded = DALLE2.from_pretrained(folder)
+    loaded = load_on_cpu(folder)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert not loaded.training and loaded.dtype == torch.float32
     assert loaded.sampling == pipe.sampling and loaded.metadata == pipe.metadata
@@ -30,14 +30,14 @@ def test_saved_in_bfloat16(pipe, tmp_path):
     full = pipe.save_pretrained(tmp_path / "fp32") / "model.safetensors"
     half = pipe.save_pretrained(tmp_path / "bf16", dtype=torch.bfloat16) / "model.safetensors"
     assert half.stat().st_size < 0.7 * full.stat().st_size
-    loaded = DALLE2.from_pretrained(half.parent)
+    loaded = load_on_cpu(half.parent)
     assert loaded.dtype == torch.float32
     assert pipe.dtype == torch.float32  # saving converts a copy
     torch.testing.assert_close(loaded("a ring", 1, seed=1), pipe("a ring", 1, seed=1), atol=0.1, rtol=0)
 
 
 def test_without_upsampler(tmp_path):
-    loaded = DALLE2.from_pretrained(tiny_pipeline(upsampler=False).save_pretrained(tmp_path))
+    loaded = load_on_cpu(tiny_pipeline(upsampler=False).save_pretrained(tmp_path))
     assert loaded.upsampler is None and loaded.sizes == (16,)
     with pytest.raises(ValueError, match="size: expected one of 16, got 32"):
         loaded("a ring", 1, size=32)
@@ -88,6 +88,6 @@ def test_checkpoints_from_before_still_load(tmp_path):
         del config["sampling"][name]
     del config["upsampler"]["sample_tile"]
     (folder / "config.json").write_text(json.dumps(config))
-    loaded = DALLE2.from_pretrained(folder)
+    loaded = load_on_cpu(folder)
     assert loaded.sizes == (16, 32)
     assert torch.equal(loaded("a red ring", 1, seed=1), pipe.eval()("a red ring", 1, seed=1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from dalle2_fast import CLIP, DALLE2, Decoder, DiffusionPrior, Upsampler
@@ -51,3 +53,8 @@ def tiny_pipeline(seed: int = 0, upsampler: bool = True, own_text_encoder: bool 
             sampling=dict(steps=2, prior_steps=2, upsampler_steps=2, guidance=2.0),
             metadata={"world": {"shapes": ["ring", "square"]}},
         )
+
+
+def load_on_cpu(path: str | Path) -> DALLE2:
+    """DALLE2.from_pretrained in float32 on the CPU, where its defaults may choose a GPU or bfloat16."""
+    return DALLE2.from_pretrained(path, device="cpu", dtype=torch.float32)

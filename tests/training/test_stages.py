@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from dalle2_fast.data import World, render, sample_scenes
-from dalle2_fast.models import DALLE2
 from dalle2_fast.training.errors import TrainingError
 from dalle2_fast.training.presets import PRESETS
 from dalle2_fast.training.recipes import EXTRA_STAGES, STAGES
@@ -20,6 +19,7 @@ from dalle2_fast.training.stages.base import HELD_OUT_STREAM
 from dalle2_fast.training.stages.decoder import foreground_weight
 from dalle2_fast.training.stages.registry import STAGE_CLASSES, make_stage
 from dalle2_fast.training.stages.upsampler import random_crops
+from tests.support.tiny_pipeline import load_on_cpu
 
 
 def test_names_and_streams_are_unique():
@@ -104,7 +104,7 @@ def test_own_data(tmp_path, capsys):
         assert train_stage(stage, preset, out, **options) == "finished"
     # Where objects are is known of rendered scenes only.
     assert "foreground_weight 2 is for rendered scenes" in capsys.readouterr().out
-    pipeline = DALLE2.from_pretrained(export_pipeline(preset, out))
+    pipeline = load_on_cpu(export_pipeline(preset, out))
     assert pipeline("two dogs at the harbour", num_images=1, steps=2, prior_steps=2).shape == (1, 3, 32, 32)
     with pytest.raises(ValueError, match="circle"):
         pipeline("a circle", num_images=1)
