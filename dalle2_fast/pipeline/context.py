@@ -121,20 +121,18 @@ class GenerationContext:
     def run(self, stage: str, function: Callable[..., Tensor], **options: Any) -> Tensor:
         """function(**options, progress=...) batch after batch, timed as `stage`; results as one tensor.
 
-        Tensors among the options have one row per image and are cut into batches.
+        Tensors among the options have one row per image and are cut into batches. FloatingPointError, before
+        the next batch, if a result is not finite.
         """
         results = []
         with self.timer(stage, len(self.batches)) as track:
             for rows in self.batches:
                 inputs = {k: v[rows] if isinstance(v, Tensor) else v for k, v in options.items()}
-                results.append(function(**inputs, progress=track))
+                results.append(check_finite(stage, function(**inputs, progress=track), self.pipe.dtype))
             return torch.cat(results)
 
     def result(self, images: Tensor, low_res: Tensor, image_embed: Tensor) -> Generation:
-        """The result of the call. FloatingPointError if an image is not finite."""
-        if not torch.isfinite(images).all():
-            dtype = self.pipe.dtype
-            raise FloatingPointError(f"the images are not finite in {dtype}: use float32 or bfloat16")
+        """The result of the call."""
         return Generation(
             images=images.float(),
             low_res=low_res.float(),
@@ -143,6 +141,14 @@ class GenerationContext:
             sample_seeds=torch.tensor(self.sample_seeds),
             seconds=self.timer.seconds,
         )
+
+
+def check_finite(stage: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values that a stage computed in `dtype`; FloatingPointError, naming the stage, if not finite."""
+    if not torch.isfinite(values).all():
+        hint = ": use float32 or bfloat16" if dtype == torch.float16 else "; are the weights damaged?"
+        raise FloatingPointError(f"{stage}: the result is not finite in {dtype}{hint}")
+    return values
 
 
 def resolve_seed(seed: int | None, generator: torch.Generator | None = None) -> int:

@@ -231,7 +231,7 @@ class DALLE2(nn.Module):
             ValueError: an unknown word, an empty or over-long caption, an argument out of range, or a setting
                 of a stage that does not run.
             TypeError: an argument of another type.
-            FloatingPointError: the images are not finite (float16 may overflow).
+            FloatingPointError: the result of a stage is not finite (float16 may overflow).
 
         Example:
             >>> pipe = DALLE2.from_pretrained()

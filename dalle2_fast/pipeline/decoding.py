@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dalle2_fast.data.images import as_images, resized
-from dalle2_fast.pipeline.context import Generation, GenerationContext
+from dalle2_fast.pipeline.context import Generation, GenerationContext, check_finite
 from dalle2_fast.pipeline.progress import Progress
 from dalle2_fast.pipeline.settings import SamplingSettings, check_count, resolve_settings, resolve_size
 from dalle2_fast.pipeline.stages import encode_captions, sample_decoder, upsample
@@ -38,6 +38,7 @@ def embed_image(pipe: DALLE2, image: ImageInput) -> Tensor:
 
     Raises:
         TypeError, ValueError: `image` is none of these.
+        FloatingPointError: the embeddings are not finite (float16 may overflow).
 
     Example:
         >>> from dalle2_fast import DALLE2
@@ -47,7 +48,8 @@ def embed_image(pipe: DALLE2, image: ImageInput) -> Tensor:
     images = as_images("image", image, pipe.device)
     with torch.no_grad():
         small = resized(images, pipe.clip.image_size)
-        return pipe.clip.encode_image(small, normalize=pipe.decoder.unit_norm)
+        embed = pipe.clip.encode_image(small, normalize=pipe.decoder.unit_norm)
+    return check_finite("image embedding", embed, pipe.dtype)
 
 
 @torch.no_grad()
@@ -89,6 +91,7 @@ def decode(
 
     Raises:
         TypeError, ValueError: an argument of another type, shape or range, or an option that is not listed.
+        FloatingPointError: the result of a stage is not finite (float16 may overflow).
 
     Example:
         >>> from dalle2_fast import DALLE2
@@ -106,6 +109,8 @@ def decode(
         shape = (inputs, pipe.decoder.channels, *(pipe.decoder.image_size,) * 2)
         if tuple(x_T.shape) != shape:
             raise ValueError(f"x_T: expected [P, C, S, S] = {shape}, got {tuple(x_T.shape)}")
+        if not torch.isfinite(x_T).all():
+            raise ValueError("x_T: expected finite numbers, got others")
         decoder_options["x_T"] = x_T.repeat_interleave(check_count("num_images", num_images), dim=0)
     context = GenerationContext.for_inputs(
         pipe, inputs, num_images, seed=seed, generator=generator, batch_size=batch_size, progress=progress
@@ -154,3 +159,5 @@ def _check_embed(image_embed: Tensor, width: int) -> None:
         raise TypeError(f"image_embed: expected a floating-point tensor [P, {width}], got {came}")
     if image_embed.ndim != 2 or image_embed.shape[1] != width or not len(image_embed):
         raise ValueError(f"image_embed: expected [P >= 1, {width}], got {tuple(image_embed.shape)}")
+    if not torch.isfinite(image_embed).all():
+        raise ValueError("image_embed: expected finite numbers, got others")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dalle2_fast.data.images import as_images, resized, resized_mask
-from dalle2_fast.pipeline.context import GenerationContext
+from dalle2_fast.pipeline.context import GenerationContext, check_finite
 from dalle2_fast.pipeline.settings import SamplingSettings
 
 if TYPE_CHECKING:
@@ -59,6 +59,10 @@ def encode_captions(
             negative = None
             if negative_tokens is not None:
                 negative = pipe.clip.encode_text(negative_tokens, normalize=unit_norm)
+            for encoded in (caption, negative):
+                if encoded is not None:
+                    check_finite("text", encoded[0], pipe.dtype)
+                    check_finite("text", encoded[1], pipe.dtype)
     reads_tokens = pipe.decoder.text_encoder is not None  # the decoder encodes captions itself
     for_prior: dict[str, Any] = {}
     for_decoder: dict[str, Any] = {}
@@ -158,7 +162,7 @@ def choose_candidates(
     text = pipe.clip.encode_text(pipe.tokenizer.encode(prompts).to(pipe.device))[0].float()
     image = pipe.clip.encode_image(resized(low_res, pipe.clip.image_size)).float()
     rows = image.unflatten(0, (len(prompts), -1, count))
-    cosine = torch.einsum("pncd,pd->pnc", rows, text)
+    cosine = check_finite("candidates", torch.einsum("pncd,pd->pnc", rows, text), pipe.dtype)
     first = torch.arange(0, len(low_res), count, device=low_res.device)
     best = first + cosine.argmax(dim=2).flatten()
     context.select(best)

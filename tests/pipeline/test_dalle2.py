@@ -195,12 +195,54 @@ def test_parts_that_do_not_fit(pipe):
             DALLE2(**parts | change)
 
 
-def test_non_finite_images_are_an_error(monkeypatch):
-    """Elsewhere float16 gives black images without an error."""
-    pipe = tiny_pipeline(upsampler=False)
-    monkeypatch.setattr(pipe.decoder, "sample", lambda **options: torch.full((1, 3, 16, 16), float("nan")))
-    with pytest.raises(FloatingPointError, match="not finite"):
-        pipe("a ring", 1, seed=0)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("stage", "part", "function"),
+    [
+        ("text", "clip", "encode_text"),
+        ("prior", "prior", "sample"),
+        ("decoder", "decoder", "sample"),
+        ("candidates", "clip", "encode_image"),
+        ("upsampler", "upsampler", "sample"),
+    ],
+)
+def test_a_result_that_is_not_finite_names_its_stage(monkeypatch, value, stage, part, function):
+    """Elsewhere float16 gives black images without an error; here the next stage blamed its own input."""
+    pipe = tiny_pipeline()
+    inner = getattr(getattr(pipe, part), function)
+
+    def spoiled(*args, **options):
+        made = inner(*args, **options)
+        first, *rest = made if isinstance(made, tuple) else (made,)
+        first = torch.where(torch.arange(first.numel()).reshape(first.shape) == 3, value, first)
+        return (first, *rest) if isinstance(made, tuple) else first
+
+    monkeypatch.setattr(getattr(pipe, part), function, spoiled)
+    with pytest.raises(FloatingPointError, match=f"^{stage}: the result is not finite in torch.float32"):
+        pipe("a ring", 1, seed=0, candidates=2)
+
+
+def test_a_result_that_is_not_finite_ends_the_call_before_the_next_batch(monkeypatch):
+    pipe, calls = tiny_pipeline(), []
+    spoiled = torch.full((1, 16), torch.nan)
+    monkeypatch.setattr(pipe.prior, "sample", lambda **options: calls.append(1) or spoiled)
+    with pytest.raises(FloatingPointError):
+        pipe("a ring", 3, seed=0, batch_size=1)
+    assert len(calls) == 1
+
+
+def test_an_image_whose_embedding_is_not_finite(pipe, monkeypatch):
+    monkeypatch.setattr(pipe.clip, "encode_image", lambda image, normalize: torch.full((1, 16), torch.nan))
+    with pytest.raises(FloatingPointError, match="^image embedding: "):
+        pipe.variations(torch.rand(3, 16, 16), 1)
+
+
+@pytest.mark.parametrize("argument", ["image_embed", "x_T"])
+def test_input_that_is_not_finite_is_named(pipe, argument):
+    given = dict(image_embed=torch.zeros(1, 16), x_T=torch.zeros(1, 3, 16, 16))
+    given[argument][0, 0] = torch.nan
+    with pytest.raises(ValueError, match=f"^{argument}: expected finite numbers"):
+        pipe.decode(**given)
 
 
 @pytest.mark.gpu
