@@ -98,4 +98,4 @@ def why_overridden(module: nn.Module, base: type, method: str = "forward") -> st
         kind = kind.original_class
     if getattr(kind, method) is getattr(base, method):
         return None
-    return f"{kind.__qualname__} has a {method} of its own"
+    return f"{kind.__qualname__} overrides {method}"

@@ -45,9 +45,9 @@ def assert_close_to_truth(
     assert bool(actual.isfinite().all()), "not finite"
 
     size = truth.norm().item()
-    error, yardstick = (actual - truth).norm().item(), (plain - truth).norm().item()
-    limit = factor * yardstick + slack * size
-    assert error <= limit, f"error {error:.3e} > {limit:.3e} (plain torch: {yardstick:.3e}, size {size:.3e})"
+    error, plain_error = (actual - truth).norm().item(), (plain - truth).norm().item()
+    limit = factor * plain_error + slack * size
+    assert error <= limit, f"error {error:.3e} > {limit:.3e} (plain: {plain_error:.3e}, size {size:.3e})"
 
     largest = truth.abs().max().item()
     worst = (actual - truth).abs().max().item()

@@ -1,4 +1,4 @@
-"""Parts for diffusers' own loops and pipelines: schedulers, attention processors, the cache of the context.
+"""Parts for diffusers' loops and pipelines: schedulers, attention processors, the cache of the context.
 
     from dalle2_fast.adapters.diffusers import AttnAddedKVProcessor, UnCLIPScheduler, context_cache
 
