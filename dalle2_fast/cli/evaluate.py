@@ -6,17 +6,16 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dalle2_fast.checkpoints import CheckpointError
-from dalle2_fast.checkpoints.atomic import atomic_write
 from dalle2_fast.cli.arguments import DEVICE_HELP
-from dalle2_fast.data.synthetic.scenes import held_out_pairs
-from dalle2_fast.data.synthetic.world import World
-from dalle2_fast.evaluation.measure import FULL, PARTS, QUICK, SETTINGS, SPLITS, Amounts, evaluate
-from dalle2_fast.evaluation.report import print_report
-from dalle2_fast.pipeline.dalle2 import DALLE2
+from dalle2_fast.evaluation.amounts import FULL, PARTS, QUICK, SETTINGS, SPLITS, Amounts
 from dalle2_fast.pipeline.device import choose_device
 from dalle2_fast.pipeline.settings import SAMPLERS
+
+if TYPE_CHECKING:
+    from dalle2_fast.data.synthetic.world import World
+    from dalle2_fast.pipeline.dalle2 import DALLE2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,6 +93,11 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None:
         _check_output(args.output)
     device = choose_device(args.device)
+    from dalle2_fast.checkpoints.atomic import atomic_write
+    from dalle2_fast.evaluation.measure import evaluate
+    from dalle2_fast.evaluation.report import print_report
+    from dalle2_fast.pipeline.dalle2 import DALLE2
+
     path = None if args.checkpoint == "embedded" else Path(args.checkpoint)
     pipe = DALLE2.from_pretrained(path, device=device, dtype="fp32")
     world = _world(pipe)
@@ -118,6 +122,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _world(pipe: DALLE2) -> World:
+    from dalle2_fast.checkpoints import CheckpointError
+    from dalle2_fast.data.synthetic.world import World
+
     config = pipe.metadata.get("world")
     if config is None:
         raise CheckpointError(
@@ -129,6 +136,8 @@ def _world(pipe: DALLE2) -> World:
 
 def _splits(asked: list[str] | None, world: World) -> tuple[str, ...]:
     """The splits that the world has; ValueError if an empty one was asked for."""
+    from dalle2_fast.data.synthetic.scenes import held_out_pairs
+
     held = held_out_pairs()[world.ids("shapes")][:, world.ids("colors")].any()
     if held:
         return tuple(dict.fromkeys(asked or SPLITS))

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from dalle2_fast.data.synthetic.rendering import render
 from dalle2_fast.data.synthetic.scenes import sample_scenes
 from dalle2_fast.data.synthetic.world import World
 from dalle2_fast.data.text.tokenizer import WordTokenizer
+from dalle2_fast.evaluation.amounts import FULL, PARTS, SETTINGS, SPLITS, Amounts
 from dalle2_fast.evaluation.baselines import nearest_training_scenes, shuffle_images
 from dalle2_fast.evaluation.clip_scores import score_clip
 from dalle2_fast.evaluation.reading.reader import Reader
@@ -26,24 +26,6 @@ from dalle2_fast.evaluation.scores import ATTRIBUTES, Tally, score_captions
 from dalle2_fast.evaluation.upsampling import score_upsampler
 from dalle2_fast.pipeline.dalle2 import DALLE2
 from dalle2_fast.seeds import mix_seed
-
-SPLITS = ("iid", "comp")
-PARTS = ("clip", "captions", "upsampler")
-SETTINGS = (
-    "steps", "guidance", "candidates", "prior_steps", "prior_guidance", "upsampler_steps", "sampler",
-)  # fmt: skip
-
-
-class Amounts(NamedTuple):
-    """How much is measured."""
-
-    captions: int  # for which images are generated, per split
-    clip_captions: int  # among which CLIP chooses
-    training_captions: int  # of which the nearest-image baseline takes one
-    pictures: int  # that are upsampled
-
-
-FULL, QUICK = Amounts(500, 1000, 20_000, 32), Amounts(32, 200, 2_000, 8)
 
 
 def evaluate(

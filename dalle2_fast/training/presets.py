@@ -7,8 +7,7 @@ Minutes are wall clock; `--minutes` scales them, `--steps` replaces them.
 
 from __future__ import annotations
 
-from dalle2_fast.training.optimisers import Optimisation
-from dalle2_fast.training.recipes import Preset, Recipe
+from dalle2_fast.training.recipes import Optimisation, Preset, Recipe
 
 # --------------------------------------------- scenes-cpu: about two and a half hours on one CPU core
 SCENES_CPU = Preset(

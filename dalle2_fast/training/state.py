@@ -9,7 +9,8 @@ from torch import nn
 
 from dalle2_fast.training.ema import ExponentialMovingAverage
 from dalle2_fast.training.errors import TrainingError
-from dalle2_fast.training.optimisers import Optimisation, make_optimizers
+from dalle2_fast.training.optimisers import make_optimizers
+from dalle2_fast.training.recipes import Optimisation
 from dalle2_fast.training.stages.protocol import Stage
 
 FORMAT_VERSION = 1

@@ -21,7 +21,7 @@ from dalle2_fast.seeds import mix_seed
 from dalle2_fast.training.errors import TrainingError
 from dalle2_fast.training.folder import StageFolder
 from dalle2_fast.training.interruption import stop_requests
-from dalle2_fast.training.optimisers import Optimisation
+from dalle2_fast.training.recipes import Optimisation
 from dalle2_fast.training.stages.protocol import Stage
 from dalle2_fast.training.state import TrainingState
 from dalle2_fast.training.window import Window

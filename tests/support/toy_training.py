@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dalle2_fast.training.folder import StageFolder
-from dalle2_fast.training.optimisers import Optimisation
+from dalle2_fast.training.recipes import Optimisation
 from dalle2_fast.training.stages.protocol import Validation
 from dalle2_fast.training.trainer import Trainer
 

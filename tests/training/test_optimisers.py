@@ -10,7 +10,8 @@ from dalle2_fast.training import muon
 from dalle2_fast.training.ema import ExponentialMovingAverage
 from dalle2_fast.training.errors import TrainingError
 from dalle2_fast.training.muon import Muon, polar_factor, polar_factors
-from dalle2_fast.training.optimisers import Optimisation, make_optimizers
+from dalle2_fast.training.optimisers import make_optimizers
+from dalle2_fast.training.recipes import Optimisation
 from tests.support.toy_training import Toy, assert_same_state, log_rows, toy_trainer
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dalle2_fast.training.errors import TrainingError
-from dalle2_fast.training.optimisers import Optimisation
+from dalle2_fast.training.recipes import Optimisation
 from tests.support.toy_training import Toy, assert_same_state, log_rows, toy_trainer
 
 

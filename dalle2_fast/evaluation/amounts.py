@@ -1,0 +1,23 @@
+"""What can be measured, and how much. Nothing here imports torch: `dalle2-fast evaluate --help` reads it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+SPLITS = ("iid", "comp")
+PARTS = ("clip", "captions", "upsampler")
+SETTINGS = (
+    "steps", "guidance", "candidates", "prior_steps", "prior_guidance", "upsampler_steps", "sampler",
+)  # fmt: skip
+
+
+class Amounts(NamedTuple):
+    """How much is measured."""
+
+    captions: int  # for which images are generated, per split
+    clip_captions: int  # among which CLIP chooses
+    training_captions: int  # of which the nearest-image baseline takes one
+    pictures: int  # that are upsampled
+
+
+FULL, QUICK = Amounts(500, 1000, 20_000, 32), Amounts(32, 200, 2_000, 8)
