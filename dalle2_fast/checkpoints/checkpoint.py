@@ -27,6 +27,12 @@ class Checkpoint:
         config: as in config.json of a folder of dalle2_fast.
         tensors: the weights, on the CPU, in the dtypes of the files.
         clip: a CLIP in a layout of others, whose weights get their names when the CLIP is made.
+
+    Example:
+        >>> checkpoint = Checkpoint(Path("folder"), {"model": "DALLE2"})
+        >>> checkpoint.add("prior", ({"timesteps": 10}, {"weight": torch.zeros(2)}))
+        >>> checkpoint.config["prior"], list(checkpoint.tensors)
+        ({'timesteps': 10}, ['prior.weight'])
     """
 
     path: Path

@@ -9,7 +9,12 @@ from torch import Tensor
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that exists but cannot be used; the message names the file and what is wrong with it."""
+    """A checkpoint that exists but cannot be used; the message names the file and what is wrong with it.
+
+    Example:
+        >>> isinstance(CheckpointError("model.safetensors: truncated"), ValueError)
+        True
+    """
 
 
 def listed(names: Collection[str], limit: int = 5) -> str:

@@ -41,6 +41,9 @@ _CONFIG = "an object with 'format_version', as dalle2_fast writes it"
 def embedded_path() -> Path:
     """The folder of the checkpoint that is installed with the package.
 
+    Returns:
+        An absolute path.
+
     Example:
         >>> embedded_path().name
         'scenes'

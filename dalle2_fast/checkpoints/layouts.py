@@ -49,6 +49,9 @@ def open_checkpoint(
         parts: of a layout with several networks, those that are read.
         revision: a branch, tag or commit, for an id of the hub.
 
+    Returns:
+        The config and the weights of these parts, in the names of dalle2_fast.
+
     Raises:
         FileNotFoundError: something is missing; the message says what was expected and what is there.
         CheckpointError: a file is damaged, unknown, or holds more than plain weights. Nothing in a file is

@@ -21,6 +21,18 @@ class Pretrained:
     Attributes:
         part: the name of the module in the checkpoint of a DALLE2, from which it can also be loaded.
         config: the arguments with which `type(self)(**config)` makes the module again.
+
+    Example:
+        >>> class Scale(Pretrained, torch.nn.Module):
+        ...     part = "scale"
+        ...     def __init__(self, size: int):
+        ...         super().__init__()
+        ...         self.config = {"size": size}
+        ...         self.weight = torch.nn.Parameter(torch.ones(size))
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     sorted(file.name for file in Scale(3).save_pretrained(folder).iterdir())
+        ['config.json', 'model.safetensors']
     """
 
     part: ClassVar[str]

@@ -174,6 +174,12 @@ def reject_leftovers(tensors: Mapping[str, Tensor], prefixes: Iterable[str], sou
         tensors: names "<part>.<key>" -> tensors.
         prefixes: the parts.
         source: where the tensors were read; the error message begins with it.
+
+    Raises:
+        CheckpointError: a ValueError; it lists the first of these tensors.
+
+    Example:
+        >>> reject_leftovers({"clip.weight": torch.zeros(1)}, ["clip"], "model.safetensors")
     """
     known = set(prefixes)
     if leftover := [key for key in tensors if key.partition(".")[0] not in known]:

@@ -1,7 +1,7 @@
 """WebDatasetStream: batches of image-caption pairs of the user, read from WebDataset shards.
 
 A shard is a tar file in which the files of one sample share their name: 0001.jpg, 0001.txt. The library
-`webdataset` (extra "train") reads shards; it is imported when a stream is built, not before.
+`webdataset` (extra "train") opens and shuffles shards; it is imported when a stream is built, not before.
 """
 
 from __future__ import annotations
@@ -9,32 +9,47 @@ from __future__ import annotations
 import glob
 import io
 import itertools
-import json
 import random
+import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from dalle2_fast.data.images import canonical
+from dalle2_fast.data.samples import CAPTION_KEYS, IMAGE_KEYS, caption_of, group
+from dalle2_fast.data.tar import read_tar
 from dalle2_fast.data.text.tokenizer import Tokenizer, WordTokenizer, split_words
 from dalle2_fast.seeds import mix_seed
 
-IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
-CAPTION_KEYS = ("txt", "caption", "json")  # in a JSON file, the caption is "caption" or "text"
+
+class SkippedSample(UserWarning):
+    """A sample, or a part of a shard, that a WebDatasetStream could not use."""
+
+
+class Pair(NamedTuple):
+    """An image file and its caption."""
+
+    image: bytes
+    caption: str
+    shard: str
+    key: str  # the name that the files of the sample share
 
 
 class WebDatasetStream:
     """Endless batches from shards, a function of (shards, seed, step): a resumed run sees the same batches.
 
     Samples without image or caption are left out. An image that cannot be decoded is replaced by another one
-    of its batch, with that one's caption. `skipped` counts both by reason, and a warning reports them.
+    of its batch, with that one's caption. Damage within a shard costs only the samples that it hits.
+    `skipped` counts all of it by reason, `summary()` says it in one line, and a warning of the class
+    SkippedSample names shard and sample at the 1st, 2nd, 4th, 8th ... of each reason.
 
     Args:
         shards: a path or URL, with braces (data-{000..099}.tar) or wildcards, a folder of .tar files, or a
@@ -44,8 +59,9 @@ class WebDatasetStream:
             in pixels.
         seed: of the order of shards and samples.
         device: of the batches.
-        tokenizer: for the captions; words that it does not know become <unk>, captions that are too long are
-            cut. None builds a WordTokenizer from the first 50,000 captions.
+        tokenizer: for the captions, and it decides which of them are empty; words that it does not know
+            become <unk>, captions that are too long are cut. None builds a WordTokenizer from the first
+            50,000 captions.
         vocab_size: the largest vocabulary of the tokenizer that is built.
         shuffle: samples in the shuffle buffer; the shards are also shuffled, anew for every pass. 0 keeps
             the order of both.
@@ -55,6 +71,20 @@ class WebDatasetStream:
         ImportError: `webdataset` is not installed.
         FileNotFoundError: a local shard does not exist.
         ValueError: the batch size is no int >= 1, or no shard holds a sample with image and caption.
+
+    Example:
+        >>> import io, tarfile, tempfile
+        >>> shard, image = Path(tempfile.mkdtemp(), "0.tar"), io.BytesIO()
+        >>> Image.new("RGB", (32, 24), "red").save(image, "PNG")
+        >>> with tarfile.open(shard, "w") as tar:
+        ...     for name, data in (("0.png", image.getvalue()), ("0.txt", b"a red image")):
+        ...         member = tarfile.TarInfo(name)
+        ...         member.size = len(data)
+        ...         tar.addfile(member, io.BytesIO(data))
+        >>> stream = WebDatasetStream(shard, batch_size=1, resolutions=(16,))
+        >>> batch = stream.batch(0)
+        >>> batch["images"][16].shape, stream.tokenizer.decode(batch["tokens"][0])
+        (torch.Size([1, 3, 16, 16]), 'a red image')
     """
 
     def __init__(
@@ -78,7 +108,8 @@ class WebDatasetStream:
         self.device, self.shuffle = torch.device(device), shuffle
         self.skipped: Counter[str] = Counter()
         self._threads = ThreadPoolExecutor(max(1, workers), thread_name_prefix="decode")
-        self._samples, self._step = None, 0
+        self._pairs, self._step = None, 0
+        self.tokenizer = tokenizer
         self.tokenizer = tokenizer or self._build_tokenizer(vocab_size)
 
     def batch(self, step: int) -> dict:
@@ -98,24 +129,24 @@ class WebDatasetStream:
         """
         if not isinstance(step, int) or step < 0:
             raise ValueError(f"step: expected an int >= 0, got {step!r}")
-        if self._samples is None or step < self._step:
-            self._samples, self._step = self._endless(), 0
+        if self._pairs is None or step < self._step:
+            self._pairs, self._step = self._endless(), 0
             self.skipped.clear()
         skip = (step - self._step) * self.batch_size
-        samples = list(itertools.islice(self._samples, skip, skip + self.batch_size))
+        pairs = list(itertools.islice(self._pairs, skip, skip + self.batch_size))
         self._step = step + 1
 
-        decoded = list(self._threads.map(self._decode, (image for image, _ in samples)))
+        decoded = list(self._threads.map(self._decode, (pair.image for pair in pairs)))
         good = [index for index, image in enumerate(decoded) if not isinstance(image, Exception)]
-        for image in decoded:
+        for pair, image in zip(pairs, decoded, strict=True):
             if isinstance(image, Exception):
-                self._skip("image cannot be decoded", image)
+                self._skip("image cannot be decoded", pair.shard, f"sample {pair.key}: {_reason(image)}")
         if not good:
             raise ValueError(f"shards: none of the {self.batch_size} images of step {step} can be decoded")
         # The next sample of the shard is no replacement: a resumed stream would have to decode all that it
         # skips, in order to know which samples a batch holds.
         order = [index if index in set(good) else good[index % len(good)] for index in range(len(decoded))]
-        captions = [samples[index][1] for index in order]
+        captions = [pairs[index].caption for index in order]
         images = {
             resolution: torch.stack([decoded[index][column] for index in order]).to(self.device)
             for column, resolution in enumerate(self.resolutions)
@@ -126,6 +157,17 @@ class WebDatasetStream:
             captions=captions,
         )
 
+    def summary(self) -> str | None:
+        """One line on what was skipped since the first step; None if nothing was.
+
+        Example:
+            "skipped 3 samples or parts of shards: 2 no caption, 1 image cannot be decoded"
+        """
+        if not self.skipped:
+            return None
+        counts = ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
+        return f"skipped {self.skipped.total()} samples or parts of shards: {counts}"
+
     def _decode(self, data: bytes) -> list[Tensor] | Exception:
         try:
             with Image.open(io.BytesIO(data)) as image:
@@ -133,57 +175,76 @@ class WebDatasetStream:
         except Exception as error:  # PIL raises almost any exception on damaged files
             return error
 
-    def _endless(self) -> Iterator[tuple[bytes, str]]:
-        """(image file, caption) of all passes; the order depends on (seed, pass) only."""
+    def _endless(self) -> Iterator[Pair]:
+        """The pairs of all passes; the order depends on (seed, pass) only."""
         for epoch in itertools.count():
             some = False
-            for sample in self._one_pass(epoch):
+            for pair in self._one_pass(epoch):
                 some = True
-                yield sample
+                yield pair
             if not some:
                 raise ValueError(
                     f"shards: no sample with an image ({', '.join(IMAGE_KEYS)}) and a caption "
-                    f"({', '.join(CAPTION_KEYS)}) in {len(self.shards)} shards; skipped: {dict(self.skipped)}"
+                    f"({', '.join(CAPTION_KEYS)}) in {len(self.shards)} shards; "
+                    f"{self.summary() or 'nothing was skipped'}"
                 )
 
-    def _one_pass(self, epoch: int, shuffle: bool = True) -> Iterator[tuple[bytes, str]]:
+    def _one_pass(self, epoch: int, shuffle: bool = True) -> Iterator[Pair]:
         library, shards = self._library, list(self.shards)
         generator = random.Random(mix_seed(self.seed, epoch))
-
-        def unreadable(error: Exception) -> bool:
-            return self._skip("shard cannot be read", error)
-
-        stages = [library.tarfile_to_samples(handler=unreadable)]
+        stages = [self._read]
         if shuffle and self.shuffle:
             generator.shuffle(shards)
             stages.append(library.shuffle(self.shuffle, initial=self.shuffle, rng=generator))
         for sample in library.DataPipeline(library.SimpleShardList(shards), *stages):
-            image = next((sample[key] for key in IMAGE_KEYS if key in sample), None)
-            caption = _caption(sample)
+            shard, key = sample["__url__"], sample["__key__"]
+            image = next((sample[ending] for ending in IMAGE_KEYS if ending in sample), None)
+            caption = caption_of(sample)
             if image is None:
-                self._skip("no image", sample["__key__"])
-            elif not split_words(caption):
-                self._skip("no caption", sample["__key__"])
+                self._skip("no image", shard, f"sample {key}")
+            elif caption is None:
+                self._skip("caption is no text", shard, f"sample {key}")
+            elif not self._has_text(caption):
+                self._skip("no caption", shard, f"sample {key}")
             else:
-                yield image, caption
+                yield Pair(image, caption, shard, key)
+
+    def _read(self, shards: Iterable[dict]) -> Iterator[dict]:
+        """The samples of the shards, each a dict as `group` makes them, with the shard as "__url__"."""
+        for shard in (entry["url"] for entry in shards):
+            try:
+                with self._library.gopen(shard, "rb") as stream:
+                    files = read_tar(stream, lambda reason, where, shard=shard: self._skip(reason, shard, where))
+                    for sample in group(files):
+                        yield sample | {"__url__": shard}
+            except Exception as error:  # of the network, of a command, of a compression
+                self._skip("shard cannot be read", shard, _reason(error))
+
+    def _has_text(self, caption: str) -> bool:
+        return bool(split_words(caption)) if self.tokenizer is None else self.tokenizer.has_text(caption)
 
     def _build_tokenizer(self, size: int, samples: int = 50_000) -> WordTokenizer:
-        captions = [caption for _, caption in itertools.islice(self._one_pass(0, shuffle=False), samples)]
-        self.skipped.clear()  # the same samples are counted again when batches are read
+        pairs = itertools.islice(self._one_pass(0, shuffle=False), samples)
+        captions = [pair.caption for pair in pairs]
         if not captions:
+            self.skipped.clear()  # the pass that follows counts again
             next(self._endless())  # raises, with the reason
+        self.skipped.clear()  # the same samples are counted again when batches are read
         return WordTokenizer.from_captions(captions, size)
 
-    def _skip(self, reason: str, what: object) -> bool:
-        """Count a bad sample, and warn at the 1st, 2nd, 4th, 8th ... of each reason.
-
-        Always True, which tells webdataset to go on.
-        """
+    def _skip(self, reason: str, shard: str, where: str) -> None:
+        """Count what is skipped, and warn at the 1st, 2nd, 4th, 8th ... of each reason."""
         self.skipped[reason] += 1
         count = self.skipped[reason]
         if count & (count - 1) == 0:
-            warnings.warn(f"shards: {reason} ({count} so far): {what}", stacklevel=2)
-        return True
+            warnings.warn(f"shards: {reason}: {shard}, {where} ({count} so far)", SkippedSample, stacklevel=2)
+
+
+def _reason(error: Exception) -> str:
+    """An error as a phrase, without the addresses of objects."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no image that Pillow can read"
+    return re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", str(error)) or type(error).__name__
 
 
 def _import_webdataset():
@@ -253,19 +314,3 @@ def to_square(image: Image.Image, resolution: int) -> Tensor:
     if image.mode == "F":  # in [0, 1] except for bicubic overshoot
         return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).expand(3, -1, -1)
     return pixels.permute(2, 0, 1)
-
-
-def _caption(sample: dict) -> str:
-    """The caption of a sample as read from the tar file, "" if there is none."""
-    for key in CAPTION_KEYS:
-        if key not in sample:
-            continue
-        text = sample[key].decode("utf-8", errors="replace")
-        if key == "json":
-            try:
-                record = json.loads(text)
-            except (ValueError, RecursionError):
-                return ""
-            text = (record.get("caption") or record.get("text") or "") if isinstance(record, dict) else ""
-        return str(text).strip()
-    return ""

@@ -154,6 +154,9 @@ def draw_phrasing(
         drop: 1 leaves attributes out at random, as people do; 0 states all of them.
         canonical: use no synonyms.
 
+    Returns:
+        The choices for each caption, tensors of n rows.
+
     Raises:
         ValueError: `drop` is neither 0 nor 1.
 
@@ -212,8 +215,17 @@ def draw_phrasing(
 def stated(scenes: Scenes, phrasing: Phrasing) -> dict[str, Tensor]:
     """Which attributes the captions of scenes state.
 
+    Args:
+        scenes: n scenes.
+        phrasing: the phrasing of their captions.
+
     Returns:
         bool tensors: size, fill [n, K]; pos, bg, btex, rel [n]. Shape and colour are always stated.
+
+    Example:
+        >>> from dalle2_fast.data import sample_scenes
+        >>> stated(sample_scenes(4), draw_phrasing(4, drop=0.0))["bg"].all()
+        tensor(True)
     """
     kind, seen, everything = scenes["kind"], scenes["fill"] > 0, phrasing.drop == 0
     fill = torch.where(seen, phrasing.fill_seen, phrasing.fill_solid)
@@ -230,7 +242,14 @@ def stated(scenes: Scenes, phrasing: Phrasing) -> dict[str, Tensor]:
 
 
 def compose(scenes: Scenes, phrasing: Phrasing) -> Tensor:
-    """The captions of n scenes: int64 [n, 36], <bos>, the words, <eos>, then 0.
+    """The captions of n scenes as token ids.
+
+    Args:
+        scenes: n scenes.
+        phrasing: the phrasing of their captions.
+
+    Returns:
+        int64 [n, 36]: <bos>, the words, <eos>, then 0.
 
     Example:
         >>> from dalle2_fast.data import WordTokenizer, World, sample_scenes

@@ -12,6 +12,9 @@ def scene_words(world: World | None = None) -> tuple[str, ...]:
     Args:
         world: None takes the whole world.
 
+    Returns:
+        The words, each once.
+
     Example:
         >>> words = scene_words()
         >>> len(words), words[:3]

@@ -82,6 +82,15 @@ class WordTokenizer:
             captions, lambda caption: self._encode(caption, unknown, truncate), self.context_length, unknown
         )
 
+    def has_text(self, caption: str) -> bool:
+        """Whether a caption has a word, known or not.
+
+        Example:
+            >>> WordTokenizer(["red"]).has_text("?!")
+            False
+        """
+        return bool(split_words(caption))
+
     def _encode(self, caption: str, unknown: str, truncate: bool) -> list[int]:
         words, room = split_words(caption), self.context_length - 2
         if not words:
@@ -183,6 +192,9 @@ def tokenizer_from_config(config: dict) -> Tokenizer:
 
     Args:
         config: its "kind" is "bpe", "words" or missing, as in older checkpoints, which means words.
+
+    Returns:
+        The tokenizer, which gives the same ids as the one that wrote the config.
 
     Raises:
         ValueError: another kind, or other keys than that kind has.
