@@ -13,8 +13,9 @@ import random
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,7 +110,6 @@ class WebDatasetStream:
         self.skipped: Counter[str] = Counter()
         self._threads = ThreadPoolExecutor(max(1, workers), thread_name_prefix="decode")
         self._pairs, self._step = None, 0
-        self.tokenizer = tokenizer
         self.tokenizer = tokenizer or self._build_tokenizer(vocab_size)
 
     def batch(self, step: int) -> dict:
@@ -140,7 +140,7 @@ class WebDatasetStream:
         good = [index for index, image in enumerate(decoded) if not isinstance(image, Exception)]
         for pair, image in zip(pairs, decoded, strict=True):
             if isinstance(image, Exception):
-                self._skip("image cannot be decoded", pair.shard, f"sample {pair.key}: {_reason(image)}")
+                self._skip(pair.shard, "image cannot be decoded", f"sample {pair.key}: {_reason(image)}")
         if not good:
             raise ValueError(f"shards: none of the {self.batch_size} images of step {step} can be decoded")
         # The next sample of the shard is no replacement: a resumed stream would have to decode all that it
@@ -179,17 +179,20 @@ class WebDatasetStream:
         """The pairs of all passes; the order depends on (seed, pass) only."""
         for epoch in itertools.count():
             some = False
-            for pair in self._one_pass(epoch):
+            for pair in self._one_pass(epoch, self.tokenizer.has_text, shuffle=True):
                 some = True
                 yield pair
             if not some:
-                raise ValueError(
-                    f"shards: no sample with an image ({', '.join(IMAGE_KEYS)}) and a caption "
-                    f"({', '.join(CAPTION_KEYS)}) in {len(self.shards)} shards; "
-                    f"{self.summary() or 'nothing was skipped'}"
-                )
+                raise self._no_pair()
 
-    def _one_pass(self, epoch: int, shuffle: bool = True) -> Iterator[Pair]:
+    def _no_pair(self) -> ValueError:
+        return ValueError(
+            f"shards: no sample with an image ({', '.join(IMAGE_KEYS)}) and a caption "
+            f"({', '.join(CAPTION_KEYS)}) in {len(self.shards)} shards; "
+            f"{self.summary() or 'nothing was skipped'}"
+        )
+
+    def _one_pass(self, epoch: int, has_text: Callable[[str], object], shuffle: bool) -> Iterator[Pair]:
         library, shards = self._library, list(self.shards)
         generator = random.Random(mix_seed(self.seed, epoch))
         stages = [self._read]
@@ -201,11 +204,11 @@ class WebDatasetStream:
             image = next((sample[ending] for ending in IMAGE_KEYS if ending in sample), None)
             caption = caption_of(sample)
             if image is None:
-                self._skip("no image", shard, f"sample {key}")
+                self._skip(shard, "no image", f"sample {key}")
             elif caption is None:
-                self._skip("caption is no text", shard, f"sample {key}")
-            elif not self._has_text(caption):
-                self._skip("no caption", shard, f"sample {key}")
+                self._skip(shard, "caption is no text", f"sample {key}")
+            elif not has_text(caption):
+                self._skip(shard, "no caption", f"sample {key}")
             else:
                 yield Pair(image, caption, shard, key)
 
@@ -214,25 +217,20 @@ class WebDatasetStream:
         for shard in (entry["url"] for entry in shards):
             try:
                 with self._library.gopen(shard, "rb") as stream:
-                    files = read_tar(stream, lambda reason, where, shard=shard: self._skip(reason, shard, where))
-                    for sample in group(files):
+                    report = partial(self._skip, shard)
+                    for sample in group(read_tar(stream, report)):
                         yield sample | {"__url__": shard}
             except Exception as error:  # of the network, of a command, of a compression
-                self._skip("shard cannot be read", shard, _reason(error))
-
-    def _has_text(self, caption: str) -> bool:
-        return bool(split_words(caption)) if self.tokenizer is None else self.tokenizer.has_text(caption)
+                self._skip(shard, "shard cannot be read", _reason(error))
 
     def _build_tokenizer(self, size: int, samples: int = 50_000) -> WordTokenizer:
-        pairs = itertools.islice(self._one_pass(0, shuffle=False), samples)
-        captions = [pair.caption for pair in pairs]
-        if not captions:
-            self.skipped.clear()  # the pass that follows counts again
-            next(self._endless())  # raises, with the reason
+        pairs = itertools.islice(self._one_pass(0, split_words, shuffle=False), samples)
+        if not (captions := [pair.caption for pair in pairs]):
+            raise self._no_pair()
         self.skipped.clear()  # the same samples are counted again when batches are read
         return WordTokenizer.from_captions(captions, size)
 
-    def _skip(self, reason: str, shard: str, where: str) -> None:
+    def _skip(self, shard: str, reason: str, where: str) -> None:
         """Count what is skipped, and warn at the 1st, 2nd, 4th, 8th ... of each reason."""
         self.skipped[reason] += 1
         count = self.skipped[reason]

@@ -87,6 +87,15 @@ class BPETokenizer:
         """
         return encode_rows(captions, lambda x: self._encode(x, truncate), self.context_length, unknown)
 
+    def has_text(self, caption: str) -> bool:
+        """Whether a caption has a token; emoji and signs alone do.
+
+        Example:
+            >>> BPETokenizer().has_text("?!"), BPETokenizer().has_text(" ")
+            (True, False)
+        """
+        return bool(self.tokenize(caption))
+
     def _encode(self, caption: str, truncate: bool) -> list[int]:
         ids, room = self.tokenize(caption), self.context_length - 2
         if len(ids) > room and not truncate:
