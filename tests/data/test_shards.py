@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle2_fast.data.shards import WebDatasetStream, expand_shards, to_square
+from dalle2_fast.data.shards import SkippedSample, WebDatasetStream, expand_shards, to_square
+from dalle2_fast.data.text.bpe import BPETokenizer
 from dalle2_fast.data.text.tokenizer import WordTokenizer
 
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -99,6 +100,77 @@ def test_bad_samples_are_counted_and_reported(tmp_path):
     assert batch["captions"] == ["a blue one"] * 4
     assert batch["images"][8][0, 2].min() > 0.95
     assert stream.skipped == {"image cannot be decoded": 1, "no caption": 4, "no image": 1}
+
+
+def test_warnings_name_shard_and_sample(tmp_path):
+    """Pillow's own message is about <_io.BytesIO object at 0x7f...>."""
+    pytest.importorskip("webdataset")
+    shard = write_shard(tmp_path / "a.tar", [{"png": b"not a picture", "txt": b"red"}, *samples(3)])
+    stream = WebDatasetStream(shard, 4, (8,), tokenizer=WordTokenizer(["red"]), shuffle=0)
+    assert stream.summary() is None
+    with pytest.warns(SkippedSample) as caught:
+        stream.batch(0)
+    (warning,) = caught
+    reason = "it is no image that Pillow can read (1 so far)"
+    assert str(warning.message) == f"shards: image cannot be decoded: {shard}, sample 0000: {reason}"
+    assert stream.summary() == "skipped 1 samples or parts of shards: 1 image cannot be decoded"
+
+
+@pytest.mark.filterwarnings("ignore:shards. no image")
+def test_damage_costs_one_sample(tmp_path):
+    """One flipped byte in the third header of a shard must not drop the rest of the shard."""
+    pytest.importorskip("webdataset")
+    shard = write_shard(tmp_path / "a.tar", samples(12))
+    with tarfile.open(shard) as tar:
+        header = tar.getmembers()[2].offset
+    data = bytearray(shard.read_bytes())
+    data[header + 3] ^= 0x40
+    shard.write_bytes(data)
+    with pytest.warns(SkippedSample, match=f"tar header is damaged: {shard}, after 0000.txt"):
+        stream = WebDatasetStream(shard, 11, (8,), shuffle=0)
+        captions = stream.batch(0)["captions"]
+    assert len(set(captions)) == 11
+    assert stream.skipped == {"tar header is damaged": 1, "no image": 1}
+
+
+@pytest.mark.parametrize(
+    "record, caption",
+    [
+        ({"caption": ["a red one", "red"]}, "a red one"),
+        ({"caption": [" ", 3, "a red one"]}, "a red one"),
+        ({"caption": None, "text": "a red one"}, "a red one"),
+        (["a red one"], "a red one"),
+        ({"caption": {"en": "a red one"}}, None),
+        ({"caption": 3}, None),
+        ({"caption": [["a red one"]]}, None),
+    ],
+)
+def test_captions_of_json_are_text(tmp_path, record, caption):
+    """str() of a list or an object would be trained on as a caption."""
+    pytest.importorskip("webdataset")
+    other = {"png": picture("red"), "txt": b"other"}
+    files = [{"png": picture("red"), "json": json.dumps(record).encode()}, other]
+    stream = WebDatasetStream(
+        write_shard(tmp_path / "a.tar", files), 1, (8,), tokenizer=WordTokenizer(["red"]), shuffle=0
+    )
+    if caption is None:
+        with pytest.warns(SkippedSample, match="caption is no text: .*, sample 0000"):
+            assert stream.batch(0)["captions"] == ["other"]
+    else:
+        assert stream.batch(0)["captions"] == [caption]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_tokenizer_decides_which_captions_are_empty(tmp_path):
+    """CLIP's tokenizer reads emoji and signs, which have no words."""
+    pytest.importorskip("webdataset")
+    captions = ["\U0001f600", "!?", " ", "red"]
+    files = [{"png": picture("red"), "txt": text.encode()} for text in captions]
+    shard = write_shard(tmp_path / "a.tar", files)
+    all_but_blank = [text for text in captions if text != " "]
+    for tokenizer, expected in ((BPETokenizer(), all_but_blank), (WordTokenizer(["red"]), ["red"])):
+        stream = WebDatasetStream(shard, 1, (8,), tokenizer=tokenizer, shuffle=0)
+        assert [stream.batch(step)["captions"][0] for step in range(len(expected))] == expected
 
 
 def test_unreadable_shards(tmp_path):
