@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import signal
+import sys
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dalle2_fast.cli.arguments import DEVICE_HELP
@@ -65,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="bfloat16",
         help="dtype of the weights of the pipeline (default bfloat16)",
     )
-    add("--quiet", action="store_true", help="no progress bar")
+    add("--quiet", action="store_true", help="no progress bar, no warnings about samples that are skipped")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,6 +81,30 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         TrainingError, ValueError: what the user can correct.
     """
+    with _warnings_of_samples(shown=not args.quiet):
+        return _train(args)
+
+
+@contextmanager
+def _warnings_of_samples(*, shown: bool) -> Iterator[None]:
+    """Print each warning about a skipped sample as one line, without a place in the code, or not at all."""
+    from dalle2_fast.data.shards import SkippedSample
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always" if shown else "ignore", SkippedSample)
+        show_others = warnings.showwarning
+
+        def show(message, category, *place, **options):
+            if issubclass(category, SkippedSample):
+                print(f"dalle2-fast: {message}", file=sys.stderr)
+            else:
+                show_others(message, category, *place, **options)
+
+        warnings.showwarning = show
+        yield
+
+
+def _train(args: argparse.Namespace) -> int:
     import torch
 
     from dalle2_fast.training.run import export_pipeline, saved_prior_kind, train_stage

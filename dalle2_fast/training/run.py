@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -86,6 +87,8 @@ def train_stage(
     if folder.has_state():
         trainer.resume()
     outcome = trainer.train(pause_after)
+    if shards is not None and show_progress and (skipped := stage.stream.summary()):
+        print(f"{name}: {skipped}", file=sys.stderr)
     if outcome == "finished":
         facts = {
             "preset": preset.name,

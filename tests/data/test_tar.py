@@ -1,4 +1,4 @@
-"""Tar archives that are damaged, or made to harm their reader: each intact file is read, in bounded memory."""
+"""Tar archives that are damaged, or made to harm their reader: intact files are read, in bounded memory."""
 
 import bz2
 import gzip
