@@ -41,9 +41,10 @@ class AdaptedClip(Adapted):
         TypeError: clip is of another class.
         ImportError: DALLE2-pytorch is not installed.
 
-    Example:
-        >>> from dalle2_fast.adapters.dalle2_pytorch import ClipAdapter  # doctest: +SKIP
-        >>> prior = dalle2_pytorch.DiffusionPrior(net, clip=ClipAdapter(clip))  # doctest: +SKIP
+    Example::
+
+        from dalle2_fast.adapters.dalle2_pytorch import ClipAdapter
+        prior = dalle2_pytorch.DiffusionPrior(net, clip=ClipAdapter(clip))
     """
 
     embedded_text: Callable  # DALLE2-pytorch's named tuples of results

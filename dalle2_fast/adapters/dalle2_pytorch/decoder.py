@@ -23,11 +23,12 @@ class AdaptedDecoder(Adapted):
         ValueError: the low_res_size of an upsampler is not the image size of the stage before.
         ImportError: DALLE2-pytorch is not installed.
 
-    Example:
-        >>> from dalle2_pytorch.trainer import DecoderTrainer  # doctest: +SKIP
-        >>> from dalle2_fast.adapters.dalle2_pytorch import Decoder  # doctest: +SKIP
-        >>> trainer = DecoderTrainer(Decoder(decoder, upsampler), lr=3e-4)  # doctest: +SKIP
-        >>> loss = trainer(images, image_embed=embed, text=text, unet_number=1)  # doctest: +SKIP
+    Example::
+
+        from dalle2_pytorch.trainer import DecoderTrainer
+        from dalle2_fast.adapters.dalle2_pytorch import Decoder
+        trainer = DecoderTrainer(Decoder(decoder, upsampler), lr=3e-4)
+        loss = trainer(images, image_embed=embed, text=text, unet_number=1)
     """
 
     def __init__(

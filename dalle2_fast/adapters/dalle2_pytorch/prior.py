@@ -20,11 +20,12 @@ class AdaptedPrior(Adapted):
         TypeError: an argument is of another class.
         ImportError: DALLE2-pytorch is not installed.
 
-    Example:
-        >>> from dalle2_pytorch.trainer import DiffusionPriorTrainer  # doctest: +SKIP
-        >>> from dalle2_fast.adapters.dalle2_pytorch import DiffusionPrior  # doctest: +SKIP
-        >>> trainer = DiffusionPriorTrainer(DiffusionPrior(prior, clip=clip), lr=3e-4)  # doctest: +SKIP
-        >>> loss = trainer(text, images)  # doctest: +SKIP
+    Example::
+
+        from dalle2_pytorch.trainer import DiffusionPriorTrainer
+        from dalle2_fast.adapters.dalle2_pytorch import DiffusionPrior
+        trainer = DiffusionPriorTrainer(DiffusionPrior(prior, clip=clip), lr=3e-4)
+        loss = trainer(text, images)
     """
 
     def __init__(self, prior: models.DiffusionPrior, *, clip: models.CLIP | None = None) -> None:

@@ -27,8 +27,13 @@ class FusedAttnProcessor:
         RuntimeError: an additive mask has other values.
 
     Example:
-        >>> from dalle2_fast.adapters.diffusers import AttnProcessor  # doctest: +SKIP
-        >>> unet.set_attn_processor(AttnProcessor())  # doctest: +SKIP
+        >>> import torch
+        >>> from dalle2_fast.adapters.diffusers import AttnProcessor
+        >>> from diffusers.models.attention_processor import Attention
+        >>> attention = Attention(query_dim=8, heads=2, dim_head=4)
+        >>> attention.set_processor(AttnProcessor())  # or unet.set_attn_processor(AttnProcessor())
+        >>> attention(torch.zeros(1, 5, 8)).shape
+        torch.Size([1, 5, 8])
     """
 
     def __call__(

@@ -53,11 +53,11 @@ class FusedUnCLIP(_Ancestral):
     """diffusers' UnCLIPScheduler (Karlo, Kandinsky's prior) with a fused `step`: one kernel per step.
 
     Example:
-        >>> from dalle2_fast.adapters.diffusers import UnCLIPScheduler  # doctest: +SKIP
-        >>> scheduler = UnCLIPScheduler(variance_type="fixed_small_log")  # doctest: +SKIP
-        >>> scheduler.set_timesteps(2)  # doctest: +SKIP
-        >>> x, t = torch.zeros(1, 3, 4, 4), scheduler.timesteps  # doctest: +SKIP
-        >>> scheduler.step(x, t[0], x, t[1]).prev_sample.shape  # doctest: +SKIP
+        >>> from dalle2_fast.adapters.diffusers import UnCLIPScheduler
+        >>> scheduler = UnCLIPScheduler(variance_type="fixed_small_log")
+        >>> scheduler.set_timesteps(2)
+        >>> x, t = torch.zeros(1, 3, 4, 4), scheduler.timesteps
+        >>> scheduler.step(x, t[0], x, t[1]).prev_sample.shape
         torch.Size([1, 3, 4, 4])
     """
 
@@ -110,11 +110,11 @@ class FusedDDPM(_Ancestral):
     With thresholding, or the variance types "learned" and "fixed_large_log", diffusers' step runs.
 
     Example:
-        >>> from dalle2_fast.adapters.diffusers import DDPMScheduler  # doctest: +SKIP
-        >>> scheduler = DDPMScheduler()  # doctest: +SKIP
-        >>> scheduler.set_timesteps(2)  # doctest: +SKIP
-        >>> x = torch.zeros(1, 3, 4, 4)  # doctest: +SKIP
-        >>> scheduler.step(x, scheduler.timesteps[0], x).prev_sample.shape  # doctest: +SKIP
+        >>> from dalle2_fast.adapters.diffusers import DDPMScheduler
+        >>> scheduler = DDPMScheduler()
+        >>> scheduler.set_timesteps(2)
+        >>> x = torch.zeros(1, 3, 4, 4)
+        >>> scheduler.step(x, scheduler.timesteps[0], x).prev_sample.shape
         torch.Size([1, 3, 4, 4])
     """
 
@@ -158,11 +158,11 @@ class FusedDDIM(FusedSteps):
     thresholding, or with clip_sample and without use_clipped_model_output.
 
     Example:
-        >>> from dalle2_fast.adapters.diffusers import DDIMScheduler  # doctest: +SKIP
-        >>> scheduler = DDIMScheduler(clip_sample=False)  # doctest: +SKIP
-        >>> scheduler.set_timesteps(2)  # doctest: +SKIP
-        >>> x = torch.zeros(1, 3, 4, 4)  # doctest: +SKIP
-        >>> scheduler.step(x, scheduler.timesteps[0], x).prev_sample.shape  # doctest: +SKIP
+        >>> from dalle2_fast.adapters.diffusers import DDIMScheduler
+        >>> scheduler = DDIMScheduler(clip_sample=False)
+        >>> scheduler.set_timesteps(2)
+        >>> x = torch.zeros(1, 3, 4, 4)
+        >>> scheduler.step(x, scheduler.timesteps[0], x).prev_sample.shape
         torch.Size([1, 3, 4, 4])
     """
 
