@@ -7,6 +7,7 @@ A shard is a tar file in which the files of one sample share their name: 0001.jp
 from __future__ import annotations
 
 import glob
+import hashlib
 import io
 import itertools
 import random
@@ -16,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,9 @@ from dalle2_fast.data.samples import CAPTION_KEYS, IMAGE_KEYS, caption_of, group
 from dalle2_fast.data.tar import read_tar
 from dalle2_fast.data.text.tokenizer import Tokenizer, WordTokenizer, split_words
 from dalle2_fast.seeds import mix_seed
+
+SPLITS = (None, "train", "held_out")
+HELD_OUT = 25  # one sample in so many is held out
 
 
 class SkippedSample(UserWarning):
@@ -48,7 +52,8 @@ class WebDatasetStream:
     """Endless batches from shards, a function of (shards, seed, step): a resumed run sees the same batches.
 
     Samples without image or caption are left out. An image that cannot be decoded is replaced by another one
-    of its batch, with that one's caption. Damage within a shard costs only the samples that it hits.
+    of its batch, with that one's caption; if no image of a batch can be decoded, all are replaced by others
+    of the shards. Damage within a shard costs only the samples that it hits.
     `skipped` counts all of it by reason, `summary()` says it in one line, and a warning of the class
     SkippedSample names shard and sample at the 1st, 2nd, 4th, 8th ... of each reason.
 
@@ -67,11 +72,14 @@ class WebDatasetStream:
         shuffle: samples in the shuffle buffer; the shards are also shuffled, anew for every pass. 0 keeps
             the order of both.
         workers: threads that decode images.
+        split: "held_out" reads one sample in 25, chosen by a hash of the names of shard and sample; "train"
+            reads the others. None reads all.
 
     Raises:
         ImportError: `webdataset` is not installed.
         FileNotFoundError: a local shard does not exist.
-        ValueError: the batch size is no int >= 1, or no shard holds a sample with image and caption.
+        ValueError: the batch size is no int >= 1, the split is not one of these, or no shard holds a sample
+            with image and caption.
 
     Example:
         >>> import io, tarfile, tempfile
@@ -100,11 +108,14 @@ class WebDatasetStream:
         vocab_size: int = 8192,
         shuffle: int = 1000,
         workers: int = 4,
+        split: str | None = None,
     ) -> None:
         self._library = _import_webdataset()
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size: expected an int >= 1, got {batch_size!r}")
-        self.shards, self.batch_size = expand_shards(shards), batch_size
+        if split not in SPLITS:
+            raise ValueError(f"split: expected one of {', '.join(map(repr, SPLITS))}, got {split!r}")
+        self.shards, self.batch_size, self.split = expand_shards(shards), batch_size, split
         self.resolutions, self.seed = tuple(resolutions), seed
         self.device, self.shuffle = torch.device(device), shuffle
         self.skipped: Counter[str] = Counter()
@@ -125,7 +136,7 @@ class WebDatasetStream:
             captions: B strings.
 
         Raises:
-            ValueError: the step is no int >= 0, or no image of the batch can be decoded.
+            ValueError: the step is no int >= 0, or no image of the shards can be decoded.
         """
         if not isinstance(step, int) or step < 0:
             raise ValueError(f"step: expected an int >= 0, got {step!r}")
@@ -136,19 +147,59 @@ class WebDatasetStream:
         pairs = list(itertools.islice(self._pairs, skip, skip + self.batch_size))
         self._step = step + 1
 
-        decoded = list(self._threads.map(self._decode, (pair.image for pair in pairs)))
-        good = [index for index, image in enumerate(decoded) if not isinstance(image, Exception)]
-        for pair, image in zip(pairs, decoded, strict=True):
-            if isinstance(image, Exception):
-                self._skip(pair.shard, "image cannot be decoded", f"sample {pair.key}: {_reason(image)}")
+        decoded = self._decode_all(pairs)
+        good = [index for index, images in enumerate(decoded) if images is not None]
         if not good:
-            raise ValueError(f"shards: none of the {self.batch_size} images of step {step} can be decoded")
+            # Another pass in an order of this step's own, so that a resumed stream finds the same images.
+            skipped = self.skipped.copy()
+            order = self._one_pass(2**40 + step, self.tokenizer.has_text, shuffle=True)
+            found = list(self._decodable(order, self.batch_size))
+            self.skipped = skipped  # this pass has met the same samples once more
+            if not found:
+                raise ValueError("shards: no image can be decoded")
+            pairs, decoded = map(list, zip(*found, strict=True))
+            good = list(range(len(pairs)))
         # The next sample of the shard is no replacement: a resumed stream would have to decode all that it
         # skips, in order to know which samples a batch holds.
-        order = [index if index in set(good) else good[index % len(good)] for index in range(len(decoded))]
-        captions = [pairs[index].caption for index in order]
+        usable = set(good)
+        rows = [index if index in usable else good[index % len(good)] for index in range(self.batch_size)]
+        return self._collate([pairs[index] for index in rows], [decoded[index] for index in rows])
+
+    def first(self, count: int) -> dict | None:
+        """A batch of the first samples in the order of the shards, each of them once.
+
+        Args:
+            count: the largest number of samples, >= 1.
+
+        Returns:
+            A batch as of `batch` with at most `count` samples. None if there is no sample.
+        """
+        order = self._one_pass(0, self.tokenizer.has_text, shuffle=False)
+        found = list(self._decodable(order, count))
+        self.skipped.clear()  # the same samples are counted again when batches are read
+        return self._collate(*map(list, zip(*found, strict=True))) if found else None
+
+    def _decodable(self, order: Iterator[Pair], count: int) -> Iterator[tuple[Pair, list[Tensor]]]:
+        """The first `count` pairs whose images can be decoded."""
+        left = count
+        while left and (pairs := list(itertools.islice(order, left))):
+            for pair, images in zip(pairs, self._decode_all(pairs), strict=True):
+                if images is not None:
+                    left -= 1
+                    yield pair, images
+
+    def _decode_all(self, pairs: list[Pair]) -> list[list[Tensor] | None]:
+        """The images of each pair at all resolutions; None, counted, if they cannot be decoded."""
+        decoded = list(self._threads.map(self._decode, (pair.image for pair in pairs)))
+        for pair, images in zip(pairs, decoded, strict=True):
+            if isinstance(images, Exception):
+                self._skip(pair.shard, "image cannot be decoded", f"sample {pair.key}: {_reason(images)}")
+        return [None if isinstance(images, Exception) else images for images in decoded]
+
+    def _collate(self, pairs: list[Pair], decoded: list[list[Tensor]]) -> dict:
+        captions = [pair.caption for pair in pairs]
         images = {
-            resolution: torch.stack([decoded[index][column] for index in order]).to(self.device)
+            resolution: torch.stack([each[column] for each in decoded]).to(self.device)
             for column, resolution in enumerate(self.resolutions)
         }
         return dict(
@@ -188,7 +239,8 @@ class WebDatasetStream:
     def _no_pair(self) -> ValueError:
         return ValueError(
             f"shards: no sample with an image ({', '.join(IMAGE_KEYS)}) and a caption "
-            f"({', '.join(CAPTION_KEYS)}) in {len(self.shards)} shards; "
+            f"({', '.join(CAPTION_KEYS)}) in {len(self.shards)} shards"
+            f"{'' if self.split is None else f' in the split {self.split!r}'}; "
             f"{self.summary() or 'nothing was skipped'}"
         )
 
@@ -201,6 +253,8 @@ class WebDatasetStream:
             stages.append(library.shuffle(self.shuffle, initial=self.shuffle, rng=generator))
         for sample in library.DataPipeline(library.SimpleShardList(shards), *stages):
             shard, key = sample["__url__"], sample["__key__"]
+            if self.split is not None and is_held_out(shard, key) != (self.split == "held_out"):
+                continue
             image = next((sample[ending] for ending in IMAGE_KEYS if ending in sample), None)
             caption = caption_of(sample)
             if image is None:
@@ -238,6 +292,13 @@ class WebDatasetStream:
             warnings.warn(f"shards: {reason}: {shard}, {where} ({count} so far)", SkippedSample, stacklevel=2)
 
 
+def is_held_out(shard: str, key: str) -> bool:
+    """Whether a sample is in the split "held_out". It depends on the file name of its shard and on its key,
+    not on the folder, so that data may be moved."""
+    name = f"{PurePosixPath(shard).name}/{key}".encode(errors="surrogateescape")
+    return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") % HELD_OUT == 0
+
+
 def _reason(error: Exception) -> str:
     """An error as a phrase, without the addresses of objects."""
     if isinstance(error, UnidentifiedImageError):
@@ -263,6 +324,7 @@ def expand_shards(shards: str | Path | Sequence[str | Path]) -> list[str]:
         shards: as of WebDatasetStream.
 
     Raises:
+        ImportError: `webdataset` is not installed.
         FileNotFoundError: a local shard does not exist, or a folder has no .tar file.
         ValueError: `shards` is an empty list.
 
@@ -270,6 +332,7 @@ def expand_shards(shards: str | Path | Sequence[str | Path]) -> list[str]:
         >>> expand_shards("https://host/data-{1..2}.tar")
         ['https://host/data-1.tar', 'https://host/data-2.tar']
     """
+    _import_webdataset()
     from braceexpand import braceexpand  # a dependency of webdataset
 
     found = []

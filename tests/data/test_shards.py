@@ -231,3 +231,45 @@ def test_expand_shards(tmp_path):
         expected[1], expected[0], "https://host/1.tar", "https://host/2.tar"]  # fmt: skip
     with pytest.raises(ValueError, match="at least one"):
         expand_shards([])
+
+
+@pytest.mark.filterwarnings("ignore:shards. image cannot be decoded")
+def test_a_batch_of_undecodable_images_is_replaced_and_resumes_exactly(tmp_path):
+    """Catches: one bad image that ends the training at batch size 1, and at the same step after --resume;
+    a replacement that depends on what was read before."""
+    pytest.importorskip("webdataset")
+    mixed = list(samples(6))
+    mixed[2]["png"] = mixed[3]["png"] = b"not a picture"
+    write_shard(tmp_path / "a.tar", mixed)
+    for batch_size, shuffle in ((1, 0), (2, 0), (1, 3)):
+        options = dict(batch_size=batch_size, resolutions=(8,), shuffle=shuffle)
+        straight = WebDatasetStream(tmp_path, **options)
+        batches = [straight.batch(step) for step in range(8)]
+        assert all(batch["images"][8].shape == (batch_size, 3, 8, 8) for batch in batches)
+        for step in range(8):
+            assert same(WebDatasetStream(tmp_path, **options).batch(step), batches[step])
+    for sample in mixed:
+        sample["png"] = b"not a picture"
+    write_shard(tmp_path / "a.tar", mixed)
+    with pytest.raises(ValueError, match="no image can be decoded"):
+        WebDatasetStream(tmp_path, 2, (8,)).batch(0)
+
+
+def test_the_held_out_split_is_disjoint_and_each_of_it_is_seen_once(tmp_path):
+    """Catches: metrics of held-out data on images that are trained on, or on one image many times."""
+    pytest.importorskip("webdataset")
+    for index in range(4):
+        write_shard(tmp_path / f"data-{index}.tar", samples(50, offset=50 * index))
+    train = WebDatasetStream(tmp_path, 10, (8,), split="train")
+    seen = {caption for step in range(60) for caption in train.batch(step)["captions"]}
+    held = WebDatasetStream(tmp_path, 1, (8,), split="held_out").first(500)
+    assert len(set(held["captions"])) == len(held["captions"]) == len(held["images"][8])
+    assert 2 <= len(held["captions"]) <= 20  # 200 / 25 are expected
+    assert not seen & set(held["captions"])
+    assert len(seen) + len(held["captions"]) == 200
+    assert len(WebDatasetStream(tmp_path, 1, (8,)).first(3)["captions"]) == 3
+    with pytest.raises(ValueError, match="split: expected one of"):
+        WebDatasetStream(tmp_path, 1, split="test")
+    write_shard(tmp_path / "one.tar", samples(1))
+    one = WebDatasetStream(tmp_path / "one.tar", 1, split="held_out", tokenizer=train.tokenizer)
+    assert one.first(9) is None
