@@ -35,9 +35,9 @@ def merge_moments(count, mean, squares, new_count, new_mean, new_squares):
     may be empty."""
     together = count + new_count
     difference = new_mean - mean
-    share = new_count / tl.maximum(together, 1.0)
-    squares += new_squares + difference * difference * count * share
-    return together, mean + difference * share, squares
+    new_fraction = new_count / tl.maximum(together, 1.0)
+    squares += new_squares + difference * difference * count * new_fraction
+    return together, mean + difference * new_fraction, squares
 
 
 # ---------------------------------------------------------------------------------------------- normal noise

@@ -70,15 +70,17 @@ def programs_per_head(resident: int, parts: int) -> list[Change]:
 
 def source(module, kernel: str, *replacements: tuple[str, str]) -> list[Change]:
     """A kernel with other source text: (text, its replacement)."""
-    text = inspect.getsource(getattr(module, kernel).fn)
+    function = getattr(module, kernel).fn
+    home = sys.modules[function.__module__]  # it has the names that the kernel uses
+    text = inspect.getsource(function)
     for old, new in replacements:
         if old not in text:
             raise ValueError(f"{kernel}: expected {old!r} in its source")
         text = text.replace(old, new)
     folder = Path(tempfile.mkdtemp())  # it stays, because triton.jit reads the file again
     path = folder / f"variation_{len(sys.modules)}.py"
-    names = ", ".join(name for name in vars(module) if not name.startswith("__") and name != "annotations")
-    path.write_text(f"from {module.__name__} import {names}\n{text}")
+    names = ", ".join(name for name in vars(home) if not name.startswith("__") and name != "annotations")
+    path.write_text(f"from {home.__name__} import {names}\n{text}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     variant = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(variant)
@@ -127,7 +129,7 @@ def norm_variations() -> Iterator[Variation]:
             name = f"read twice by one program, {groups} groups, {lanes} lanes, {warps} warps"
             yield case, name, constants(
                 norm_plan, _few_groups=lambda width, count, itemsize, groups=groups: groups,
-                FORWARD_MOST=1 << 20, FORWARD_LANES=lanes, FORWARD_WARPS=warps,
+                FORWARD_MAX_LANES=1 << 20, FORWARD_LANES=lanes, FORWARD_WARPS=warps,
             )  # fmt: skip
     case = "norm silu forward upsampler"
     for lanes, warps in ((2048, 4), (2048, 8), (4096, 4), (4096, 8), (8192, 4), (8192, 8)):
@@ -159,8 +161,8 @@ def norm_variations() -> Iterator[Variation]:
         yield case, f"read twice in tiles of {lanes}, {warps} warps", constants(
             norm_plan, FORWARD_LANES=lanes, FORWARD_WARPS=warps
         )
-    yield case, "read twice up to 32768", constants(norm_plan, FORWARD_MOST=32768)
-    yield case, "read twice up to 131072", constants(norm_plan, FORWARD_MOST=131072)
+    yield case, "read twice up to 32768", constants(norm_plan, FORWARD_MAX_LANES=32768)
+    yield case, "read twice up to 131072", constants(norm_plan, FORWARD_MAX_LANES=131072)
     for groups in (2, 4):
         yield case, f"{groups} groups a program", constants(
             norm_plan, _few_groups=lambda width, count, itemsize, groups=groups: groups

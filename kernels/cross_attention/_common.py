@@ -25,7 +25,7 @@ VARYING = ["heads", "queries", "keys", "image_keys", "parts", "size", "mask_batc
 
 
 @triton.jit
-def place(program, parts, heads):
+def locate(program, parts, heads):
     """program -> (part, batch, head, batch * heads + head); the parts of one (batch, head) are neighbours."""
     pair = program // parts
     return program % parts, (pair // heads).to(tl.int64), (pair % heads).to(tl.int64), pair.to(tl.int64)

@@ -19,7 +19,7 @@ from ._common import (
     inverse,
     load_context,
     load_tile,
-    place,
+    locate,
     softmax,
     store_tile,
 )
@@ -39,7 +39,7 @@ def _short_backward_kernel(
     Sums of dK / softmax_scale and of dV go to sums_k and sums_v [programs, BLOCK_D, KEYS_0 + KEYS_1]: as they
     lie in registers, whole, for turning them costs more registers than the loop has to spare.
     """
-    part, batch, head, pair = place(tl.program_id(0), parts, heads)
+    part, batch, head, pair = locate(tl.program_id(0), parts, heads)
     grad += batch * g_batch + head * g_head
     q += batch * q_batch + head * q_head
     k += batch * k_batch + head * k_head
@@ -97,7 +97,7 @@ def _sum_short_kernel(
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BLOCK keys of one (batch, head): the sums of its programs, in order."""
-    block, batch, head, pair = place(tl.program_id(0), tl.cdiv(keys, BLOCK), heads)
+    block, batch, head, pair = locate(tl.program_id(0), tl.cdiv(keys, BLOCK), heads)
     key = block * BLOCK + tl.arange(0, BLOCK)
     at = pair * parts * (BLOCK_D * KEYS) + tl.arange(0, BLOCK_D)[:, None] * KEYS + key[None, :]
     dk_tile = tl.zeros((BLOCK_D, BLOCK), tl.float32)

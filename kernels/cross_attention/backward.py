@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _common
-from ._common import VARYING, attended, load_tile, place, store_tile
+from ._common import VARYING, attended, load_tile, locate, store_tile
 from ._short_backward import short_backward
 
 
@@ -32,7 +32,7 @@ def _store_sums(out, partial, value, part, parts, size, base, key, keys, row_str
 
 
 @triton.jit
-def _queries_some(
+def _query_gradient_range(
     dq, q_tile, g_tile, lse, delta, k, v, mask, scale, first, last, keys, k_row, k_column, v_row, v_column,
     mask_key, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, CHECKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -54,18 +54,18 @@ def _queries_some(
 
 
 @triton.jit
-def _queries_all(
+def _query_gradient(
     dq, q_tile, g_tile, lse, delta, k, v, mask, scale, keys, k_row, k_column, v_row, v_column, mask_key,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     checked_from = 0
     if mask is None:
         checked_from = keys // BLOCK_S * BLOCK_S
-        dq = _queries_some(
+        dq = _query_gradient_range(
             dq, q_tile, g_tile, lse, delta, k, v, mask, scale, 0, checked_from, keys,
             k_row, k_column, v_row, v_column, mask_key, WIDTH, BLOCK_D, BLOCK_S, False, PRECISION,
         )  # fmt: skip
-    return _queries_some(
+    return _query_gradient_range(
         dq, q_tile, g_tile, lse, delta, k, v, mask, scale, checked_from, keys, keys,
         k_row, k_column, v_row, v_column, mask_key, WIDTH, BLOCK_D, BLOCK_S, True, PRECISION,
     )  # fmt: skip
@@ -82,7 +82,7 @@ def _queries_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ and delta of one tile of queries."""
-    tile, batch, head, pair = place(tl.program_id(0), tl.cdiv(queries, BLOCK_T), heads)
+    tile, batch, head, pair = locate(tl.program_id(0), tl.cdiv(queries, BLOCK_T), heads)
     row = tile * BLOCK_T + tl.arange(0, BLOCK_T)
     q_tile = load_tile(
         q + batch * q_batch + head * q_head, row, queries, q_row, q_column, WIDTH, BLOCK_D, True
@@ -100,13 +100,13 @@ def _queries_kernel(
     result = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     if mask is not None:
         mask += batch * mask_batch
-    result = _queries_all(
+    result = _query_gradient(
         result, q_tile, g_tile, row_lse, row_delta, k + batch * k_batch + head * k_head,
         v + batch * v_batch + head * v_head, mask, scale, keys, k_row, k_column, v_row, v_column, mask_key,
         WIDTH, BLOCK_D, BLOCK_S, PRECISION,
     )  # fmt: skip
     if image_k is not None:
-        result = _queries_all(
+        result = _query_gradient(
             result, q_tile, g_tile, row_lse, row_delta, image_k + batch * ik_batch + head * ik_head,
             image_v + batch * iv_batch + head * iv_head, None, scale, image_keys,
             ik_row, ik_column, iv_row, iv_column, 0, WIDTH, BLOCK_D, BLOCK_S, PRECISION,
@@ -127,9 +127,9 @@ def _keys_kernel(
 ):  # fmt: skip
     """dK and dV of one block of keys from query tiles part, part + parts, ... (scores transposed)."""
     blocks = tl.cdiv(keys, BLOCK_S)
-    place_of, batch, head, pair = place(tl.program_id(0), blocks * parts, heads)
-    part = place_of // blocks
-    key = place_of % blocks * BLOCK_S + tl.arange(0, BLOCK_S)
+    program, batch, head, pair = locate(tl.program_id(0), blocks * parts, heads)
+    part = program // blocks
+    key = program % blocks * BLOCK_S + tl.arange(0, BLOCK_S)
     grad += batch * g_batch + head * g_head
     q += batch * q_batch + head * q_head
     lse += pair * queries
@@ -182,20 +182,20 @@ def _sum_parts_kernel(dk, dv, partial_k, partial_v, parts, size, BLOCK: tl.const
 def _launch_config(kernel: str, width: int, itemsize: int, capability: tuple[int, int]) -> dict[str, int]:
     """Of the kernels "queries" and "keys", by the registers that tests/aot.py reads."""
     block_d = _common.padded(width)
-    wide = block_d > 64
+    large_head = block_d > 64
     config = {"WIDTH": width, "BLOCK_D": block_d, "num_stages": 2}
     if itemsize == 4:  # three products in the place of one: three times the operands
         rows, keys_of_tile = (64, 32) if kernel == "queries" else (32, 64)
-        if wide:
+        if large_head:
             rows, keys_of_tile = rows // 2, keys_of_tile // 2
             config["num_stages"] = 1
-        return config | {"BLOCK_T": rows, "BLOCK_S": keys_of_tile, "num_warps": 2 if wide else 4}
+        return config | {"BLOCK_T": rows, "BLOCK_S": keys_of_tile, "num_warps": 2 if large_head else 4}
     if kernel == "queries":
         return config | {"BLOCK_T": 64, "BLOCK_S": 64, "num_warps": 4}
     # 64 keys of D = 128: dK and dV fill the registers of 8 warps. With 64 queries of D <= 64 sm_120 spills,
     # where the others use at most 255 registers.
-    rows = 32 if capability[0] == 12 and not wide else 64
-    return config | {"BLOCK_T": rows, "BLOCK_S": 64, "num_warps": 8 if wide else 4}
+    rows = 32 if capability[0] == 12 and not large_head else 64
+    return config | {"BLOCK_T": rows, "BLOCK_S": 64, "num_warps": 8 if large_head else 4}
 
 
 def _key_gradients(k: Tensor, parts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

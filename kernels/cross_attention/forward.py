@@ -33,8 +33,8 @@ from ._common import (
     inverse,
     load_context,
     load_tile,
+    locate,
     log_sum,
-    place,
     softmax,
     store_tile,
 )
@@ -51,7 +51,7 @@ def _short_forward_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Tiles part, part + parts, ... of the queries of one (batch, head) against a context held on chip."""
-    part, batch, head, pair = place(tl.program_id(0), parts, heads)
+    part, batch, head, pair = locate(tl.program_id(0), parts, heads)
     q += batch * q_batch + head * q_head
     k += batch * k_batch + head * k_head
     v += batch * v_batch + head * v_head
@@ -79,7 +79,7 @@ def _short_forward_kernel(
 
 
 @triton.jit
-def _attend_some(
+def _attend_range(
     result, top, total, q_tile, k, v, mask, scale, first, last, keys,
     k_row, k_column, v_row, v_column, mask_key,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, CHECKED: tl.constexpr,
@@ -113,11 +113,11 @@ def _attend(
     checked_from = 0
     if mask is None:
         checked_from = keys // BLOCK_S * BLOCK_S
-        result, top, total = _attend_some(
+        result, top, total = _attend_range(
             result, top, total, q_tile, k, v, mask, scale, 0, checked_from, keys,
             k_row, k_column, v_row, v_column, mask_key, WIDTH, BLOCK_D, BLOCK_S, False, PRECISION,
         )  # fmt: skip
-    return _attend_some(
+    return _attend_range(
         result, top, total, q_tile, k, v, mask, scale, checked_from, keys, keys,
         k_row, k_column, v_row, v_column, mask_key, WIDTH, BLOCK_D, BLOCK_S, True, PRECISION,
     )  # fmt: skip
@@ -133,7 +133,7 @@ def _long_forward_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries against any number of keys."""
-    tile, batch, head, pair = place(tl.program_id(0), tl.cdiv(queries, BLOCK_T), heads)
+    tile, batch, head, pair = locate(tl.program_id(0), tl.cdiv(queries, BLOCK_T), heads)
     row = tile * BLOCK_T + tl.arange(0, BLOCK_T)
     q += batch * q_batch + head * q_head
     q_tile = load_tile(q, row, queries, q_row, q_column, WIDTH, BLOCK_D, True)
@@ -171,7 +171,7 @@ def _launch_config(
     Warps take 16 queries each: more of them than BLOCK_T / 16 would repeat each other's work.
     """
     block_d = _common.padded(width)
-    wide = block_d > 64
+    large_head = block_d > 64
     config = {"WIDTH": width, "BLOCK_D": block_d, "num_stages": 2}
     if short:
         keys_0, keys_1 = _common.key_parts(keys)
@@ -180,20 +180,20 @@ def _launch_config(
         # Two stages leave a fetch no time to run ahead: 69 us, three 56, four 67; and three with 128 queries
         # and 8 warps 65 (H200, B16 H10 T4096 S77 D64, with all checks). D > 64 needs the registers
         # of 8 warps, and 99 KiB of shared memory do not hold 128 of its queries.
-        if capability[0] == 9 and not wide:
+        if capability[0] == 9 and not large_head:
             config["num_stages"] = 3
-        rows, warps = (64, 4) if not wide else (64 if capability in _common.SMALL else 128, 8)
+        rows, warps = (64, 4) if not large_head else (64 if capability in _common.SMALL else 128, 8)
     elif itemsize == 4:  # three products in the place of one: three times the operands
-        config["BLOCK_S"] = 16 if wide else 32
-        rows, warps = 32 if wide else 64, 2 if wide else 4
+        config["BLOCK_S"] = 16 if large_head else 32
+        rows, warps = 32 if large_head else 64, 2 if large_head else 4
     else:
         # Each program reads all keys: large tiles halve that traffic, small ones fill the GPU where the image
         # is small (16x16 tokens and less). The batch decides nothing. On sm_90 two programs of 128 queries
         # and 4 warps run at once, of 8 warps one (255 and 180 registers); a third stage lets the fetch run
         # ahead.
         config["BLOCK_S"] = 64
-        rows, warps = (128, 8) if queries > 256 or wide else (64, 4)
-        if capability[0] == 9 and not wide:
+        rows, warps = (128, 8) if queries > 256 or large_head else (64, 4)
+        if capability[0] == 9 and not large_head:
             warps, config["num_stages"] = 4, 3
     return config | {"BLOCK_T": rows, "num_warps": warps}
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .._math import merge_moments
 from .._planes import Planes
+from ._select import LARGEST, select, select_listed, select_two
 
 
 @triton.jit
@@ -40,61 +41,6 @@ def predict_x0(x, output, alpha, inverse_alpha, sigma, PREDICTION: tl.constexpr)
     if PREDICTION == "v_prediction":
         return alpha * x - sigma * output
     return output
-
-
-# Magnitudes are compared as integers: the bits of non-negative floats are in the order of their values, with
-# infinity and then NaN at the end, which is where torch puts them.
-_LARGEST = tl.constexpr(0x7FFFFFFF)
-
-
-@triton.jit
-def _select(keys, rank):
-    """The key of this rank (0: the smallest): radix select, one binary digit of keys >= 0 at a time."""
-    value = rank * 0
-    for digit in range(31):
-        candidate = value | (1 << (30 - digit))
-        smaller = tl.sum((keys < candidate).to(tl.int32))
-        value = tl.where(smaller <= rank, candidate, value)
-    return value
-
-
-@triton.jit
-def _select_two(keys, rank_low, rank_high):
-    """The keys of two ranks, of at most 2^14 keys. Below the first rank comes 0, beyond the last _LARGEST."""
-    low = rank_low * 0
-    high = rank_low * 0
-    for digit in range(31):
-        candidate_low = low | (1 << (30 - digit))
-        candidate_high = high | (1 << (30 - digit))
-        # Both counts in one sum: it is the reduction over the program that takes the time.
-        smaller = tl.sum((keys < candidate_low).to(tl.int32) + ((keys < candidate_high).to(tl.int32) << 16))
-        low = tl.where((smaller & 0xFFFF) <= rank_low, candidate_low, low)
-        high = tl.where((smaller >> 16) <= rank_high, candidate_high, high)
-    return low, high
-
-
-@triton.jit
-def _select_listed(list_ptr, count, rank, low, high, TILE: tl.constexpr):
-    """As _select, and the rank after it: of `count` keys in memory, all of them in [low, high]."""
-    # All keys share the digits that low and high share.
-    digits = tl.sum((((low ^ high) >> tl.arange(0, 32)) > 0).to(tl.int32))
-    value = (low >> digits) << digits
-    for digit in range(digits):
-        candidate = value | (1 << (digits - 1 - digit))
-        smaller = rank * 0
-        for start in range(0, count, TILE):
-            index = start + tl.arange(0, TILE)
-            keys = tl.load(list_ptr + index, mask=index < count, other=_LARGEST)
-            smaller += tl.sum((keys < candidate).to(tl.int32))
-        value = tl.where(smaller <= rank, candidate, value)
-    not_above = rank * 0
-    above = rank * 0 + _LARGEST
-    for start in range(0, count, TILE):
-        index = start + tl.arange(0, TILE)
-        keys = tl.load(list_ptr + index, mask=index < count, other=_LARGEST)
-        not_above += tl.sum((keys <= value).to(tl.int32))
-        above = tl.minimum(above, tl.min(tl.where(keys > value, keys, _LARGEST)))
-    return value, tl.where(not_above > rank + 1, value, above)
 
 
 @triton.jit(do_not_specialize=["step", "batch", "rank", "rank_low", "rank_high"])
@@ -194,9 +140,9 @@ def _statistics_kernel(
                 output_channel, output_position, inside, guidance, factor, alpha, inverse_alpha, sigma,
                 PREDICTION, GUIDED,
             )  # fmt: skip
-            value = _select(keys, rank)
+            value = select(keys, rank)
             not_above = tl.sum((keys <= value).to(tl.int32))
-            above = tl.min(tl.where(keys > value, keys, _LARGEST))
+            above = tl.min(tl.where(keys > value, keys, LARGEST))
             following = tl.where(not_above > rank + 1, value, above)
         else:
             # A Weyl sequence: evenly spread over rows, columns and channels, whatever the picture's size.
@@ -209,7 +155,7 @@ def _statistics_kernel(
                 output_channel, output_position, element >= 0, guidance, factor, alpha, inverse_alpha, sigma,
                 PREDICTION, GUIDED,
             )  # fmt: skip
-            low, high = _select_two(subset, rank_low, rank_high)
+            low, high = select_two(subset, rank_low, rank_high)
             list_ptr += sample * (channels * positions)
             below = rank * 0
             listed = rank * 0
@@ -227,8 +173,8 @@ def _statistics_kernel(
                             inverse_alpha, sigma, PREDICTION, GUIDED,
                         )  # fmt: skip
                         chosen = (inside & (keys >= low) & (keys <= high)).to(tl.int32)
-                        place = listed + tl.cumsum(chosen, axis=0) - 1
-                        tl.store(list_ptr + place, keys, mask=chosen > 0)
+                        slot = listed + tl.cumsum(chosen, axis=0) - 1
+                        tl.store(list_ptr + slot, keys, mask=chosen > 0)
                         counts = tl.sum(chosen + ((keys < low).to(tl.int32) << 16))
                         listed += counts & 0xFFFF
                         below += counts >> 16
@@ -238,9 +184,9 @@ def _statistics_kernel(
                 missed = tl.where(found, 0, 1)
                 if missed > 0:
                     low = rank * 0
-                    high = rank * 0 + _LARGEST
+                    high = rank * 0 + LARGEST
             tl.debug_barrier()  # the list is read by other threads than wrote it
-            value, following = _select_listed(list_ptr, listed, rank - below, low, high, TILE)
+            value, following = select_listed(list_ptr, listed, rank - below, low, high, TILE)
         # As torch.lerp, which stays within the two ends.
         lower = value.to(tl.float32, bitcast=True)
         upper = following.to(tl.float32, bitcast=True)
@@ -257,7 +203,7 @@ def _keys(
     output_position, inside, guidance, factor, alpha, inverse_alpha, sigma, PREDICTION: tl.constexpr,
     GUIDED: tl.constexpr,
 ):  # fmt: skip
-    """The bits of |x0| before it is bounded; _LARGEST outside."""
+    """The bits of |x0| before it is bounded; LARGEST outside."""
     at = channel.to(tl.int64) * output_channel + position.to(tl.int64) * output_position
     output = tl.load(output_ptr + at, mask=inside, other=0.0).to(tl.float32)
     output = guide(output, unconditional_ptr + at, inside, guidance, GUIDED) * factor
@@ -266,7 +212,7 @@ def _keys(
         at = channel.to(tl.int64) * x_channel + position.to(tl.int64) * x_position
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     x0 = predict_x0(x, output, alpha, inverse_alpha, sigma, PREDICTION)
-    return tl.where(inside, x0.to(tl.int32, bitcast=True) & _LARGEST, _LARGEST)
+    return tl.where(inside, x0.to(tl.int32, bitcast=True) & LARGEST, LARGEST)
 
 
 # Keys per program that stay in registers: 32 per thread of 16 warps.

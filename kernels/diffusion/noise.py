@@ -174,12 +174,12 @@ def _gradients(ctx, grad: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor, nois
         return (grad * value).reshape(value.shape[0], -1).sum(1).to(like.dtype)
 
     # The seeds, which stand in the place of the noise, want no gradient.
-    x0_wanted, alpha_wanted, sigma_wanted, noise_wanted, *_ = ctx.needs_input_grad
+    needs_x0, needs_alpha, needs_sigma, needs_noise, *_ = ctx.needs_input_grad
     return (
-        scaled(alpha, x0) if x0_wanted else None,
-        summed(x0, alpha) if alpha_wanted else None,
-        summed(noise, sigma) if sigma_wanted else None,
-        scaled(sigma, noise) if noise_wanted else None,
+        scaled(alpha, x0) if needs_x0 else None,
+        summed(x0, alpha) if needs_alpha else None,
+        summed(noise, sigma) if needs_sigma else None,
+        scaled(sigma, noise) if needs_noise else None,
     )
 
 

@@ -30,7 +30,7 @@ from ._statistics import UNGUIDED, Guidance, Row, guide, predict_x0, sample_stat
 
 
 @triton.jit
-def _bound(x0, limit):
+def _clamp(x0, limit):
     """x0 clamped to [-limit, limit]; NaN stays NaN, as in torch"""
     x0 = tl.maximum(x0, -limit, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(x0, limit, propagate_nan=tl.PropagateNan.ALL)
@@ -68,7 +68,7 @@ def _step_kernel(
     next_sample,
     next_channel,
     next_position,
-    range_offset,  # from a conditional output to its place in the learned range, or None
+    variance_offset,  # from a conditional output to its place in the learned range, or None
     PREDICTION: tl.constexpr,
     GUIDED: tl.constexpr,
     RESCALE: tl.constexpr,
@@ -116,9 +116,9 @@ def _step_kernel(
 
         x0 = predict_x0(x, output, alpha, inverse_alpha, sigma, PREDICTION)
         if DYNAMIC:
-            x0 = _bound(x0, limit) * shrink
+            x0 = _clamp(x0, limit) * shrink
         elif bound is not None:
-            x0 = _bound(x0, bound)
+            x0 = _clamp(x0, bound)
 
         previous = x0
         if previous_ptr is not None:
@@ -128,8 +128,8 @@ def _step_kernel(
         x_next = a * x + (b * x0 + c * previous)
         if seeds_ptr is not None:
             noise = philox_normal(tl.load(seeds_ptr + sample), step, element, SIZE)
-            if range_offset is not None:
-                fraction = tl.load(output_ptr + range_offset + at, mask=inside, other=0.0).to(tl.float32)
+            if variance_offset is not None:
+                fraction = tl.load(output_ptr + variance_offset + at, mask=inside, other=0.0).to(tl.float32)
                 fraction = (fraction + 1.0) * 0.5
                 log_var_min = tl.load(row + 6).to(tl.float32)
                 log_var_max = tl.load(row + 7).to(tl.float32)
@@ -168,7 +168,7 @@ def _diffusion_step(
     batch = x.shape[0]
     (x, model_output, previous_x0, _), planes = arrange([x, model_output, previous_x0, x_next])
     channels, positions, strides = planes
-    range_offset = channels * strides[1][1] if learned_range and seeds is not None else None
+    variance_offset = channels * strides[1][1] if learned_range and seeds is not None else None
     seeds = None if seeds is None else seeds.contiguous()
     row = Row(table.to(torch.float32).contiguous(), step, step_number)
     guided = _guidance(guidance, guidance_number)
@@ -194,8 +194,8 @@ def _diffusion_step(
         _step_kernel[(batch * tiles,)](
             x, model_output, previous_x0, x_next, x0, *row, seeds, *(guided or UNGUIDED), statistics, bound,
             batch, channels, positions, tiles, *strides[0], *strides[1], *strides[2], *strides[3],
-            range_offset, PREDICTION=prediction, GUIDED=guided is not None, RESCALE=rescale, DYNAMIC=dynamic,
-            SIZE=size, num_warps=warps,
+            variance_offset, PREDICTION=prediction, GUIDED=guided is not None, RESCALE=rescale,
+            DYNAMIC=dynamic, SIZE=size, num_warps=warps,
         )  # fmt: skip
     return x_next, x0
 

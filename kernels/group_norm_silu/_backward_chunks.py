@@ -15,9 +15,9 @@ from ._tile import (
     inside_tile,
     load_centred_and_dz,
     load_statistics,
-    over_group,
-    place_groups,
+    locate_groups,
     store_input_gradient,
+    sum_over_group,
     tile_offset,
 )
 
@@ -29,7 +29,7 @@ def sums_kernel(
     samples, groups, channels, positions, sample_stride, channel_stride, position_stride,
     dy_sample_stride, dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2,
     chunks, tiles_each,  # how the tiles of a row of positions are shared out
-    DIMENSIONS: tl.constexpr, WIDE: tl.constexpr,
+    DIMENSIONS: tl.constexpr, INT64: tl.constexpr,
     WIDTH: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, EXACT: tl.constexpr,
     SILU: tl.constexpr,
 ):  # fmt: skip
@@ -57,7 +57,8 @@ def sums_kernel(
         inside = inside_tile(channel, channels, 0, channels, position, positions, EXACT)
         centred, dz = load_centred_and_dz(
             x, dy, channel, position, inside, mean, rstd * gain, offset, channel_stride, position_stride,
-            dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2, DIMENSIONS, WIDE, SILU,
+            dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2,
+            DIMENSIONS, INT64, SILU,
         )  # fmt: skip
         total1 += dz
         total2 += dz * centred
@@ -76,7 +77,7 @@ def input_gradient_kernel(
     sample_stride, dx_sample_stride, channel_stride, position_stride,
     dy_sample_stride, dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2,
     sum_chunks, chunks, tiles_each,
-    DIMENSIONS: tl.constexpr, WIDE: tl.constexpr,
+    DIMENSIONS: tl.constexpr, INT64: tl.constexpr,
     WIDTH: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
     CHANNEL_TILES: tl.constexpr, EXACT: tl.constexpr, SILU: tl.constexpr,
     MERGE_CHANNELS: tl.constexpr, MERGE_CHUNKS: tl.constexpr,
@@ -85,7 +86,7 @@ def input_gradient_kernel(
     # Backwards: what the first kernel read last is still in L2.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     chunk = program % chunks
-    sample, first_group, first_channel = place_groups(program // chunks, groups, WIDTH, GROUPS)
+    sample, first_group, first_channel = locate_groups(program // chunks, groups, WIDTH, GROUPS)
     x += sample * sample_stride + first_channel.to(tl.int64) * channel_stride
     dx += sample * dx_sample_stride + first_channel.to(tl.int64) * channel_stride
     dy += sample * dy_sample_stride + first_channel.to(tl.int64) * dy_channel_stride
@@ -118,8 +119,8 @@ def input_gradient_kernel(
         mean1 = tl.zeros([CHANNELS], tl.float32) + tl.sum(mean1, axis=0) / count
         mean2 = tl.zeros([CHANNELS], tl.float32) + tl.sum(mean2, axis=0) / count
     else:  # MERGE_CHANNELS is CHANNELS
-        mean1 = over_group(mean1, row, WIDTH, GROUPS) / count
-        mean2 = over_group(mean2, row, WIDTH, GROUPS) / count
+        mean1 = sum_over_group(mean1, row, WIDTH, GROUPS) / count
+        mean2 = sum_over_group(mean2, row, WIDTH, GROUPS) / count
 
     position_tiles = tl.cdiv(positions, POSITIONS)
     last_tile = tl.minimum((chunk + 1) * tiles_each, CHANNEL_TILES * position_tiles)
@@ -133,7 +134,8 @@ def input_gradient_kernel(
         inside = inside_tile(channel, GROUPS * WIDTH, first_channel, channels, position, positions, EXACT)
         centred, dz = load_centred_and_dz(
             x, dy, channel, position, inside, mean, rstd * gain, offset, channel_stride, position_stride,
-            dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2, DIMENSIONS, WIDE, SILU,
+            dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2,
+            DIMENSIONS, INT64, SILU,
         )  # fmt: skip
-        at = tile_offset(channel, position, channel_stride, position_stride, WIDE)
+        at = tile_offset(channel, position, channel_stride, position_stride, INT64)
         store_input_gradient(dx, at, dz, centred, rstd, gain, mean1, mean2, inside)

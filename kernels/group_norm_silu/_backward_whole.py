@@ -15,9 +15,9 @@ from ._tile import (
     inside_tile,
     load_centred_and_dz,
     load_statistics,
-    over_group,
-    place_groups,
+    locate_groups,
     store_input_gradient,
+    sum_over_group,
     tile_offset,
 )
 
@@ -31,12 +31,12 @@ def resident_backward_kernel(
     samples, groups, channels, positions,
     sample_stride, dx_sample_stride, channel_stride, position_stride,
     dy_sample_stride, dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2,
-    DIMENSIONS: tl.constexpr, WIDE: tl.constexpr,
+    DIMENSIONS: tl.constexpr, INT64: tl.constexpr,
     WIDTH: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
     CHANNEL_TILES: tl.constexpr, POSITION_TILES: tl.constexpr, EXACT: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """A program reads x and dy of its groups once and keeps x - mean and dz in registers."""
-    sample, first_group, first_channel = place_groups(tl.program_id(0), groups, WIDTH, GROUPS)
+    sample, first_group, first_channel = locate_groups(tl.program_id(0), groups, WIDTH, GROUPS)
     x += sample * sample_stride + first_channel.to(tl.int64) * channel_stride
     dx += sample * dx_sample_stride + first_channel.to(tl.int64) * channel_stride
     dy += sample * dy_sample_stride + first_channel.to(tl.int64) * dy_channel_stride
@@ -63,7 +63,7 @@ def resident_backward_kernel(
             centred, dz = load_centred_and_dz(
                 x, dy, channel, position, inside, mean, rstd * gain, offset, channel_stride, position_stride,
                 dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2,
-                DIMENSIONS, WIDE, SILU,
+                DIMENSIONS, INT64, SILU,
             )  # fmt: skip
             total1 += dz
             total2 += dz * centred
@@ -77,14 +77,14 @@ def resident_backward_kernel(
         mean2 += gain * sum2
         gains += (gain,)
     count = (WIDTH * 1.0) * positions
-    mean1 = over_group(mean1, row, WIDTH, GROUPS) / count
-    mean2 = over_group(mean2, row, WIDTH, GROUPS) / count
+    mean1 = sum_over_group(mean1, row, WIDTH, GROUPS) / count
+    mean2 = sum_over_group(mean2, row, WIDTH, GROUPS) / count
 
     for tile in tl.static_range(CHANNEL_TILES * POSITION_TILES):
         channel = tile // POSITION_TILES * CHANNELS + row
         position = tile % POSITION_TILES * POSITIONS + column
         inside = inside_tile(channel, GROUPS * WIDTH, first_channel, channels, position, positions, EXACT)
-        at = tile_offset(channel, position, channel_stride, position_stride, WIDE)
+        at = tile_offset(channel, position, channel_stride, position_stride, INT64)
         gain = gains[tile // POSITION_TILES]
         store_input_gradient(dx, at, kept_dz[tile], kept_centred[tile], rstd, gain, mean1, mean2, inside)
 
@@ -99,12 +99,12 @@ def looped_backward_kernel(
     samples, groups, channels, positions,
     sample_stride, dx_sample_stride, channel_stride, position_stride,
     dy_sample_stride, dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2,
-    DIMENSIONS: tl.constexpr, WIDE: tl.constexpr,
+    DIMENSIONS: tl.constexpr, INT64: tl.constexpr,
     WIDTH: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
     CHANNEL_TILES: tl.constexpr, POSITION_TILES: tl.constexpr, EXACT: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """A program reads x and dy of its groups twice, the second time from L1 or L2."""
-    sample, first_group, first_channel = place_groups(tl.program_id(0), groups, WIDTH, GROUPS)
+    sample, first_group, first_channel = locate_groups(tl.program_id(0), groups, WIDTH, GROUPS)
     x += sample * sample_stride + first_channel.to(tl.int64) * channel_stride
     dx += sample * dx_sample_stride + first_channel.to(tl.int64) * channel_stride
     dy += sample * dy_sample_stride + first_channel.to(tl.int64) * dy_channel_stride
@@ -130,7 +130,7 @@ def looped_backward_kernel(
             centred, dz = load_centred_and_dz(
                 x, dy, channel, position, inside, mean, rstd * gain, offset, channel_stride, position_stride,
                 dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2,
-                DIMENSIONS, WIDE, SILU,
+                DIMENSIONS, INT64, SILU,
             )  # fmt: skip
             total1 += dz
             total2 += dz * centred
@@ -141,8 +141,8 @@ def looped_backward_kernel(
         mean1 += gain * sum1
         mean2 += gain * sum2
     count = (WIDTH * 1.0) * positions
-    mean1 = over_group(mean1, row, WIDTH, GROUPS) / count
-    mean2 = over_group(mean2, row, WIDTH, GROUPS) / count
+    mean1 = sum_over_group(mean1, row, WIDTH, GROUPS) / count
+    mean2 = sum_over_group(mean2, row, WIDTH, GROUPS) / count
 
     # Backwards: what was read last is still near.
     for done in range(CHANNEL_TILES * POSITION_TILES):
@@ -156,7 +156,8 @@ def looped_backward_kernel(
         inside = inside_tile(channel, GROUPS * WIDTH, first_channel, channels, position, positions, EXACT)
         centred, dz = load_centred_and_dz(
             x, dy, channel, position, inside, mean, rstd * gain, offset, channel_stride, position_stride,
-            dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2, DIMENSIONS, WIDE, SILU,
+            dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2,
+            DIMENSIONS, INT64, SILU,
         )  # fmt: skip
-        at = tile_offset(channel, position, channel_stride, position_stride, WIDE)
+        at = tile_offset(channel, position, channel_stride, position_stride, INT64)
         store_input_gradient(dx, at, dz, centred, rstd, gain, mean1, mean2, inside)

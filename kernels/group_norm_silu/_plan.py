@@ -27,7 +27,7 @@ RESIDENT_TILES = 20  # they are unrolled; more would only lengthen the code
 # multiprocessor and both slabs its L1, and the most values of a slab. On an H200 (64, 320, 64, 64) took 100
 # us in bfloat16; in a sweep where it took 106, 110 in tiles of 4096, 113 with 32 warps, 117 to 126 with 8.
 FORWARD_LANES, FORWARD_WARPS = 8192, 16
-FORWARD_MOST = 65536
+FORWARD_MAX_LANES = 65536
 # A tile of the kernels that walk through a chunk: programs share a processor, one loads, another computes. On
 # an H200 in channels_last (64, 320, 64, 64) took 184 us; 233 with 8 warps, 231 in tiles of 2048.
 CHUNK_LANES, CHUNK_WARPS = 4096, 4
@@ -41,8 +41,8 @@ LOOPED_BYTES = 256 * 1024
 # Of a kernel over chunks: waves enough for the last one's gap to be small. On an H200 in NCHW (8, 320, 256,
 # 256) took 261 us with 64, 263 with 32, 270 with 16; in channels_last (64, 320, 64, 64), where a program
 # takes longer to begin and to end, 184 with 8, 187 with 16. A program of a single tile would do little else.
-ROW_PROGRAMS, COLUMN_PROGRAMS, LEAST_TILES = 64, 8, 2
-MOST_CHUNKS = 128  # partial results of a slab that the second kernel merges at once
+ROW_PROGRAMS, COLUMN_PROGRAMS, MIN_TILES = 64, 8, 2
+MAX_CHUNKS = 128  # partial results of a slab that the second kernel merges at once
 MERGED_MOMENTS = 512  # the same, times groups
 MERGED_VALUES = 4096  # the same, times channels, for the sums of the backward pass
 # Arguments of kernels that change with the batch, the device or how a caller stores its FiLM embedding: no
@@ -108,7 +108,7 @@ def _warps(lanes: int) -> int:
 
 def _row_tiles(width: int, count: int, length: int, lanes: int, warps: int) -> Tiles:
     """The tiles of `lanes` or somewhat fewer lanes that cover [width, length] with the least padding."""
-    best, least = None, None
+    best, lowest_cost = None, None
     for shrink in (1, 2, 4):  # a thread's vector shrinks with the tile: 16, 8, 4 bytes of bfloat16
         size = max(lanes // shrink, 32)
         positions = size
@@ -117,8 +117,8 @@ def _row_tiles(width: int, count: int, length: int, lanes: int, warps: int) -> T
             if positions < 2 * power_of_two(length) and channels < 2 * power_of_two(width):
                 tiles = _tiles(1, channels, positions, width, count, length, warps)
                 cost = tiles.lanes * (1 + 0.1 * (shrink - 1)) + 32 * tiles.count
-                if least is None or cost < least:
-                    best, least = tiles, cost
+                if lowest_cost is None or cost < lowest_cost:
+                    best, lowest_cost = tiles, cost
             positions //= 2
     if best is None:  # the slab is smaller than the smallest tile
         best = _tiles(1, power_of_two(width), power_of_two(length), width, count, length, warps)
@@ -138,13 +138,13 @@ def _few_groups(width: int, count: int, itemsize: int) -> int:
     return groups
 
 
-def _column_groups(width: int, count: int, itemsize: int, most_channels: int) -> int:
+def _column_groups(width: int, count: int, itemsize: int, max_channels: int) -> int:
     """How many groups a program takes, so that it reads whole sectors in wide vectors with few idle lanes."""
-    best, least = 1, None
+    best, lowest_cost = 1, None
     for groups in range(1, count + 1):
         covered = groups * width
         channels = power_of_two(covered)
-        if groups > 1 and channels > most_channels:
+        if groups > 1 and channels > max_channels:
             break
         run = covered * itemsize  # bytes in a row, at multiples of run (and of C) from the base
         aligned = math.gcd(run, SECTOR) if groups < count else math.gcd(count * width * itemsize, SECTOR)
@@ -152,8 +152,8 @@ def _column_groups(width: int, count: int, itemsize: int, most_channels: int) ->
         idle = channels * divide_up(count, groups) / (width * count)
         vector = min(math.gcd(aligned, 16), 16)
         cost = sectors + idle + 0.25 * (16 // vector).bit_length()
-        if least is None or cost < least - 1e-9:
-            best, least = groups, cost
+        if lowest_cost is None or cost < lowest_cost - 1e-9:
+            best, lowest_cost = groups, cost
     return best
 
 
@@ -173,10 +173,10 @@ def resident_tiles(
     length: int,  # P
     channels_adjacent: bool,
     itemsize: int,
-    most_lanes: int,
+    max_lanes: int,
 ) -> Tiles | None:
     """Tiles that hold a slab in registers from the first read to the write; None where it does not fit."""
-    if width * length > most_lanes:
+    if width * length > max_lanes:
         return None
     # 8 values a thread and tile: one load of 16 bytes of bfloat16, and few registers for the running sum.
     if not channels_adjacent:
@@ -186,7 +186,7 @@ def resident_tiles(
         groups = _few_groups(width, count, itemsize)
         warps = _warps(power_of_two(groups * width) * power_of_two(length))
         tiles = _column_tiles(width, count, length, groups, 256 * warps, warps)
-    if tiles.lanes > most_lanes or tiles.count > RESIDENT_TILES:
+    if tiles.lanes > max_lanes or tiles.count > RESIDENT_TILES:
         return None
     return tiles
 
@@ -194,7 +194,7 @@ def resident_tiles(
 @lru_cache(maxsize=4096)
 def forward_tiles(
     width: int, count: int, length: int, channels_adjacent: bool, itemsize: int, lanes: int, warps: int,
-    most_lanes: int,
+    max_lanes: int,
 ) -> Tiles | None:  # fmt: skip
     """Tiles of `lanes` for a program that reads slabs twice; None where they are too large to stay near."""
     if channels_adjacent:
@@ -202,7 +202,7 @@ def forward_tiles(
         tiles = _column_tiles(width, count, length, groups, lanes, warps)
     else:
         tiles = _row_tiles(width, count, length, lanes, warps)
-    return tiles if tiles.lanes <= most_lanes else None
+    return tiles if tiles.lanes <= max_lanes else None
 
 
 @lru_cache(maxsize=4096)
@@ -216,7 +216,7 @@ def chunk_tiles(
     group reads each sector of dy once or twice, one of a single channel would read it for 2 bytes.
     """
     if channels_adjacent:
-        groups = _column_groups(width, count, itemsize, most_channels=256)
+        groups = _column_groups(width, count, itemsize, max_channels=256)
         return _column_tiles(width, count, length, groups, lanes, warps)
     if transposed:
         channels = min(power_of_two(width), 64)
@@ -230,24 +230,24 @@ def sum_tiles(
 ) -> Tiles:
     """Tiles of [C, P] for sums over positions, which need not respect the groups: `groups` means nothing."""
     if channels_adjacent or transposed:
-        wide = min((64, 128, 32), key=lambda size: divide_up(channels, size) * size)
-        wide = min(wide, power_of_two(channels))
-        return _tiles(1, wide, min(lanes // wide, power_of_two(length)), channels, 1, length, warps)
+        size = min((64, 128, 32), key=lambda size: divide_up(channels, size) * size)
+        size = min(size, power_of_two(channels))
+        return _tiles(1, size, min(lanes // size, power_of_two(length)), channels, 1, length, warps)
     return _row_tiles(channels, 1, length, min(lanes, power_of_two(channels) * power_of_two(length)), warps)
 
 
 def chunks(
-    tiles: int, slabs: int, device: torch.device, most: int, channels_adjacent: bool
+    tiles: int, slabs: int, device: torch.device, max_chunks: int, channels_adjacent: bool
 ) -> tuple[int, int]:
     """(chunks, tiles of a chunk): a slab's tiles shared among programs so that the processors are busy."""
     programs = (COLUMN_PROGRAMS if channels_adjacent else ROW_PROGRAMS) * processors(device)
-    each = divide_up(tiles, min(divide_up(programs, slabs), most, divide_up(tiles, LEAST_TILES)))
+    each = divide_up(tiles, min(divide_up(programs, slabs), max_chunks, divide_up(tiles, MIN_TILES)))
     return divide_up(tiles, each), each
 
 
 def merged_chunks(tiles: Tiles) -> int:
     """The most chunks whose moments the second kernel merges, a power of two."""
-    return min(power_of_two(tiles.count), MOST_CHUNKS, max(MERGED_MOMENTS // power_of_two(tiles.groups), 1))
+    return min(power_of_two(tiles.count), MAX_CHUNKS, max(MERGED_MOMENTS // power_of_two(tiles.groups), 1))
 
 
 @lru_cache(maxsize=64)
@@ -273,7 +273,7 @@ class View(NamedTuple):
         return self.channel_stride == 1
 
     @property
-    def wide(self) -> bool:
+    def int64_offsets(self) -> bool:
         """Whether an offset within a sample takes 64 bits."""
         return self.tensor.shape[1:].numel() >= 2**31
 

@@ -9,7 +9,7 @@ from .._math import silu, silu_derivative
 
 
 @triton.jit
-def place_groups(program, groups, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
+def locate_groups(program, groups, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
     """program -> (sample, the first of its GROUPS groups, that one's first channel)."""
     blocks = tl.cdiv(groups, GROUPS)
     first_group = (program % blocks) * GROUPS
@@ -56,7 +56,7 @@ def load_statistics(
 
 
 @triton.jit
-def over_group(value, row, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
+def sum_over_group(value, row, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
     """For each channel, the sum of `value` over its group: [channels] -> [channels], float32.
 
     Channel `row` of the block is in group row // WIDTH. With GROUPS = 1 all rows are one group, whatever
@@ -82,7 +82,7 @@ def add_triples(a, b, c, d, e, f):
 
 
 @triton.jit
-def of_groups(first, second, third, row, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
+def take_from_group(first, second, third, row, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
     """For each channel, three numbers of its group: [groups, padded to a power of two] -> [channels]. Numbers
     past the last group must be finite."""
     member = (row // WIDTH)[:, None] == tl.arange(0, first.shape[0])[None, :]
@@ -95,13 +95,24 @@ def of_groups(first, second, third, row, WIDTH: tl.constexpr, GROUPS: tl.constex
 
 
 @triton.jit
-def tile_offset(channel, position, channel_stride, position_stride, WIDE: tl.constexpr):
+def mean_and_variance(total, squares, count, row, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
+    """For each row, of its group: mean less the pivot and variance, from each lane's sum and sum of squares.
+
+    Of the digits (pivot - mean)^2 / variance cancel: that takes a pivot near the mean (load_pivot)."""
+    total, squares = tl.reduce((total, squares), 1, add_pairs)
+    mean = sum_over_group(total, row, WIDTH, GROUPS) / count
+    squares = sum_over_group(squares, row, WIDTH, GROUPS) / count
+    return mean, tl.maximum(squares - mean * mean, 0.0)
+
+
+@triton.jit
+def tile_offset(channel, position, channel_stride, position_stride, INT64: tl.constexpr):
     """Where the elements of a tile lie in their sample, [channels, positions].
 
-    WIDE: a sample reaches 2**31 elements. Otherwise int32 does: 64-bit addresses take twice the registers, of
-    which a tile in channels_last needs one for each thread's position.
+    INT64: a sample reaches 2**31 elements. Otherwise int32 does: 64-bit addresses take twice the registers,
+    of which a tile in channels_last needs one for each thread's position.
     """
-    if WIDE:
+    if INT64:
         channel = channel.to(tl.int64)
         position = position.to(tl.int64)
     return channel[:, None] * channel_stride + position[None, :] * position_stride
@@ -160,7 +171,7 @@ def store_normalised(y, at, value, pivot, mean, rstd, gain, offset, inside, SILU
 
 @triton.jit
 def strided_offset(
-    position, size0, size1, stride0, stride1, stride2, DIMENSIONS: tl.constexpr, WIDE: tl.constexpr
+    position, size0, size1, stride0, stride1, stride2, DIMENSIONS: tl.constexpr, INT64: tl.constexpr
 ):  # fmt: skip
     """Where a position lies in a sample whose positions take up to three strides, innermost first."""
     inner, middle, outer = position, position, position
@@ -168,7 +179,7 @@ def strided_offset(
         inner, outer = position % size0, position // size0
     if DIMENSIONS > 2:
         middle, outer = outer % size1, outer // size1
-    if WIDE:
+    if INT64:
         inner, middle, outer = inner.to(tl.int64), middle.to(tl.int64), outer.to(tl.int64)
     if DIMENSIONS == 1:
         return inner * stride0
@@ -182,14 +193,14 @@ def load_centred_and_dz(
     x, dy, channel, position, inside, mean, slope, offset,  # mean, rstd gain, offset: [channels]
     channel_stride, position_stride,
     dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2,
-    DIMENSIONS: tl.constexpr, WIDE: tl.constexpr, SILU: tl.constexpr,
+    DIMENSIONS: tl.constexpr, INT64: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """x - mean and dz of a tile, [channels, positions]; dz is 0 outside."""
-    at = tile_offset(channel, position, channel_stride, position_stride, WIDE)
+    at = tile_offset(channel, position, channel_stride, position_stride, INT64)
     dy_position = strided_offset(
-        position, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2, DIMENSIONS, WIDE
+        position, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2, DIMENSIONS, INT64
     )
-    dy_at = tile_offset(channel, dy_position, dy_channel_stride, 1, WIDE)
+    dy_at = tile_offset(channel, dy_position, dy_channel_stride, 1, INT64)
     centred = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - mean[:, None]
     dz = tl.load(dy + dy_at, mask=inside, other=0.0).to(tl.float32)
     if SILU:

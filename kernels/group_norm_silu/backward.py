@@ -129,8 +129,8 @@ def _input_gradient(dy, x, mean, rstd, dx, sums, weight, bias, scale, shift, sil
     strides = (source.sample_stride, dx.stride(0), source.channel_stride, source.position_stride)
     dy_strides = (dy.stride(0), dy.stride(1), size0, size1, stride0, stride1, stride2)
     dy_reach = sum((size - 1) * stride for size, stride in zip(dy.shape[1:], dy.stride()[1:], strict=True))
-    wide = source.wide or dy_reach >= 2**31
-    constants = dict(DIMENSIONS=len(dimensions), WIDE=wide, WIDTH=width, SILU=silu)
+    int64_offsets = source.int64_offsets or dy_reach >= 2**31
+    constants = dict(DIMENSIONS=len(dimensions), INT64=int64_offsets, WIDTH=width, SILU=silu)
 
     kernel, tiles = resident_backward_kernel, None
     if not transposed:

@@ -46,11 +46,11 @@ def path(plan, monkeypatch):
         for programs in ("ROW_PROGRAMS", "COLUMN_PROGRAMS"):
             monkeypatch.setattr(plan, programs, 8)
         monkeypatch.setattr(plan, "processors", lambda device: 1)
-        for most in ("FORWARD_MOST", "LOOPED_BYTES"):
+        for most in ("FORWARD_MAX_LANES", "LOOPED_BYTES"):
             monkeypatch.setattr(plan, most, 1 << 30 if name == "looped" else 0)
         for cache in caches:
             cache.cache_clear()
-        monkeypatch.setattr(plan.View, "wide", name == "chunks")
+        monkeypatch.setattr(plan.View, "int64_offsets", name == "chunks")
 
     yield choose
     for cache in caches:

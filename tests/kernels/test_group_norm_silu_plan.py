@@ -64,9 +64,10 @@ def test_every_plan_covers_its_slab(plan):
     )  # fmt: skip
     def check(width, count, length, adjacent, itemsize):
         shape = (width, count, length, adjacent, itemsize)
+        twice = plan.FORWARD_LANES, plan.FORWARD_WARPS
         found = [
             (plan.resident_tiles(*shape, plan.RESIDENT_LANES), plan.RESIDENT_LANES),
-            (plan.forward_tiles(*shape, plan.FORWARD_LANES, plan.FORWARD_WARPS, plan.FORWARD_MOST), None),
+            (plan.forward_tiles(*shape, *twice, plan.FORWARD_MAX_LANES), None),
             (plan.chunk_tiles(*shape, plan.CHUNK_LANES, plan.CHUNK_WARPS), None),
             (plan.chunk_tiles(*shape, plan.SUM_LANES, plan.SUM_WARPS, True), None),
         ]
@@ -86,7 +87,7 @@ def test_every_plan_covers_its_slab(plan):
                 assert tiles.lanes <= most and tiles.count <= plan.RESIDENT_TILES
             else:
                 assert tiles.channels * tiles.positions <= plan.FORWARD_LANES
-        pieces, each = plan.chunks(tiles.count, count, torch.device("meta"), plan.MOST_CHUNKS, adjacent)
-        assert (pieces - 1) * each < tiles.count <= pieces * each and pieces <= plan.MOST_CHUNKS
+        pieces, each = plan.chunks(tiles.count, count, torch.device("meta"), plan.MAX_CHUNKS, adjacent)
+        assert (pieces - 1) * each < tiles.count <= pieces * each and pieces <= plan.MAX_CHUNKS
 
     check()
