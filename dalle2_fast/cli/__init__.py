@@ -1,18 +1,19 @@
 """The command line: `dalle2-fast generate|variations|interpolate|...`.
 
-Nothing imports torch before a command needs it, so that `--help` answers at once. Every error that the user
-can correct ends in `main` as one line on stderr and exit code 2.
+Nothing imports torch before a command needs it, so that `--help` answers at once. Every error ends in `main`
+as one line on stderr: with exit code 2 if the user can correct it, with 1 if the program is at fault.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
-from typing import NoReturn
+from typing import TextIO
 
-from dalle2_fast import __version__
+from dalle2_fast.cli.parser import parse
 
 # command -> (module with add_arguments(parser) and run(args) -> int, what it does). Only the module of the
 # command that runs is imported.
@@ -31,8 +32,11 @@ COMMANDS = {
     "train": ("dalle2_fast.cli.train", "train CLIP, prior, decoder and upsampler"),
     "evaluate": ("dalle2_fast.cli.evaluate", "score a checkpoint against captions and baselines"),
 }
-# TypeError is not among them: from a command line it is a fault of the program, and shows its traceback.
-USER_ERRORS = (ValueError, OSError, FloatingPointError, ImportError)
+# TypeError is not among them: from a command line it is a fault of the program.
+USER_ERRORS = (ValueError, OSError, FloatingPointError, ImportError, MemoryError)
+# Errors of torch, safetensors and the trainer that the user can correct; importing them here would take 2 s.
+USER_ERROR_NAMES = {"OutOfMemoryError", "TrainingError", "SafetensorError"}
+MAX_LENGTH = 400  # characters of the line about an internal error, because torch writes whole pages
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: the words after `dalle2-fast`; None is this process's.
 
     Returns:
-        The exit code: 0 done, 2 an error that the user can correct (one line on stderr), 130 interrupted.
+        The exit code: 0 done, 1 an internal error, 2 an error that the user can correct, 130 interrupted. An
+        error is one line on stderr, or is raised if --traceback is in `argv`.
 
     Example:
         >>> main(["vocabulary", "--checkpoint", "no/such/folder"])
@@ -50,60 +55,76 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
-        code = _run(argv)
-        sys.stdout.flush()
-        return code
+        with _every_letter_printable(sys.stdout):
+            args, module = parse(argv, COMMANDS)
+            code = import_module(module).run(args)
+            return code or _flush()
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:  # `dalle2-fast vocabulary | head`: the reader has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
     except Exception as error:
-        if "--traceback" in argv or not (isinstance(error, USER_ERRORS) or _is_environment(error)):
+        if "--traceback" in argv:
             raise
-        return _fail(_one_line(error), 2)
+        if isinstance(error, USER_ERRORS) or _is_environment(error):
+            return _fail(_one_line(error), 2)
+        message = f"internal error: {type(error).__name__}: {' '.join(str(error).split())}"
+        if len(message) > MAX_LENGTH:
+            message = f"{message[:MAX_LENGTH]} ..."
+        return _fail(f"{message} (--traceback shows where; please report it)", 1)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, as for every other error, because twenty lines of usage would hide it."""
-        self.exit(2, f"{self.prog}: {message} (options: {self.prog} --help)\n")
+@contextmanager
+def _every_letter_printable(stream: TextIO | None) -> Iterator[None]:
+    """Escape the letters that a stream cannot encode, so that no report fails after the work is done."""
+    if not hasattr(stream, "reconfigure"):  # closed, or replaced by a caller
+        yield
+        return
+    errors = stream.errors
+    stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        if not stream.closed:
+            stream.reconfigure(errors=errors)
 
 
-def _run(argv: list[str]) -> int:
-    parser = _Parser(
-        prog="dalle2-fast",
-        description="DALL-E 2 in PyTorch: from captions to images, and its training.",
-    )
-    parser.add_argument("--version", action="version", version=f"dalle2-fast {__version__}")
-    parser.add_argument("--traceback", action="store_true", help="show where in the code an error occurred")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    chosen = next((word for word in argv if not word.startswith("-")), None)
-    command = None
-    for name, (home, purpose) in COMMANDS.items():
-        underscored = name.replace("-", "_")  # the spelling of the methods
-        subparser = subparsers.add_parser(
-            name,
-            aliases=[underscored] if underscored != name else [],
-            help=purpose,
-            description=f"{purpose[0].upper()}{purpose[1:]}.",
-        )
-        if chosen in (name, underscored):
-            command = import_module(home)
-            command.add_arguments(subparser)
-    args = parser.parse_args(argv)  # exits with 0 for --help and 2 for a wrong option
-    return command.run(args)
+def _flush() -> int:
+    """Write out what was printed; the exit code."""
+    if sys.stdout is not None:  # `>&-`
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # a full disk, after the work is done and its files are written
+            _discard_output()
+            return _fail(f"standard output: {error.strerror}", 2)
+    return 0
+
+
+def _discard_output() -> None:
+    """Let Python's last flush of stdout go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_environment(error: Exception) -> bool:
-    """Whether it is a RuntimeError of torch, safetensors or the trainer that the user can correct."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return bool(names & {"OutOfMemoryError", "TrainingError", "SafetensorError"})
+    """Whether it is an error of torch, safetensors or the trainer that the user can correct."""
+    return bool({kind.__name__ for kind in type(error).__mro__} & USER_ERROR_NAMES) or _is_memory(error)
+
+
+def _is_memory(error: Exception) -> bool:
+    # torch has no class of its own for a CPU that has too little memory.
+    return (
+        type(error).__name__ in ("OutOfMemoryError", "MemoryError")
+        or isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
 
 
 def _one_line(error: Exception) -> str:
-    if type(error).__name__ == "OutOfMemoryError":
-        return f"out of memory; try a smaller --batch-size ({str(error).splitlines()[0]})"
+    if _is_memory(error):
+        detail = (str(error).splitlines() or ["Python"])[0]
+        return f"out of memory; try a smaller --batch-size ({detail})"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     return " ".join(str(error).split()) or type(error).__name__

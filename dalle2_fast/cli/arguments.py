@@ -35,7 +35,7 @@ def add_decoder(parser: argparse.ArgumentParser) -> None:
 
 
 def add_decoder_caption(parser: argparse.ArgumentParser, of: str = "image alone decides") -> None:
-    parser.add_argument("--caption", help=f"a caption for the decoder (default: the {of})")
+    parser.add_argument("--caption", type=caption, help=f"a caption for the decoder (default: the {of})")
 
 
 def add_candidates(parser: argparse.ArgumentParser) -> None:
@@ -118,6 +118,15 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The size and the SamplingSettings that a command has as options; None is the checkpoint's value."""
     names = (*SamplingSettings.names(), "size")
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
+def caption(text: str) -> str:
+    """A caption, which is written into the PNG file as UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # bytes that are no text reach Python as lone surrogates
+        raise argparse.ArgumentTypeError(f"expected text in UTF-8, got {text!r}") from None
+    return text
 
 
 def positive_int(text: str) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dalle2_fast.cli.arguments import DEVICE_HELP
+from dalle2_fast.cli.image_files import check_writable
 from dalle2_fast.evaluation.amounts import FULL, PARTS, QUICK, SETTINGS, SPLITS, Amounts
 from dalle2_fast.pipeline.device import choose_device
 from dalle2_fast.pipeline.settings import SAMPLERS
@@ -150,9 +150,6 @@ def _check_output(path: Path) -> None:
     """Raise if the file could not be written, before the minutes that scoring takes."""
     if path.suffix.lower() != ".json":
         raise ValueError(f"--output: expected a name that ends in .json, got {str(path)!r}")
-    if path.is_dir():
-        raise IsADirectoryError(f"--output: {path} is a folder, expected a file name")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"--output: the folder {path.absolute().parent} does not exist")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise PermissionError(f"--output: cannot write to the folder {path.absolute().parent}")
+    check_writable(path, "--output")

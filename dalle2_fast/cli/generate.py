@@ -13,7 +13,9 @@ from dalle2_fast.cli.job import Job
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `dalle2-fast generate`."""
-    parser.add_argument("caption", help='e.g. "a large red circle above a small blue square"')
+    parser.add_argument(
+        "caption", type=arguments.caption, help='e.g. "a large red circle above a small blue square"'
+    )
     arguments.add_num_images(parser)
     arguments.add_seed(parser)
     parser.add_argument(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,20 +76,62 @@ def save_png(image: Image, path: Path, texts: Mapping[str, object]) -> None:
 
     info = PngInfo()
     for key, value in texts.items():
-        info.add_itxt(key, str(value))  # iTXt, because a caption may hold any letter
+        # iTXt, because a caption may hold any letter; a file name may even hold bytes that are no text.
+        info.add_itxt(key, str(value).encode("utf-8", "backslashreplace").decode())
     with atomic_write(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
 
 
-def check_writable(folder: Path, option: str) -> None:
-    """Raise if a file in `folder`, which may not exist yet, could not be written. Creates nothing."""
+def check_writable(path: Path, option: str) -> None:
+    """Raise if the file `path`, whose folder may not exist yet, could not be written. Leaves nothing behind.
+
+    A file of that name is begun and removed, which is the only test of permissions, file systems and the
+    length of names that is right everywhere.
+    """
+    from dalle2_fast.checkpoints.atomic import atomic_write
+
+    folder = existing_folder(path.parent, option)
+    try:
+        with atomic_write(folder / path.name) as temporary:
+            temporary.touch()
+            raise _Abandon
+    except _Abandon:
+        if path.is_dir():
+            raise IsADirectoryError(f"{option}: {path} is a folder, expected a file name") from None
+    except OSError as error:
+        if isinstance(error.__cause__, PermissionError):
+            raise PermissionError(f"{option}: no permission to write in {folder}") from None
+        raise OSError(f"{option}: {error}") from None
+
+
+class _Abandon(Exception):
+    """Ends an atomic_write that was only a test."""
+
+
+def check_space(folder: Path, count: int, side: int, option: str) -> None:
+    """Raise if `count` images of `side` x `side` pixels may not fit on the disk of `folder`."""
+    needed = count * side**2 * 3  # bytes; a PNG file of noise is as large as its pixels
+    free = shutil.disk_usage(existing_folder(folder, option)).free
+    if free < needed:
+        raise OSError(f"{option}: {free:,} bytes are free there, and {count} images may need {needed:,}")
+
+
+def existing_folder(folder: Path, option: str) -> Path:
+    """`folder`, or the nearest of its parents that exists; NotADirectoryError if that is no folder."""
     existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    while True:
+        try:
+            existing.stat()
+            break
+        except FileNotFoundError:
+            existing = existing.parent
+        except NotADirectoryError:
+            raise NotADirectoryError(f"{option}: {existing.parent} is not a folder") from None
+        except OSError as error:  # a name that is too long, a loop of links, ...
+            raise OSError(f"{option}: {folder}: {error.strerror}") from None
     if not existing.is_dir():
         raise NotADirectoryError(f"{option}: {existing} is not a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"{option}: no permission to write in {existing}")
+    return existing
 
 
 def default_file_name(caption: str, seed: int) -> str:

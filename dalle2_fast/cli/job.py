@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from dalle2_fast import __version__
 from dalle2_fast.cli.arguments import given_settings
-from dalle2_fast.cli.image_files import check_writable, default_file_name, save_png, square_image
+from dalle2_fast.cli.image_files import (
+    MAX_COLUMNS,
+    check_space,
+    check_writable,
+    default_file_name,
+    save_png,
+    square_image,
+)
 from dalle2_fast.pipeline.device import choose_device, choose_dtype
 
 if TYPE_CHECKING:
@@ -40,11 +47,9 @@ class Job:
         self.output = args.output or Path(default_file_name(name, self.seed))
         if self.output.suffix.lower() != ".png":
             raise ValueError(f"--output: expected a name that ends in .png, got {str(self.output)!r}")
-        if self.output.is_dir():
-            raise IsADirectoryError(f"--output: {self.output} is a folder, expected a file name")
-        check_writable(self.output.parent, "--output")
+        check_writable(self.output, "--output")
         if args.individual is not None:
-            check_writable(args.individual, "--individual")
+            check_writable(args.individual / "000.png", "--individual")
         self.device = choose_device(args.device)
         self.dtype = choose_dtype(args.dtype, self.device)
         self.start_up = 0.0  # seconds
@@ -59,8 +64,18 @@ class Job:
         if self.args.dtype in ("bf16", "fp16") and emulated:
             print(f"note: this CPU computes {self.args.dtype} in software; fp32 is faster", file=sys.stderr)
         self.pipe = DALLE2.from_pretrained(self.args.checkpoint, device=self.device, dtype=self.dtype)
+        count = getattr(self.args, "num_images", 1) + MAX_COLUMNS  # some commands show others in addition
+        side = getattr(self.args, "size", None) or self.pipe.sizes[-1]
+        check_space(self.output.parent, count, side, "--output")
+        if self.args.individual is not None:
+            check_space(self.args.individual, count, side, "--individual")
         self.start_up = time.perf_counter() - self.began
         return self.pipe
+
+    @property
+    def progress(self) -> bool:
+        """Whether to draw progress bars, for which stderr must not be closed."""
+        return not self.args.quiet and sys.stderr is not None
 
     @property
     def size(self) -> int:
@@ -78,7 +93,7 @@ class Job:
 
     def options(self) -> dict[str, Any]:
         """Seed, batch size, progress and settings, as the methods of the pipeline take them."""
-        shared = dict(seed=self.seed, batch_size=self.args.batch_size, progress=not self.args.quiet)
+        shared = dict(seed=self.seed, batch_size=self.args.batch_size, progress=self.progress)
         return shared | given_settings(self.args)
 
     def write(

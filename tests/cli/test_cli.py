@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -63,13 +64,25 @@ def test_import_is_lazy_and_names_are_there():
     [
         ([], "dalle2-fast: .*COMMAND"),
         (["paint"], "dalle2-fast: .*'paint'"),
+        (["genrate", "a ring"], "dalle2-fast: unknown command 'genrate'; did you mean generate"),
+        (["zzz"], "dalle2-fast: unknown command 'zzz'; expected one of generate, variations, "),
+        (["--seed", "3", "generate"], "dalle2-fast: unknown option --seed; those of a command "),
         (["generate"], "dalle2-fast generate: .*caption"),
-        (["generate", "a ring", "--no-such-option"], "dalle2-fast: .*--no-such-option"),
+        (["generate", "a ring", "--no-such-option"], "dalle2-fast generate: unknown .* --no-such-option "),
+        (["generate", "--stpes", "3"], "dalle2-fast generate: unknown option --stpes; did you mean --steps"),
+        (["generate", "a ring", "--num=3"], "dalle2-fast generate: .*--num; did you mean --num-images"),
+        (["generate", "a", "red", "ring"], "dalle2-fast generate: unexpected: red ring; .* needs quotes"),
+        (["info", "more"], r"dalle2-fast info: unexpected: more \(options"),
+        (["generate", "a \udcff ring"], r"dalle2-fast generate: .*caption: .* UTF-8, got 'a \\udcff"),
+        (["variations", "x.png", "--caption", "\udcff"], "dalle2-fast variations: .*--caption: .* UTF-8"),
+        (["text-diff", "x.png", "--from", "\udcff"], "dalle2-fast text-diff: .*--from: .* UTF-8"),
+        (["inpaint", "x.png", "\udcff", "--box", "0,0,1,1"], "dalle2-fast inpaint: .*caption: .* UTF-8"),
         (["generate", "a ring", "--steps", "0"], "dalle2-fast generate: .*--steps: .*at least 1, got '0'"),
     ],
 )
 def test_wrong_usage_is_one_line(arguments, line, capsys):
-    """argparse's own way, a screen of usage with the error below it."""
+    """argparse prints a screen of usage with the error below it, blames a mistyped option on the caption and
+    points to the options of no command; a caption that is not UTF-8 failed when the images were finished."""
     with pytest.raises(SystemExit) as end:
         cli.main(arguments)
     assert end.value.code == 2
@@ -105,16 +118,56 @@ def test_errors_are_one_line(monkeypatch, capsys, error, code, line):
     assert re.search(line, err)
 
 
-def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
-    command_that_raises(monkeypatch, TypeError("a bug"))
-    with pytest.raises(TypeError, match="a bug"):
-        cli.main(["info"])
+@pytest.mark.parametrize(
+    "error", [TypeError("a\nbug"), KeyError("ema"), RuntimeError("x\n" * 5000), RecursionError("deep")]
+)
+def test_a_fault_of_the_program_is_one_line_and_says_how_to_see_more(monkeypatch, capsys, error):
+    """Errors that Python or torch phrase fill a page with lines of the program."""
+    command_that_raises(monkeypatch, error)
+    assert cli.main(["info"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and len(err) < 600
+    assert err.startswith(f"dalle2-fast: internal error: {type(error).__name__}: ") and "--traceback" in err
 
 
 def test_traceback_on_request(monkeypatch):
     command_that_raises(monkeypatch, ValueError("why?"))
-    with pytest.raises(ValueError, match="why"):
-        cli.main(["--traceback", "info"])
+    for words in (["--traceback", "info"], ["info", "--traceback"]):
+        with pytest.raises(ValueError, match="why"):
+            cli.main(words)
+
+
+def test_memory_of_a_cpu(monkeypatch, capsys):
+    text = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: ..."
+    for error in (RuntimeError(text), MemoryError()):
+        command_that_raises(monkeypatch, error)
+        assert cli.main(["info"]) == 2
+        assert "out of memory; try a smaller --batch-size" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("redirection", "code", "says"),
+    [
+        ("", 0, ""),
+        (">/dev/full", 2, "dalle2-fast: standard output: No space left on device\n"),
+        (">&-", 0, ""),  # sys.stdout is None
+    ],
+)
+def test_standard_output_that_cannot_take_the_report(redirection, code, says):
+    """Python's own failure at the last flush, and a letter that the encoding lacks, come after the work."""
+    program = (
+        "import sys; from dalle2_fast import cli; from dalle2_fast.cli import info\n"
+        "info.run = lambda args: print('caf\\u00e9 \\udcff')\n"
+        "sys.exit(cli.main(['info']))"
+    )
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" -c "$1" {redirection}', sys.executable, program],
+        cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": ""},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (code, says)
+    assert done.stdout == ("" if redirection else "caf\\xe9 \\udcff\n")
 
 
 def test_a_reader_that_goes_away(checkpoint):

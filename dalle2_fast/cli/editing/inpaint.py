@@ -14,7 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `dalle2-fast inpaint`."""
     parser.add_argument("image", type=Path, help="the image to change")
     parser.add_argument(
-        "caption", nargs="?", help="a caption of the whole result (default: the kept part decides)"
+        "caption",
+        nargs="?",
+        type=arguments.caption,
+        help="a caption of the whole result (default: the kept part decides)",
     )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument(

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from dalle2_fast.evaluation.psnr import psnr
 
     image = job.square(opened, args.image, pipe.decoder.image_size)
-    shared = dict(batch_size=args.batch_size, progress=not args.quiet)
+    shared = dict(batch_size=args.batch_size, progress=job.progress)
     pair = pipe.invert(
         image, steps=args.steps, guidance=args.guidance, prompt=args.caption, refine=args.refine, **shared
     )

@@ -13,8 +13,9 @@ from dalle2_fast.cli.job import Job
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `dalle2-fast text-diff`."""
     parser.add_argument("image", type=Path, help="the image to change")
-    parser.add_argument("--from", dest="source", required=True, metavar="CAPTION", help="what it shows")
-    parser.add_argument("--to", dest="target", required=True, metavar="CAPTION", help="what it is to show")
+    shared = dict(required=True, type=arguments.caption, metavar="CAPTION")
+    parser.add_argument("--from", dest="source", **shared, help="what it shows")
+    parser.add_argument("--to", dest="target", **shared, help="what it is to show")
     parser.add_argument(
         "--theta",
         type=arguments.fraction,
