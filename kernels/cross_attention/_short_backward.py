@@ -1,9 +1,9 @@
-"""The gradient of attention to a short context (at most 128 keys, D <= 64, 16 bits), in one kernel and a sum.
+"""The gradient of attention to a short context (at most 128 keys, D <= 64, 16 bits): one kernel and a sum.
 
-P is recomputed whole, so delta is a sum over registers (no saved statistics, no pass over out), dQ is stored
-once, and dK and dV stay in registers while a program walks over query tiles. Bytes: q, g and dQ once, 6 T D
-per head. `parts` programs share the queries of a (batch, head); each writes its float32 sums, and a last
-kernel adds them in a fixed order. The formulas are those of backward.py.
+The formulas are in backward.py. P is recomputed for all keys at once, so delta is a sum over registers: there
+are no saved statistics and no pass over out. dQ is stored once, and dK and dV stay in registers while a
+program iterates over query tiles. Bytes: q, g and dQ once, 6 T D per head. `parts` programs share the queries
+of a (batch, head); each stores its float32 sums, and a last kernel adds them in a fixed order.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ def _short_backward_kernel(
 ):  # fmt: skip
     """Query tiles part, part + parts, ... of one (batch, head). scale = softmax_scale * log2(e).
 
-    Sums of dK / softmax_scale and of dV go to sums_k and sums_v [programs, BLOCK_D, KEYS_0 + KEYS_1]: as they
-    lie in registers, whole, for turning them costs more registers than the loop has to spare.
+    Sums of dK / softmax_scale and of dV go to sums_k and sums_v [programs, BLOCK_D, KEYS_0 + KEYS_1]. They
+    are stored in the layout of the registers, with padding: a transposition needs more registers than are
+    free.
     """
     part, batch, head, pair = locate(tl.program_id(0), parts, heads)
     grad += batch * g_batch + head * g_head
@@ -52,7 +53,7 @@ def _short_backward_kernel(
     k_0, k_1, v_0, v_1, attend_0, attend_1 = load_context(
         k, v, mask, keys, k_row, k_column, v_row, v_column, mask_key, WIDTH, BLOCK_D, KEYS_0, KEYS_1
     )
-    # Transposed: their rows are then the columns of a head, and 16 keys still fill a matrix instruction.
+    # These are transposed: rows are the columns of a head, so that 16 keys still fill a matrix instruction.
     dk_0 = tl.zeros((BLOCK_D, KEYS_0), tl.float32)
     dk_1 = tl.zeros((BLOCK_D, KEYS_1), tl.float32)
     dv_0 = tl.zeros((BLOCK_D, KEYS_0), tl.float32)
@@ -96,7 +97,7 @@ def _sum_short_kernel(
     dk, dv, sums_k, sums_v, softmax_scale, heads, keys, parts,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of BLOCK keys of one (batch, head): the sums of its programs, in order."""
+    """dK and dV of BLOCK keys of one (batch, head): the sums of its programs, added in their order."""
     block, batch, head, pair = locate(tl.program_id(0), tl.cdiv(keys, BLOCK), heads)
     key = block * BLOCK + tl.arange(0, BLOCK)
     at = pair * parts * (BLOCK_D * KEYS) + tl.arange(0, BLOCK_D)[:, None] * KEYS + key[None, :]
@@ -113,14 +114,14 @@ def _sum_short_kernel(
 
 
 def _launch_config(keys: int, width: int, capability: tuple[int, int]) -> dict[str, int]:
-    """By the registers that tests/aot.py reads."""
+    """Tile sizes, warps and pipeline stages, chosen by the registers of the compiled kernels."""
     block_d = _common.padded(width)
     keys_0, keys_1 = _common.key_parts(keys)
-    # One program of 8 warps has a multiprocessor's registers to itself. wgmma wants 16 queries a warp,
-    # which 216 registers (64 + 16 keys) and 255 (64 + 32, masked) hold, with a third stage, so that the
-    # fetch of q and g runs ahead. With 128 keys, and with mma.sync, more than 32 queries spill; with
-    # D = 32, whose products divide badly among warps, more than 16. On sm_100, where the sums are not in
-    # registers, 128 queries spill and 64 do not.
+    # One program of 8 warps uses all registers of a multiprocessor. wgmma needs 16 queries per warp, for
+    # which 216 registers (64 + 16 keys) or 255 (64 + 32, masked) are enough, also with a third pipeline stage
+    # to prefetch q and g. With 128 keys, and with mma.sync, more than 32 queries spill. With D = 32, whose
+    # products divide badly among warps, more than 16 spill. On sm_100, where the sums are not in registers,
+    # 128 queries spill and 64 do not.
     rows = 16
     if block_d == 64:
         rows = {9: 128 if keys_0 + keys_1 <= 96 else 32, 10: 64}.get(capability[0], 32)
@@ -142,7 +143,7 @@ def short_backward(
     capability = _common.capability(q)
     config = _launch_config(s, d, capability)
     checks = _common.short_checks(t, config["BLOCK_T"], s, mask is not None)
-    checks["CHECKED_ROWS"] |= mask is not None  # without, 64 + 32 masked keys spill (sm_90, Triton 3.9)
+    checks["CHECKED_ROWS"] |= mask is not None  # otherwise 64 + 32 masked keys spill (sm_90, Triton 3.9)
     parts = _common.split(b * h, triton.cdiv(t, config["BLOCK_T"]), capability, resident=1, overhead=1.0)
     keys = config["KEYS_0"] + config["KEYS_1"]
     dq = _common.empty_heads(b, h, t, d, q)
@@ -154,7 +155,7 @@ def short_backward(
         *_common.strides(v), *_common.mask_strides(mask), **config, **checks,
         PRECISION=_common.precision(q.dtype), **_common.COMPILE,
     )  # fmt: skip
-    block = 16  # divides the number of keys in every slot; of 77 keys 3 are then padding
+    block = 16  # divides the number of keys of every slot; 77 keys then have 3 keys of padding
     _sum_short_kernel[(b * h * triton.cdiv(s, block),)](
         dk, dv, sums_k, sums_v, softmax_scale, h, s, parts,
         WIDTH=d, BLOCK_D=config["BLOCK_D"], KEYS=keys, BLOCK=block, **_common.COMPILE,

@@ -1,12 +1,13 @@
 """With P = softmax(scale q k^T) and g = d out:  dV = P^T g,  dP = g v^T,  dS = P (dP - delta),
 delta = sum_keys(P dP) = sum_columns(out g),  dQ = scale dS k,  dK = scale dS^T q.
 
-Short contexts (at most 128 keys, D <= 64, 16 bits) are in _short_backward.py. All else: one kernel for dQ
-(and delta), one per key pair for dK and dV, from the saved log-sum-exp.
+Short contexts (at most 128 keys, D <= 64, 16 bits) are in _short_backward.py. For all other cases there is
+one kernel for dQ and delta, and one for dK and dV that runs once per pair of keys and values. They recompute
+P from the saved log-sum-exp.
 
-A context has few keys, so one program per key block would leave the GPU empty: `parts` programs share the
-queries of a (batch, head), each writes its float32 sums, and a last kernel adds them in a fixed order. No
-atomics: the gradients are the same bits every time.
+A context has few keys, so one program per key block would leave most of the GPU idle. Therefore `parts`
+programs share the queries of a (batch, head), each stores its float32 sums, and a last kernel adds them in a
+fixed order. There are no atomics: equal calls give equal bits.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ._short_backward import short_backward
 @triton.jit
 def _store_sums(out, partial, value, part, parts, size, base, key, keys, row_stride, WIDTH: tl.constexpr,
                 BLOCK_D: tl.constexpr):  # fmt: skip
-    """A gradient of keys: final if this program saw all queries, else its own slot of `partial`."""
+    """Store a gradient of keys: in `out` if this program saw all queries, else in its slot of `partial`."""
     if parts == 1:
         store_tile(out + base, value, key, keys, row_stride, WIDTH, BLOCK_D, True)
     else:
@@ -37,7 +38,7 @@ def _query_gradient_range(
     mask_key, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, CHECKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dS k over keys first ... last."""
+    """dS k over the keys from `first` up to, not including, `last`."""
     for start in range(first, last, BLOCK_S):
         key = start + tl.arange(0, BLOCK_S)
         k_tile = load_tile(k, key, keys, k_row, k_column, WIDTH, BLOCK_D, CHECKED)
@@ -147,7 +148,7 @@ def _keys_kernel(
         q_tile = load_tile(q, row, queries, q_row, q_column, WIDTH, BLOCK_D, True)
         row_lse = tl.load(lse + row, mask=row < queries, other=float("inf"))
         s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-        # Keys past the end have s = 0, which is above lse when all true scores are low: hence the selection.
+        # Keys past the end have s = 0, which may exceed lse if all true scores are low. Hence tl.where.
         p = tl.exp2(tl.where(attend[:, None], s * scale - row_lse[None, :], float("-inf")))
         g_tile = load_tile(grad, row, queries, g_row, g_column, WIDTH, BLOCK_D, True)
         dv_tile = tl.dot(p.to(g_tile.dtype), g_tile, dv_tile, input_precision=PRECISION)
@@ -180,11 +181,11 @@ def _sum_parts_kernel(dk, dv, partial_k, partial_v, parts, size, BLOCK: tl.const
 
 
 def _launch_config(kernel: str, width: int, itemsize: int, capability: tuple[int, int]) -> dict[str, int]:
-    """Of the kernels "queries" and "keys", by the registers that tests/aot.py reads."""
+    """Configuration of the kernels "queries" and "keys", chosen by the registers of the compiled kernels."""
     block_d = _common.padded(width)
     large_head = block_d > 64
     config = {"WIDTH": width, "BLOCK_D": block_d, "num_stages": 2}
-    if itemsize == 4:  # three products in the place of one: three times the operands
+    if itemsize == 4:  # tf32x3: three products instead of one, with three times the operands
         rows, keys_of_tile = (64, 32) if kernel == "queries" else (32, 64)
         if large_head:
             rows, keys_of_tile = rows // 2, keys_of_tile // 2
@@ -192,14 +193,14 @@ def _launch_config(kernel: str, width: int, itemsize: int, capability: tuple[int
         return config | {"BLOCK_T": rows, "BLOCK_S": keys_of_tile, "num_warps": 2 if large_head else 4}
     if kernel == "queries":
         return config | {"BLOCK_T": 64, "BLOCK_S": 64, "num_warps": 4}
-    # 64 keys of D = 128: dK and dV fill the registers of 8 warps. With 64 queries of D <= 64 sm_120 spills,
-    # where the others use at most 255 registers.
+    # dK and dV of 64 keys with D = 128 fill the registers of 8 warps. With 64 queries of D <= 64 sm_120
+    # spills; the other GPUs use at most 255 registers.
     rows = 32 if capability[0] == 12 and not large_head else 64
     return config | {"BLOCK_T": rows, "BLOCK_S": 64, "num_warps": 8 if large_head else 4}
 
 
 def _key_gradients(k: Tensor, parts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dk, dv (empty, laid out as dq) and the float32 sums of `parts` programs; one part needs no sums."""
+    """Uninitialised dk and dv, and the float32 sums of `parts` programs, which one part does not need."""
     b, h, s, d = k.shape
     shape = (parts, b, s, h, d) if parts > 1 else (0,)
     return (
@@ -212,7 +213,7 @@ def _key_gradients(k: Tensor, parts: int) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 def _sum_parts(dk: Tensor, dv: Tensor, partial_k: Tensor, partial_v: Tensor, parts: int) -> None:
     if parts > 1 and dk.numel() > 0:
-        block = 512  # 4 float32 numbers, 16 bytes, per thread of 4 warps; 1024 spill
+        block = 512  # 4 float32 numbers (16 bytes) per thread of 4 warps; 1024 spill
         _sum_parts_kernel[(triton.cdiv(dk.numel(), block),)](
             dk, dv, partial_k, partial_v, parts, dk.numel(), BLOCK=block, **_common.COMPILE
         )
@@ -230,7 +231,7 @@ def cross_attention_backward(
     lse: Tensor,  # float32 [B, H, T]; empty in the short form
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, context_k, context_v, image_k, image_v; those of absent image keys are empty."""
+    """Gradients of q, context_k, context_v, image_k, image_v. Those of absent image keys have no elements."""
     if q.numel() == 0 or context_k.shape[2] == 0 and (image_k is None or image_k.numel() == 0):
         gradients = fake_backward(
             grad, q, context_k, context_v, context_mask, image_k, image_v, out, lse, softmax_scale

@@ -1,19 +1,21 @@
 """out = softmax(softmax_scale q [context_k; image_k]^T) [context_v; image_v], forward and registration.
 
-q [B, H, T, D]; keys and values [B, H, S, D] of a context, optionally with a mask [B, S], and optionally
-[B, H, T2, D] of the image itself: two pairs of pointers in place of a concatenation. Any strides. Two forms:
+q is [B, H, T, D]. Keys and values are [B, H, S, D] of a context, optionally with a mask [B, S], and
+optionally [B, H, T2, D] of the image itself. The two pairs are passed as they are, without a concatenation,
+with any strides. There are two forms:
 
-- short: a context alone of at most 128 keys (cross-attention), 16 bits. All of it stays on chip, the softmax
-  is one pass, and up to D = 64 nothing is saved for the backward pass. A program walks over query tiles, so
-  the context is fetched once per program. Bytes: q and out once. B16 H10 T4096 S77 D64, bfloat16: 168 + 3 MB.
-- long: everything else. An online softmax over the context's keys, then over the image's. It saves
-  lse = log2(sum exp2) of each row. Bound by matrix products: 4 T (S + T2) D operations per head.
+- short: a context of at most 128 keys, no image keys, 16 bits (cross-attention). The whole context stays on
+  chip, the softmax takes one pass, and up to D = 64 nothing is saved for the backward pass. A program
+  iterates over query tiles and loads the context once. Bytes: q and out once. B16 H10 T4096 S77 D64 in
+  bfloat16: 168 + 3 MB.
+- long: all other cases. An online softmax over the keys of the context, then over those of the image. It
+  saves lse = log2(sum exp2) of each row. It is bound by matrix products: 4 T (S + T2) D operations per head.
 
 Scores, softmax and sums are float32; probabilities are rounded to the dtype of v for the second product. A
-query that may attend to no key gives zeros, and zero gradients. float16, bfloat16 or float32, D <= 128: the
-op runs in the dtype of its inputs, which must agree; under autocast the public function casts q, k and v to
-the autocast dtype. Float32 products follow torch.set_float32_matmul_precision. The result is laid out as
-[B, T, H, D], so that merging the heads is a view. The gradient is in backward.py.
+query that may attend to no key gives zeros, and zero gradients. The op takes float16, bfloat16 or float32 and
+D <= 128. It runs in the dtype of its inputs, which must be one; under autocast the public function casts q, k
+and v to the autocast dtype. Float32 products follow torch.set_float32_matmul_precision. The memory of the
+result is that of [B, T, H, D], so that merging the heads is a view. The gradient is in backward.py.
 
 Source: Vaswani et al., 1706.03762; the online softmax: Milakov and Gimelshein, 1805.02867.
 """
@@ -50,7 +52,7 @@ def _short_forward_kernel(
     KEYS_0: tl.constexpr, KEYS_1: tl.constexpr, CHECKED_KEYS: tl.constexpr, CHECKED_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Tiles part, part + parts, ... of the queries of one (batch, head) against a context held on chip."""
+    """Query tiles part, part + parts, ... of one (batch, head) against a context that stays on chip."""
     part, batch, head, pair = locate(tl.program_id(0), parts, heads)
     q += batch * q_batch + head * q_head
     k += batch * k_batch + head * k_head
@@ -85,7 +87,7 @@ def _attend_range(
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, CHECKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over keys first ... last."""
+    """The online softmax over the keys from `first` up to, not including, `last`."""
     for start in range(first, last, BLOCK_S):
         key = start + tl.arange(0, BLOCK_S)
         k_tile = load_tile(k, key, keys, k_row, k_column, WIDTH, BLOCK_D, CHECKED)
@@ -95,7 +97,7 @@ def _attend_range(
         new_top = tl.maximum(top, tl.max(s, 1))
         finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = tl.exp2(s * scale - (finite_top * scale)[:, None])
-        # Not top * scale - shift: fused, that is half an ulp of a large score where it should be 0.
+        # top * scale - shift would be fused, and give half an ulp of a large score where it should give 0.
         shrink = tl.exp2((top - finite_top) * scale)
         total = total * shrink + tl.sum(p, 1)
         v_tile = load_tile(v, key, keys, v_row, v_column, WIDTH, BLOCK_D, CHECKED)
@@ -109,7 +111,7 @@ def _attend(
     result, top, total, q_tile, k, v, mask, scale, keys, k_row, k_column, v_row, v_column, mask_key,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All keys of one pair; without a mask only the last, partial tile pays for checks."""
+    """All keys of one pair. Without a mask only the last, partial tile needs checks."""
     checked_from = 0
     if mask is None:
         checked_from = keys // BLOCK_S * BLOCK_S
@@ -166,9 +168,9 @@ def _long_forward_kernel(
 def _launch_config(
     short: bool, queries: int, keys: int, width: int, itemsize: int, capability: tuple[int, int]
 ) -> dict[str, int]:
-    """Tile sizes, warps and stages, by the registers and the shared memory that tests/aot.py reads.
+    """Tile sizes, warps and pipeline stages, chosen by registers and shared memory of the compiled kernels.
 
-    Warps take 16 queries each: more of them than BLOCK_T / 16 would repeat each other's work.
+    Each warp takes 16 queries: more than BLOCK_T / 16 warps would repeat work.
     """
     block_d = _common.padded(width)
     large_head = block_d > 64
@@ -176,21 +178,21 @@ def _launch_config(
     if short:
         keys_0, keys_1 = _common.key_parts(keys)
         config |= {"KEYS_0": keys_0, "KEYS_1": keys_1}
-        # Bound by memory: small programs, four to a multiprocessor (94 registers, 52 KiB for 64 + 16 keys).
-        # Two stages leave a fetch no time to run ahead: 69 us, three 56, four 67; and three with 128 queries
-        # and 8 warps 65 (H200, B16 H10 T4096 S77 D64, with all checks). D > 64 needs the registers
-        # of 8 warps, and 99 KiB of shared memory do not hold 128 of its queries.
+        # Bound by memory, so programs are small: four run on a multiprocessor (94 registers, 52 KiB for 64 +
+        # 16 keys). Two pipeline stages leave no time to prefetch: 69 us; three take 56, four 67, and three
+        # with 128 queries and 8 warps 65 (H200, B16 H10 T4096 S77 D64, with all checks). D > 64 needs the
+        # registers of 8 warps, and 99 KiB of shared memory do not hold 128 of its queries.
         if capability[0] == 9 and not large_head:
             config["num_stages"] = 3
         rows, warps = (64, 4) if not large_head else (64 if capability in _common.SMALL else 128, 8)
-    elif itemsize == 4:  # three products in the place of one: three times the operands
+    elif itemsize == 4:  # tf32x3: three products instead of one, with three times the operands
         config["BLOCK_S"] = 16 if large_head else 32
         rows, warps = 32 if large_head else 64, 2 if large_head else 4
     else:
-        # Each program reads all keys: large tiles halve that traffic, small ones fill the GPU where the image
-        # is small (16x16 tokens and less). The batch decides nothing. On sm_90 two programs of 128 queries
-        # and 4 warps run at once, of 8 warps one (255 and 180 registers); a third stage lets the fetch run
-        # ahead.
+        # Each program reads all keys: large tiles halve that traffic, small tiles fill the GPU for small
+        # images (at most 16x16 tokens). The batch size has no influence. On sm_90 a multiprocessor runs two
+        # programs of 128 queries and 4 warps (255 registers), but one of 8 warps (180 registers). A third
+        # pipeline stage makes prefetching possible.
         config["BLOCK_S"] = 64
         rows, warps = (128, 8) if queries > 256 or large_head else (64, 4)
         if capability[0] == 9 and not large_head:
@@ -225,8 +227,8 @@ def _forward(
     tiles = triton.cdiv(t, config["BLOCK_T"])
     with torch.cuda.device_of(q):
         if short:
-            # Four run at once, but in two waves of a model of two they end closer together: 56.3 us against
-            # 57.0 (H200, B16 H10 T4096 S77 D64).
+            # Four programs run on a multiprocessor. With resident=2 in the model of `split` they end closer
+            # together: 56.3 us against 57.0 (H200, B16 H10 T4096 S77 D64).
             parts = _common.split(b * h, tiles, capability, resident=2, overhead=1.0)
             checks = _common.short_checks(t, config["BLOCK_T"], s, context_mask is not None)
             _short_forward_kernel[(b * h * parts,)](

@@ -5,14 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Magnitudes are compared as integers: the bits of non-negative floats are in the order of their values, with
-# infinity and then NaN at the end, which is where torch puts them.
+# Magnitudes are compared as integers: the bits of floats >= 0 have the order of the floats, with infinity and
+# then NaN at the end, as in torch.
 LARGEST = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
 def select(keys, rank):
-    """The key of this rank (0: the smallest): radix select, one binary digit of keys >= 0 at a time."""
+    """The key of this rank, of keys >= 0. Rank 0 is the smallest."""
     value = rank * 0
     for digit in range(31):
         candidate = value | (1 << (30 - digit))
@@ -23,13 +23,13 @@ def select(keys, rank):
 
 @triton.jit
 def select_two(keys, rank_low, rank_high):
-    """The keys of two ranks, of at most 2^14 keys. Below the first rank comes 0, beyond the last LARGEST."""
+    """The keys of two ranks, of at most 2^14 keys. Ranks below 0 give 0, those past the last give LARGEST."""
     low = rank_low * 0
     high = rank_low * 0
     for digit in range(31):
         candidate_low = low | (1 << (30 - digit))
         candidate_high = high | (1 << (30 - digit))
-        # Both counts in one sum: it is the reduction over the program that takes the time.
+        # One sum holds both counts, because the time goes into the reduction across the program.
         smaller = tl.sum((keys < candidate_low).to(tl.int32) + ((keys < candidate_high).to(tl.int32) << 16))
         low = tl.where((smaller & 0xFFFF) <= rank_low, candidate_low, low)
         high = tl.where((smaller >> 16) <= rank_high, candidate_high, high)
@@ -38,8 +38,8 @@ def select_two(keys, rank_low, rank_high):
 
 @triton.jit
 def select_listed(list_ptr, count, rank, low, high, TILE: tl.constexpr):
-    """As select, and the rank after it: of `count` keys in memory, all of them in [low, high]."""
-    # All keys share the digits that low and high share.
+    """The keys of this rank and of the next one, of `count` keys in memory that are all in [low, high]."""
+    # The leading digits that low and high have in common are those of all keys.
     digits = tl.sum((((low ^ high) >> tl.arange(0, 32)) > 0).to(tl.int32))
     value = (low >> digits) << digits
     for digit in range(digits):

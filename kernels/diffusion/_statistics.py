@@ -1,12 +1,12 @@
-"""Of each sample, before its diffusion step: the factor of the guidance rescale and the limit of |x0|.
+"""factor = r std(conditional) / std(guided) + 1 - r       (Lin et al., 2305.08891, equations 15 and 16)
+limit = max(quantile_p |x0|, bound)                        (Saharia et al., 2205.11487, section 2.3)
 
-factor = r std(conditional) / std(guided) + 1 - r           (Lin et al., 2305.08891, equations 15 and 16)
-limit  = max(quantile_p |x0|, bound)                        (Saharia et al., 2205.11487, section 2.3)
-
-One launch, one program per sample, in a fixed order: a sample does not depend on its batch mates. Deviations
-are two-pass within a tile and merged by count (Chan et al.); the quantile is exact, and interpolated as in
-torch.quantile. Bytes: for each of the two statistics, what the step reads; where a sample is too large for
-registers (more than 16384 elements) some per cent more for the subset that narrows the search.
+Statistics of each sample that its diffusion step needs: the factor of the guidance rescale, and the limit of
+|x0|. One launch with one program per sample, in a fixed order: a sample does not depend on the others of its
+batch. Standard deviations take two passes over a tile, and tiles are merged by their counts (Chan et al.).
+The quantile is exact and is interpolated as in torch.quantile. Bytes: what the step reads, for each of the
+two statistics. A sample that is too large for registers (more than 16384 elements) takes a few per cent more,
+for the subset that narrows the search.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def _statistics_kernel(
     output_position,
     guidance_rescale,
     bound,
-    rank,  # the quantile lies between this rank of |x0| and the next,
-    weight,  # so far from this to the next
-    rank_low,  # of the subset that bounds where to look
+    rank,  # the quantile lies between the element of |x0| with this rank and the next one,
+    weight,  # at this fraction of their distance
+    rank_low,  # ranks in the subset, which bound the search
     rank_high,
     PREDICTION: tl.constexpr,
     GUIDED: tl.constexpr,
@@ -80,10 +80,11 @@ def _statistics_kernel(
 ):
     """One program per sample.
 
-    A sample that fits is held in registers and searched there. Of a larger one, a quasi-random subset first
-    bounds where the wanted rank can be; one pass over the sample counts what is below and lists what is
-    within (1 % of it for p = 0.995), and the list is searched. Should the bounds miss the rank, they are
-    dropped and all is listed: the quantile is exact in any case (Floyd and Rivest 1975, with radix select).
+    A sample that fits stays in registers and is searched there. For a larger one, a quasi-random subset first
+    gives bounds for the key of the wanted rank. One pass over the sample counts the keys below the bounds and
+    lists those within them (1 % of the sample for p = 0.995), and the list is searched. If the bounds miss
+    the rank, a second pass lists all keys, so the quantile is always exact (Floyd and Rivest 1975, with radix
+    select).
     """
     sample = tl.program_id(0).to(tl.int64)
     if step_ptr is not None:
@@ -145,7 +146,7 @@ def _statistics_kernel(
             above = tl.min(tl.where(keys > value, keys, LARGEST))
             following = tl.where(not_above > rank + 1, value, above)
         else:
-            # A Weyl sequence: evenly spread over rows, columns and channels, whatever the picture's size.
+            # A Weyl sequence: evenly spread over rows, columns and channels, for every image size.
             spread = (tl.arange(0, SUBSET).to(tl.uint64) * 0x9E3779B9) & 0xFFFFFFFF
             element = ((spread * (channels * positions).to(tl.uint64)) >> 32).to(tl.int32)
             subset_channel = element // positions
@@ -178,16 +179,16 @@ def _statistics_kernel(
                         counts = tl.sum(chosen + ((keys < low).to(tl.int32) << 16))
                         listed += counts & 0xFFFF
                         below += counts >> 16
-                # Both ranks are in the list; or the first is, and nothing comes after it.
+                # Both ranks are in the list, or the first is and has no successor.
                 end = below + listed
                 found = (below <= rank) & ((rank + 1 < end) | (end == channels * positions))
                 missed = tl.where(found, 0, 1)
                 if missed > 0:
                     low = rank * 0
                     high = rank * 0 + LARGEST
-            tl.debug_barrier()  # the list is read by other threads than wrote it
+            tl.debug_barrier()  # threads read what other threads have written to the list
             value, following = select_listed(list_ptr, listed, rank - below, low, high, TILE)
-        # As torch.lerp, which stays within the two ends.
+        # As torch.lerp, which stays between its two ends.
         lower = value.to(tl.float32, bitcast=True)
         upper = following.to(tl.float32, bitcast=True)
         difference = upper - lower
@@ -203,7 +204,7 @@ def _keys(
     output_position, inside, guidance, factor, alpha, inverse_alpha, sigma, PREDICTION: tl.constexpr,
     GUIDED: tl.constexpr,
 ):  # fmt: skip
-    """The bits of |x0| before it is bounded; LARGEST outside."""
+    """The bits of |x0| before clipping, and LARGEST for elements that do not exist."""
     at = channel.to(tl.int64) * output_channel + position.to(tl.int64) * output_position
     output = tl.load(output_ptr + at, mask=inside, other=0.0).to(tl.float32)
     output = guide(output, unconditional_ptr + at, inside, guidance, GUIDED) * factor
@@ -215,16 +216,17 @@ def _keys(
     return tl.where(inside, x0.to(tl.int32, bitcast=True) & LARGEST, LARGEST)
 
 
-# Keys per program that stay in registers: 32 per thread of 16 warps.
+# Keys of a program that stay in registers: 32 per thread of 16 warps.
 _RESIDENT_KEYS = 16384
 _SUBSET_KEYS = 4096
 
 
 def _config(elements: int) -> tuple[bool, int, int]:
-    """(RESIDENT, TILE, warps) for samples of so many elements.
+    """(RESIDENT, TILE, warps) for samples with this number of elements.
 
-    Resident: the sample in one tile, at most 32 keys a thread. Otherwise tiles of 32 a thread: 237 us on an
-    H200 for 64 samples of 3x256x256, 247 with 16 a thread. The batch decides nothing.
+    Resident: the sample is one tile, with at most 32 keys per thread. Otherwise tiles have 32 keys per
+    thread: on an H200 64 samples of 3x256x256 take 237 us, and 247 us with 16. The batch size has no
+    influence.
     """
     if elements <= _RESIDENT_KEYS:
         tile = max(128, triton.next_power_of_2(elements))
@@ -235,8 +237,9 @@ def _config(elements: int) -> tuple[bool, int, int]:
 def _ranks(quantile: float, elements: int) -> tuple[int, float, int, int]:
     """(rank, weight) of the quantile among the elements, and (low, high) ranks of the subset around it.
 
-    The subset's rank of a quantile has a standard deviation of sqrt(m p (1 - p)); five of them and a few more
-    ranks to either side miss once in millions of samples, and then only time is lost.
+    In a subset of m keys the rank of the p-quantile has a standard deviation of sqrt(m p (1 - p)). A margin
+    of five standard deviations and 4 ranks on either side misses once in millions of samples, which costs
+    time but no accuracy.
     """
     position = quantile * (elements - 1)
     rank = min(int(position), elements - 1)
@@ -268,7 +271,7 @@ UNGUIDED = Guidance(None, 0.0, 0)
 def sample_statistics(
     x: Tensor,  # [B, C, *]
     output: Tensor,  # [B or 2B, C or 2C, *]
-    planes: Planes,  # of these two, in this order
+    planes: Planes,  # of x and output, in this order
     row: Row,
     *,
     guidance: Guidance | None,
@@ -276,7 +279,7 @@ def sample_statistics(
     prediction: str,
     quantile: float | None,
     bound: float,
-) -> Tensor:  # float32 [B, 2]; a number that is not asked for is not written
+) -> Tensor:  # float32 [B, 2]: factor and limit; one that is not asked for is not initialised
     batch, elements = x.shape[0], planes.channels * planes.positions
     statistics = torch.empty(batch, 2, dtype=torch.float32, device=x.device)
     resident, tile, warps = _config(elements)

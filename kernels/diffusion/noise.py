@@ -1,14 +1,15 @@
-"""x_t = alpha x0 + sigma noise, and noise(seed, step) alone: number e of Philox for element e of a sample.
+"""x_t = alpha x0 + sigma noise, and noise(seed, step) alone: element e of a sample gets number e of Philox.
 
-One launch each. Bytes per element in bfloat16: x0 in, x_t out and the noise in (given) or out (drawn): 6.
-Noise alone: 2 out; there it is the 40 instructions per number that take the time, not the memory.
+One launch each. Bytes per element in bfloat16: 6, for reading x0, storing x_t, and reading the noise (given)
+or storing it (drawn). Noise alone: 2 bytes; its time is that of 40 instructions per number, not of the
+memory.
 
-The numbers are those of reference.sample_noise: keyed by (seed, step, element) and not by the launch, and
-rounded to the dtype of x0 before use, because the rounded ones are what the network learns to predict.
+The numbers are those of reference.sample_noise: they depend on (seed, step, element) and not on the launch.
+They are rounded to the dtype of x0 before use, because the network learns to predict the rounded noise.
 
-float32, bfloat16 and float16; the maths is float32, autocast does not change it. x_t and drawn noise have the
-dtype and memory format of x0. The gradient of x_t is analytic and in torch: in training x0 and the noise are
-data, and nothing asks for it.
+The op takes float32, bfloat16 and float16; the maths is float32, and autocast does not change it. x_t and
+drawn noise have the dtype and memory format of x0. The gradient of x_t is written in torch: in training x0
+and the noise are data, so it is rarely needed.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ def _add_noise_kernel(
     x0_ptr,  # [B, C, *]
     alpha_ptr,  # [B]
     sigma_ptr,  # [B]
-    noise_ptr,  # [B, C, *]: read, or written where it is drawn
+    noise_ptr,  # [B, C, *]: read, or written if seeds_ptr is given
     x_t_ptr,  # out: [B, C, *]
-    seeds_ptr,  # [B]: draw the noise, or None
+    seeds_ptr,  # [B], or None
     step_ptr,  # scalar, or None: then `step`
     step,
     channels,
     positions,
-    tiles,  # of a channel
+    tiles,  # per channel
     x0_sample,
     x0_channel,
     x0_position,
@@ -60,7 +61,7 @@ def _add_noise_kernel(
     x_t_position,
     SIZE: tl.constexpr,
 ):
-    """A program has SIZE positions in every channel, so that channels_last lines are fetched once."""
+    """A program takes SIZE positions of every channel, so that it reads each sector of channels_last once."""
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     alpha = tl.load(alpha_ptr + sample)
@@ -72,7 +73,7 @@ def _add_noise_kernel(
         step = step.to(tl.int64)
     for index in range(channels):
         channel = sample * 0 + index  # int64, in the interpreter too
-        # Tiles begin at a multiple of four elements of the sample, where a Philox block begins.
+        # Tiles begin at a multiple of four elements of the sample, as blocks of Philox do.
         before = index * positions
         first = before // 4 * 4 + tile * SIZE
         position = first - before + tl.arange(0, SIZE)
@@ -164,7 +165,7 @@ add_drawn_noise = define(
 
 
 def _gradients(ctx, grad: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor, noise: Tensor) -> tuple:
-    """Of x0, alpha, sigma and noise; None where none is wanted. Products and sums are float32."""
+    """Gradients of x0, alpha, sigma and noise, or None if not needed. Products and sums are float32."""
     grad, per_sample = grad.to(torch.float32), (-1,) + (1,) * (x0.dim() - 1)
 
     def scaled(factor: Tensor, like: Tensor) -> Tensor:
@@ -173,7 +174,7 @@ def _gradients(ctx, grad: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor, nois
     def summed(value: Tensor, like: Tensor) -> Tensor:
         return (grad * value).reshape(value.shape[0], -1).sum(1).to(like.dtype)
 
-    # The seeds, which stand in the place of the noise, want no gradient.
+    # The fourth input is the noise, or the seeds, which need no gradient.
     needs_x0, needs_alpha, needs_sigma, needs_noise, *_ = ctx.needs_input_grad
     return (
         scaled(alpha, x0) if needs_x0 else None,

@@ -1,18 +1,19 @@
-"""x_next = a x + b x0 + c previous_x0 + std noise(seed, step),  x0 = bound(predict(x, guide(model_output)))
+"""x_next = a x + b x0 + c previous_x0 + std noise(seed, step),  x0 = clip(predict(x, guide(model_output)))
 
-One launch. With dynamic thresholding, guidance rescale or both, two: first the statistics of each sample (the
-factor of the rescale, the limit of the threshold), then the step. Coefficients, step, guidance and seeds stay
-on the device: nothing waits for it, and a CUDA graph of the call serves every step.
+One launch. Dynamic thresholding and guidance rescale need a launch before it, which computes the statistics
+of each sample (_statistics.py). Coefficients, step, guidance and seeds stay on the device: nothing waits for
+it, and one CUDA graph serves every step.
 
-Bytes per element in bfloat16: 2 each for x, the output, its unconditional rows, the learned range (of the
-conditional rows alone) and previous_x0 in, x_next and x0 out; B64 3x256x256 with guidance: 10, 126 MB.
+Bytes per element in bfloat16: 2 each for reading x, the output, its unconditional rows, the learned range (of
+the conditional rows only) and previous_x0, and for storing x_next and x0. B64 3x256x256 with guidance: 10, in
+all 126 MB.
 
-A sample depends on its own elements only: one program takes its statistics, in a fixed order, and noise is
-keyed by (seed, step, element), the element counted as in a contiguous tensor.
+A sample does not depend on the others of its batch: one program computes its statistics, in a fixed order,
+and the noise depends on (seed, step, element), where elements are counted as in a contiguous tensor.
 
-float32, bfloat16 and float16, also mixed; the maths is float32, autocast does not change it, and the results
-have the dtype and memory format of x. No gradient is registered: where one is wanted (sampling wants none),
-the public function takes the reference.
+The op takes float32, bfloat16 and float16, also mixed. The maths is float32, autocast does not change it, and
+the results have the dtype and memory format of x. No gradient is registered: where one is needed (not in
+sampling), the public function takes the reference.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from torch import Tensor
 from .._math import philox_normal
 from .._op import define
 from .._planes import arrange, check_size, count_tiles, memory_format, tile_config
-from . import noise as add_noise  # noqa: F401  registers the other ops of a diffusion process with this one
+from . import noise as add_noise  # noqa: F401  also registers the ops of noise.py
 from ._statistics import UNGUIDED, Guidance, Row, guide, predict_x0, sample_statistics
 
 
 @triton.jit
 def _clamp(x0, limit):
-    """x0 clamped to [-limit, limit]; NaN stays NaN, as in torch"""
+    """x0 clamped to [-limit, limit]; NaN stays NaN, as in torch."""
     x0 = tl.maximum(x0, -limit, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(x0, limit, propagate_nan=tl.PropagateNan.ALL)
 
@@ -55,7 +56,7 @@ def _step_kernel(
     batch,
     channels,
     positions,
-    tiles,  # of a channel
+    tiles,  # per channel
     x_sample,
     x_channel,
     x_position,
@@ -68,14 +69,14 @@ def _step_kernel(
     next_sample,
     next_channel,
     next_position,
-    variance_offset,  # from a conditional output to its place in the learned range, or None
+    variance_offset,  # from a conditional output to its variance logit (learned range), or None
     PREDICTION: tl.constexpr,
     GUIDED: tl.constexpr,
     RESCALE: tl.constexpr,
     DYNAMIC: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """A program has SIZE positions in every channel, so that channels_last lines are fetched once."""
+    """A program takes SIZE positions of every channel, so that it reads each sector of channels_last once."""
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     if step_ptr is not None:
@@ -99,7 +100,7 @@ def _step_kernel(
 
     for index in range(channels):
         channel = sample * 0 + index  # int64, in the interpreter too
-        # Tiles begin at a multiple of four elements of the sample, where a Philox block begins.
+        # Tiles begin at a multiple of four elements of the sample, as blocks of Philox do.
         first = index * positions
         element = first // 4 * 4 + tile * SIZE
         position = element - first + tl.arange(0, SIZE)

@@ -1,4 +1,4 @@
-"""The gradient of group_norm_silu where many programs share a slab: first the sums, then dx.
+"""The gradient of group_norm_silu where several programs share a slab: first its sums, then dx.
 
 The formulas are in backward.py, which launches these kernels.
 """
@@ -28,12 +28,12 @@ def sums_kernel(
     weight, bias, scale, shift, scale_stride, shift_stride,
     samples, groups, channels, positions, sample_stride, channel_stride, position_stride,
     dy_sample_stride, dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2,
-    chunks, tiles_each,  # how the tiles of a row of positions are shared out
+    chunks, tiles_each,  # chunks of a channel's positions, tiles of a chunk
     DIMENSIONS: tl.constexpr, INT64: tl.constexpr,
     WIDTH: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, EXACT: tl.constexpr,
     SILU: tl.constexpr,
 ):  # fmt: skip
-    """A program sums dz and dz xhat over one chunk of the positions of some channels, of any groups."""
+    """A program sums dz and dz xhat over one chunk of the positions of some channels, across groups."""
     blocks = tl.cdiv(channels, CHANNELS)
     chunk = tl.program_id(0) % chunks
     block = tl.program_id(0) // chunks
@@ -83,7 +83,7 @@ def input_gradient_kernel(
     MERGE_CHANNELS: tl.constexpr, MERGE_CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """A program merges the sums of its groups and computes dx on one chunk of their slabs."""
-    # Backwards: what the first kernel read last is still in L2.
+    # In reverse order, because what the first kernel read last is still in L2.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     chunk = program % chunks
     sample, first_group, first_channel = locate_groups(program // chunks, groups, WIDTH, GROUPS)
@@ -99,7 +99,7 @@ def input_gradient_kernel(
     sum_stride = samples.to(tl.int64) * channels
     mean1 = tl.zeros([MERGE_CHANNELS], tl.float32)
     mean2 = tl.zeros([MERGE_CHANNELS], tl.float32)
-    for first in range(0, GROUPS * WIDTH, MERGE_CHANNELS):  # once, except for a group of very many channels
+    for first in range(0, GROUPS * WIDTH, MERGE_CHANNELS):  # one iteration, except for very large groups
         exists = (first + merged < GROUPS * WIDTH) & (first_channel + first + merged < channels)
         channel = first_channel + first + merged
         slot = (sample * channels + channel)[:, None] * sum_chunks + part[None, :]

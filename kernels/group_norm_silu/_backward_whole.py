@@ -1,4 +1,4 @@
-"""The gradient of group_norm_silu where one program takes a whole slab, from registers or the nearer caches.
+"""The gradient of group_norm_silu where one program takes a whole slab, from registers or from L1 and L2.
 
 The formulas are in backward.py, which launches these kernels.
 """
@@ -89,7 +89,7 @@ def resident_backward_kernel(
         store_input_gradient(dx, at, kept_dz[tile], kept_centred[tile], rstd, gain, mean1, mean2, inside)
 
 
-# ----------------------------------------------------------------------- the slab fits into the nearer caches
+# -------------------------------------------------------------------------------- the slab fits into L1 or L2
 
 
 @triton.jit(do_not_specialize=plan.VARYING)
@@ -144,7 +144,7 @@ def looped_backward_kernel(
     mean1 = sum_over_group(mean1, row, WIDTH, GROUPS) / count
     mean2 = sum_over_group(mean2, row, WIDTH, GROUPS) / count
 
-    # Backwards: what was read last is still near.
+    # In reverse order, because what was read last is still in L1 or L2.
     for done in range(CHANNEL_TILES * POSITION_TILES):
         tile = CHANNEL_TILES * POSITION_TILES - 1 - done
         channel = tile // POSITION_TILES * CHANNELS + row

@@ -25,13 +25,13 @@ from ._tile import (
 
 @triton.jit(do_not_specialize=plan.VARYING)
 def _moments_kernel(
-    x, partial,  # [N, C, P], [4, N, G, chunks]: count, mean less the pivot, squares about the mean, the pivot
+    x, partial,  # [N, C, P], [4, N, G, chunks]: count, mean - pivot, squared deviations, pivot
     groups, channels, positions, sample_stride, channel_stride, position_stride,
-    slabs, chunks, tiles_each,  # N G, and how the tiles of a slab are shared out
+    slabs, chunks, tiles_each,  # N G, chunks of a slab, tiles of a chunk
     INT64: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, CHANNEL_TILES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """A program takes the moments of one chunk of its groups' slabs."""
+    """A program computes the moments of one chunk of its groups' slabs."""
     chunk = tl.program_id(0) % chunks
     sample, first_group, first_channel = locate_groups(tl.program_id(0) // chunks, groups, WIDTH, GROUPS)
     x += sample * sample_stride + first_channel.to(tl.int64) * channel_stride
@@ -43,7 +43,7 @@ def _moments_kernel(
 
     position_tiles = tl.cdiv(positions, POSITIONS)
     last_tile = tl.minimum((chunk + 1) * tiles_each, CHANNEL_TILES * position_tiles)
-    # A lane adds up its own; threads meet once, after the loop, for it takes barriers.
+    # Accumulate per lane; reduce across threads once, after the loop, because each reduction costs barriers.
     count = 0.0
     total = tl.zeros([CHANNELS, POSITIONS], tl.float32)
     squares = tl.zeros([CHANNELS, POSITIONS], tl.float32)
@@ -57,7 +57,7 @@ def _moments_kernel(
         centred = tl.where(inside, value - pivot[:, None], 0.0)
         total += centred
         squares += centred * centred
-        rows = tl.minimum(WIDTH - tile // position_tiles * CHANNELS, CHANNELS)  # of a group
+        rows = tl.minimum(WIDTH - tile // position_tiles * CHANNELS, CHANNELS)  # of one group
         count += 1.0 * rows * tl.minimum(positions - first_position, POSITIONS)
 
     mean, variance = mean_and_variance(total, squares, count, row, WIDTH, GROUPS)
@@ -81,7 +81,7 @@ def _apply_kernel(
     SILU: tl.constexpr, MAX_CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """A program merges the moments of its groups and normalises one chunk of their slabs."""
-    # Backwards: what the first kernel read last is still in L2.
+    # In reverse order, because what the first kernel read last is still in L2.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     chunk = program % chunks
     sample, first_group, first_channel = locate_groups(program // chunks, groups, WIDTH, GROUPS)
@@ -105,8 +105,8 @@ def _apply_kernel(
     counts = tl.load(partial + slot[:, None] + part[None, :], mask=exists, other=0.0)
     means = tl.load(partial + stride + slot[:, None] + part[None, :], mask=exists, other=0.0)
     squares = tl.load(partial + 2 * stride + slot[:, None] + part[None, :], mask=exists, other=0.0)
-    group_pivot = tl.load(partial + 3 * stride + slot, mask=group_exists, other=0.0)  # of every chunk
-    # The moments of sets together (Chan, Golub, LeVeque 1979).
+    group_pivot = tl.load(partial + 3 * stride + slot, mask=group_exists, other=0.0)  # one for all chunks
+    # The moments of a union of sets (Chan, Golub, LeVeque 1979).
     count = (WIDTH * 1.0) * positions
     group_mean = tl.sum(counts * means, axis=1) / count
     difference = means - group_mean[:, None]

@@ -34,8 +34,8 @@ def _resident_kernel(
     sample_stride, y_sample_stride, channel_stride, position_stride,
     INT64: tl.constexpr,
     WIDTH: tl.constexpr,  # D = C / G
-    GROUPS: tl.constexpr,  # that a program covers
-    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,  # of a tile
+    GROUPS: tl.constexpr,  # per program
+    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,  # per tile
     CHANNEL_TILES: tl.constexpr, POSITION_TILES: tl.constexpr, EXACT: tl.constexpr,
     SILU: tl.constexpr,
 ):  # fmt: skip
@@ -57,14 +57,14 @@ def _resident_kernel(
         value = tl.load(x + at, mask=inside, other=0.0)
         total += value.to(tl.float32)
         tiles += (value,)
-        if tile % POSITION_TILES == 0:  # on their way while x is
+        if tile % POSITION_TILES == 0:  # these loads overlap with those of x
             gain, offset = gain_and_offset(
                 weight, bias, scale, shift, scale_stride, shift_stride, sample, first_channel + channel,
                 inside_block(channel, GROUPS * WIDTH, first_channel, channels, EXACT),
             )  # fmt: skip
             gains += (gain,)
             offsets += (offset,)
-    # The mean of large numbers is rounded; what it lacks is found with the squares about it.
+    # The mean of large numbers is rounded. The second pass, which sums the squares about it, corrects it.
     pivot = sum_over_group(tl.sum(total, axis=1), row, WIDTH, GROUPS) / count
 
     total = tl.zeros([CHANNELS, POSITIONS], tl.float32)
@@ -79,7 +79,7 @@ def _resident_kernel(
     mean, variance = mean_and_variance(total, squares, count, row, WIDTH, GROUPS)
     rstd = tl.rsqrt(variance + eps)
 
-    # A group's numbers are written by the row of its first channel.
+    # The row of a group's first channel stores its statistics.
     group = sample * groups + first_group + row // WIDTH
     leads = leads_group(row, first_channel, channels, WIDTH, GROUPS)
     tl.store(mean_out + group, pivot + mean, mask=leads)
@@ -94,7 +94,7 @@ def _resident_kernel(
         store_normalised(y, at, tiles[tile], pivot, mean, rstd, gain, offset, inside, SILU)
 
 
-# ----------------------------------------------------------------------- the slab fits into the nearer caches
+# -------------------------------------------------------------------------------- the slab fits into L1 or L2
 
 
 @triton.jit(do_not_specialize=plan.VARYING)
@@ -129,7 +129,8 @@ def _looped_kernel(
         total += centred
         squares += centred * centred
 
-    # Backwards: what was read last is still near. Gains and offsets come a tile ahead.
+    # In reverse order, because what was read last is still in L1 or L2. Gain and offset are loaded one tile
+    # ahead.
     last = CHANNEL_TILES * CHANNELS - CHANNELS + row
     gain, offset = gain_and_offset(
         weight, bias, scale, shift, scale_stride, shift_stride, sample, first_channel + last,

@@ -1,8 +1,9 @@
-"""How a group norm is cut into programs: pure functions of shapes, strides and the number of processors.
+"""How a group norm is cut into programs: pure functions of shapes, strides and the number of multiprocessors.
 
-A tensor is seen as [N, C, P], P positions a channel. A *slab* is what one group of one sample normalises
-over: D = C / G channels times P positions. Kernels work on tiles of [channels, positions], both powers of
-two; the layout (positions adjacent: NCHW; channels adjacent: channels_last) is a pair of strides to them.
+A tensor is seen as [N, C, P], with P positions per channel. A *slab* is what one group of one sample is
+normalised over: D = C / G channels times P positions. A *tile* [channels, positions], both powers of two, is
+what a program processes at once; its *lanes* are its elements. A *chunk* is a part of a slab, some tiles. For
+the kernels the layout (positions adjacent: NCHW; channels adjacent: channels_last) is a pair of strides.
 """
 
 from __future__ import annotations
@@ -16,46 +17,52 @@ from torch import Tensor
 
 from .._planes import memory_format
 
-# Values that a program keeps in registers from its first read to its last write: 40 a thread with 16 warps;
-# with 64 a few spill in channels_last (960 channels at 32x32, Triton 3.9). On an H200 a slab of 40960 took
-# 124 us so, alone on its multiprocessor, and 107 read twice ((64, 320, 64, 64), bfloat16).
+# Values that a program keeps in registers from its first read to its last write: 40 per thread with 16 warps.
+# With 64 per thread a few spill in channels_last (960 channels at 32x32, Triton 3.9). On an H200 slabs of
+# 40960 values took 124 us in registers, where one program fills a multiprocessor, and 107 us when read twice
+# ((64, 320, 64, 64), bfloat16).
 RESIDENT_LANES = 20480
-RESIDENT_LANES_BACKWARD = 16384  # of x and of dy, 32 values of each a thread
-RESIDENT_TILES = 20  # they are unrolled; more would only lengthen the code
+RESIDENT_LANES_BACKWARD = 16384  # of x and of dy: 32 values of each per thread
+RESIDENT_TILES = 20  # loops over them are unrolled; more tiles would only make the code longer
 
-# A tile of the forward kernel that reads a slab twice, 16 values a thread so that two programs share a
-# multiprocessor and both slabs its L1, and the most values of a slab. On an H200 (64, 320, 64, 64) took 100
-# us in bfloat16; in a sweep where it took 106, 110 in tiles of 4096, 113 with 32 warps, 117 to 126 with 8.
+# The forward kernel that reads a slab twice: lanes of a tile, warps, and the largest slab. With 16 values per
+# thread two programs run on a multiprocessor and both slabs stay in its L1. On an H200 (64, 320, 64, 64) took
+# 100 us in bfloat16. In a sweep in which it took 106 us, tiles of 4096 took 110, 32 warps 113, and 8 warps
+# 117 to 126.
 FORWARD_LANES, FORWARD_WARPS = 8192, 16
 FORWARD_MAX_LANES = 65536
-# A tile of the kernels that walk through a chunk: programs share a processor, one loads, another computes. On
-# an H200 in channels_last (64, 320, 64, 64) took 184 us; 233 with 8 warps, 231 in tiles of 2048.
+# The kernels that iterate over a chunk: several programs run on a multiprocessor, so that one loads while
+# another computes. On an H200 in channels_last (64, 320, 64, 64) took 184 us; 233 with 8 warps, 231 in tiles
+# of 2048.
 CHUNK_LANES, CHUNK_WARPS = 4096, 4
-# Backward has two inputs and two sums. On an H200 (64, 320, 64, 64) took 205 us, 226 in tiles of 8192.
+# The backward kernels have two inputs and two sums. On an H200 (64, 320, 64, 64) took 205 us; 226 in tiles of
+# 8192.
 LOOPED_LANES, LOOPED_WARPS = 4096, 16
 SUM_LANES, SUM_WARPS = 4096, 8
-# x and dy of one program that reads them twice: with a program or two on each of 132 processors (or 108 of an
-# A100, 128 of a 4090) they stay within 40 to 72 MB of L2.
+# Bytes of x and dy of one program that reads them twice. With one or two programs on each of 132
+# multiprocessors (108 on an A100, 128 on a 4090) they stay in the 40 to 72 MB of L2.
 LOOPED_BYTES = 256 * 1024
 
-# Of a kernel over chunks: waves enough for the last one's gap to be small. On an H200 in NCHW (8, 320, 256,
-# 256) took 261 us with 64, 263 with 32, 270 with 16; in channels_last (64, 320, 64, 64), where a program
-# takes longer to begin and to end, 184 with 8, 187 with 16. A program of a single tile would do little else.
+# Programs per multiprocessor of a kernel over chunks, and the fewest tiles of a program. Many waves of
+# programs leave only a small part of the last wave idle. On an H200 in NCHW (8, 320, 256, 256) took 261 us
+# with 64, 263 with 32, 270 with 16; in channels_last, where programs take longer to begin and to end, (64,
+# 320, 64, 64) took 184 with 8 and 187 with 16. A program with a single tile would spend most of its time on
+# beginning and ending.
 ROW_PROGRAMS, COLUMN_PROGRAMS, MIN_TILES = 64, 8, 2
-MAX_CHUNKS = 128  # partial results of a slab that the second kernel merges at once
-MERGED_MOMENTS = 512  # the same, times groups
-MERGED_VALUES = 4096  # the same, times channels, for the sums of the backward pass
-# Arguments of kernels that change with the batch, the device or how a caller stores its FiLM embedding: no
-# kernel is compiled again because one of them becomes 1 or divisible by 16.
+MAX_CHUNKS = 128  # chunks of a slab whose moments the second kernel merges at once
+MERGED_MOMENTS = 512  # the largest chunks * groups of a program that merges moments
+MERGED_VALUES = 4096  # the largest chunks * channels of a program that merges sums (backward)
+# Arguments of kernels that depend on the batch, the device or how a caller stores its FiLM embedding. Triton
+# does not specialise on them: no kernel is compiled again when one of them becomes 1 or divisible by 16.
 VARYING = (
     "samples", "groups", "slabs", "chunks", "tiles_each", "sum_chunks", "scale_stride", "shift_stride",
 )  # fmt: skip
-SECTOR = 32  # bytes; the least that a GPU's L2 moves
+SECTOR = 32  # bytes; the smallest unit that a GPU's L2 transfers
 
 
 class Tiles(NamedTuple):
-    """Tiles of one program. A program covers `groups` groups; only with groups = 1 may it need several tiles
-    of channels."""
+    """Tiles of one program, which covers `groups` groups. Only with groups = 1 it may need several tiles of
+    channels."""
 
     groups: int
     channels: int
@@ -63,7 +70,7 @@ class Tiles(NamedTuple):
     channel_tiles: int
     position_tiles: int
     warps: int
-    exact: bool  # the tiles cover the block without padding, in every program: no masks
+    exact: bool  # the tiles cover the groups without padding in every program, so the kernel needs no masks
 
     @property
     def count(self) -> int:
@@ -75,7 +82,7 @@ class Tiles(NamedTuple):
 
 
 def power_of_two(value: int) -> int:
-    """The least power of two >= value."""
+    """The smallest power of two >= value."""
     return 1 << max(value - 1, 0).bit_length()
 
 
@@ -95,7 +102,7 @@ def _tiles(
 
 
 def _warps(lanes: int) -> int:
-    """About 20 to 40 values a thread; more warps hide latency better, fewer have less to synchronise."""
+    """Warps for about 20 to 40 values per thread. More hide latency better, fewer synchronise less."""
     if lanes > 10240:
         return 16
     if lanes > 4096:
@@ -107,9 +114,9 @@ def _warps(lanes: int) -> int:
 
 
 def _row_tiles(width: int, count: int, length: int, lanes: int, warps: int) -> Tiles:
-    """The tiles of `lanes` or somewhat fewer lanes that cover [width, length] with the least padding."""
+    """Tiles of `lanes` to `lanes` / 4 lanes that cover [width, length] with the least padding."""
     best, lowest_cost = None, None
-    for shrink in (1, 2, 4):  # a thread's vector shrinks with the tile: 16, 8, 4 bytes of bfloat16
+    for shrink in (1, 2, 4):  # a thread then loads 16, 8, 4 bytes of bfloat16 at once
         size = max(lanes // shrink, 32)
         positions = size
         while positions >= 1:
@@ -129,9 +136,11 @@ def _row_tiles(width: int, count: int, length: int, lanes: int, warps: int) -> T
 
 
 def _few_groups(width: int, count: int, itemsize: int) -> int:
-    """The fewest groups whose channels fill a sector and part at multiples of 4 bytes, of those programs that
-    take whole slabs: the more programs there are, the more processors have work at batch 2. Sectors that two
-    programs share come from L2 twice, from memory once."""
+    """Groups of a program that takes whole slabs: the fewest that fill a sector and end at a multiple of 4 B.
+
+    Few groups make many programs, so that more multiprocessors have work at batch 2. A sector that two
+    programs share is read twice from L2, but once from memory.
+    """
     groups = 1
     while groups < count and (groups * width * itemsize < SECTOR or groups * width * itemsize % 4):
         groups += 1
@@ -139,14 +148,14 @@ def _few_groups(width: int, count: int, itemsize: int) -> int:
 
 
 def _column_groups(width: int, count: int, itemsize: int, max_channels: int) -> int:
-    """How many groups a program takes, so that it reads whole sectors in wide vectors with few idle lanes."""
+    """Groups per program with which it reads whole sectors, in large vectors, with few idle lanes."""
     best, lowest_cost = 1, None
     for groups in range(1, count + 1):
         covered = groups * width
         channels = power_of_two(covered)
         if groups > 1 and channels > max_channels:
             break
-        run = covered * itemsize  # bytes in a row, at multiples of run (and of C) from the base
+        run = covered * itemsize  # adjacent bytes; they begin at a multiple of run from the base
         aligned = math.gcd(run, SECTOR) if groups < count else math.gcd(count * width * itemsize, SECTOR)
         sectors = (run + SECTOR - aligned) / run
         idle = channels * divide_up(count, groups) / (width * count)
@@ -175,10 +184,10 @@ def resident_tiles(
     itemsize: int,
     max_lanes: int,
 ) -> Tiles | None:
-    """Tiles that hold a slab in registers from the first read to the write; None where it does not fit."""
+    """Tiles that hold a slab in registers from the first read to the write, or None if it does not fit."""
     if width * length > max_lanes:
         return None
-    # 8 values a thread and tile: one load of 16 bytes of bfloat16, and few registers for the running sum.
+    # 8 values per thread and tile: one load of 16 bytes in bfloat16, and few registers for the running sum.
     if not channels_adjacent:
         warps = _warps(width * length)
         tiles = _row_tiles(width, count, length, 256 * warps, warps)
@@ -196,7 +205,7 @@ def forward_tiles(
     width: int, count: int, length: int, channels_adjacent: bool, itemsize: int, lanes: int, warps: int,
     max_lanes: int,
 ) -> Tiles | None:  # fmt: skip
-    """Tiles of `lanes` for a program that reads slabs twice; None where they are too large to stay near."""
+    """Tiles of `lanes` lanes for a program that reads slabs twice, or None if a slab exceeds `max_lanes`."""
     if channels_adjacent:
         groups = _few_groups(width, count, itemsize)
         tiles = _column_tiles(width, count, length, groups, lanes, warps)
@@ -210,10 +219,10 @@ def chunk_tiles(
     width: int, count: int, length: int, channels_adjacent: bool, itemsize: int, lanes: int, warps: int,
     transposed: bool = False,
 ) -> Tiles:  # fmt: skip
-    """Tiles of `lanes` for programs that walk through a slab.
+    """Tiles of `lanes` lanes for programs that iterate over a slab.
 
-    transposed: dy has its channels adjacent though x has its positions. A tile that takes all channels of a
-    group reads each sector of dy once or twice, one of a single channel would read it for 2 bytes.
+    transposed: the channels of dy are adjacent, and the positions of x. A tile with all channels of a group
+    reads each sector of dy once or twice; a tile with one channel would use only 2 bytes of a sector.
     """
     if channels_adjacent:
         groups = _column_groups(width, count, itemsize, max_channels=256)
@@ -228,7 +237,7 @@ def chunk_tiles(
 def sum_tiles(
     channels: int, length: int, channels_adjacent: bool, lanes: int, warps: int, transposed: bool = False
 ) -> Tiles:
-    """Tiles of [C, P] for sums over positions, which need not respect the groups: `groups` means nothing."""
+    """Tiles of [C, P] for sums over positions, regardless of groups: the field `groups` has no meaning."""
     if channels_adjacent or transposed:
         size = min((64, 128, 32), key=lambda size: divide_up(channels, size) * size)
         size = min(size, power_of_two(channels))
@@ -239,20 +248,20 @@ def sum_tiles(
 def chunks(
     tiles: int, slabs: int, device: torch.device, max_chunks: int, channels_adjacent: bool
 ) -> tuple[int, int]:
-    """(chunks, tiles of a chunk): a slab's tiles shared among programs so that the processors are busy."""
+    """(chunks of a slab, tiles per chunk) such that all multiprocessors are busy."""
     programs = (COLUMN_PROGRAMS if channels_adjacent else ROW_PROGRAMS) * processors(device)
     each = divide_up(tiles, min(divide_up(programs, slabs), max_chunks, divide_up(tiles, MIN_TILES)))
     return divide_up(tiles, each), each
 
 
 def merged_chunks(tiles: Tiles) -> int:
-    """The most chunks whose moments the second kernel merges, a power of two."""
+    """The largest number of chunks whose moments the second kernel merges, a power of two."""
     return min(power_of_two(tiles.count), MAX_CHUNKS, max(MERGED_MOMENTS // power_of_two(tiles.groups), 1))
 
 
 @lru_cache(maxsize=64)
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors; in Triton's interpreter one, so that tests come to chunks of many tiles."""
+    """Number of multiprocessors. In Triton's interpreter it is 1, so that tests see chunks of many tiles."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -274,13 +283,16 @@ class View(NamedTuple):
 
     @property
     def int64_offsets(self) -> bool:
-        """Whether an offset within a sample takes 64 bits."""
+        """Whether offsets within a sample need 64 bits."""
         return self.tensor.shape[1:].numel() >= 2**31
 
 
 def view(x: Tensor) -> View:
-    """x as [N, C, P] in its memory format. Copied only where a sample of it is neither contiguous nor
-    channels_last; a part of the batch or of the channels of a contiguous tensor is read in place."""
+    """x as [N, C, P] in its memory format.
+
+    It is copied only if its samples are neither contiguous nor channels_last. A slice of the batch or of the
+    channels of a contiguous tensor is read in place.
+    """
     channels, positions = x.shape[1], math.prod(x.shape[2:])
     layout = memory_format(x)
     if layout is not torch.contiguous_format or positions == 1:
@@ -292,7 +304,7 @@ def view(x: Tensor) -> View:
 
 
 def position_dimensions(x: Tensor) -> list[tuple[int, int]] | None:
-    """(size, stride) of the dimensions of P, neighbours merged, the innermost first. None if over three."""
+    """(size, stride) of the dimensions of P, the innermost first, merged if possible; None if over three."""
     merged: list[tuple[int, int]] = []
     for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
         if size == 1:
@@ -305,10 +317,10 @@ def position_dimensions(x: Tensor) -> list[tuple[int, int]] | None:
 
 
 def rows(value: Tensor | None) -> Tensor | None:
-    """[N, C] or [C] with adjacent channels; a half of a wider embedding is read in place."""
+    """[N, C] or [C] with adjacent channels. A slice of a larger embedding is read in place."""
     return value if value is None or value.stride(-1) == 1 or value.shape[-1] == 1 else value.contiguous()
 
 
 def row_stride(value: Tensor | None) -> int:
-    """From one sample's row to the next, of [N, C]."""
+    """Stride from one sample to the next, of [N, C]."""
     return 0 if value is None else value.stride(0)

@@ -1,4 +1,4 @@
-"""One tile [channels, positions] of a group norm: its place, its loads, its stores, sums over its groups."""
+"""One tile [channels, positions] of a group norm: addresses, loads, stores, and sums over its groups."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .._math import silu, silu_derivative
 
 @triton.jit
 def locate_groups(program, groups, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
-    """program -> (sample, the first of its GROUPS groups, that one's first channel)."""
+    """program -> (sample, first of the program's GROUPS groups, first channel of that group)."""
     blocks = tl.cdiv(groups, GROUPS)
     first_group = (program % blocks) * GROUPS
     return (program // blocks).to(tl.int64), first_group, first_group * WIDTH
@@ -18,7 +18,7 @@ def locate_groups(program, groups, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
 
 @triton.jit
 def leads_group(row, first_channel, channels, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
-    """Which rows are the first channel of a group: they write the group's numbers."""
+    """Which rows are the first channel of a group. They store the group's statistics."""
     return (row % WIDTH == 0) & (row < GROUPS * WIDTH) & (first_channel + row < channels)
 
 
@@ -27,8 +27,10 @@ def load_pivot(
     x, row, first_channel, channels, positions, channel_stride, position_stride,
     WIDTH: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """For each row, a number near the mean of its group, float32: the mean of 32 values of the group's first
-    channel, spread over its positions; of 4 where groups are several. One alone may be a corner, unlike all.
+    """For each row a float32 number near the mean of its group.
+
+    It is the mean of values of the group's first channel that are spread over the positions: of 32 values for
+    one group, of 4 for several. A single value would not do: a corner of an image may differ from all others.
     """
     if GROUPS == 1:
         position = tl.minimum(tl.arange(0, 32) * tl.cdiv(positions, 32), positions - 1).to(tl.int64)
@@ -37,7 +39,7 @@ def load_pivot(
     origin = tl.minimum(row // WIDTH, GROUPS - 1) * WIDTH
     exists = first_channel + origin < channels
     total = tl.zeros(row.shape, tl.float32)
-    for sample in tl.static_range(4):  # each thread for its rows: no barrier, which x would wait for
+    for sample in tl.static_range(4):  # each thread loads for its rows: no barrier delays the loads of x
         position = tl.minimum(sample * tl.cdiv(positions, 4), positions - 1)
         at = origin.to(tl.int64) * channel_stride + position.to(tl.int64) * position_stride
         total += tl.load(x + at, mask=exists, other=0.0).to(tl.float32)
@@ -48,7 +50,7 @@ def load_pivot(
 def load_statistics(
     mean, rstd, sample, groups, first_group, row, WIDTH: tl.constexpr, GROUPS: tl.constexpr
 ):  # fmt: skip
-    """For each row, mean and rstd [N, G] of its group."""
+    """For each row the mean and rstd of its group, from mean and rstd [N, G]."""
     group = first_group + tl.minimum(row // WIDTH, GROUPS - 1)
     exists = group < groups
     at = sample * groups + group
@@ -57,14 +59,14 @@ def load_statistics(
 
 @triton.jit
 def sum_over_group(value, row, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
-    """For each channel, the sum of `value` over its group: [channels] -> [channels], float32.
+    """For each channel the sum of `value` over its group: [channels] -> [channels], float32.
 
-    Channel `row` of the block is in group row // WIDTH. With GROUPS = 1 all rows are one group, whatever
-    WIDTH is. Rows past the last group must hold 0.
+    Channel `row` of the block is in group row // WIDTH. With GROUPS = 1 all rows are one group, for every
+    WIDTH. Rows past the last group must hold 0.
     """
     if GROUPS == 1:
         return tl.zeros_like(value) + tl.sum(value, axis=0)
-    # Groups need not be a power of two wide, so a reshape cannot part them; a table of members can.
+    # The channels of a group need not be a power of two, so a reshape cannot separate groups. A mask can.
     PADDED: tl.constexpr = triton.next_power_of_2(GROUPS)
     member = (row // WIDTH)[:, None] == tl.arange(0, PADDED)[None, :]
     total = tl.sum(tl.where(member, value[:, None], 0.0), axis=0)
@@ -83,11 +85,13 @@ def add_triples(a, b, c, d, e, f):
 
 @triton.jit
 def take_from_group(first, second, third, row, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
-    """For each channel, three numbers of its group: [groups, padded to a power of two] -> [channels]. Numbers
-    past the last group must be finite."""
+    """For each channel three numbers of its group: [groups, padded to a power of two] -> [channels].
+
+    Numbers past the last group must be finite.
+    """
     member = (row // WIDTH)[:, None] == tl.arange(0, first.shape[0])[None, :]
     if GROUPS == 1:
-        member = tl.full([row.shape[0], 1], 1, tl.int1)  # rows past the group, too
+        member = tl.full([row.shape[0], 1], 1, tl.int1)  # including the rows past the group
     first = tl.where(member, first[None, :], 0.0)
     second = tl.where(member, second[None, :], 0.0)
     third = tl.where(member, third[None, :], 0.0)
@@ -96,9 +100,11 @@ def take_from_group(first, second, third, row, WIDTH: tl.constexpr, GROUPS: tl.c
 
 @triton.jit
 def mean_and_variance(total, squares, count, row, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
-    """For each row, of its group: mean less the pivot and variance, from each lane's sum and sum of squares.
+    """For each row the mean minus the pivot, and the variance, of its group.
 
-    Of the digits (pivot - mean)^2 / variance cancel: that takes a pivot near the mean (load_pivot)."""
+    total, squares: sums of (x - pivot) and of its square, per lane. The relative error of the variance grows
+    with (pivot - mean)^2 / variance, so the pivot must be near the mean (load_pivot).
+    """
     total, squares = tl.reduce((total, squares), 1, add_pairs)
     mean = sum_over_group(total, row, WIDTH, GROUPS) / count
     squares = sum_over_group(squares, row, WIDTH, GROUPS) / count
@@ -107,10 +113,10 @@ def mean_and_variance(total, squares, count, row, WIDTH: tl.constexpr, GROUPS: t
 
 @triton.jit
 def tile_offset(channel, position, channel_stride, position_stride, INT64: tl.constexpr):
-    """Where the elements of a tile lie in their sample, [channels, positions].
+    """Offsets of a tile's elements within their sample, [channels, positions].
 
-    INT64: a sample reaches 2**31 elements. Otherwise int32 does: 64-bit addresses take twice the registers,
-    of which a tile in channels_last needs one for each thread's position.
+    INT64: a sample has 2**31 elements or more. Smaller ones use int32: 64-bit offsets take twice the
+    registers, and a tile in channels_last needs one offset for each position of a thread.
     """
     if INT64:
         channel = channel.to(tl.int64)
@@ -120,15 +126,15 @@ def tile_offset(channel, position, channel_stride, position_stride, INT64: tl.co
 
 @triton.jit
 def inside_block(channel, block_channels, first_channel, channels, EXACT: tl.constexpr):
-    """Which channels of a tile exist. `channel` counts from the first of the block."""
-    if EXACT:  # a constant, which the compiler folds away
+    """Which channels of a tile exist. `channel` counts from the first channel of the block."""
+    if EXACT:  # the compiler removes a constant mask
         return tl.full(channel.shape, 1, tl.int1)
     return (channel < block_channels) & (first_channel + channel < channels)
 
 
 @triton.jit
 def inside_tile(channel, block_channels, first_channel, channels, position, positions, EXACT: tl.constexpr):
-    """[channels, positions] of a tile: which elements exist."""
+    """Which elements of a tile exist, [channels, positions]."""
     if EXACT:
         return tl.full([channel.shape[0], position.shape[0]], 1, tl.int1)
     exists = inside_block(channel, block_channels, first_channel, channels, EXACT)
@@ -139,9 +145,10 @@ def inside_tile(channel, block_channels, first_channel, channels, position, posi
 def gain_and_offset(
     weight, bias, scale, shift, scale_stride, shift_stride, sample, channel, inside
 ):  # fmt: skip
-    """Of the affine map that follows the norm, float32: weight (1 + scale) and bias (1 + scale) + shift.
+    """weight (1 + scale) and bias (1 + scale) + shift: the affine map after the norm, in float32.
 
-    channel: [channels], inside: which of them exist. Absent tensors are None; strides are those of a sample.
+    channel: [channels]; inside: which of them exist. Absent tensors are None; strides are from one sample to
+    the next.
     """
     gain = tl.full(channel.shape, 1.0, tl.float32)
     offset = tl.full(channel.shape, 0.0, tl.float32)
@@ -160,7 +167,10 @@ def gain_and_offset(
 
 @triton.jit
 def store_normalised(y, at, value, pivot, mean, rstd, gain, offset, inside, SILU: tl.constexpr):
-    """act((value - pivot - mean) rstd gain + offset), mean less the pivot; all but value by channel."""
+    """y = act((value - pivot - mean) rstd gain + offset), where mean is that of x - pivot.
+
+    value and inside: [channels, positions]; the other tensors: [channels].
+    """
     slope = rstd * gain
     z = (value.to(tl.float32) - pivot[:, None]) * slope[:, None]
     z += (offset - mean * slope)[:, None]
@@ -173,7 +183,7 @@ def store_normalised(y, at, value, pivot, mean, rstd, gain, offset, inside, SILU
 def strided_offset(
     position, size0, size1, stride0, stride1, stride2, DIMENSIONS: tl.constexpr, INT64: tl.constexpr
 ):  # fmt: skip
-    """Where a position lies in a sample whose positions take up to three strides, innermost first."""
+    """Offset of a position in a sample whose positions have up to three strides, the innermost first."""
     inner, middle, outer = position, position, position
     if DIMENSIONS > 1:
         inner, outer = position % size0, position // size0
@@ -195,7 +205,7 @@ def load_centred_and_dz(
     dy_channel_stride, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2,
     DIMENSIONS: tl.constexpr, INT64: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """x - mean and dz of a tile, [channels, positions]; dz is 0 outside."""
+    """x - mean and dz of a tile, [channels, positions]. dz is 0 where an element does not exist."""
     at = tile_offset(channel, position, channel_stride, position_stride, INT64)
     dy_position = strided_offset(
         position, dy_size0, dy_size1, dy_stride0, dy_stride1, dy_stride2, DIMENSIONS, INT64
@@ -210,7 +220,7 @@ def load_centred_and_dz(
 
 @triton.jit
 def store_input_gradient(dx, at, dz, centred, rstd, gain, mean1, mean2, inside):
-    """dx = rstd (gain dz - mean1 - xhat mean2), xhat = centred rstd; means over the group, by channel."""
+    """dx = rstd (gain dz - mean1 - xhat mean2), xhat = centred rstd. mean1, mean2: means over the group."""
     value = dz * (rstd * gain)[:, None] - centred * (rstd * rstd * mean2)[:, None]
     value -= (rstd * mean1)[:, None]
     tl.store(dx + at, value.to(dx.dtype.element_ty), mask=inside)

@@ -5,12 +5,12 @@ two sums per sample and channel over the positions, S1 = sum dz and S2 = sum dz 
 
     dshift = S1, dscale = weight S2 + bias S1, dweight = sum_n (1 + scale) S2, dbias = sum_n (1 + scale) S1
 
-Only x, mean and rstd are kept from the forward pass; the activation is computed again. Every sum has one
-writer and one order: no atomics, the same bits every time. dy is read where it lies, whatever its strides.
+Only x, mean and rstd are saved by the forward pass; the activation is recomputed. Each sum has one writer and
+a fixed order: there are no atomics, and equal calls give equal bits. dy is read in place, for all strides.
 
 Bytes per element in bfloat16: 6. A program that does not hold its slab in registers reads 4 of them a second
-time, from L1 or L2; a slab that is cut in chunks from L2 or memory. Launches: 1, or 2 with chunks, and 1 for
-the gradients of parameters.
+time: from L1 or L2, or from L2 or memory where the slab is cut into chunks. Launches: 1, or 2 with chunks,
+and 1 for the gradients of the parameters.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _parameters_kernel(
     scale_stride, samples, channels,
     SAMPLES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """A program takes some channels through all samples, in their order."""
+    """A program sums some channels over all samples, in the order of the samples."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     exists = channel < channels
     gain = tl.full([CHANNELS], 1.0, tl.float32)
@@ -88,7 +88,10 @@ def _backward(
     silu: bool,
     parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx in the layout of x; gradients of weight, bias, scale, shift, of size 0 unless given and wanted."""
+    """dx in the memory format of x, and the gradients of weight, bias, scale and shift.
+
+    A gradient has no elements if its tensor is None or `parameters` is False.
+    """
     gradients = _backward_fake(dy, x, mean, rstd, weight, bias, scale, shift, silu, parameters)
     if x.numel() == 0:
         for gradient in gradients[1:]:
@@ -105,13 +108,13 @@ def _backward(
             _parameters_kernel[(plan.divide_up(channels, 16),)](
                 sums, weight, bias, scale, *outputs,
                 plan.row_stride(scale), samples, channels,
-                SAMPLES=32, CHANNELS=16, num_warps=4,  # 64 bytes in a row, 4 values a thread
+                SAMPLES=32, CHANNELS=16, num_warps=4,  # rows of 64 bytes, 4 values per thread
             )  # fmt: skip
     return gradients
 
 
 def _input_gradient(dy, x, mean, rstd, dx, sums, weight, bias, scale, shift, silu) -> None:
-    """Fills dx and sums."""
+    """Write dx and sums."""
     source = plan.view(x)
     dimensions = plan.position_dimensions(dy)
     if dimensions is None:

@@ -1,13 +1,17 @@
 """y = act((x - mean) rstd weight (1 + scale) + bias (1 + scale) + shift), mean and rstd over a sample's group
 
-Group norm, an optional scale and shift per sample (FiLM) and SiLU. One kernel where a group's slab fits
-into the registers of a program (1 read and 1 write, 4 bytes an element in bfloat16) or into the nearer
-caches (a second read, of L1 or L2); two where it does not (the second read of L2, where the tensor fits
-into that). Every sum, also of squares, is of x less a number near the slab's mean: a mean of 1e3 with sigma
-1 costs no accuracy.
+Group norm, an optional scale and shift per sample (FiLM) and SiLU. A group's slab (see _plan.py) decides on
+the kernels (_forward_whole.py, _forward_chunks.py):
 
-The op runs in the dtype of x, also under autocast; the maths is float32, rounded once. Its gradient is in
-backward.py. What a program covers is decided in _plan.py, where the nouns are explained.
+- It fits into the registers of a program: one kernel, 1 read and 1 write, 4 bytes per element in bfloat16.
+- It fits into L1 or L2: one kernel, which reads the slab a second time, from there.
+- Otherwise two kernels. The second one reads x again, from L2 if the tensor fits into it.
+
+All sums, also those of squares, are of x minus a number near the slab's mean, so that a mean of 1e3 with a
+standard deviation of 1 costs no accuracy.
+
+The op runs in the dtype of x, also under autocast; the maths is float32 and is rounded once. The gradient is
+in backward.py, and _plan.py decides what a program covers.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ def _forward(
     shift: Tensor | None,  # [N, C]
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y [N, C, *] in the layout of x, mean and rstd [N, G] in float32."""
+    """y [N, C, *] in the memory format of x; mean and rstd [N, G] in float32."""
     y, mean, rstd = _forward_fake(x, num_groups, weight, bias, eps, scale, shift, silu)
     if x.numel() == 0:
         return y, mean.zero_(), rstd.zero_()
@@ -110,7 +114,7 @@ def _backward(ctx, dy, _dmean, _drstd):
     _, _, weight, bias, _, scale, shift, _ = ctx.needs_input_grad
     gradients = group_norm_silu_backward(
         dy, *ctx.saved_tensors, ctx.silu, weight or bias or scale or shift
-    )  # of size 0 where not asked for
+    )  # gradients that are not asked for have no elements
     dx, dweight, dbias, dscale, dshift = gradients
     return (
         dx, None, dweight if weight else None, dbias if bias else None, None,
