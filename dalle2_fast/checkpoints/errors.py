@@ -35,6 +35,40 @@ def contents(folder: Path, limit: int = 6) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "") or "an empty folder"
 
 
+def unreadable(path: Path, problem: str) -> CheckpointError:
+    """The error about a file that cannot be read: what else it is, if its first bytes show that.
+
+    Args:
+        path: the file.
+        problem: what the message says of any other file.
+
+    Example:
+        >>> import tempfile
+        >>> page = Path(tempfile.mkdtemp()) / "clip.pt"
+        >>> _ = page.write_text("<html>")
+        >>> str(unreadable(page, "no zip file")).removeprefix(str(page))
+        ': an HTML page, which was saved in the place of a checkpoint'
+    """
+    with open(path, "rb") as file:
+        begin = file.read(512)
+    if begin.startswith(b"version https://git-lfs"):
+        problem = "a pointer of Git LFS; `git lfs pull` fetches the file itself"
+    elif begin.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        problem = "an HTML page, which was saved in the place of a checkpoint"
+    return CheckpointError(f"{path}: {problem}")
+
+
+def damaged(path: Path, reason: object) -> CheckpointError:
+    """The error about a file whose content is not as its kind demands.
+
+    Args:
+        path: the file.
+        reason: what failed; its first line counts.
+    """
+    reason = str(reason).partition("\n")[0][:200]
+    return unreadable(path, f"truncated or damaged ({path.stat().st_size:,} bytes; {reason})")
+
+
 def mismatches(expected: Mapping[str, Tensor | None], found: Mapping[str, Tensor]) -> list[str]:
     """What keeps the tensors `found` from taking the place of those expected; empty if nothing does.
 

@@ -16,8 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dalle2_fast.checkpoints.errors import CheckpointError
+from dalle2_fast.checkpoints.errors import CheckpointError, damaged, unreadable
 from dalle2_fast.checkpoints.torchscript import is_torchscript, read_torchscript
+from dalle2_fast.checkpoints.zip_files import check_sizes, check_storages, is_stored
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
@@ -69,7 +70,7 @@ def read_json(path: Path, expected: str = "a JSON object") -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # of JSON, of Unicode, of lists nested a thousand deep
-        raise CheckpointError(f"{path}: damaged, not valid JSON ({error})") from None
+        raise unreadable(path, f"damaged, not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected {expected}, got {type(value).__name__}")
     return value
@@ -97,9 +98,8 @@ def opened_safetensors(path: Path) -> Iterator[safe_open]:
     try:
         with safe_open(path, framework="pt") as content:
             yield content
-    except SafetensorError as error:  # the header is none, or does not fit the length of the file
-        size = path.stat().st_size
-        raise CheckpointError(f"{path}: truncated or damaged ({size:,} bytes; {error})") from None
+    except (SafetensorError, OSError) as error:  # the header is none, or does not fit the file's length
+        raise damaged(path, error) from None
 
 
 def read_torch(path: Path, mapped: bool = False) -> Any:
@@ -107,13 +107,20 @@ def read_torch(path: Path, mapped: bool = False) -> Any:
 
     Args:
         path: the file.
-        mapped: map the tensors from the file, which is then read when they are used, if its kind allows it.
+        mapped: map the tensors from the file, which is then read when they are used. A file whose records are
+            compressed, or that is no zip archive, is read instead.
 
     Raises:
         CheckpointError: the file is damaged, or its pickle asks for anything else; nothing in it was run.
     """
     try:
-        mapped = mapped and zipfile.is_zipfile(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                check_sizes(archive, path)
+                check_storages(archive)
+                mapped = mapped and is_stored(archive)
+        else:
+            mapped = False
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         # torch's message advises to read the file without protection; only what it found is repeated here.
@@ -122,9 +129,10 @@ def read_torch(path: Path, mapped: bool = False) -> Any:
         raise CheckpointError(
             f"{path}: not a file of tensors alone, so it was refused and nothing in it was run ({reason})"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        size, reason = path.stat().st_size, str(error).partition(".")[0]
-        raise CheckpointError(f"{path}: truncated or damaged ({size:,} bytes; {reason})") from None
+    except Exception as error:  # torch and zipfile raise almost any exception on damaged files
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise MemoryError(f"{path}: not enough memory to read it") from None
+        raise damaged(path, str(error).partition(". ")[0]) from None
 
 
 def state_dict(content: Any, path: Path) -> dict[str, Tensor]:
@@ -145,8 +153,9 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{index}: expected a weight_map of file names")
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(places.values())):
-        if Path(name).name != name:  # an index must not name a file in another folder
-            raise CheckpointError(f"{index}: expected names of files in the same folder, got {name!r}")
+        # An index must not name a file in another folder, nor itself or another index.
+        if Path(name).name != name or Path(name).suffix not in SUFFIXES:
+            raise CheckpointError(f"{index}: expected names of files of tensors in its folder, got {name!r}")
         tensors |= read_tensors(index.parent / name)
     if missing := sorted(set(places) - set(tensors)):
         raise CheckpointError(f"{index}: its shards lack {len(missing)} tensors ({', '.join(missing[:5])})")

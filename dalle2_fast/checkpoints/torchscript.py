@@ -11,35 +11,26 @@ from __future__ import annotations
 import math
 import pickle
 import zipfile
+import zlib
 from io import BytesIO
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dalle2_fast.checkpoints.errors import CheckpointError
-
-DTYPES = {
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "ByteStorage": torch.uint8,
-    "CharStorage": torch.int8,
-    "ShortStorage": torch.int16,
-    "IntStorage": torch.int32,
-    "LongStorage": torch.int64,
-    "BoolStorage": torch.bool,
-}
+from dalle2_fast.checkpoints.errors import unreadable
+from dalle2_fast.checkpoints.zip_files import DTYPES, check_length, check_sizes
 
 
 def is_torchscript(path: str | PathLike) -> bool:
     """Whether a file is a zip archive as `torch.jit.save` writes it."""
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.partition("/")[2] == "constants.pkl" for name in archive.namelist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):  # damage raises when the tensors are read
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.partition("/")[2] == "constants.pkl" for name in archive.namelist())
 
 
 def read_torchscript(path: str | PathLike) -> dict[str, Tensor]:
@@ -56,14 +47,15 @@ def read_torchscript(path: str | PathLike) -> dict[str, Tensor]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            check_sizes(archive, Path(path))
             (pickled,) = (name for name in archive.namelist() if name.partition("/")[2] == "data.pkl")
             root = _Reader(archive, pickled).load()
             return _tensors(root)
     except (
         pickle.UnpicklingError, zipfile.BadZipFile, KeyError, IndexError, ValueError, TypeError, EOFError,
-        AttributeError, RuntimeError, NotImplementedError, OverflowError,
+        AttributeError, RuntimeError, NotImplementedError, OverflowError, MemoryError, zlib.error,
     ) as error:  # fmt: skip
-        raise CheckpointError(f"{path}: damaged or not a TorchScript archive of tensors ({error})") from None
+        raise unreadable(Path(path), f"damaged or not a TorchScript archive of tensors ({error})") from None
 
 
 class _Module:
@@ -101,9 +93,7 @@ class _Reader(pickle.Unpickler):
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError(f"expected a storage, got {kind!r}")
         if key not in self.storages:
-            entry, size = self.archive.getinfo(self.folder + str(key)), count * dtype.itemsize
-            if entry.file_size != size:  # checked before a zip bomb is inflated
-                raise ValueError(f"data/{key}: expected {size} bytes, got {entry.file_size}")
+            entry = check_length(self.archive, self.folder + str(key), count * dtype.itemsize)
             data = self.archive.read(entry)
             numbers = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
             self.storages[key] = numbers

@@ -181,7 +181,7 @@ def test_shards(tmp_path):
     with pytest.raises(CheckpointError, match=r"index.json: its shards lack 1 .*visual.more"):
         CLIP.from_pretrained(tmp_path)
     index.write_text(json.dumps({"weight_map": {"a": "../secret.bin"}}))
-    with pytest.raises(CheckpointError, match="names of files in the same folder, got '../secret.bin'"):
+    with pytest.raises(CheckpointError, match="names of files of tensors in its folder, got '../secret.bin'"):
         CLIP.from_pretrained(tmp_path)
 
 
