@@ -29,6 +29,7 @@ class SigLipLoss(DistributedLoss):
         dist_impl: how the texts are exchanged: "bidir" (also for None: both ways round the ring, at most two
             text blocks of other processes at a time), "shift" (one way round the ring), "reduce" (a broadcast
             from each process in turn) or "gather" (all at once). The values and gradients are the same.
+        chunk_size: accepted for compatibility, without effect: the fused loss never holds all logits.
         impl: "auto", "reference" or "fused", as in `functional.sigmoid_loss`.
 
     Call:
@@ -65,6 +66,7 @@ class SigLipLoss(DistributedLoss):
         rank: int = 0,
         world_size: int = 1,
         dist_impl: str | None = None,
+        chunk_size: int | None = None,
         *,
         impl: str = "auto",
     ) -> None:
