@@ -17,7 +17,6 @@ run `python setup.py build_ext --inplace`. These environment variables are read 
     CUDA_HOME, CXX, CXXFLAGS, LDFLAGS  as usual
 """
 
-import fcntl
 import json
 import os
 import re
@@ -224,6 +223,10 @@ class NinjaBuild(build_ext):
     """Compiles with ninja. Objects stay in build/ for every kind of install, so only changes are compiled."""
 
     def build_extension(self, extension: Extension) -> None:
+        if os.name == "nt":
+            raise PlatformError("dalle2_fast._C is for Linux and macOS; without it the ops run in PyTorch")
+        import fcntl  # Windows does not have it
+
         target = Path(self.get_ext_fullpath(extension.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         OBJECTS.mkdir(parents=True, exist_ok=True)
@@ -256,9 +259,39 @@ class NinjaBuild(build_ext):
         return module
 
 
+def complete_checkout() -> None:
+    """End the build, with one sentence, if the checkout lacks something without which it would succeed.
+
+    Where symbolic links are not unpacked (GitHub's ZIP, git with core.symlinks=false), dalle2_fast/kernels is
+    a file with the link's target as its text. It is made the link that it stands for.
+    """
+    link = ROOT / "dalle2_fast" / "kernels"
+    if link.is_file() and link.read_text().strip() == "../kernels":
+        temporary = link.with_name("kernels.link")
+        try:
+            temporary.symlink_to("../kernels", target_is_directory=True)
+            temporary.replace(link)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise SystemExit(
+                "dalle2_fast/kernels: expected a symbolic link to ../kernels, got a file, and no link can be "
+                f"made ({error.strerror}): replace the file by a link or a copy of the folder kernels"
+            ) from None
+        print("dalle2_fast/kernels: made the symbolic link that it was unpacked without", file=sys.stderr)
+    needed = ["dalle2_fast/kernels/_op.py", "dalle2_fast/pretrained/scenes/config.json"]
+    needed += ["dalle2_fast/data/text/clip_merges.txt.gz"] + ([] if NATIVE == "none" else ["csrc/module.cpp"])
+    for name in needed:
+        if not (ROOT / name).is_file():
+            raise SystemExit(f"{name} is missing: this copy of the sources is not complete; clone it again")
+    for path in (ROOT / "dalle2_fast" / "pretrained").rglob("*"):
+        if path.is_file() and path.open("rb").read(40).startswith(b"version https://git-lfs"):
+            raise SystemExit(f"{path.relative_to(ROOT)} is a Git LFS pointer, not the file: run git lfs pull")
+
+
 if NATIVE not in ("auto", "cuda", "cpu", "none"):
     raise SystemExit(f"DALLE2_FAST_NATIVE: expected auto, cuda, cpu or none, got {NATIVE!r}")
 
+complete_checkout()
 native = Extension(
     "dalle2_fast._C",
     sources=[f"csrc/{source}" for source in find_sources(".cpp")],

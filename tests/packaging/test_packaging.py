@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import sys
 import tarfile
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import pytest
 from tests.support.installs import (
     DATA,
     ROOT,
+    attempt,
     build,
     contents,
     copy_checkout,
@@ -90,6 +93,54 @@ def test_another_package_called_kernels_is_not_hidden_at_the_root(tree, tmp_path
     (site / "kernels" / "__init__.py").write_text("mine = False\n")
     found = run([python, "-c", "import kernels; print(kernels.__file__)"], cwd=tree)
     assert found.strip() == str(site / "kernels" / "__init__.py")
+
+
+def without_links(tree: Path) -> Path:
+    """The checkout as GitHub's ZIP and a git without symbolic links unpack it."""
+    link = tree / "dalle2_fast" / "kernels"
+    link.unlink()
+    link.write_text("../kernels")
+    return tree
+
+
+def test_a_copy_without_symbolic_links_builds_the_same_wheel(wheel, tmp_path):
+    """It succeeded without the kernels, and every command failed."""
+    copy = without_links(copy_checkout(tmp_path / "tree"))
+    assert contents(build("wheel", copy, tmp_path / "wheel")) == contents(wheel)
+
+
+@pytest.mark.parametrize(
+    ("missing", "says"),
+    [
+        ("dalle2_fast/kernels", "dalle2_fast/kernels/_op.py is missing"),
+        ("csrc", "csrc/module.cpp is missing"),
+        ("dalle2_fast/pretrained", "dalle2_fast/pretrained/scenes/config.json is missing"),
+        ("dalle2_fast/data/text/clip_merges.txt.gz", "clip_merges.txt.gz is missing"),
+    ],
+)
+def test_an_incomplete_copy_fails_with_one_sentence(tmp_path, missing, says):
+    """A build that succeeds without a part of the package fails its users later."""
+    copy = copy_checkout(tmp_path / "tree")
+    path = copy / missing
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    failed = attempt([sys.executable, "setup.py", "bdist_wheel"], copy, DALLE2_FAST_NATIVE="auto")
+    assert failed.returncode != 0 and failed.stderr.count("\n") == 1
+    assert says in failed.stderr
+
+
+def test_weights_that_git_lfs_has_not_fetched_fail_with_one_sentence(tmp_path):
+    copy = copy_checkout(tmp_path / "tree")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 99\n"
+    (copy / DATA).with_name("model.safetensors").write_text(pointer)
+    failed = attempt([sys.executable, "setup.py", "bdist_wheel"], copy)
+    assert failed.returncode != 0 and failed.stderr.count("\n") == 1
+    assert "model.safetensors is a Git LFS pointer, not the file: run git lfs pull" in failed.stderr
+
+
+def test_the_build_reads_its_declarations_without_fcntl(tree):
+    """Windows does not have that module: the import at the top ended every install there."""
+    code = "import sys, runpy; sys.modules['fcntl'] = None; sys.argv = ['setup.py', '--name']; "
+    assert "dalle2-fast" in run([sys.executable, "-c", code + "runpy.run_path('setup.py')"], tree)
 
 
 def test_ci_runs_the_commands_of_the_readme():
