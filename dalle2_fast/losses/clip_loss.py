@@ -56,8 +56,8 @@ class ClipLoss(DistributedLoss):
 
     Returns:
         A float32 scalar (float64 for float64 features). With several processes, every process has to take
-        part in the backward pass. The gradients g that reach the loss may differ between processes; with
-        local_loss=True they must have the same sign, otherwise the gradients of the features are NaN.
+        part in the backward pass. The gradients g that reach the loss may differ between processes, also in
+        sign, and be 0. Where their signs differ, local_loss=True costs one more pass over the logits.
 
     Raises:
         ValueError: an argument has the wrong value or shape, or rank and world_size are not those of the

@@ -46,47 +46,72 @@ class ContrastiveLoss(torch.autograd.Function):
         grads = gather(grad[None])
         largest = grads.abs().max()
         grads = torch.where(largest == 0, 0, grads / largest)
-        local_grad = grads[rank]
-        unit = largest / (2 * n if ctx.local_loss else 2 * n * world)
-        weighted_lse = column_lse
+        lse = image, texts, scale, row_lse, column_lse
         if ctx.local_loss:
-            # The term of a column is weighted with the grad of its text's process. exp(L - lse) is to be
-            # multiplied by (that grad / local_grad), which goes into the lse.
-            ratio = torch.where(grads == local_grad, 1, grads / local_grad)
-            weighted_lse = column_lse - ratio.log().repeat_interleave(n).to(column_lse.dtype)
-
-        def gradient(row_weight: float, column_weight: float) -> tuple[Tensor, Tensor, Tensor]:
-            return local_terms.contrastive_gradient(
-                image,
-                texts,
-                scale,
-                row_lse,
-                weighted_lse,
-                rank * n,
-                row_weight,
-                column_weight,
-                unit,
-                ctx.impl,
+            unit = largest / (2 * n)
+            d_image, d_text, d_scale = _gradient_of_sum(*lse, grads, unit, ctx.gather_with_grad, ctx.impl)
+            d_text = reduce_scatter(d_text) if needs_text else None
+            d_scale = all_reduce(d_scale) / world if needs_scale else None
+        else:
+            unit = largest / (2 * n * world)
+            d_image, d_text, d_scale = local_terms.contrastive_gradient(
+                *lse, rank * n, 1.0, 1.0, unit, ctx.impl
             )
-
-        if ctx.local_loss and not ctx.gather_with_grad:
-            d_image, _, scale_of_rows = gradient(1.0, 0.0)
-            _, d_text, scale_of_columns = gradient(0.0, 1.0)
-            d_scale = scale_of_rows + scale_of_columns
-        else:
-            d_image, d_text, d_scale = gradient(1.0, 1.0)
-
-        if ctx.local_loss:
-            d_text = reduce_scatter(d_text * local_grad) if needs_text else None
-            d_scale = all_reduce(d_scale * local_grad) / world if needs_scale else None
-            factor = local_grad
-        else:
-            factor = grads.sum() if ctx.gather_with_grad else local_grad
+            factor = grads.sum() if ctx.gather_with_grad else grads[rank]
+            d_image = d_image.to(factor.dtype) * factor
             d_text = reduce_scatter(d_text) * factor if needs_text else None
-            d_scale = all_reduce(d_scale) * local_grad if needs_scale else None
-        d_image = (d_image.to(factor.dtype) * factor).to(image.dtype) if needs_image else None
+            d_scale = all_reduce(d_scale) * grads[rank] if needs_scale else None
+        d_image = d_image.to(image.dtype) if needs_image else None
         d_text = d_text.to(texts.dtype) if needs_text else None
         return d_image, d_text, d_scale, None, None, None
+
+
+def _gradient_of_sum(
+    image: Tensor,  # [n, D]
+    texts: Tensor,  # [N, D]
+    scale: Tensor,
+    row_lse: Tensor,  # [n]
+    column_lse: Tensor,  # [N]
+    grads: Tensor,  # [W]
+    unit: Tensor,
+    gather_with_grad: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d_image, d_texts and d_scale of unit * (sum over processes of grads times their local losses).
+
+    It is what the rows of this process contribute. A row has the grad of this process as its weight, a column
+    that of its text's process. The weight of a column goes into its lse, w exp(L - lse) = exp(L - (lse - log
+    w)), so one call of the op computes the columns whose weights have one sign; the others get the lse +inf.
+    Only the columns of this process have positives in these rows, so for the other sign `first` is N.
+    Without gather_with_grad, d_image is that of the rows only and d_texts that of the columns only.
+    """
+    n, rank = len(image), dist.get_rank()
+
+    def with_weights(weights: Tensor) -> Tensor:
+        return column_lse - weights.clamp_min(0).log().repeat_interleave(n).to(column_lse.dtype)
+
+    signs = grads.sign().tolist()  # on a GPU it waits for the forward pass, at the start of the backward pass
+    calls = []  # factor, the column of row 0's positive, lse of the columns, weights of the rows and columns
+    if signs[rank] != 0:
+        ratio = with_weights(torch.where(grads == grads[rank], 1, grads / grads[rank]))
+        for weights in ((1.0, 1.0),) if gather_with_grad else ((1.0, 0.0), (0.0, 1.0)):
+            calls.append((grads[rank], rank * n, ratio, weights))
+    for sign in (1.0, -1.0):
+        if sign in signs and sign != signs[rank]:
+            calls.append((sign, len(texts), with_weights(sign * grads), (0.0, 1.0)))
+
+    d_image = image.new_zeros(image.shape, dtype=scale.dtype)
+    d_texts, d_scale = texts.new_zeros(texts.shape, dtype=scale.dtype), torch.zeros_like(scale)
+    for factor, first, lse, (row_weight, column_weight) in calls:
+        parts = local_terms.contrastive_gradient(
+            image, texts, scale, row_lse, lse, first, row_weight, column_weight, unit, impl
+        )
+        if gather_with_grad or row_weight:
+            d_image += parts[0].to(scale.dtype) * factor
+        if gather_with_grad or column_weight:
+            d_texts += parts[1] * factor
+        d_scale += parts[2] * factor
+    return d_image, d_texts, d_scale
 
 
 class SigmoidLoss(torch.autograd.Function):

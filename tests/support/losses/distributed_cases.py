@@ -45,9 +45,18 @@ def features(world_size: int, dtype: torch.dtype = torch.float64) -> tuple[Tenso
     return F.normalize(image, dim=-1).to(dtype).double(), F.normalize(image + text, dim=-1).to(dtype).double()
 
 
-def upstream(world_size: int, equal: bool) -> list[float]:
+UPSTREAM = {
+    "equal": (1.0, 1.0, 1.0, 1.0),
+    "different": (0.5, 1.5, 2.5, 3.5),
+    "zeros": (1.0, 0.0, 1.0, 0.0),
+    "signs": (0.5, -1.5, 0.0, 2.0),
+    "all zero": (0.0, 0.0, 0.0, 0.0),
+}
+
+
+def upstream(world_size: int, weights: str) -> list[float]:
     """The gradient that reaches each process's loss."""
-    return [1.0 if equal else 0.5 + rank for rank in range(world_size)]
+    return list(UPSTREAM[weights][:world_size])
 
 
 def build(mode: tuple, rank: int, world_size: int, library=None, impl="auto") -> nn.Module:
@@ -127,9 +136,9 @@ def everything(rank: int, world_size: int) -> dict:
     """All results that one start of the processes can give."""
     answers = {}
     for mode in MODES:
-        for equal in (True, False):
-            grad, impl = upstream(world_size, equal)[rank], "reference" if equal else FUSED
-            answers["exact", mode, equal] = results(mode, rank, world_size, grad, impl=impl)
+        for weights, impl in itertools.product(UPSTREAM, ("reference", FUSED)):
+            grad = upstream(world_size, weights)[rank]
+            answers["exact", mode, weights, impl] = results(mode, rank, world_size, grad, impl=impl)
     if world_size == 2:
         for mode, dtype in ROUNDED:
             answers["rounded", mode, dtype] = results(mode, rank, world_size, dtype=dtype, impl=FUSED)
@@ -285,9 +294,9 @@ def one_skips_backward(rank: int, world_size: int):
 def like_open_clip(rank: int, world_size: int) -> dict:
     """(ours, theirs) for every mode that open_clip has."""
     answers = {}
-    for mode, equal in itertools.product(MODES, (True, False)):
+    for mode, weights in itertools.product(MODES, UPSTREAM):
         if mode[0] != "soft":
-            grad = upstream(world_size, equal)[rank]
+            grad = upstream(world_size, weights)[rank]
             pair = [results(mode, rank, world_size, grad, library=lib) for lib in (None, open_clip_loss)]
-            answers[mode, equal] = pair
+            answers[mode, weights] = pair
     return answers
