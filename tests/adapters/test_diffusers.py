@@ -82,6 +82,28 @@ def test_biases_are_refused_as_masks(diffusers):
     assert torch.equal(attention(x, context, seen), attention(x, context))
 
 
+def test_a_row_that_masks_every_key_stays_as_it_was(diffusers):
+    """Catches: zeros for a caption without tokens, where diffusers' softmax attends to all keys alike."""
+    unet, inputs = small("stable diffusion 1.5")
+    context = inputs["encoder_hidden_states"]
+    mask = torch.ones(context.shape[:2], dtype=torch.int64)
+    mask[0] = 0
+    mask[1, 2:] = 0
+    before, unmasked = unet(**inputs, encoder_attention_mask=mask).sample, unet(**inputs).sample
+    # diffusers adds -10000 to every score of row 0, which rounds them to about 1e-3 in float32.
+    torch.testing.assert_close(before[0], unmasked[0], rtol=1e-3, atol=1e-3)
+    expected = torch.stack([unmasked[0], before[1]])
+
+    def fused() -> torch.Tensor:
+        return unet(**inputs, encoder_attention_mask=mask).sample
+
+    unet.set_attn_processor(adapter.AttnProcessor())
+    torch.testing.assert_close(fused(), expected, rtol=1e-5, atol=1e-5)
+    unet.set_default_attn_processor()
+    patch(unet)
+    torch.testing.assert_close(fused(), expected, rtol=1e-5, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------ cache
 
 

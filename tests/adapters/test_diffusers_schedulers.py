@@ -210,3 +210,16 @@ def test_wrong_steps_are_named(diffusers):
         adapter.DDPMScheduler(thresholding=True).step(x, 5, x, seeds=torch.tensor([1, 2]))
     with pytest.raises(ValueError, match="num_inference_steps"):
         adapter.DDIMScheduler(clip_sample=False).step(x, 5, x)
+
+
+def test_a_schedule_of_one_step(diffusers):
+    """Catches: diffusers' division by zero for one step, and an empty schedule for none."""
+    scheduler = adapter.UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample")
+    scheduler.set_timesteps(1)
+    assert scheduler.timesteps.tolist() == [999] and scheduler.num_inference_steps == 1
+    x, x0 = randn(1, 3, 4, 4), randn(1, 3, 4, 4, seed=1)
+    made = scheduler.step(x0, scheduler.timesteps[0], x, prev_timestep=-1, seeds=torch.tensor([1]))
+    assert bool(made.prev_sample.isfinite().all())
+    for steps in (0, -3):
+        with pytest.raises(ValueError, match=f"num_inference_steps: expected at least 1, got {steps}"):
+            scheduler.set_timesteps(steps)

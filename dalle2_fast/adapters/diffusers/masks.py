@@ -51,4 +51,5 @@ def _as_bool(mask: Tensor) -> Tensor:
         (visible | (mask <= _MASKED)).all(),
         f"attention_mask: expected 0 (attend) or at most {_MASKED:.0f}; other biases need attention=False",
     )
-    return visible.flatten(1)
+    # A row without a visible key adds the same number to all scores, so the softmax is that of no mask.
+    return (visible | ~visible.any(dim=-1, keepdim=True)).flatten(1)

@@ -1,6 +1,7 @@
 """diffusers' UnCLIP, DDPM and DDIM schedulers with `step` as one fused op.
 
-Everything except `step` is diffusers' code: config, set_timesteps, add_noise, from_config.
+Everything except `step` is diffusers' code (config, set_timesteps, add_noise, from_config), but
+UnCLIPScheduler also makes a schedule of one step, for which diffusers' divides by zero.
 
 By default a seed per sample is taken from the generator (or the list of generators, one per sample) that
 `step` gets, and the op samples the noise from the seed. The same generator gives the same image every time,
@@ -60,6 +61,24 @@ class FusedUnCLIP(_Ancestral):
         >>> scheduler.step(x, t[0], x, t[1]).prev_sample.shape
         torch.Size([1, 3, 4, 4])
     """
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Choose the timesteps of a sampling run, as diffusers does; one step is the noisiest timestep.
+
+        Args:
+            num_inference_steps: how many, at least 1.
+            device: of `timesteps`.
+
+        Raises:
+            ValueError: fewer than one step.
+        """
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps: expected at least 1, got {num_inference_steps}")
+        if num_inference_steps == 1:  # diffusers divides by the number of intervals, which is 0
+            self.num_inference_steps = 1
+            self.timesteps = torch.tensor([self.config.num_train_timesteps - 1], device=device)
+        else:
+            super().set_timesteps(num_inference_steps, device)
 
     def step(
         self,
