@@ -86,7 +86,7 @@ class Checkpoint:
         return made
 
     def _name_clip_weights(self, kind: Callable[..., nn.Module]) -> None:
-        with unfilled():
+        with unfilled(self.clip.tensors):
             clip = construct(lambda options: kind(**options), self.config, "clip", self.clip.path)
         weights = self.clip.weights(clip.state_dict())
         self.tensors |= {f"clip.{key}": tensor for key, tensor in weights.items()}

@@ -112,7 +112,7 @@ def construct(make: Callable[[dict], Any], config: dict[str, Any], name: str, so
         )
     try:
         return make(config[name])
-    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, MemoryError) as error:
+    except Exception as error:  # torch and Python raise almost any exception for values of another kind
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise CheckpointError(f"{source}: {CONFIG_FILE}: {name}: cannot be built ({reason})") from error
 

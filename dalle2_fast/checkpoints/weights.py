@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -116,14 +117,14 @@ def build(
     Raises:
         CheckpointError: the arguments are not accepted, or the weights do not fit.
     """
-    with unfilled():
+    with unfilled(tensors):
         module = construct(lambda options: make(**options), config, name, source)
     load_state(module, tensors, name, source, assign=True, device=device, dtype=dtype)
     return module.eval()
 
 
 @contextmanager
-def unfilled() -> Iterator[None]:
+def unfilled(weights: Mapping[str, Tensor] | None = None) -> Iterator[None]:
     """Within this context, modules are made on the CPU without initialising their parameters.
 
     The parameters take no memory until they are written, because torch.nn.init does nothing to them. Buffers
@@ -133,13 +134,17 @@ def unfilled() -> Iterator[None]:
     The "meta" device would save as much, but its operations import torch's compiler, which takes 1.6 s at
     every start.
 
+    Args:
+        weights: those that the modules will get. ValueError is raised while modules are made that need far
+            more tensors or memory: a config may ask for 10^9 layers.
+
     Example:
         >>> with unfilled():
         ...     layer = nn.Linear(1000, 1000)
         >>> layer.weight.shape
         torch.Size([1000, 1000])
     """
-    with _NoInitialisation():
+    with _NoInitialisation(weights):
         yield
 
 
@@ -151,8 +156,18 @@ _FACTORIES = {
 }  # fmt: skip
 
 
+# Modules make about two tensors for each that is stored: buffers, tables and temporary ones.
+TENSORS_MADE, MORE_TENSORS = 8, 2000
+NUMBERS_MADE, MORE_NUMBERS = 4, 1 << 26
+
+
 class _NoInitialisation(TorchFunctionMode):
     """A mode of the current thread alone; `with torch.device("cpu")` would also set a global variable."""
+
+    def __init__(self, weights: Mapping[str, Tensor] | None) -> None:
+        super().__init__()
+        self.held = weights and (len(weights), sum(tensor.numel() for tensor in weights.values()))
+        self.tensors = self.numbers = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -162,9 +177,37 @@ class _NoInitialisation(TorchFunctionMode):
                 return tensor
         if func in _RANDOM:
             func, kwargs = torch.zeros, {key: kwargs[key] for key in kwargs if key != "generator"}
-        if func in _FACTORIES and kwargs.get("device") is None:  # the default device may be a GPU
-            kwargs = kwargs | {"device": "cpu"}
+        if func in _FACTORIES:
+            self._count(func, args, kwargs)
+            if kwargs.get("device") is None:  # the default device may be a GPU
+                kwargs = kwargs | {"device": "cpu"}
         return func(*args, **kwargs)
+
+    def _count(self, func, args, kwargs) -> None:
+        """Raise ValueError if the modules need far more than the weights hold."""
+        if self.held is None:
+            return
+        self.tensors, self.numbers = self.tensors + 1, self.numbers + _size(func, args, kwargs)
+        held, numbers = self.held
+        if self.tensors > TENSORS_MADE * held + MORE_TENSORS:
+            raise ValueError(f"it asks for many more tensors than the {held:,} of the weights")
+        if self.numbers > NUMBERS_MADE * numbers + MORE_NUMBERS:
+            raise ValueError(f"it asks for far more than the {numbers:,} numbers of the weights")
+
+
+def _size(func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> int:
+    """How many numbers a tensor that `func` makes has; 0 for those that are made from data."""
+    if func in (torch.empty, torch.zeros, torch.ones, torch.full):
+        sizes = kwargs.get("size", args[0] if args and isinstance(args[0], Sequence) else args)
+    elif func is torch.eye:
+        sizes = (args[0], args[-1])
+    elif func is torch.arange:
+        sizes = (max(0, args[-1] if len(args) < 3 else args[1]),) if args else (kwargs["end"],)
+    elif func is torch.linspace:
+        sizes = (kwargs["steps"] if "steps" in kwargs else args[2],)
+    else:
+        sizes = (0,)
+    return math.prod(size for size in sizes if isinstance(size, int | float))
 
 
 def reject_leftovers(tensors: Mapping[str, Tensor], prefixes: Iterable[str], source: object) -> None:

@@ -290,7 +290,8 @@ class CLIP(TextTransformer, Pretrained):
     ) -> CLIP:
         """Load a CLIP, ours or a published one, in evaluation mode.
 
-        One tower alone, with its projection, becomes a CLIP without the other tower.
+        One tower alone, with its projection, becomes a CLIP without the other tower. The bias of SigLIP's
+        loss (open_clip's logit_bias) is left out, because no embedding depends on it.
 
         Args:
             path: one of
@@ -315,9 +316,9 @@ class CLIP(TextTransformer, Pretrained):
         """
         source = read_clip(embedded_path() if path is None else locate(path, revision), **options)
         try:
-            with unfilled():  # draw no initial weights
+            with unfilled(source.tensors):  # draw no initial weights
                 clip = cls(**source.options)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # torch and Python raise almost any exception for values of another kind
             raise CheckpointError(f"{source.path}: no CLIP has this configuration ({error})") from error
         # The tensors are copied, because they may be mapped from the file, which may be removed later.
         weights = {name: value.clone() for name, value in source.weights(clip.state_dict()).items()}
