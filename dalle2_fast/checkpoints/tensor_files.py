@@ -126,8 +126,8 @@ def read_torch(path: Path, mapped: bool = False) -> Any:
         # torch's message advises to read the file without protection; only what it found is repeated here.
         found = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks for {found[1]}" if found else "its pickle holds something else"
-        raise CheckpointError(
-            f"{path}: not a file of tensors alone, so it was refused and nothing in it was run ({reason})"
+        raise unreadable(
+            path, f"not a file of tensors alone, so it was refused and nothing in it was run ({reason})"
         ) from None
     except Exception as error:  # torch and zipfile raise almost any exception on damaged files
         if isinstance(error, MemoryError) or "allocate memory" in str(error):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dalle2_fast import CLIP, DiffusionPrior
+from dalle2_fast import CLIP, DALLE2, DiffusionPrior
 from dalle2_fast.checkpoints import CheckpointError, load_config
 from dalle2_fast.checkpoints.formats.diffusers_options import class_name
-from dalle2_fast.checkpoints.tensor_files import read_tensors
+from dalle2_fast.checkpoints.tensor_files import read_tensors, read_torch
+from dalle2_fast.checkpoints.weights import unfilled
 from dalle2_fast.data import BPETokenizer
 from tests.support.clip_cases import config_of_hugging_face, config_of_open_clip, small, torchscript
 from tests.support.tiny_pipeline import tiny_pipeline
@@ -30,6 +32,17 @@ def numbers_as(value: object, replacement: object) -> object:
     if isinstance(value, list):
         return [numbers_as(each, replacement) for each in value]
     return replacement if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def rewrite(old, new, change, compression=zipfile.ZIP_DEFLATED):
+    """Copy a zip archive; change(name, data) -> data."""
+    with zipfile.ZipFile(old) as source, zipfile.ZipFile(new, "w", compression) as target:
+        for name in source.namelist():
+            target.writestr(name, change(name, source.read(name)))
+
+
+def first_storage(change):
+    return lambda name, data: change(data) if name.endswith("/data/0") else data
 
 
 def test_json_that_is_nested_too_deeply(tmp_path):
@@ -86,12 +99,101 @@ def test_configurations_of_a_clip_with_values_of_another_type(tmp_path, kind, re
         CLIP.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["layers_per_block", "time_embed_dim", "channels"])
+def test_a_config_that_asks_for_far_more_than_the_weights(tmp_path, name):
+    """Building 10^9 layers never ends, and 10^9 x 10^9 numbers is an error of torch."""
+    folder = tiny_pipeline().save_pretrained(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    unet = config["decoder"]["unet"]
+    unet[name] = [10**9] * len(unet[name]) if isinstance(unet.get(name), list) else 10**9
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="config.json: decoder: cannot be built"):
+        DALLE2.from_pretrained(folder)
+
+
+def test_layers_without_end_are_not_built(tmp_path):
+    """The error comes before the memory is full, and names what the weights hold."""
+    tensors = {"a.weight": torch.zeros(2, 2)}
+    with pytest.raises(ValueError, match="many more tensors than the 1 of the weights"), unfilled(tensors):
+        while True:
+            torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="far more than the 4 numbers of the weights"), unfilled(tensors):
+        torch.linspace(0, 1, 10**9)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_compressed_records_of_torch_save_are_read_and_not_mapped(tmp_path, mapped):
+    """torch maps the compressed bytes and takes them for numbers."""
+    expected = {"a": torch.randn(300), "b": torch.ones(40, 3), "c": torch.arange(5)}
+    torch.save(expected, tmp_path / "good.pt")
+    rewrite(tmp_path / "good.pt", tmp_path / "small.pt", lambda name, data: data)
+    for file in ("good.pt", "small.pt"):
+        found = read_torch(tmp_path / file, mapped)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("change", [lambda data: data[:-4], lambda data: data + bytes(4)])
+def test_storages_of_another_length_than_the_pickle_says(tmp_path, mapped, change):
+    """torch reads beyond a storage that is too short: what lies behind it in the file becomes weights."""
+    torch.save({"a": torch.ones(300), "b": torch.ones(300)}, tmp_path / "good.pt")
+    for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        rewrite(tmp_path / "good.pt", tmp_path / "bad.pt", first_storage(change), compression)
+        with pytest.raises(CheckpointError, match="data/0: expected 1200 bytes, got"):
+            read_torch(tmp_path / "bad.pt", mapped)
+
+
+def test_an_archive_that_is_nearly_all_compression(tmp_path):
+    """128 MB of zeros in 0.1 MB of file: a gigabyte would be no longer than a photograph."""
+    torch.save({"a": torch.ones(3)}, tmp_path / "good.pt")
+    rewrite(tmp_path / "good.pt", tmp_path / "bomb.pt", first_storage(lambda data: bytes(1 << 27)))
+    with pytest.raises(CheckpointError, match="that inflate to 134,.* are no weights"):
+        read_torch(tmp_path / "bomb.pt")
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", ": a pointer of Git LFS; `git"),
+        (b"\n<!DOCTYPE html><html>Not Found</html>", ": an HTML page, which was saved in the place"),
+        (b"", ": .*damaged"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.safetensors", "x.bin", "x.pt", "x.index.json"])
+def test_files_that_are_something_else(tmp_path, name, content, expected):
+    """safetensors calls a pointer of Git LFS "header too large"."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        read_tensors(tmp_path / name)
+    said = str(caught.value)
+    assert said.startswith(f"{tmp_path / name}: ") and "\n" not in said
+    assert re.search(expected, said)
+
+
+@pytest.mark.parametrize("other", ["model.safetensors.index.json", "other.bin.index.json", "config.json"])
+def test_an_index_that_names_an_index(tmp_path, other):
+    """An index that names itself, or another one that names it, was read until Python's stack was full."""
+    for name in {"model.safetensors.index.json", other}:
+        (tmp_path / name).write_text(json.dumps({"weight_map": {"a": other}}))
+    with pytest.raises(CheckpointError, match="expected names of files of tensors in its folder"):
+        read_tensors(tmp_path / "model.safetensors.index.json")
+
+
+def test_a_clip_of_siglips_loss(tmp_path):
+    """open_clip stores the bias of that loss, on which no embedding depends."""
+    state = small().to_state_dict("open_clip")
+    torch.save(state | {"logit_bias": torch.tensor(-10.0)}, tmp_path / "open_clip_pytorch_model.bin")
+    config = {"model_cfg": config_of_open_clip() | {"init_logit_bias": -10}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    loaded = CLIP.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in small().state_dict().items())
+
+
 def test_a_storage_that_inflates_to_more_than_it_says(tmp_path):
     """A zip bomb fills the memory if its storage is inflated before its size is compared."""
     good, bomb = torchscript(tmp_path / "good.pt", {"a": torch.ones(3)}), tmp_path / "bomb.pt"
-    with zipfile.ZipFile(good) as old, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as new:
-        for name in old.namelist():
-            new.writestr(name, bytes(2**20) if name.endswith("/data/0") else old.read(name))
+    rewrite(good, bomb, first_storage(lambda data: bytes(2**20)))
     inflated = []
     read = zipfile.ZipFile.read
 

@@ -40,8 +40,11 @@ BLOCK = {
     "mlp.c_proj": "mlp.fc2",
 }
 WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
-# What files hold in addition to weights: OpenAI's sizes, and masks and indices that follow from sizes.
-NO_WEIGHTS = re.compile(r"(.*\.)?(input_resolution|context_length|vocab_size|attn_mask|position_ids)")
+# What files hold in addition to the weights of the towers: OpenAI's sizes, masks and indices that follow from
+# sizes, and the bias of SigLIP's loss, which no embedding depends on.
+NO_WEIGHTS = re.compile(
+    r"(.*\.)?(input_resolution|context_length|vocab_size|attn_mask|position_ids)|logit_bias"
+)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ PLAIN_TEXT = dict(
     ls_init_value=None, embed_cls=False, no_causal_mask=False, final_ln_after_pool=False, pool_type="argmax",
     proj_bias=False, proj_type="linear", act_kwargs=None, norm_kwargs=None, hf_model_name=None,
 )  # fmt: skip
-PLAIN_MODEL = dict(multimodal_cfg=None, init_logit_bias=None)
+PLAIN_MODEL = dict(multimodal_cfg=None)
 # Settings that are read below, and settings that do not change what the network computes.
 READ_VISION = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size"}
 READ_VISION |= {"patch_dropout", "output_tokens", "attn_pooler_queries", "attn_pooler_heads"}
@@ -47,6 +47,7 @@ READ_TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ra
 READ_TEXT |= {"hf_tokenizer_name", "tokenizer_kwargs", "pad_id", "eos_id", "output_tokens"}
 READ_MODEL = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
 READ_MODEL |= {"custom_text", "nonscalar_logit_scale", "init_logit_scale", "preprocess_cfg"}
+READ_MODEL |= {"init_logit_bias"}
 NEUTRAL = (None, False, 0, {}, [])  # values with which a setting is off
 
 
