@@ -1,10 +1,11 @@
-"""`dalle2-fast vocabulary`: the words that a checkpoint knows."""
+"""`dalle2-fast vocabulary`: the words that a checkpoint knows, grouped, and captions made of them."""
 
 from __future__ import annotations
 
 import argparse
 import shutil
 import textwrap
+from collections.abc import Sequence
 
 from dalle2_fast.cli.arguments import add_checkpoint
 
@@ -18,6 +19,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the words; the exit code."""
     from dalle2_fast.checkpoints import construct, embedded_path, load_config
     from dalle2_fast.data import BPETokenizer, tokenizer_from_config
+    from dalle2_fast.data.synthetic.grammar import EXAMPLES, word_groups
 
     path = args.checkpoint or embedded_path()
     tokenizer = construct(tokenizer_from_config, load_config(path), "tokenizer", path)
@@ -28,8 +30,22 @@ def run(args: argparse.Namespace) -> int:
             f"{limit}."
         )
         return 0
-    words = sorted(tokenizer.words)
-    print(f"{len(words)} words; a caption holds at most {limit}.")
-    width = min(100, shutil.get_terminal_size().columns)
-    print(textwrap.fill(" ".join(words), width=width, break_on_hyphens=False))
+    print(f"{len(tokenizer.words)} words; a caption holds at most {limit}.")
+    if not tokenizer.of_scenes:
+        _print_words("", sorted(tokenizer.words))
+        return 0
+    for heading, words in word_groups(tokenizer.words).items():
+        _print_words(f"{heading}: ", words)
+    known = set(tokenizer.words)
+    examples = [sentence for sentence in EXAMPLES if known.issuperset(sentence.split())]
+    if examples:
+        print("For example:")
+        for sentence in examples:
+            print(f"  {sentence}")
     return 0
+
+
+def _print_words(heading: str, words: Sequence[str]) -> None:
+    width = min(100, shutil.get_terminal_size().columns)
+    text = heading + " ".join(words)
+    print(textwrap.fill(text, width=width, subsequent_indent="  " if heading else "", break_on_hyphens=False))

@@ -201,6 +201,17 @@ def test_vocabulary(checkpoint, capsys):
     assert " ".join(rest).split() == sorted(WORDS)
 
 
+def test_vocabulary_of_scenes_is_grouped_and_has_examples(capsys):
+    """A flat list does not say that only backgrounds are checkered."""
+    assert cli.main(["vocabulary"]) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert lines[0] == "119 words; a caption holds at most 34."
+    for heading, word in (("shapes: ", "circle"), ("textures of backgrounds: ", "checkered")):
+        assert any(line.startswith(heading) and word in line.split() for line in lines)
+    assert "  three green stars\n" in out
+
+
 def test_vocabulary_without_checkpoint(tmp_path, capsys):
     assert cli.main(["vocabulary", "--checkpoint", str(tmp_path / "none")]) == 2
     assert "no such checkpoint folder" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import torch
 
 from dalle2_fast.data.synthetic import vocabulary as v
 from dalle2_fast.data.synthetic.captions import make_captions
+from dalle2_fast.data.synthetic.grammar import EXAMPLES, word_groups
 from dalle2_fast.data.synthetic.scenes import sample_scenes
 from dalle2_fast.data.synthetic.words import scene_words
 from dalle2_fast.data.synthetic.world import World
@@ -45,13 +46,47 @@ def test_words_of_a_world_are_exactly_those_of_its_captions():
         assert {v.WORDS[index] for index in seen if index > v.UNK} == set(scene_words(world)), options
 
 
-def test_unknown_words_are_named_with_the_known_ones():
+def test_unknown_words_are_named_with_the_nearest_known_ones():
     small = WordTokenizer.scenes(World(shapes=["star", "circle"], colors=["red", "blue"], kinds=["one"]))
     assert torch.equal(small.encode("a red star"), TOKENIZER.encode("a red star")), "ids are the table's"
-    with pytest.raises(ValueError, match='unknown words "green", "dinosaurs" in the caption.* red .* star '):
-        small.encode("a green dinosaurs star")
+    with pytest.raises(ValueError, match='unknown words "lilac", "dinosaurs" in the caption; .* the ') as few:
+        small.encode("a lilac dinosaurs star")
+    assert len(str(few.value)) < 150, "all known words fill a screen"
+    with pytest.raises(ValueError, match=r'unknown word "sqare" \(nearest: square, squares, star\) in the'):
+        TOKENIZER.encode("a red sqare")
     ids = [v.BOS, v.WORD_TO_ID["a"], v.UNK, v.WORD_TO_ID["star"], v.EOS]
     assert small.encode("a green star", unknown="token")[0, :5].tolist() == ids
+
+
+@pytest.mark.parametrize(
+    ("caption", "says"),
+    [
+        ("a checkered cyan square", '"checkered" before "square": .* only a background .*, never an object'),
+        ("two navy, small stars", '"navy" before "stars"'),
+        ("a red ring above a mint gradient disk on a navy background", '"mint", "gradient" before "disk"'),
+        ("a ring on a dotted red background", '"red" before "background": .* only an object .* a background'),
+    ],
+)
+def test_words_that_would_be_taken_for_another_part_are_refused(caption, says):
+    """The checkers went to the background: the checkpoint has seen the word nowhere else."""
+    with pytest.raises(ValueError, match=says):
+        TOKENIZER.encode(caption)
+    assert TOKENIZER.encode(caption, unknown="token").shape == (1, 36)
+    words = split_words(caption)
+    WordTokenizer(sorted(set(words))).encode(caption)  # words of other captions may stand anywhere
+
+
+def test_words_of_backgrounds_and_of_both_are_accepted_where_they_belong():
+    """The captions of scenes themselves are in test_tokenizer_round_trip."""
+    TOKENIZER.encode(["on a grey background a plain ring", "checkered", "a red square with a sky backdrop"])
+    TOKENIZER.encode(list(EXAMPLES))
+
+
+def test_every_word_is_in_a_group():
+    groups = word_groups(TOKENIZER.words)
+    assert {word for group in groups.values() for word in group} == set(TOKENIZER.words)
+    assert "checkered" not in groups["fills of objects"] and "checkered" in groups["textures of backgrounds"]
+    assert word_groups([]) == {}
 
 
 def test_impossible_captions():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from dalle2_fast.data.synthetic.grammar import check_meaning
 from dalle2_fast.data.synthetic.vocabulary import BOS, EOS, MAX_LENGTH, PAD, SPECIALS, UNK, WORDS
 from dalle2_fast.data.synthetic.words import scene_words
 from dalle2_fast.data.synthetic.world import World
@@ -57,6 +59,11 @@ class WordTokenizer:
         self._known = frozenset(wanted)
 
     @property
+    def of_scenes(self) -> bool:
+        """Whether the words are those of the synthetic scenes, whose captions follow a pattern."""
+        return self.table == WORDS[len(SPECIALS) :]
+
+    @property
     def vocab_size(self) -> int:
         """The number of ids, which run from 0 to vocab_size - 1."""
         return len(SPECIALS) + len(self.table)
@@ -76,7 +83,9 @@ class WordTokenizer:
 
         Raises:
             TypeError: a caption is not a str.
-            ValueError: a caption is empty, too long, or has unknown words, which the message names.
+            ValueError: a caption is empty, too long, has unknown words, which the message names with the
+                nearest known ones, or, for scenes, says of an object what only backgrounds are, or the
+                reverse.
         """
         return encode_rows(
             captions, lambda caption: self._encode(caption, unknown, truncate), self.context_length, unknown
@@ -97,16 +106,21 @@ class WordTokenizer:
             raise ValueError(f"the caption {caption!r} is empty: expected 1 to {room} words")
         strangers = list(dict.fromkeys(word for word in words if word not in self._known))
         if strangers and unknown == "error":
-            names = ", ".join(f'"{word}"' for word in strangers)
+            names = ", ".join(map(self._with_nearest, strangers))
             raise ValueError(
-                f"unknown {'word' if len(strangers) == 1 else 'words'} {names} in the caption; the "
-                f"{len(self.words)} known words (listed by `dalle2-fast vocabulary`) are: "
-                f"{' '.join(sorted(self.words))}"
+                f"unknown {'word' if len(strangers) == 1 else 'words'} {names} in the caption; "
+                f"`dalle2-fast vocabulary` lists the {len(self.words)} known words"
             )
+        if self.of_scenes and unknown == "error":
+            check_meaning(words)
         if len(words) > room and not truncate:
             raise ValueError(f"the caption has {len(words)} words: expected at most {room}")
         ids = [self._ids[word] if word in self._known else UNK for word in words[:room]]
         return [BOS, *ids, EOS] + [PAD] * (room - len(ids))
+
+    def _with_nearest(self, stranger: str) -> str:
+        near = difflib.get_close_matches(stranger, self.words, n=3)
+        return f'"{stranger}"' + (f" (nearest: {', '.join(near)})" if near else "")
 
     def decode(self, row: Tensor | Sequence[int]) -> str:
         """The words of one row, without padding, begin and end.
