@@ -5,8 +5,8 @@ UnCLIPScheduler also makes a schedule of one step, for which diffusers' divides 
 
 By default a seed per sample is taken from the generator (or the list of generators, one per sample) that
 `step` gets, and the op samples the noise from the seed. The same generator gives the same image every time,
-but not the image that diffusers' scheduler makes from it. With `noise=` a step gives the same numbers as
-diffusers'.
+but not the image that diffusers' scheduler makes from it. With `noise=` a step gives the numbers of
+diffusers' up to 7e-4, because diffusers keeps its tables in float32.
 """
 
 from __future__ import annotations
