@@ -119,7 +119,7 @@ class WordTokenizer:
         return [BOS, *ids, EOS] + [PAD] * (room - len(ids))
 
     def _with_nearest(self, stranger: str) -> str:
-        near = difflib.get_close_matches(stranger, self.words, n=3)
+        near = difflib.get_close_matches(stranger, self.words, n=3, cutoff=0.7)
         return f'"{stranger}"' + (f" (nearest: {', '.join(near)})" if near else "")
 
     def decode(self, row: Tensor | Sequence[int]) -> str:
