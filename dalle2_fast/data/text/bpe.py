@@ -4,8 +4,8 @@ The text is cleaned (broken encodings, HTML entities, white space, capitals) and
 and runs of signs. Each of these is written as UTF-8 bytes, whose neighbours are merged in the order in which
 the merges were learnt (Sennrich et al., arXiv 1508.07909; on bytes: GPT-2). The ids are, in this order, 256
 bytes, 256 bytes that end a word, one for each merge, begin and end: those of OpenAI's CLIP and of open_clip.
-A text that spells a special token, "<start_of_text>" or "<end_of_text>", gets its id, as in open_clip. OpenAI's
-names for the same ids, "<|startoftext|>" and "<|endoftext|>", are read as text.
+A text that spells a special token, "<start_of_text>" or "<end_of_text>", gets its id, as in open_clip.
+OpenAI's names for these ids, "<|startoftext|>" and "<|endoftext|>", are read as text.
 
 The merge loop is written here although the package `tokenizers` (0.23) gives the same ids, on 58 hard texts,
 6,000 random strings and 15,000 words under 300 random tables of merges: it would replace only the 30 lines of
