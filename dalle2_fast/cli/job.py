@@ -132,14 +132,16 @@ class Job:
         if self.args.individual is not None:
             self._write_individual(images, texts, labels)
             report["individual"] = str(self.args.individual.resolve())
+        total = time.perf_counter() - self.began
         seconds = {"start-up": self.start_up, **seconds}
+        seconds["rest"] = max(0.0, total - sum(seconds.values()))  # such as embedding images, writing files
         times = ", ".join(f"{name} {spent:.2f}" for name, spent in seconds.items())
         report |= lines or {}
         report |= {
             "seed": self.seed,
             "device": f"{self._device_name()}, {self._dtype_name()}",
             "backend": _backend_name(),
-            "seconds": f"{times}, in all {sum(seconds.values()):.2f}",
+            "seconds": f"{times}, in all {total:.2f}",
         }
         for key, value in report.items():
             print(f"{key + ':':<12}{value}")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dalle2_fast import cli
+from dalle2_fast import DALLE2, cli
 from tests.support.tiny_pipeline import tiny_pipeline
 
 
@@ -53,6 +55,27 @@ COMMANDS = {
 # Images in the grid: the results and the images that they are compared with.
 SHOWN = {"variations": 3, "interpolate": 5, "text-diff": 3, "invert": 3, "reconstruct": 4, "inpaint": 4,
          "generate": 3}  # fmt: skip
+
+
+def test_the_report_counts_all_seconds(command, monkeypatch):
+    """`reconstruct` took 48 s and reported 5: what is done between the stages was not counted."""
+    inner = DALLE2.fit_pca
+
+    def slow(self, *args, **options):
+        time.sleep(0.5)
+        return inner(self, *args, **options)
+
+    monkeypatch.setattr(DALLE2, "fit_pca", slow)
+    embed = DALLE2.reconstruct
+    monkeypatch.setattr(DALLE2, "reconstruct", lambda *a, **k: time.sleep(0.5) or embed(*a, **k))
+    begin = time.perf_counter()
+    _, printed, _ = command(*COMMANDS["reconstruct"])
+    spent = time.perf_counter() - begin
+    seconds = {name: float(value) for name, value in re.findall(r"([a-z-]+) (\d+\.\d\d)", printed["seconds"])}
+    total = float(printed["seconds"].rpartition(" ")[2])
+    del seconds["all"]
+    assert seconds["components"] >= 0.5 and seconds["rest"] >= 0.5 and "decoder" in seconds
+    assert sum(seconds.values()) == pytest.approx(total, abs=0.05) and total == pytest.approx(spent, abs=0.2)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     files = None if args.pca_folder is None else _image_files(args.pca_folder)
     pipe = job.load()
     from dalle2_fast.data.images import resized, to_pil
+    from dalle2_fast.pipeline.progress import StageTimer
 
     width = pipe.clip.dim_latent
     dims = args.dims or [*(4**power for power in range(8) if 4**power < width), width]
@@ -55,12 +56,15 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--dims: expected numbers of up to {width} components, got {max(dims)}")
     image = job.square(opened, args.image)
     batches = None if files is None else _read(files, pipe.clip.image_size)
-    pca = pipe.fit_pca(batches, count=args.pca_images, seed=job.seed)
+    timer = StageTimer(False, pipe.device)
+    with timer("components"):
+        pca = pipe.fit_pca(batches, count=args.pca_images, seed=job.seed)
     made = pipe.reconstruct(image, dims, pca, **job.options())
     images = to_pil(resized(image, job.size)) + to_pil(made.images)
     labels = ["source", *(f"{count}: {pca.explained(count):.1%} of variance" for count in dims)]
     texts = {"image": args.image.name, "dims": ", ".join(map(str, dims))}
-    return job.write(images, made.seconds, texts=texts, labels=labels, columns=MAX_COLUMNS)
+    seconds = timer.seconds | made.seconds
+    return job.write(images, seconds, texts=texts, labels=labels, columns=MAX_COLUMNS)
 
 
 def _dims(text: str) -> list[int]:
