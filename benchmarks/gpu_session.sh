@@ -3,19 +3,35 @@
 #
 #   benchmarks/gpu_session.sh OUT [build | tests | quick | full | profile | report] ...
 #
-# OUT receives the logs, the JSON files of the runs and the profiles. `report` writes benchmarks/results and
-# the README. A stage that fails or runs out of its time does not stop the next one; the status is then 1.
-# `full` takes nine minutes; rows that do not fit are listed as absent and keep the figures of `quick`. Nothing
-# is downloaded: Python needs torch for CUDA, triton, pybind11, ninja, pytest, pytest-benchmark, matplotlib.
+# OUT receives the logs, the JSON files of the runs and the profiles. Only `report`, which has to be asked for,
+# rewrites benchmarks/results and the README; without stages all the others run. A stage that fails or runs out
+# of its time does not stop the next one; the status is then 1. `full` takes nine minutes; rows that do not fit
+# are listed as absent and keep the figures of `quick`. Nothing is downloaded: Python needs torch for CUDA,
+# triton, pybind11, ninja, pytest, pytest-benchmark, matplotlib.
 set -u
-if [ $# -lt 1 ]; then
-    sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+script=${BASH_SOURCE[0]}
+if [ $# -lt 1 ] || [ "${1#-}" != "$1" ]; then
+    sed -n '2,10s/^# \{0,1\}//p' "$script" >&2
     exit 2
 fi
+stages="build tests quick full profile report"
+case " $stages " in *" $1 "*)
+    echo "$1 is a stage: expected the folder OUT first, such as: $0 runs $*" >&2
+    exit 2
+    ;;
+esac
+for name in "${@:2}"; do  # before the first stage, which takes minutes
+    case " $stages " in *" $name "*) ;; *)
+        echo "$name: expected some of $stages" >&2
+        exit 2
+        ;;
+    esac
+done
+root=$(cd "$(dirname "$script")/.." && pwd) || exit 2
 out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
 shift
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
-[ $# -gt 0 ] || set -- build tests quick full profile report
+cd "$root" || exit 2
+[ $# -gt 0 ] || set -- build tests quick full profile
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python}
 failed=()
@@ -66,10 +82,6 @@ for name in "$@"; do
         runs=()
         for run in quick full; do [ -s "$out/$run.json" ] && runs+=("$out/$run.json"); done
         stage report 60 "$python" -m benchmarks.timing.report "${runs[@]}"
-        ;;
-    *)
-        echo "$name: expected build, tests, quick, full, profile or report" >&2
-        exit 2
         ;;
     esac
 done

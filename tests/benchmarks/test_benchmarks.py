@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -242,6 +243,29 @@ def test_the_gpu_session_names_its_stages(tmp_path):
     named = re.findall(r"\btests/\w+", text)
     named += [f"{module.replace('.', '/')}.py" for module in re.findall(r"-m (benchmarks[.\w]+)", text)]
     assert len(named) == 5 and all((ROOT / name).exists() for name in named)
+
+
+def test_the_gpu_session_takes_no_stage_for_its_folder(tmp_path):
+    """`gpu_session.sh tests` ran everything and wrote into a folder called tests."""
+    script = ROOT / "benchmarks" / "gpu_session.sh"
+    for arguments in (["tests"], ["report", "build"]):
+        done = subprocess.run([script, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and f"{arguments[0]} is a stage: expected the folder OUT" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_gpu_session_rewrites_the_readme_only_if_asked(tmp_path):
+    """By default it rewrote that of whoever ran it."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    python.chmod(0o755)
+    script = ROOT / "benchmarks" / "gpu_session.sh"
+    for stages, expected in (([], False), (["report"], True)):
+        (tmp_path / "calls").unlink(missing_ok=True)
+        environment = os.environ | {"PYTHON": str(python)}
+        done = subprocess.run([script, tmp_path / "out", *stages], capture_output=True, env=environment)
+        assert done.returncode == 0, done
+        assert ("benchmarks.timing.report" in (tmp_path / "calls").read_text()) == expected
 
 
 def test_memory_and_time_of_the_loss_are_drawn(tmp_path):
