@@ -10,7 +10,7 @@ from dalle2_fast.training.recipes import Optimisation
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Parameters with and without weight decay: norms, biases, scalars and embeddings do not decay."""
+    """Two groups, with and without weight decay: norms, biases, scalars and embeddings do not decay."""
     tables = {
         id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
     }
@@ -24,8 +24,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
                 and "embedding" not in name.rsplit(".", 1)[-1]
             )
             (decayed if plain else free).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
 # Modules at the ends of a network: rows or columns of their matrices have different scales. Not for Muon.
@@ -34,14 +33,18 @@ ENDS = {"conv_in", "conv_out", "layout", "proj_in", "proj_out", "proj", "text_pr
 
 def make_optimizers(model: nn.Module, options: Optimisation) -> list[torch.optim.Optimizer]:
     """AdamW for all parameters, or Muon for the hidden matrices and AdamW for the rest."""
-    groups = parameter_groups(model, options.weight_decay)
+    decayed, free = parameter_groups(model, options.weight_decay)
     optimizers: list[torch.optim.Optimizer] = []
     if options.optimizer == "muon":
         ends = {id(p) for name, p in model.named_parameters() if ENDS & set(name.split("."))}
-        decayed = groups[0]["params"]
-        hidden = [p for p in decayed if id(p) not in ends]
-        groups[0]["params"] = [p for p in decayed if id(p) in ends]
-        optimizers.append(Muon(hidden, lr=options.learning_rate, weight_decay=options.weight_decay))
-    groups = [group for group in groups if group["params"]]
-    optimizers.append(torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, fused=True))
+        hidden = [p for p in decayed["params"] if id(p) not in ends]
+        decayed["params"] = [p for p in decayed["params"] if id(p) in ends]
+        if hidden:
+            optimizers.append(Muon(hidden, lr=options.learning_rate, weight_decay=options.weight_decay))
+    if groups := [group for group in (decayed, free) if group["params"]]:
+        optimizers.append(
+            torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, fused=True)
+        )
+    if not optimizers:
+        raise ValueError("model: expected a parameter that requires a gradient, got none")
     return optimizers
