@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from pathlib import Path
 from dalle2_fast.cli.arguments import DEVICE_HELP
 from dalle2_fast.pipeline.device import choose_device, choose_dtype
 from dalle2_fast.training.presets import PRESETS, get_preset
-from dalle2_fast.training.recipes import EXTRA_STAGES, PRIORS, STAGES, adjust, choose_prior
+from dalle2_fast.training.recipes import EXTRA_STAGES, PRIORS, STAGES, Preset, adjust, choose_prior
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,15 +25,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=(*STAGES, *EXTRA_STAGES, "all"),
         help="what to train; all: the first four in order, then the pipeline",
     )
-    add("--preset", required=True, help=f"one of {', '.join(PRESETS)}")
+    add("--preset", help=f"one of {', '.join(PRESETS)} (default: that of the run in DIR)")
     add("--prior", choices=PRIORS, help="which prior (default: the one in DIR, or else diffusion)")
     add("--out", required=True, type=Path, metavar="DIR", help="folder of the run: one sub-folder per stage")
-    add("--resume", action="store_true", help="continue the run in DIR; finished stages are skipped")
+    add(
+        "--resume",
+        action="store_true",
+        help="continue the run in DIR with its settings; finished stages are skipped",
+    )
+    add(
+        "--override",
+        action="store_true",
+        help="let options that differ from the run's settings take their place; with a greater length, also "
+        "train finished stages further",
+    )
     add("--init", type=Path, metavar="FILE", help="start from these STAGE/model.safetensors weights")
     add(
         "--freeze",
         nargs="+",
-        default=(),
         metavar="PREFIX",
         help="do not train weights whose names begin with PREFIX; visual: tune CLIP's text tower alone",
     )
@@ -47,16 +56,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--batch-size", type=int, help="samples per step (default: the preset's)")
     add("--lr", type=float, help="peak learning rate (default: the preset's)")
-    add("--seed", type=int, default=0, help="of weights, scenes and noise (default 0)")
+    add("--seed", type=int, help="of weights, scenes and noise (default: the run's, or else 0)")
     add("--device", default="auto", help=DEVICE_HELP)
     add(
         "--dtype",
         default="auto",
         choices=("auto", "fp32", "bf16"),
-        help="bf16: autocast, fp32 weights; auto (default): bf16 on a device that computes in it",
+        help="bf16: autocast, fp32 weights; auto (default): the run's, or else bf16 on a device that has it",
     )
     add("--threads", type=int, help="CPU threads (default: torch's)")
-    add("--data", metavar="SHARDS", help="WebDataset shards of image-caption pairs instead of the scenes")
+    add(
+        "--data",
+        metavar="SHARDS",
+        help="WebDataset shards of image-caption pairs instead of the scenes (default: the run's)",
+    )
+    add(
+        "--val-data",
+        metavar="SHARDS",
+        help="shards for the metrics (default: one sample in 25 of --data, which is then not trained on)",
+    )
     add(
         "--tokenizer",
         choices=("words", "clip"),
@@ -107,8 +125,10 @@ def _warnings_of_samples(*, shown: bool) -> Iterator[None]:
 def _train(args: argparse.Namespace) -> int:
     import torch
 
-    from dalle2_fast.training.run import export_pipeline, saved_prior_kind, train_stage
+    from dalle2_fast.training.run import export_pipeline, train_stages
 
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("train is one process on one device: start it without torchrun")
     device = choose_device(args.device, ("cpu", "cuda"))
     if args.threads is not None:
         if args.threads < 1:
@@ -119,25 +139,21 @@ def _train(args: argparse.Namespace) -> int:
     stages = STAGES if args.stage == "all" else (args.stage,)
     if args.stage == "all" and (args.init or args.freeze):
         raise ValueError("--init, --freeze: expected one stage, got all")
-    prior = args.prior or (saved_prior_kind(args.out) if args.resume else None) or PRIORS[0]
-    preset = adjust(
-        choose_prior(get_preset(args.preset), prior), stages, minutes=args.minutes, steps=args.steps,
-        batch_size=args.batch_size, learning_rate=args.lr,
-    )  # fmt: skip
-    begin = time.monotonic()
-    for name in () if args.export else stages:
-        left = None if args.pause_after is None else args.pause_after - (time.monotonic() - begin) / 60
-        outcome = train_stage(
-            name,
+    preset = _preset(args, stages)
+    if not args.export:
+        name, outcome = train_stages(
+            stages,
             preset,
             args.out,
+            pause_after=args.pause_after,
             resume=args.resume,
+            override=args.override,
             seed=args.seed,
             device=device,
-            dtype=choose_dtype(args.dtype, device),
+            dtype=None if args.dtype == "auto" else choose_dtype(args.dtype, device),
             shards=args.data,
+            val_shards=args.val_data,
             tokenizer=args.tokenizer,
-            pause_after=left,
             init=args.init,
             freeze=args.freeze,
             show_progress=not args.quiet,
@@ -149,3 +165,21 @@ def _train(args: argparse.Namespace) -> int:
         path = export_pipeline(preset, args.out, dtype=getattr(torch, args.export_dtype))
         print(f"pipeline: {path}")
     return 0
+
+
+def _preset(args: argparse.Namespace, stages: tuple[str, ...]) -> Preset:
+    """The recipes with the options of the command line, and those that a resumed run has recorded."""
+    from dalle2_fast.training.run import saved_prior_kind
+    from dalle2_fast.training.run_folder.record import RunRecord, with_recorded
+
+    record = RunRecord.read(args.out)
+    name = args.preset or (record.run["preset"] if record is not None else None)
+    if name is None:
+        raise ValueError(f"--preset: expected one of {', '.join(PRESETS)}, got none")
+    prior = args.prior or (saved_prior_kind(args.out) if args.resume else None) or PRIORS[0]
+    options = dict(
+        minutes=args.minutes, steps=args.steps, batch_size=args.batch_size, learning_rate=args.lr
+    )
+    preset = adjust(choose_prior(get_preset(name), prior), stages, **options)
+    given = {option for option, value in options.items() if value is not None}
+    return with_recorded(preset, record, given) if args.resume else preset

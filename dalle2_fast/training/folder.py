@@ -12,6 +12,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
+import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -47,6 +50,16 @@ def reason(error: OSError) -> str:
     return cause.strerror or str(cause)
 
 
+def find_damage(path: Path) -> str | None:
+    """What is wrong with an archive that torch.save wrote: truncated, or a checksum that does not hold."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
+        return str(error)
+    return None if wrong is None else f"the checksum of {wrong} does not hold"
+
+
 class StageFolder:
     """Reads and writes the files of one stage.
 
@@ -80,24 +93,41 @@ class StageFolder:
     def has_state(self) -> bool:
         return self.state_path.exists() or self.previous_path.exists()
 
+    def has_begun(self) -> bool:
+        """Whether there is a state, or the weights of a finished stage."""
+        return self.has_state() or self.weights_path.exists()
+
     def save_state(self, state: dict) -> None:
         """Write the state and keep the previous one. At every instant one whole state exists."""
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_file(self.state_path, buffer.getbuffer(), backup=self.previous_path)
 
-    def load_state(self, device: torch.device) -> tuple[dict, Path]:
-        """The newest state and its file.
+    def load_state(self) -> tuple[dict, Path]:
+        """The newest state, on the CPU, and its file.
+
+        It is not loaded to the device, which may have no room for a second copy of model and optimiser.
 
         Raises:
-            TrainingError: the file is damaged; the message names the previous one.
+            TrainingError: the file is damaged, and the message names the previous one; or it cannot be loaded
+                for another reason, such as too little memory, and the message does not call it damaged.
         """
         path = self.state_path if self.state_path.exists() else self.previous_path
+        advice = f"; delete it to resume {self.previous_path.name}" if path == self.state_path else ""
         try:
-            return torch.load(path, map_location=device, weights_only=True), path
-        except Exception as error:
-            advice = f"; delete it to resume {self.previous_path.name}" if path == self.state_path else ""
-            raise TrainingError(f"{path}: damaged training state ({type(error).__name__}){advice}") from error
+            if (damage := find_damage(path)) is not None:  # torch compares no checksums
+                raise TrainingError(f"{path}: damaged training state ({damage}){advice}")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise TrainingError(f"{path}: cannot be read: {reason(error)}") from error
+        except (RuntimeError, MemoryError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            if isinstance(error, TrainingError):
+                raise
+            what = " ".join(str(error).split()) or type(error).__name__
+            raise TrainingError(f"{path}: cannot be loaded, but the file is whole: {what}") from error
+        if not isinstance(state, dict):
+            raise TrainingError(f"{path}: no training state of this library")
+        return state, path
 
     def append_log(self, rows: list[dict]) -> None:
         """Append one line of JSON per row."""
@@ -112,13 +142,20 @@ class StageFolder:
         if not self.log_path.exists():
             return
         kept = []
-        for line in self.log_path.read_text(encoding="utf-8").splitlines():
+        for line in self.log_path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except (ValueError, KeyError):  # half of a line, cut by the kill
+            except (ValueError, KeyError, TypeError):  # half of a line, cut by the kill
                 continue
         write_file(self.log_path, "".join(kept).encode())
+
+    def last_logged_step(self) -> int | None:
+        """The step of the last line of the log; None without a log."""
+        if not self.log_path.exists():
+            return None
+        lines = self.log_path.read_text(encoding="utf-8").splitlines()
+        return json.loads(lines[-1])["step"] if lines else None
 
     def save_images(self, name: str, images: Tensor, columns: int) -> None:
         """Write images, float [N, 3, H, W] in [0, 1], as a grid with `columns` to samples/`name`."""

@@ -4,57 +4,83 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from dalle2_fast.data import BPETokenizer, Tokenizer, WordTokenizer, World, tokenizer_from_config
+from dalle2_fast.data import World
 from dalle2_fast.pipeline.dalle2 import DALLE2
 from dalle2_fast.pipeline.device import choose_dtype
 from dalle2_fast.training.errors import TrainingError
 from dalle2_fast.training.folder import StageFolder, reason, write_file
 from dalle2_fast.training.recipes import EXTRA_STAGES, STAGES, Preset
+from dalle2_fast.training.run_folder.agreement import agree_on_data, agree_on_run, is_to_be_extended, refuse
+from dalle2_fast.training.run_folder.lock import run_lock
+from dalle2_fast.training.run_folder.record import FILE as RECORD
+from dalle2_fast.training.run_folder.record import RunRecord, differences, has_begun, stage_settings
+from dalle2_fast.training.run_folder.tokenizer import FILE as TOKENIZER
+from dalle2_fast.training.run_folder.tokenizer import run_tokenizer
 from dalle2_fast.training.stages.registry import load_stage, make_stage
 from dalle2_fast.training.trainer import Trainer
 from dalle2_fast.training.weights import load_weights, save_weights
 
-TOKENIZER = "tokenizer.json"  # in the folder of a run on shards
+
+def train_stages(
+    names: Sequence[str], preset: Preset, out: Path, *, pause_after: float | None = None, **options
+) -> tuple[str, str]:
+    """Train stages in order, as the only command in the folder of the run.
+
+    Args:
+        names: of the stages.
+        preset: the recipes.
+        out: folder of the run.
+        pause_after: minutes after which the state is saved and training stops.
+        options: the others of `train_stage`.
+
+    Returns:
+        The name of the last stage that was trained, and its outcome, see `train_stage`.
+
+    Raises:
+        TrainingError, ValueError: what the user can correct.
+    """
+    begin = time.monotonic()
+    with run_lock(out):
+        for name in names:
+            left = None if pause_after is None else pause_after - (time.monotonic() - begin) / 60
+            outcome = _train(name, preset, Path(out), pause_after=left, planned=names, **options)
+            if outcome != "finished":
+                break
+    return name, outcome
 
 
-def train_stage(
-    name: str,
-    preset: Preset,
-    out: Path,
-    *,
-    resume: bool = False,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-    shards: str | None = None,
-    tokenizer: str | None = None,
-    pause_after: float | None = None,
-    init: Path | None = None,
-    freeze: Sequence[str] = (),
-    show_progress: bool = True,
-) -> str:
+def train_stage(name: str, preset: Preset, out: Path, **options) -> str:
     """Train one stage in out/name and, when it is finished, store its averaged weights there.
 
     Args:
         name: one of STAGES or EXTRA_STAGES.
         preset: the recipes.
         out: folder of the run.
-        resume: continue from the state in out/name; a finished stage is skipped.
-        seed: of weights, scenes and noise.
-        device: where it is trained.
-        dtype: torch.bfloat16 for autocast, with float32 weights. None: that, where the device computes in it.
-        shards: WebDataset shards to train on instead of scenes.
-        tokenizer: "words" or "clip", for shards. None: what the run has, else words.
-        pause_after: minutes after which the state is saved and training stops.
-        init: weights of an earlier run of this stage to start from.
-        freeze: parameters whose names begin with one of these are not trained.
-        show_progress: draw a progress bar.
+        options: by keyword:
+
+            - resume: continue from the state in out/name. A finished stage is skipped, or, with `override`
+              and a greater length, trained further.
+            - seed: of weights, scenes and noise. None: the stage's when it is resumed, else 0.
+            - device: where it is trained.
+            - dtype: torch.bfloat16 for autocast, with float32 weights. None: the stage's when it is resumed,
+              else bfloat16 where the device computes in it.
+            - shards: WebDataset shards to train on. None: those of the run, or scenes in a new run.
+            - val_shards: shards for the metrics. None: those of the run, or a part of `shards`, which is then
+              not trained on.
+            - tokenizer: "words" or "clip", for shards. None: what the run has, else words.
+            - pause_after: minutes after which the state is saved and training stops.
+            - init: weights of an earlier run of this stage to start from.
+            - freeze: parameters whose names begin with one of these are not trained. None: the stage's when
+              it is resumed, else none.
+            - override: resume although settings differ from those of the run, with the new ones.
+            - show_progress: draw a progress bar.
 
     Returns:
         "finished", "paused" or "interrupted by SIGINT" (or SIGTERM).
@@ -62,30 +88,82 @@ def train_stage(
     Raises:
         TrainingError, ValueError: what the user can correct.
     """
-    device, folder = torch.device(device), StageFolder(Path(out) / name)
-    dtype = choose_dtype("auto", device) if dtype is None else dtype
+    return train_stages((name,), preset, out, **options)[1]
+
+
+def _train(
+    name: str,
+    preset: Preset,
+    out: Path,
+    *,
+    planned: Sequence[str],
+    pause_after: float | None,
+    resume: bool = False,
+    seed: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    shards: str | None = None,
+    val_shards: str | None = None,
+    tokenizer: str | None = None,
+    init: Path | None = None,
+    freeze: Sequence[str] | None = None,
+    override: bool = False,
+    show_progress: bool = True,
+) -> str:
+    """`train_stage` in a locked folder. planned: stages of this command, which are recorded with this one."""
+    device, folder = torch.device(device), StageFolder(out / name)
     if folder.has_state() and not resume:
         raise TrainingError(f"--out: {folder.path} already holds a training state: add --resume to continue")
-    if resume and folder.weights_path.exists():
+    record = RunRecord.read(out)
+    shards, val_shards = agree_on_run(record, preset, out, shards, val_shards, override)
+
+    # The settings of the stage: as given, else as recorded, else the defaults.
+    finished = resume and folder.weights_path.exists()
+    begun = finished or folder.has_state()
+    recorded = record.stages.get(name) if record is not None and resume else None
+    if dtype is None and recorded:
+        dtype = getattr(torch, recorded["dtype"])
+    dtype = choose_dtype("auto", device) if dtype is None else dtype
+    seed = (recorded["seed"] if recorded else 0) if seed is None else seed
+    freeze = tuple((recorded["freeze"] if recorded else ()) if freeze is None else freeze)
+
+    def settings_of(stage: str, **others) -> dict:
+        return stage_settings(stage, preset, seed=seed, dtype=dtype, **others)
+
+    settings = settings_of(name, freeze=freeze, init=init)
+    if begun and init is None:
+        settings["init"] = recorded["init"] if recorded else None
+    found = differences(recorded, settings) if begun and recorded else {}
+    refuse(folder.path, found, override)
+    if finished and not is_to_be_extended(folder, preset, settings["length"], recorded, override):
         print(f"{name}: already finished, skipped ({folder.weights_path})")
         return "finished"
-    reads = run_tokenizer(preset, Path(out), shards, tokenizer)
+    if begun and not recorded:
+        print(f"{name}: its state has no record of settings (older release): those of this command are taken")
+
+    # A tokenizer without a run is the user's, but not if it was left by a run that was killed at its start.
+    left_behind = not has_begun(out) and (out / RECORD).exists()
+    reads = run_tokenizer(preset, out, shards, tokenizer, use_file=not left_behind)
+    shared = agree_on_data(record, preset, out, shards, val_shards, reads, override)
     stage = make_stage(
-        name, preset, out=Path(out), seed=seed, device=device, shards=shards, tokenizer=reads
+        name, preset, out=out, seed=seed, device=device, shards=shards, val_shards=val_shards, tokenizer=reads
     )
-    if init is not None:
+    if init is not None and not begun:
         load_initial(stage.model, init)
     stage.fit()
     freeze_weights(stage.model, freeze)
     folder.prepare()
+    later = [other for other in planned if other != name and not StageFolder(out / other).has_begun()]
+    stages = {other: settings_of(other, freeze=(), init=None) for other in later} | {name: settings}
+    RunRecord(shared, (record.stages if record else {}) | stages).write(out)
     if shards is not None:
-        write_file(Path(out) / TOKENIZER, json.dumps(reads.to_config()).encode())
+        write_file(out / TOKENIZER, json.dumps(reads.to_config()).encode())
+    options = preset.recipe(name).optimisation
     trainer = Trainer(
-        stage, preset.recipe(name).optimisation, folder, seed=seed, device=device, dtype=dtype,
-        show_progress=show_progress,
-    )  # fmt: skip
+        stage, options, folder, seed=seed, device=device, dtype=dtype, show_progress=show_progress
+    )
     if folder.has_state():
-        trainer.resume()
+        trainer.resume(fresh_optimizers="--freeze" in found)
     outcome = trainer.train(pause_after)
     if shards is not None and show_progress and (skipped := stage.stream.summary()):
         print(f"{name}: {skipped}", file=sys.stderr)
@@ -95,17 +173,22 @@ def train_stage(
             "freeze": list(freeze),
             "steps": trainer.state.step,
             "minutes": round(trainer.state.elapsed / 60, 2),
+            "length": settings["length"],
+            "tokenizer": shared["tokenizer"],
         }
         save_weights(folder.weights_path, stage.config | facts, trainer.state.ema.average)
     return outcome
 
 
 def saved_prior_kind(out: Path) -> str | None:
-    """Which prior, one of PRIORS, the unfinished state in `out` belongs to; None if there is no state."""
+    """Which prior, one of PRIORS, the run in `out` has; None if it has no prior, or an older release's."""
     folder = StageFolder(Path(out) / "prior")
+    record = RunRecord.read(out)
+    if record is not None and "prior" in record.stages:
+        return record.stages["prior"]["prior"]
     if folder.weights_path.exists() or not folder.has_state():
         return None
-    kind = folder.load_state(torch.device("cpu"))[0].get("config", {}).get("class")
+    kind = folder.load_state()[0].get("config", {}).get("class")
     return "autoregressive" if kind == "ARPrior" else "diffusion"
 
 
@@ -134,7 +217,7 @@ def freeze_weights(model: nn.Module, prefixes: Sequence[str]) -> None:
     """Exclude from training every parameter whose name begins with one of `prefixes`.
 
     Raises:
-        ValueError: a prefix with which no parameter begins.
+        ValueError: a prefix with which no parameter begins, or nothing is left to train.
     """
     for prefix in prefixes:
         chosen = [parameter for name, parameter in model.named_parameters() if name.startswith(prefix)]
@@ -143,36 +226,8 @@ def freeze_weights(model: nn.Module, prefixes: Sequence[str]) -> None:
             raise ValueError(f"--freeze: no weight begins with {prefix!r}; they are {', '.join(known)}")
         for parameter in chosen:
             parameter.requires_grad_(False)
-
-
-def run_tokenizer(preset: Preset, out: Path, shards: str | None, kind: str | None = None) -> Tokenizer:
-    """The tokenizer of all stages of a run: that of the scenes, or that of the shards (out/tokenizer.json).
-
-    Args:
-        preset: names the world of the scenes.
-        out: folder of the run.
-        shards: what it is trained on instead of scenes.
-        kind: "words" or "clip", as asked for. None: what the run has, else words.
-
-    Raises:
-        ValueError: "clip" without shards, or another kind than the run has.
-    """
-    if kind == "clip" and shards is None:
-        raise ValueError("--tokenizer: clip is for captions from --data, expected --data")
-    path = Path(out) / TOKENIZER
-    if path.exists():
-        tokenizer = tokenizer_from_config(json.loads(path.read_text(encoding="utf-8")))
-        has = "clip" if isinstance(tokenizer, BPETokenizer) else "words"
-        if kind not in (None, has):
-            raise ValueError(f"--tokenizer: the run in {out} has {has}, got {kind}")
-        return tokenizer
-    if shards is None:
-        return WordTokenizer.scenes(World(**preset.world))
-    if kind == "clip":
-        return BPETokenizer()
-    from dalle2_fast.data.shards import WebDatasetStream  # needs the extra "train"
-
-    return WebDatasetStream(shards, 1).tokenizer
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"--freeze: {', '.join(prefixes)} leaves no weight to train")
 
 
 def export_pipeline(preset: Preset, out: Path, *, dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -189,17 +244,19 @@ def export_pipeline(preset: Preset, out: Path, *, dtype: torch.dtype = torch.bfl
     Raises:
         TrainingError: a stage is not finished, or the folder cannot be written.
     """
-    extra = [name for name in EXTRA_STAGES if (Path(out) / name / "model.safetensors").exists()]
-    models = {name: load_stage(Path(out), name) for name in (*STAGES, *extra)}
-    on_shards = (Path(out) / TOKENIZER).exists()
-    world = None if on_shards else World(**preset.world).to_config()
-    pipeline = DALLE2(
-        **models,
-        tokenizer=run_tokenizer(preset, out, None),
-        sampling=preset.sampling,
-        metadata={"preset": preset.name, "world": world},
-    )
-    try:
-        return pipeline.save_pretrained(out, dtype=dtype)
-    except OSError as error:
-        raise TrainingError(f"--out: cannot write to {out}: {reason(error)}") from error
+    out = Path(out)
+    with run_lock(out):
+        extra = [name for name in EXTRA_STAGES if (out / name / "model.safetensors").exists()]
+        models = {name: load_stage(out, name) for name in (*STAGES, *extra)}
+        on_shards = (out / TOKENIZER).exists()
+        world = None if on_shards else World(**preset.world).to_config()
+        pipeline = DALLE2(
+            **models,
+            tokenizer=run_tokenizer(preset, out, None),
+            sampling=preset.sampling,
+            metadata={"preset": preset.name, "world": world},
+        )
+        try:
+            return pipeline.save_pretrained(out, dtype=dtype)
+        except OSError as error:
+            raise TrainingError(f"--out: cannot write to {out}: {reason(error)}") from error

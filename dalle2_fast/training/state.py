@@ -34,7 +34,9 @@ class TrainingState:
         self.model = stage.model.to(device).train()
         self.ema = ExponentialMovingAverage(self.model, options.ema_decay)
         self.optimizers = make_optimizers(self.model, options)
+        self.options = options
         self.step = 0
+        self.samples = 0  # that were trained on; the batch size may change when a run is resumed
         self.elapsed = 0.0
         self._origin = {
             "stage": stage.name, "optimizer": options.optimizer, "seed": seed, "config": stage.config
@@ -48,6 +50,7 @@ class TrainingState:
             optimizer.step()
         self.ema.update(self.model)
         self.step += 1
+        self.samples += self.options.batch_size
 
     def state_dict(self) -> dict:
         """What state.pt holds: tensors and plain values, which load with weights_only=True."""
@@ -55,28 +58,56 @@ class TrainingState:
             "format_version": FORMAT_VERSION,
             **self._origin,
             "step": self.step,
+            "samples": self.samples,
             "elapsed": self.elapsed,
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
 
-    def load_state_dict(self, saved: dict, path: Path) -> None:
+    def load_state_dict(self, saved: dict, path: Path, *, fresh_optimizers: bool = False) -> None:
         """Continue from `saved`, which was read from `path`.
 
+        Args:
+            saved: the result of `state_dict`, on any device.
+            path: named by errors.
+            fresh_optimizers: do not load the state of the optimisers.
+
         Raises:
-            TrainingError: it has another stage, seed, model or optimiser; the message says what differs.
+            TrainingError: it is not whole, or it has another stage, seed, model or optimiser; the message
+                says what differs.
         """
         saved["config"] = completed(saved.get("config"), type(self.model))
         for name in ("stage", "seed", "config", "optimizer"):
             if saved.get(name) != self._origin[name]:
                 differs = difference(self._origin[name], saved.get(name))
                 raise TrainingError(f"{path}: cannot resume: its {name} differs: {differs}")
-        self.model.load_state_dict(saved["model"])
-        self.ema.load_state_dict(saved["ema"])
-        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+        for name in ("model", "ema", "optimizers", "step", "elapsed"):
+            if name not in saved:
+                raise TrainingError(f"{path}: cannot resume: it has no {name!r}")
+        try:
+            self.model.load_state_dict(saved["model"])
+            self.ema.load_state_dict(saved["ema"])
+            if not fresh_optimizers:
+                self._load_optimizers(saved["optimizers"])
+            self.step, self.elapsed = int(saved["step"]), float(saved["elapsed"])
+            self.samples = int(saved.get("samples", self.step * self.options.batch_size))
+        except torch.OutOfMemoryError:  # a RuntimeError, but the state is good
+            raise
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            text = " ".join(str(error).split())
+            raise TrainingError(f"{path}: cannot resume: it does not fit this stage: {text}") from error
+
+    def _load_optimizers(self, saved: list[dict]) -> None:
+        """Load moments; learning rate, decay and betas stay those of the options."""
+        for optimizer, state in zip(self.optimizers, saved, strict=True):
+            options = [
+                {name: value for name, value in group.items() if name != "params"}
+                for group in optimizer.param_groups
+            ]
             optimizer.load_state_dict(state)
-        self.step, self.elapsed = int(saved["step"]), float(saved["elapsed"])
+            for group, values in zip(optimizer.param_groups, options, strict=True):
+                group.update(values)
 
 
 def completed(config: object, kind: type[nn.Module]) -> object:

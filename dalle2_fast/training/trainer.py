@@ -59,9 +59,14 @@ class Trainer:
     def save(self) -> None:
         self.folder.save_state(self.state.state_dict())
 
-    def resume(self) -> None:
-        """Continue from the folder's state; it must be of this stage, model and seed."""
-        self.state.load_state_dict(*self.folder.load_state(self.device))
+    def resume(self, *, fresh_optimizers: bool = False) -> None:
+        """Continue from the folder's state; it must be of this stage, model and seed.
+
+        Args:
+            fresh_optimizers: start the optimisers anew, because other weights are trained than before.
+        """
+        saved, path = self.folder.load_state()
+        self.state.load_state_dict(saved, path, fresh_optimizers=fresh_optimizers)
         self.folder.trim_log(self.state.step)
 
     def train(self, pause_after: float | None = None) -> str:
@@ -87,7 +92,7 @@ class Trainer:
     def _loop(self, stops: list[int], bar: tqdm, pause_after: float | None) -> str:
         options, state = self.options, self.state
         window = Window(self.device)
-        begin, elapsed_before = time.monotonic(), state.elapsed
+        begin, elapsed_before, first_step = time.monotonic(), state.elapsed, state.step
         saved = validated = begin
         while True:
             # Is this the end?
@@ -98,7 +103,9 @@ class Trainer:
             paused = pause_after is not None and now - begin >= 60 * pause_after
             if finished or stops or paused:
                 self._require_finite(window)
-                if finished:
+                # A run that was killed between its last state and its weights has already logged its end.
+                is_logged = state.step == first_step and state.step == self.folder.last_logged_step()
+                if finished and not is_logged:
                     self._log(window, bar, validate=True)
                 self.save()
                 if finished:
@@ -157,13 +164,14 @@ class Trainer:
         if not window.is_finite():
             raise TrainingError(
                 f"{self.stage.name}: the loss or its gradient is not finite near step {self.state.step}; "
-                f"stopped. The last good state is {self.folder.state_path}; resume it with a lower --lr"
+                f"stopped. The last good state is {self.folder.state_path}; resume it with --override and a "
+                "lower --lr"
             )
 
     def _log(self, window: Window, bar: tqdm, validate: bool) -> None:
         """One line of log.jsonl: means over `window`; with `validate` also metrics, and images in a file."""
         batch_size, step = self.options.batch_size, self.state.step
-        row = {"step": step, "seconds": round(self.state.elapsed, 2), "samples": step * batch_size}
+        row = {"step": step, "seconds": round(self.state.elapsed, 2), "samples": self.state.samples}
         if window.steps:
             row |= window.summary(batch_size)
             bar.set_postfix(loss=f"{row['loss']:.4f}", images=f"{row['images_per_s']:.0f}/s", refresh=False)

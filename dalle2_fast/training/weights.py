@@ -38,5 +38,18 @@ def load_weights(path: Path) -> tuple[dict, dict[str, Tensor]]:
         with safetensors.safe_open(path, framework="pt") as file:
             config = json.loads(file.metadata()["config"])
             return config, {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise TrainingError(f"{path}: not a readable weights file of this library ({error})") from error
+
+
+def load_config(path: Path) -> dict:
+    """The configuration in the header of such a file, without its tensors.
+
+    Raises:
+        TrainingError: as of `load_weights`.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return dict(json.loads(file.metadata()["config"]))
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise TrainingError(f"{path}: not a readable weights file of this library ({error})") from error

@@ -7,12 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dalle2_fast.data import Tokenizer
 from dalle2_fast.models.clip.model import CLIP
 from dalle2_fast.training.errors import TrainingError
 from dalle2_fast.training.recipes import Preset
+from dalle2_fast.training.run_folder.record import describe_tokenizer
 from dalle2_fast.training.stages.finished import load_finished
 from dalle2_fast.training.stages.protocol import Validation
 from dalle2_fast.training.stages.source import Source
+from dalle2_fast.training.weights import load_config
 
 HELD_OUT_STREAM = 5  # for all stages, so that their metrics are on the same scenes
 
@@ -20,11 +23,11 @@ HELD_OUT_STREAM = 5  # for all stages, so that their metrics are on the same sce
 class SceneStage:
     """A stage (see protocol.py) that is trained on a stream of batches and validated on one fixed batch.
 
-    A subclass sets the class attributes and defines `build_model`, `resolutions`, `loss` and `validate`.
+    A subclass sets the class attributes and defines `build_model`, `resolutions`, `loss` and `measure`.
 
     Args:
         preset: has the recipe of this stage.
-        source: of the batches. With shards the held-out batch has the same pairs in another order.
+        source: of the batches.
         out: folder of the run, which has the finished stages.
     """
 
@@ -42,10 +45,9 @@ class SceneStage:
         self.stream = source.stream(
             self.stream_number, self.scenes_per_batch(), self.resolutions, self.negatives, split="train"
         )
-        held_out = source.stream(
-            HELD_OUT_STREAM, self.held_out_size, self.resolutions, self.negatives, split="iid"
+        self.held_out = source.held_out(
+            HELD_OUT_STREAM, self.held_out_size, self.resolutions, self.negatives
         )
-        self.held_out = held_out.batch(0)
 
     def build_model(self) -> nn.Module:
         """The model of the recipe with its initial weights."""
@@ -69,6 +71,11 @@ class SceneStage:
         raise NotImplementedError
 
     def validate(self) -> Validation:
+        """Metrics and images on the held-out batch; nothing if there is none."""
+        return Validation({}) if self.held_out is None else self.measure()
+
+    def measure(self) -> Validation:
+        """`validate`, where there is a held-out batch."""
         raise NotImplementedError
 
     def fixed_seeds(self, count: int) -> Tensor:
@@ -87,7 +94,18 @@ class ClipGuidedStage(SceneStage):
                 f"{out}/clip was trained on other captions: expected a vocabulary of {expected}, got {got}; "
                 "give every stage the same --data"
             )
+        self._check_tokenizer(out, source.tokenizer)
         super().__init__(preset, source, out=out)
+
+    @staticmethod
+    def _check_tokenizer(out: Path, tokenizer: Tokenizer) -> None:
+        """Compare what CLIP was trained with, which files of older releases do not say."""
+        trained = load_config(out / "clip" / "model.safetensors").get("tokenizer")
+        if trained is not None and trained != describe_tokenizer(tokenizer):
+            raise TrainingError(
+                f"{out}/clip was trained on other captions, with another tokenizer; give every stage the "
+                "same --data and --tokenizer"
+            )
 
     @torch.no_grad()
     def image_embed(self, batch: dict) -> Tensor:  # [B, D]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dalle2_fast.models.clip.model import CLIP
+from dalle2_fast.training.errors import TrainingError
 from dalle2_fast.training.stages.base import SceneStage
 from dalle2_fast.training.stages.protocol import Validation
 
@@ -20,12 +21,28 @@ class ClipStage(SceneStage):
     negatives = 2
 
     def build_model(self) -> CLIP:
+        if (batch_size := self.scenes_per_batch()) < 2:
+            raise TrainingError(
+                "--batch-size: clip learns to tell the images of a batch apart: expected at least 2, "
+                f"got {batch_size}"
+            )
+        self._has_warned = False
         words = dict(num_text_tokens=self.tokenizer.vocab_size, text_seq_len=self.tokenizer.context_length)
         return CLIP(**self.recipe.model, **words)
 
     @property
     def resolutions(self) -> tuple[int, ...]:
         return (self.model.image_size,)
+
+    def batch(self, step: int) -> dict:
+        batch = super().batch(step)
+        if not self._has_warned and (repeated := count_repeated(batch, self.model.image_size)):
+            self._has_warned = True
+            print(
+                f"clip: in step {step}, {repeated} of {len(batch['tokens'])} pairs repeat another pair of "
+                "their batch, which the loss takes for wrong: give more --data or a smaller --batch-size"
+            )
+        return batch
 
     def loss(self, batch: dict, generator: torch.Generator) -> Tensor:
         return self.model(
@@ -35,7 +52,7 @@ class ClipStage(SceneStage):
             negative_mask=batch.get("negative_mask"),
         )
 
-    def validate(self) -> Validation:
+    def measure(self) -> Validation:
         """top1: the nearest held-out caption is the right one. two_way: it is nearer than a hard negative."""
         batch = self.held_out
         image = self.model.encode_image(batch["images"][self.model.image_size])
@@ -48,3 +65,23 @@ class ClipStage(SceneStage):
             wins = (image * text).sum(-1, keepdim=True) > (image[:, None] * wrong).sum(-1)
             metrics["two_way"] = wins[batch["negative_mask"]].float().mean().item()
         return Validation(metrics)
+
+
+def count_repeated(batch: dict, size: int) -> int:
+    """How many pairs of a batch of shards equal an earlier one in image and caption.
+
+    Rendered scenes are not counted: they have no captions as text, and practically never repeat.
+
+    Args:
+        batch: of a stream.
+        size: of the images that are compared, in pixels.
+    """
+    first: dict[str, list[int]] = {}
+    repeated = 0
+    for index, caption in enumerate(batch.get("captions", ())):
+        earlier = first.setdefault(caption, [])
+        if any(torch.equal(batch["images"][size][index], batch["images"][size][other]) for other in earlier):
+            repeated += 1
+        else:
+            earlier.append(index)
+    return repeated

@@ -67,7 +67,7 @@ class DecoderStage(ClipGuidedStage):
             check_range=self.device.type == "cpu",
         )
 
-    def validate(self) -> Validation:
+    def measure(self) -> Validation:
         """Upper row: held-out scenes. Lower row: sampled from their captions and embeddings."""
         truth = self.held_out["images"][self.size]
         sampled = self.model.sample(

@@ -56,7 +56,7 @@ class PriorStage(ClipGuidedStage):
             **self.conditioning(batch), image_embed=self.image_embed(batch), generator=generator
         )
 
-    def validate(self) -> Validation:
+    def measure(self) -> Validation:
         """Mean cosine similarity to the true image embedding, of one sample and of the text embedding."""
         conditioning, image = self.conditioning(self.held_out), self.image_embed(self.held_out)
         sampled = self.model.sample(

@@ -31,6 +31,7 @@ def make_stage(
     seed: int,
     device: torch.device,
     shards: str | None = None,
+    val_shards: str | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> SceneStage:
     """Stage `name` of `preset`; its initial weights depend on (seed, name) only.
@@ -42,6 +43,7 @@ def make_stage(
         seed: of weights and scenes.
         device: where batches are made and the model is trained.
         shards: WebDataset shards to train on instead of scenes.
+        val_shards: shards for the metrics. None: a part of `shards`, which is then not trained on.
         tokenizer: of the captions. None: that of the scenes.
 
     Raises:
@@ -52,7 +54,7 @@ def make_stage(
     if stage is PriorStage and preset.prior_kind == "autoregressive":
         stage = ARPriorStage
     world = World(**preset.world)
-    source = Source(world, tokenizer or WordTokenizer.scenes(world), shards, seed, device)
+    source = Source(world, tokenizer or WordTokenizer.scenes(world), shards, seed, device, val_shards)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, stage.stream_number))
         return stage(preset, source, out=out)

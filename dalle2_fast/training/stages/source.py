@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dalle2_fast.data import SceneStream, Tokenizer, WebDatasetStream, World
+from dalle2_fast.data.shards import HELD_OUT
 
 # Scenes that a GPU makes together: 0.8 GB of images. When each step made its scenes, a step of 384 of the
 # decoder of scenes-gpu took 135 ms on an H200, and one of 1024 of its prior, a tenth of the work, 70 ms.
@@ -23,6 +24,7 @@ class Source:
         shards: WebDataset shards to read instead of rendering scenes, or None.
         seed: of the run.
         device: where batches are made, and where models are trained.
+        val_shards: shards of the held-out pairs. None holds out a part of `shards`.
     """
 
     world: World
@@ -30,6 +32,31 @@ class Source:
     shards: str | None
     seed: int
     device: torch.device
+    val_shards: str | None = None
+
+    def held_out(
+        self, number: int, batch_size: int, resolutions: tuple[int, ...], negatives: int
+    ) -> dict | None:
+        """A batch that is not trained on.
+
+        Args:
+            number, resolutions, negatives: as of `stream`.
+            batch_size: the largest number of scenes, or pairs.
+
+        Returns:
+            The batch. None, and a line says so, if no pair of the shards is held out.
+        """
+        if self.shards is None:
+            return self.stream(number, batch_size, resolutions, negatives, split="iid").batch(0)
+        shards, split = (self.val_shards, None) if self.val_shards else (self.shards, "held_out")
+        stream = WebDatasetStream(
+            shards, batch_size, resolutions, device=self.device, tokenizer=self.tokenizer, split=split
+        )
+        batch = stream.first(batch_size)
+        if batch is None:
+            advice = "" if self.val_shards else f" (a hash holds out one in {HELD_OUT}): give --val-data"
+            print(f"no metrics: {shards} has no held-out sample{advice}")
+        return batch
 
     def stream(
         self, number: int, batch_size: int, resolutions: tuple[int, ...], negatives: int, *, split: str
@@ -47,8 +74,9 @@ class Source:
         seed = seed_of(self.seed, number)
         if self.shards is not None:
             return WebDatasetStream(
-                self.shards, batch_size, resolutions, seed, self.device, tokenizer=self.tokenizer
-            )
+                self.shards, batch_size, resolutions, seed, self.device, tokenizer=self.tokenizer,
+                split=None if self.val_shards else "train",
+            )  # fmt: skip
         at_once = 1
         if self.device.type != "cpu" and split == "train":
             scenes = min(SCENES_AT_ONCE, PIXELS_AT_ONCE // max(resolutions) ** 2)

@@ -52,7 +52,7 @@ class UpsamplerStage(SceneStage):
             low, high = random_crops(low, high, self.crop, self.crops, generator)
         return self.model(high, low, generator=generator, check_range=self.device.type == "cpu")
 
-    def validate(self) -> Validation:
+    def measure(self) -> Validation:
         """PSNR in dB of the upsampler and of bicubic interpolation, compared with the render.
 
         Rows of images: bicubic, sampled, render.
