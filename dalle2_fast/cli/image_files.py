@@ -19,8 +19,10 @@ def open_image(path: Path, argument: str) -> Image:
     """The image in a file, completely read and upright; errors name the argument and the file."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    from dalle2_fast.data import image_formats
+
     try:
-        image = Image.open(path)
+        image = image_formats.open_image(path)
         image.load()  # opening reads the header only
         return ImageOps.exif_transpose(image)
     except FileNotFoundError:

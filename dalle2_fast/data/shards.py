@@ -25,6 +25,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from dalle2_fast.data.image_formats import open_image
 from dalle2_fast.data.images import canonical
 from dalle2_fast.data.samples import CAPTION_KEYS, IMAGE_KEYS, caption_of, group
 from dalle2_fast.data.tar import read_tar
@@ -221,7 +222,7 @@ class WebDatasetStream:
 
     def _decode(self, data: bytes) -> list[Tensor] | Exception:
         try:
-            with Image.open(io.BytesIO(data)) as image:
+            with open_image(io.BytesIO(data)) as image:
                 return [to_square(image, resolution) for resolution in self.resolutions]
         except Exception as error:  # PIL raises almost any exception on damaged files
             return error

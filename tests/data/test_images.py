@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from dalle2_fast.data.image_formats import open_image
 from dalle2_fast.data.images import (
     GRID_GAP,
     as_images,
@@ -85,3 +86,12 @@ def test_labels_do_not_run_into_each_other():
     assert two.width == 2 * one.width + GRID_GAP > 100
     first, second = (two.crop((x, 16, x + one.width, two.height)) for x in (0, one.width + GRID_GAP))
     assert first.tobytes() == second.tobytes() == one.crop((0, 16, one.width, one.height)).tobytes()
+
+
+def test_postscript_is_no_image(tmp_path):
+    """Pillow starts Ghostscript, an interpreter, for it: the file of another person would be a program."""
+    file = tmp_path / "a.png"
+    file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    assert Image.open(file).format == "EPS"
+    with pytest.raises(UnidentifiedImageError):
+        open_image(file)
