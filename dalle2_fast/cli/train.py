@@ -172,7 +172,7 @@ def _preset(args: argparse.Namespace, stages: tuple[str, ...]) -> Preset:
     from dalle2_fast.training.run import saved_prior_kind
     from dalle2_fast.training.run_folder.record import RunRecord, with_recorded
 
-    record = RunRecord.read(args.out)
+    record = RunRecord.read(args.out, resume=args.resume)
     name = args.preset or (record.run["preset"] if record is not None else None)
     if name is None:
         raise ValueError(f"--preset: expected one of {', '.join(PRESETS)}, got none")

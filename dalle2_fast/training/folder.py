@@ -60,6 +60,19 @@ def find_damage(path: Path) -> str | None:
     return None if wrong is None else f"the checksum of {wrong} does not hold"
 
 
+def delete_leftovers(folder: Path) -> None:
+    """Delete the temporary files of killed commands in `folder`, but not in its sub-folders.
+
+    Raises:
+        TrainingError: they cannot be deleted.
+    """
+    try:
+        for leftover in folder.glob(f"*{SUFFIX}"):
+            leftover.unlink()
+    except OSError as error:
+        raise TrainingError(f"--out: cannot write to {folder}: {reason(error)}") from error
+
+
 class StageFolder:
     """Reads and writes the files of one stage.
 

@@ -15,12 +15,12 @@ from dalle2_fast.data import World
 from dalle2_fast.pipeline.dalle2 import DALLE2
 from dalle2_fast.pipeline.device import choose_dtype
 from dalle2_fast.training.errors import TrainingError
-from dalle2_fast.training.folder import StageFolder, reason, write_file
+from dalle2_fast.training.folder import StageFolder, delete_leftovers, reason, write_file
 from dalle2_fast.training.recipes import EXTRA_STAGES, STAGES, Preset
 from dalle2_fast.training.run_folder.agreement import agree_on_data, agree_on_run, is_to_be_extended, refuse
 from dalle2_fast.training.run_folder.lock import run_lock
 from dalle2_fast.training.run_folder.record import FILE as RECORD
-from dalle2_fast.training.run_folder.record import RunRecord, differences, has_begun, stage_settings
+from dalle2_fast.training.run_folder.record import RunRecord, differences, stage_settings
 from dalle2_fast.training.run_folder.tokenizer import FILE as TOKENIZER
 from dalle2_fast.training.run_folder.tokenizer import run_tokenizer
 from dalle2_fast.training.stages.registry import load_stage, make_stage
@@ -48,6 +48,7 @@ def train_stages(
     """
     begin = time.monotonic()
     with run_lock(out):
+        delete_leftovers(Path(out))
         for name in names:
             left = None if pause_after is None else pause_after - (time.monotonic() - begin) / 60
             outcome = _train(name, preset, Path(out), pause_after=left, planned=names, **options)
@@ -114,7 +115,7 @@ def _train(
     device, folder = torch.device(device), StageFolder(out / name)
     if folder.has_state() and not resume:
         raise TrainingError(f"--out: {folder.path} already holds a training state: add --resume to continue")
-    record = RunRecord.read(out)
+    record = RunRecord.read(out, resume=resume)
     shards, val_shards = agree_on_run(record, preset, out, shards, val_shards, override)
 
     # The settings of the stage: as given, else as recorded, else the defaults.
@@ -141,9 +142,9 @@ def _train(
     if begun and not recorded:
         print(f"{name}: its state has no record of settings (older release): those of this command are taken")
 
-    # A tokenizer without a run is the user's, but not if it was left by a run that was killed at its start.
-    left_behind = not has_begun(out) and (out / RECORD).exists()
-    reads = run_tokenizer(preset, out, shards, tokenizer, use_file=not left_behind)
+    # A tokenizer without a record may be the user's; with one that is not resumed, it is a killed run's.
+    is_left_behind = record is None and (out / RECORD).exists()
+    reads = run_tokenizer(preset, out, shards, tokenizer, use_file=not is_left_behind)
     shared = agree_on_data(record, preset, out, shards, val_shards, reads, override)
     stage = make_stage(
         name, preset, out=out, seed=seed, device=device, shards=shards, val_shards=val_shards, tokenizer=reads
@@ -183,7 +184,7 @@ def _train(
 def saved_prior_kind(out: Path) -> str | None:
     """Which prior, one of PRIORS, the run in `out` has; None if it has no prior, or an older release's."""
     folder = StageFolder(Path(out) / "prior")
-    record = RunRecord.read(out)
+    record = RunRecord.read(out, resume=True)
     if record is not None and "prior" in record.stages:
         return record.stages["prior"]["prior"]
     if folder.weights_path.exists() or not folder.has_state():

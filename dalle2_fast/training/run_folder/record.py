@@ -30,7 +30,7 @@ FORMAT_VERSION = 1
 # These fields of an Optimisation change no weight: a resumed run may log, validate and save more often.
 HOUSEKEEPING = {"log_steps", "save_minutes", "save_steps", "first_validation", "validation_minutes"}
 
-STAGE_SETTINGS = ("seed", "dtype", "freeze", "init", "length", "data_options")  # besides the optimisation
+STAGE_SETTINGS = ("seed", "dtype", "freeze", "init", "length", "data_options")  # and those of Optimisation
 RUN_SETTINGS = ("preset", "world", "data", "val_data", "tokenizer")
 
 # The names of the settings that have an option, as the user writes them.
@@ -54,14 +54,19 @@ class RunRecord:
     stages: dict[str, dict] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, out: Path) -> RunRecord | None:
-        """The record of the run in `out`. None if no stage has begun there, or the run is older than records.
+    def read(cls, out: Path, *, resume: bool) -> RunRecord | None:
+        """The record of the run in `out`. None if it has none: it is new, or an older release's.
+
+        Args:
+            out: folder of the run.
+            resume: also read the record of a run that was killed before its first state. A new run replaces
+                it.
 
         Raises:
             TrainingError: the file cannot be read, or is no such record.
         """
         path = Path(out) / FILE
-        if not has_begun(out) or not path.exists():
+        if not path.exists() or not (resume or has_begun(out)):
             return None
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
