@@ -115,17 +115,21 @@ def _train(
     device, folder = torch.device(device), StageFolder(out / name)
     if folder.has_state() and not resume:
         raise TrainingError(f"--out: {folder.path} already holds a training state: add --resume to continue")
+    if folder.weights_path.exists() and not resume:  # a resumed run would take them for its own
+        raise TrainingError(f"--out: {folder.path} already holds a finished stage: choose another folder")
     record = RunRecord.read(out, resume=resume)
     shards, val_shards = agree_on_run(record, preset, out, shards, val_shards, override)
 
     # The settings of the stage: as given, else as recorded, else the defaults.
     finished = resume and folder.weights_path.exists()
-    begun = finished or folder.has_state()
+    begun = folder.has_begun()
     recorded = record.stages.get(name) if record is not None and resume else None
     if dtype is None and recorded:
         dtype = getattr(torch, recorded["dtype"])
     dtype = choose_dtype("auto", device) if dtype is None else dtype
     seed = (recorded["seed"] if recorded else 0) if seed is None else seed
+    if init is None and recorded and not begun and recorded["init"] is not None:
+        init = Path(recorded["init"])
     freeze = tuple((recorded["freeze"] if recorded else ()) if freeze is None else freeze)
 
     def settings_of(stage: str, **others) -> dict:

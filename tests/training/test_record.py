@@ -308,3 +308,32 @@ def test_copies_started_by_torchrun_are_refused(tmp_path, capsys, monkeypatch):
     assert train(tmp_path / "out") == 2
     assert "without torchrun" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_killed_before_its_first_state_keeps_its_settings(data, trained, tmp_path, capsys):
+    """Catches: data, frozen weights and initial weights that are forgotten if the kill comes early; a
+    tokenizer of a killed run in a new one; finished weights that a new run is taken for."""
+    init = trained / "clip" / "model.safetensors"
+    out = tmp_path / "init"
+    assert train(out, "--init", init, "--freeze", "visual.", "--pause-after", 0) == 0
+    for path in (out / "clip").glob("state*"):
+        path.unlink()
+    assert train(out, "--resume") == 0
+    before, after = load_weights(init)[1], load_weights(out / "clip" / "model.safetensors")[1]
+    assert all(torch.equal(before[name], after[name]) == name.startswith("visual.") for name in before)
+    (out / "clip" / "state.pt").unlink()
+    (out / "clip" / "state.previous.pt").unlink()
+    assert train(out) == 2
+    assert "already holds a finished stage" in capsys.readouterr().err
+
+    out = tmp_path / "data"
+    assert train(out, "--data", data, "--pause-after", 0) == 0
+    first = (out / "tokenizer.json").read_text()
+    for path in (*(out / "clip").glob("state*"), out / "tokenizer.json"):
+        path.unlink()
+    assert train(out, "--resume", "--pause-after", 0) == 0
+    assert (out / "tokenizer.json").read_text() == first
+    for path in (out / "clip").glob("state*"):
+        path.unlink()
+    assert train(out, "--data", write_shard(tmp_path / "other.tar", count=2)) == 0
+    assert (out / "tokenizer.json").read_text() != first
