@@ -15,7 +15,6 @@ import tempfile
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
-COLOURS = 48  # in a written file, which keeps it small
 
 # Source images of one plain object: further arguments of World, and the seed of the object's position.
 SOURCES = {
@@ -34,7 +33,7 @@ GALLERY = {
     "reconstruct": ["reconstruct", "square.png", "--dims", "1,2,4,8,16,192"],
     "inpaint": [
         "inpaint", "circle.png", "a large green square on a navy background", "--box", "0,0,1,0.5",
-        "--num-images", "4", "--resample", "3", "--jump", "5",
+        "--num-images", "4", "--resample", "3", "--jump", "5", "--seed", "1",  # 0: two of four are empty
     ],
     "init-image": [
         "generate", "a large yellow square on a navy background", "--init-image", "circle.png",
@@ -61,7 +60,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(GALLERY)}; default: all")
     parser.add_argument("--checkpoint", help="a folder; default: the checkpoint in the package")
-    parser.add_argument("--seed", default="0")
+    parser.add_argument("--seed", help="of every image; default: 0, or that of its command")
     parser.add_argument("--out", type=Path, default=DOCS, help="folder of the images; default: docs")
     args = parser.parse_args()
     if unknown := set(args.names) - set(GALLERY):
@@ -79,14 +78,14 @@ def main() -> int:
         render_sources(Path())
         for name in args.names or GALLERY:
             # The same dtype on every machine, because another one gives other images.
-            command = [*GALLERY[name], "--seed", args.seed, "--dtype", "fp32"]
+            command, *options = GALLERY[name]
+            command = [command, "--seed", "0", *options, "--dtype", "fp32"]
+            command += ["--seed", args.seed] if args.seed else []
             print("dalle2-fast", *(f'"{word}"' if " " in word else word for word in command), flush=True)
             if code := cli.main([*command, *chosen, "--output", "made.png", "--quiet"]):
                 return code
-            with Image.open("made.png") as made:
-                small = made.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
-            with atomic_write(out / f"{name}.png") as temporary:
-                small.save(temporary, format="PNG", optimize=True)
+            with Image.open("made.png") as made, atomic_write(out / f"{name}.png") as temporary:
+                made.convert("RGB").save(temporary, format="PNG", optimize=True)  # all colours
     return 0
 
 

@@ -45,3 +45,24 @@ def test_sources_are_of_the_checkpoints_world(tmp_path):
     for name in gallery.SOURCES:
         with Image.open(tmp_path / f"{name}.png") as image:
             assert image.size == (32, 32) and len(image.getcolors(1024)) > 2
+
+
+def test_images_keep_all_their_colours(tmp_path, monkeypatch):
+    """With 48 colours the shading of an image looks like damage."""
+    made = Image.linear_gradient("L").convert("RGB")
+    asked = []
+
+    def command_line(words):
+        asked.append(words)
+        made.save("made.png")
+        return 0
+
+    monkeypatch.setattr(cli, "main", command_line)
+    monkeypatch.setattr(gallery, "render_sources", lambda folder: None)
+    monkeypatch.setattr("sys.argv", ["gallery.py", "invert", "inpaint", "--out", str(tmp_path)])
+    monkeypatch.chdir(tmp_path)
+    assert gallery.main() == 0
+    with Image.open(tmp_path / "invert.png") as image:
+        assert image.mode == "RGB" and image.tobytes() == made.tobytes()
+    last = [words[len(words) - 1 - words[::-1].index("--seed") + 1] for words in asked]
+    assert last == ["0", "1"]  # argparse takes the last one
