@@ -30,9 +30,22 @@ def listed(names: Collection[str], limit: int = 5) -> str:
 
 
 def contents(folder: Path, limit: int = 6) -> str:
-    """The first names in a folder, for a message that says what came instead of a checkpoint."""
-    names = sorted(entry.name for entry in folder.iterdir())
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "") or "an empty folder"
+    """The first names in a folder, for a message that says what came instead of a checkpoint.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> (folder / "loop.json").symlink_to("loop.json")
+        >>> (folder / "prior").mkdir()
+        >>> contents(folder)
+        'loop.json (a link to nothing), prior/'
+    """
+    names = []
+    for entry in sorted(folder.iterdir())[:limit]:
+        kind = "/" if entry.is_dir() else "" if entry.exists() else " (a link to nothing)"
+        names.append(entry.name + kind)
+    more = ", ..." if len(list(folder.iterdir())) > limit else ""
+    return ", ".join(names) + more or "an empty folder"
 
 
 def unreadable(path: Path, problem: str) -> CheckpointError:

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dalle2_fast.checkpoints.errors import CheckpointError, damaged, unreadable
+from dalle2_fast.checkpoints.sizes import check_legacy, check_sizes, check_storages, is_stored
 from dalle2_fast.checkpoints.torchscript import is_torchscript, read_torchscript
-from dalle2_fast.checkpoints.zip_files import check_sizes, check_storages, is_stored
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
@@ -120,6 +120,7 @@ def read_torch(path: Path, mapped: bool = False) -> Any:
                 check_storages(archive)
                 mapped = mapped and is_stored(archive)
         else:
+            check_legacy(path)
             mapped = False
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:

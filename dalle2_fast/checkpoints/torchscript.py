@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dalle2_fast.checkpoints.errors import unreadable
-from dalle2_fast.checkpoints.zip_files import DTYPES, check_length, check_sizes
+from dalle2_fast.checkpoints.sizes import DTYPES, check_length, check_memory, check_sizes
 
 
 def is_torchscript(path: str | PathLike) -> bool:
@@ -71,7 +71,9 @@ class _Reader(pickle.Unpickler):
     """An unpickler that knows only tensors, lists, dicts and `_Module`."""
 
     def __init__(self, archive: zipfile.ZipFile, pickled: str) -> None:
-        super().__init__(BytesIO(archive.read(pickled)))
+        content = archive.read(pickled)
+        check_memory(BytesIO(content))
+        super().__init__(BytesIO(content))
         self.archive, self.folder = archive, pickled.removesuffix("data.pkl") + "data/"
         self.storages: dict[str, Tensor] = {}
 

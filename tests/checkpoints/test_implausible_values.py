@@ -206,3 +206,26 @@ def test_a_storage_that_inflates_to_more_than_it_says(tmp_path):
         with pytest.raises(CheckpointError, match="expected 12 bytes, got 1048576"):
             read_tensors(bomb)
     assert inflated == ["data.pkl"]
+
+
+def test_the_legacy_format_claims_no_more_than_the_file_has(tmp_path):
+    """torch makes room for the 10^12 numbers first: 4 TB."""
+    tensors, file = {"a": torch.ones(16), "b": torch.arange(3)}, tmp_path / "old.pt"
+    torch.save(tensors, file, _use_new_zipfile_serialization=False)
+    assert all(torch.equal(read_tensors(file)[name], value) for name, value in tensors.items())
+    file.write_bytes(file.read_bytes().replace(b"K\x10", b"\x8a\x06" + (10**12).to_bytes(6, "little")))
+    with pytest.raises(CheckpointError, match="its tensors claim 4,000,000,000,024 bytes"):
+        read_tensors(file)
+
+
+@pytest.mark.parametrize("kind", ["torch.save", "torchscript"])
+def test_a_pickle_with_an_object_at_place_2_31(tmp_path, kind):
+    """Python's unpickler makes room for every place before it: 32 GB."""
+    good, bad = tmp_path / "good.pt", tmp_path / "bad.pt"
+    if kind == "torch.save":
+        torch.save({"a": torch.ones(3)}, good)
+    else:
+        torchscript(good, {"a": torch.ones(3)})
+    rewrite(good, bad, lambda name, data: b"\x80\x02}r\0\0\0\x80." if name.endswith("/data.pkl") else data)
+    with pytest.raises(CheckpointError, match="object 2,147,483,648 of the 3 in its pickle"):
+        read_tensors(bad)

@@ -5,7 +5,7 @@ The folder of a pipeline has model_index.json and, for each network, a folder wi
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,8 @@ def read_prior(folder: Path, scheduler: Path | None = None) -> Part:
         if process.pop("variance") != "fixed_small":
             raise CheckpointError(f"{scheduler}: variance_type: expected 'fixed_small_log' for a prior")
         config |= process | {"sample_clip": clip}
-    return config, _weights((diffusers_prior_rules(config["net"]["depth"]), folder))
+    depth = config["net"]["depth"]
+    return config, _weights((lambda: diffusers_prior_rules(depth), depth, folder))
 
 
 def read_decoder(folder: Path, text_proj: Path, scheduler: Path | None = None) -> Part:
@@ -177,8 +178,8 @@ def read_decoder(folder: Path, text_proj: Path, scheduler: Path | None = None) -
     if scheduler is not None:
         config |= image_scheduler_options(scheduler)
     return config, _weights(
-        (prefixed("unet.", diffusers_rules(unet)), folder),
-        (diffusers_conditioning_rules(tokens), text_proj),
+        (lambda: prefixed("unet.", diffusers_rules(unet)), _layers(unet), folder),
+        (lambda: diffusers_conditioning_rules(tokens), 0, text_proj),
     )
 
 
@@ -207,15 +208,29 @@ def read_upsampler(
     if scheduler is not None:
         config |= image_scheduler_options(scheduler)
     return config, _weights(
-        (prefixed("unet.", diffusers_rules(unets[0])), first),
-        (prefixed("last_unet.", diffusers_rules(unets[1])), last),
+        (lambda: prefixed("unet.", diffusers_rules(unets[0])), _layers(unets[0]), first),
+        (lambda: prefixed("last_unet.", diffusers_rules(unets[1])), _layers(unets[1]), last),
     )
 
 
-def _weights(*networks: tuple[Rules, Path]) -> dict[str, Tensor]:
-    """Our tensors, made by rules from the weights in the folder of each network."""
+def _layers(unet: Mapping[str, Any]) -> int:
+    layers = unet["layers_per_block"]
+    levels = layers if isinstance(layers, list) else [layers]
+    return sum(count for count in levels if isinstance(count, int))
+
+
+def _weights(*networks: tuple[Callable[[], Rules], int, Path]) -> dict[str, Tensor]:
+    """Our tensors, made from the weights of some networks.
+
+    Args:
+        networks: what makes the rules, the layers for which it makes them, and the folder of each network.
+    """
     tensors: dict[str, Tensor] = {}
-    for rules, folder in networks:
+    for make_rules, layers, folder in networks:
         file = find_tensors(folder, WEIGHTS)
-        tensors |= translate(read_tensors(file), rules, file)
+        theirs = read_tensors(file)
+        if layers > len(theirs):  # rules for 10^9 layers would fill the memory
+            limit = f"at most one for each of the {len(theirs)} tensors in {file.name}"
+            raise CheckpointError(f"{folder / 'config.json'}: layers: expected {limit}, got {layers:,}")
+        tensors |= translate(theirs, make_rules(), file)
     return tensors
