@@ -12,12 +12,13 @@ from dalle2_fast.training.errors import TrainingError
 from dalle2_fast.training.optimisers import make_optimizers
 from dalle2_fast.training.recipes import Optimisation
 from dalle2_fast.training.stages.protocol import Stage
+from dalle2_fast.training.window import Window
 
 FORMAT_VERSION = 1
 
 
 class TrainingState:
-    """Model, average of its weights, optimisers, step and elapsed seconds.
+    """Model, average of its weights, optimisers, step, elapsed seconds, and what the log has not shown yet.
 
     It has no generator, because everything random in a step is a function of the seed and the step.
 
@@ -38,6 +39,7 @@ class TrainingState:
         self.step = 0
         self.samples = 0  # that were trained on; the batch size may change when a run is resumed
         self.elapsed = 0.0
+        self.window = Window(torch.device(device))  # the steps since the last line of the log
         self._origin = {
             "stage": stage.name, "optimizer": options.optimizer, "seed": seed, "config": stage.config
         }  # fmt: skip
@@ -60,6 +62,7 @@ class TrainingState:
             "step": self.step,
             "samples": self.samples,
             "elapsed": self.elapsed,
+            "window": self.window.state_dict(),
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -91,6 +94,8 @@ class TrainingState:
             if not fresh_optimizers:
                 self._load_optimizers(saved["optimizers"])
             self.step, self.elapsed = int(saved["step"]), float(saved["elapsed"])
+            if "window" in saved:  # not in states of the previous release
+                self.window.load_state_dict(saved["window"])
             self.samples = int(saved.get("samples", self.step * self.options.batch_size))
         except torch.OutOfMemoryError:  # a RuntimeError, but the state is good
             raise

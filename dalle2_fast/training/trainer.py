@@ -91,7 +91,7 @@ class Trainer:
 
     def _loop(self, stops: list[int], bar: tqdm, pause_after: float | None) -> str:
         options, state = self.options, self.state
-        window = Window(self.device)
+        state.window.start()
         begin, elapsed_before, first_step = time.monotonic(), state.elapsed, state.step
         saved = validated = begin
         while True:
@@ -102,11 +102,13 @@ class Trainer:
             finished = progress >= 1.0
             paused = pause_after is not None and now - begin >= 60 * pause_after
             if finished or stops or paused:
-                self._require_finite(window)
+                self._require_finite()
                 # A run that was killed between its last state and its weights has already logged its end.
                 is_logged = state.step == first_step and state.step == self.folder.last_logged_step()
                 if finished and not is_logged:
-                    self._log(window, bar, validate=True)
+                    self._log(bar, validate=True)
+                if finished:
+                    state.window = Window(self.device)
                 self.save()
                 if finished:
                     return "finished"
@@ -114,26 +116,26 @@ class Trainer:
 
             # Batch, loss, gradient, clipping; then the weights and their average.
             rate = options.rate(state.step, progress)
-            window.add(*self._backward(), rate)
+            state.window.add(*self._backward(), rate)
             if self.device.type == "cpu":  # reading a value stalls a GPU; there the log line does it
-                self._require_finite(window)
+                self._require_finite()
             state.update(rate)
 
             # The log: numbers often, metrics and images now and then.
             doubled = state.step >= options.first_validation and state.step & (state.step - 1) == 0
             validate = doubled or now - validated >= 60 * options.validation_minutes
             if (validate or state.step % options.log_steps == 0) and state.step != options.steps:
-                self._require_finite(window)
+                self._require_finite()
                 state.elapsed = elapsed_before + time.monotonic() - begin
-                self._log(window, bar, validate)
-                window = Window(self.device)
+                self._log(bar, validate)
+                state.window = Window(self.device)
                 validated = now if validate else validated
             bar.update(1 if options.steps is not None else max(0, int(state.elapsed) - bar.n))
 
             # The state, to resume from.
             by_step = options.save_steps is not None and state.step % options.save_steps == 0
             if by_step or now - saved >= 60 * options.save_minutes:
-                self._require_finite(window)
+                self._require_finite()
                 self.save()
                 saved = now
 
@@ -160,17 +162,17 @@ class Trainer:
         plain = self.device.type == "cpu" and self.dtype == torch.bfloat16
         return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 
-    def _require_finite(self, window: Window) -> None:
-        if not window.is_finite():
+    def _require_finite(self) -> None:
+        if not self.state.window.is_finite():
             raise TrainingError(
                 f"{self.stage.name}: the loss or its gradient is not finite near step {self.state.step}; "
                 f"stopped. The last good state is {self.folder.state_path}; resume it with --override and a "
                 "lower --lr"
             )
 
-    def _log(self, window: Window, bar: tqdm, validate: bool) -> None:
-        """One line of log.jsonl: means over `window`; with `validate` also metrics, and images in a file."""
-        batch_size, step = self.options.batch_size, self.state.step
+    def _log(self, bar: tqdm, validate: bool) -> None:
+        """One line of log.jsonl: means over the window; with `validate` metrics and images, too."""
+        batch_size, step, window = self.options.batch_size, self.state.step, self.state.window
         row = {"step": step, "seconds": round(self.state.elapsed, 2), "samples": self.state.samples}
         if window.steps:
             row |= window.summary(batch_size)

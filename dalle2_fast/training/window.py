@@ -25,6 +25,11 @@ class Window:
         self.rate = 0.0  # learning rate of the last step
         self.begin = time.monotonic()
 
+    def start(self) -> None:
+        """Let the clock of an empty window run from now on."""
+        if self.steps == 0:
+            self.begin = time.monotonic()
+
     def add(self, loss: Tensor, norm: Tensor, rate: float) -> None:
         """Add one step: its loss and gradient norm, float32 scalars, and its learning rate."""
         self.loss += loss
@@ -35,6 +40,20 @@ class Window:
     def is_finite(self) -> bool:
         """False if any loss or gradient norm was not finite: infinities and NaN stay in a sum."""
         return math.isfinite((self.loss + self.norm).item())
+
+    def state_dict(self) -> dict:
+        """The sums, and the seconds that they took, for a run that is stopped between two lines."""
+        seconds = time.monotonic() - self.begin
+        return {
+            "loss": self.loss, "norm": self.norm, "steps": self.steps, "rate": self.rate, "seconds": seconds
+        }  # fmt: skip
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Continue the sums of `state_dict`."""
+        self.loss.copy_(saved["loss"])
+        self.norm.copy_(saved["norm"])
+        self.steps, self.rate = int(saved["steps"]), float(saved["rate"])
+        self.begin = time.monotonic() - float(saved["seconds"])
 
     def summary(self, batch_size: int) -> dict[str, float]:
         """The columns of a log line: images per second, mean loss and gradient norm, learning rate."""

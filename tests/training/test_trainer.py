@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -35,6 +36,30 @@ def test_resume_after_a_kill_is_bit_identical(tmp_path):
     ]  # undone lines do not appear twice
     assert first[-1]["loss"] == second[-1]["loss"]
     assert (tmp_path / "cut" / "samples" / "step-0000016.png").stat().st_size > 0
+
+
+def test_a_log_line_covers_the_steps_before_a_kill(tmp_path):
+    """Catches: a mean over the steps after the resume alone; a last line without a loss, if the kill comes
+    between the last state and that line."""
+    toy_trainer(tmp_path / "whole").train()
+    for save_steps, stop_step in ((7, 17), (30, None)):
+        out = tmp_path / str(save_steps)
+        trainer = toy_trainer(out, Toy(stop_step=stop_step), save_steps=save_steps)
+        if stop_step is None:  # killed in its last line
+            trainer._validate = lambda: (_ for _ in ()).throw(KeyboardInterrupt)
+            trainer.options = dataclasses.replace(trainer.options, first_validation=2**40)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        resumed = toy_trainer(out)
+        assert resumed.state.step == (14 if stop_step else 30)
+        resumed.train()
+        columns = ("step", "loss", "grad_norm", "lr", "samples")
+        rows = [[{name: row[name] for name in columns} for row in log_rows(path)]
+                for path in (tmp_path / "whole", out)]  # fmt: skip
+        assert rows[1][-1] == rows[0][-1]
+        assert stop_step is None or rows[1] == rows[0]
+    longer = toy_trainer(tmp_path / "whole", steps=31)
+    assert longer.state.window.steps == 0, "steps that are logged would be counted once more"
 
 
 def test_another_seed_trains_another_model(tmp_path):
