@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dalle2_fast.losses.collectives import gather
-from dalle2_fast.ops import _checks
+from dalle2_fast.ops import _checks, _dispatch
 from dalle2_fast.ops._dtypes import compute_dtype
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -54,6 +54,12 @@ class DistributedLoss(nn.Module):
             _checks.contrastive(image, text, scale, bias)
         except (TypeError, ValueError) as error:
             problem = error
+        if problem is None and _dispatch.is_transformed():
+            name = type(self).__name__
+            problem = RuntimeError(
+                f"{name}: with world_size > 1 it has only the gradients of torch.autograd (reverse mode): no "
+                "forward mode and no torch.func"
+            )
         self._check_agreement(image, mode, problem)
 
         dtype = torch.promote_types(image.dtype, text.dtype)

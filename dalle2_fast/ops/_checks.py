@@ -15,14 +15,30 @@ from torch import Tensor
 
 
 def tensor(name: str, value: object) -> None:
+    """A tensor with strides: neither sparse, nor nested, nor one of oneDNN's."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_nested:
+        came = "a nested one" if value.is_nested else f"the layout {value.layout}"
+        raise TypeError(f"{name}: expected a dense tensor (layout torch.strided), got {came}")
 
 
 def floating(name: str, value: Tensor) -> None:
     tensor(name, value)
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
+
+
+def real(name: str, value: Tensor) -> None:
+    """A floating-point or an integer tensor."""
+    tensor(name, value)
+    if value.dtype.is_complex or value.dtype == torch.bool:
+        raise TypeError(f"{name}: expected a tensor of real numbers, got {value.dtype}")
+
+
+def flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
 
 
 def shape(name: str, value: Tensor, letters: str, expected: Sequence[int]) -> None:
@@ -48,17 +64,30 @@ def positive_number(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a number > 0, got {value}")
 
 
-def seeds_and_step(seeds: Tensor, step: int | Tensor, batch: int) -> None:
-    tensor("seeds", seeds)
-    if seeds.dtype != torch.int64:
-        raise TypeError(f"seeds: expected torch.int64, got {seeds.dtype}")
-    shape("seeds", seeds, "B", (batch,))
-    step_index(step, seeds)
+def device(name: str, value: torch.device | str) -> torch.device:
+    """The device itself, where torch knows its name."""
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{name}: expected a torch.device or its name, got {value!r}") from error
+
+
+def seeds(name: str, value: Tensor, batch: int) -> None:
+    tensor(name, value)
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name}: expected torch.int64, got {value.dtype}")
+    shape(name, value, "B", (batch,))
+
+
+def seeds_and_step(values: Tensor, step: int | Tensor, batch: int) -> None:
+    seeds("seeds", values, batch)
+    step_index(step, values)
 
 
 def step_index(step: int | Tensor, like: Tensor, length: int | None = None) -> None:
     """An int, or an int64 scalar tensor on the device of `like`. length: rows of the indexed table."""
     if isinstance(step, Tensor):
+        tensor("step", step)
         if step.dtype != torch.int64:
             raise TypeError(f"step: expected torch.int64, got {step.dtype}")
         if step.numel() != 1:

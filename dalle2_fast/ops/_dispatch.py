@@ -7,6 +7,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dalle2_fast.ops import _native
 
@@ -28,8 +29,9 @@ def use_reference(impl: str, tensor: Tensor, *others: Tensor | None) -> bool:
     """Whether an op on these floating tensors runs as its reference. If not, its kernel is loaded.
 
     It runs before every op and takes about 1.5 us. All tensors are on one device. "auto" takes the kernel for
-    CUDA tensors of a supported dtype and GPU where Triton is installed. "fused" raises RuntimeError where a
-    kernel cannot run; in Triton's interpreter (TRITON_INTERPRET=1) it also takes tensors on the CPU.
+    CUDA tensors of a supported dtype and GPU where Triton is installed and `is_transformed` is False. "fused"
+    raises RuntimeError where a kernel cannot run; in Triton's interpreter (TRITON_INTERPRET=1) it also takes
+    tensors on the CPU.
     """
     if impl == "auto":
         if not tensor.is_cuda:
@@ -37,7 +39,9 @@ def use_reference(impl: str, tensor: Tensor, *others: Tensor | None) -> bool:
     elif impl != "fused":
         _check_choice(impl)
         return True
-    reason = _why_dtype_unsupported(tensor, *others) or _why_no_kernels(tensor.device)
+    reason = _why_dtype_unsupported(tensor, *others) or _why_no_kernels(tensor.device) or _why_no_rule()
+    if reason is None and not tensor.is_cuda:
+        reason = _why_not_interpreted(tensor, *others)
     if reason is not None and impl == "fused":
         raise RuntimeError(f'impl="fused": {reason}; use impl="auto" or "reference"')
     return reason is not None
@@ -47,8 +51,8 @@ def use_native(impl: str, image: Tensor, text: Tensor) -> bool:
     """Whether a contrastive loss of image [n, D] and text [m, D] runs in dalle2_fast._C.
 
     If so, its ops are loaded. Both tensors are floating and on one device, the CPU or a GPU. On the CPU
-    "auto" takes the reference below MIN_FUSED_LOGITS logits. "fused" raises RuntimeError where dalle2_fast._C
-    cannot run.
+    "auto" takes the reference below MIN_FUSED_LOGITS logits, and on every device where `is_transformed`.
+    "fused" raises RuntimeError where dalle2_fast._C cannot run.
     """
     if impl == "auto":
         if image.device.type == "cpu" and image.shape[0] * text.shape[0] < MIN_FUSED_LOGITS:
@@ -58,6 +62,7 @@ def use_native(impl: str, image: Tensor, text: Tensor) -> bool:
         return False
     dtypes = (*DTYPES, torch.float64) if image.device.type == "cpu" else DTYPES
     reason = _why_dtype_unsupported(image, text, dtypes=dtypes) or _why_no_native(image.device)
+    reason = reason or _why_no_rule()
     if reason is not None and impl == "fused":
         raise RuntimeError(f'impl="fused": {reason}; use impl="auto" or "reference"')
     return reason is None
@@ -66,6 +71,26 @@ def use_native(impl: str, image: Tensor, text: Tensor) -> bool:
 def needs_gradient(*values: Tensor | float | None) -> bool:
     """Whether autograd will ask for a gradient of one of these values."""
     return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
+
+
+def is_transformed() -> bool:
+    """Whether a forward-mode level (torch.autograd.forward_ad) or a transform of torch.func is active.
+
+    The kernels have a rule for reverse mode only: forward mode would silently give tangents of 0. Both levels
+    belong to the process's current thread, so this looks at no tensor; it takes 0.1 us.
+    """
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# torch.compile evaluates it while tracing, where the transforms of the traced code are active. The public
+# torch.compiler.assume_constant_result sets the same attribute, but imports torch._dynamo.
+is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _why_no_rule() -> str | None:
+    if is_transformed():
+        return "no kernel has a rule for forward-mode derivatives and torch.func (grad, jvp, vmap, ...)"
+    return None
 
 
 def _check_choice(impl: str) -> None:
@@ -113,6 +138,15 @@ def load_kernels(device: torch.device) -> str | None:
     import dalle2_fast.kernels.diffusion.step
     import dalle2_fast.kernels.group_norm_silu.forward  # noqa: F401
 
+    return None
+
+
+def _why_not_interpreted(*tensors: Tensor | None) -> str | None:
+    if any(tensor is not None and tensor.dtype == torch.bfloat16 for tensor in tensors):
+        from dalle2_fast.kernels._interpreter import has_bfloat16
+
+        if not has_bfloat16():
+            return "Triton's interpreter computes bfloat16 wrongly (float32 and float16 are right)"
     return None
 
 

@@ -84,8 +84,9 @@ def contrastive_loss_reference(
 def scaled_logits(
     rows: Tensor, columns: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float | None
 ) -> Tensor:
-    logits = logit_scale * (rows @ columns.T)
-    return logits if logit_bias is None else logits + logit_bias
+    """logit_scale rows columns^T + logit_bias in the dtype of rows, also where a scalar is a larger float."""
+    logits = scalar_like(logit_scale, rows) * (rows @ columns.T)
+    return logits if logit_bias is None else logits + scalar_like(logit_bias, rows)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:

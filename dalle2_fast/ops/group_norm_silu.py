@@ -39,8 +39,8 @@ def group_norm_silu(
         impl: "auto", "reference" or "fused".
 
     Returns:
-        [N, C, *] in the dtype and memory format of x. Statistics and maths are float32 (float64 for a float64
-        x) and are rounded once at the end; autocast does not change this.
+        [N, C, *] in the dtype and memory format of x (contiguous under torch.func). Statistics and maths are
+        float32 (float64 for a float64 x) and are rounded once at the end; autocast does not change this.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -113,6 +113,8 @@ def group_norm_silu_reference(
     dtype = compute_dtype(x.dtype)
     layout = _memory_format(x)
     y = x.to(dtype)
+    if _dispatch.is_transformed():
+        y = y.contiguous()  # torch's forward-mode rule of group_norm cannot view other layouts
     if layout != torch.contiguous_format and x.numel() > 0:
         # In this layout torch's CPU variance is E[x^2] - E[x]^2: float32 results are 8 % off for mean 1e3 and
         # sigma 1. A constant that is subtracted from a whole group does not change the norm, so subtract the
@@ -122,13 +124,13 @@ def group_norm_silu_reference(
         y = y - per_sample(first.repeat_interleave(group_width, dim=1), x)
     if weight is None and bias is not None:
         weight = torch.ones_like(bias)  # torch's backward fails on a bias without a weight
-    y = F.group_norm(
-        y,
-        num_groups,
-        None if weight is None else weight.to(dtype),
-        None if bias is None else bias.to(dtype),
-        eps,
-    )
+    weight, bias = (None if value is None else value.to(dtype) for value in (weight, bias))
+    if x.numel() > 0:
+        # Not F.group_norm, which refuses a single value per group where there is one sample. Such a value is
+        # its mean, so the norm is 0, as it is with several samples.
+        y = torch.group_norm(y, num_groups, weight, bias, eps)
+    elif weight is not None:  # torch leaves the gradients of weight and bias uninitialised here
+        y = torch.addcmul(_per_channel(bias, y) if bias is not None else y, y, _per_channel(weight, y))
     if scale is not None:
         gain = per_sample(1 + scale.to(dtype), x)
         # addcmul makes one pass over y; a product and a sum would make two.
@@ -140,8 +142,13 @@ def group_norm_silu_reference(
     return y.to(x.dtype).contiguous(memory_format=layout)
 
 
+def _per_channel(value: Tensor, x: Tensor) -> Tensor:
+    """[C] -> [C, 1, ...], which broadcasts over the positions of x."""
+    return value.reshape(value.shape + (1,) * (x.dim() - 2))
+
+
 def _memory_format(x: Tensor) -> torch.memory_format:
-    if not x.is_contiguous():
+    if not _dispatch.is_transformed() and not x.is_contiguous():  # vmap cannot tell channels_last
         if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
             return torch.channels_last
         if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):

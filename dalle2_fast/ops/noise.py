@@ -58,10 +58,10 @@ def sample_noise(
         >>> torch.equal(noise[1:], functional.sample_noise(seeds[1:], step=0, shape=(1, 3, 4, 4)))
         True
     """
+    _check_sample_noise(seeds, shape, dtype)
     if device is not None:
-        _checks.tensor("seeds", seeds)
-        seeds = seeds.to(device)
-    _check_sample_noise(seeds, step, shape, dtype)
+        seeds = seeds.to(_checks.device("device", device))
+    _checks.step_index(step, seeds)
     if _dispatch.use_reference("auto", torch.empty(0, dtype=dtype, device=seeds.device)):
         return sample_noise_reference(seeds, step, tuple(shape), dtype)
     return torch.ops.dalle2_fast.sample_noise(seeds, *tensor_or_number(step), tuple(shape), dtype)
@@ -72,13 +72,15 @@ def tensor_or_number(step: int | Tensor) -> tuple[Tensor | None, int]:
     return (step, 0) if isinstance(step, Tensor) else (None, step)
 
 
-def _check_sample_noise(seeds: Tensor, step: int | Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+def _check_sample_noise(seeds: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"shape: expected a sequence of sizes (B, ...), got {type(shape).__name__}")
     shape = tuple(shape)
     if not shape or not all(isinstance(size, int) and size >= 0 for size in shape):
         raise ValueError(f"shape: expected (B, ...) of sizes >= 0, got {shape}")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating-point torch.dtype, got {dtype}")
-    _checks.seeds_and_step(seeds, step, shape[0])
+    _checks.seeds("seeds", seeds, shape[0])
 
 
 def sample_noise_reference(

@@ -65,5 +65,5 @@ def sigmoid_loss_reference(
     dtype = compute_dtype(image_features.dtype)
     with without_autocast(image_features.device):
         logits = scaled_logits(image_features.to(dtype), text_features.to(dtype), logit_scale, logit_bias)
-        signs = torch.full_like(logits, -1, requires_grad=False).fill_diagonal_(1)
+        signs = 2 * torch.eye(logits.shape[0], dtype=logits.dtype, device=logits.device) - 1
         return -F.logsigmoid(signs * logits).sum() / logits.shape[0]

@@ -66,6 +66,7 @@ def soft_contrastive_loss_reference(
     with without_autocast(image_features.device):
         image, text = image_features.to(dtype), text_features.to(dtype)
         logits = scaled_logits(image, text, logit_scale, None)
-        with torch.no_grad():
-            targets = (logit_scale * 0.5 * (image @ image.T + text @ text.T)).softmax(dim=1)
+        # detach also stops forward-mode tangents, which torch.no_grad() lets through.
+        image, text, scale = image.detach(), text.detach(), scalar_like(logit_scale, image).detach()
+        targets = (scale * 0.5 * (image @ image.T + text @ text.T)).softmax(dim=1)
         return 0.5 * (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets))

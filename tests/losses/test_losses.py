@@ -148,6 +148,8 @@ def test_forms_of_the_arguments_do_not_change_the_loss(answers):
      "rank = 1 and world_size = 2, got 0 and 2"),
     ("world", "rank = 0 and world_size = 2, got 0 and 3", "rank = 1 and world_size = 2, got 1 and 3"),
     ("soft", "SoftClipLoss: expected local_loss = False", "SoftClipLoss: expected local_loss = False"),
+    ("grad", "RuntimeError: ClipLoss: with world_size > 1", "RuntimeError: ClipLoss: with world_size > 1"),
+    ("jvp", "RuntimeError: SigLipLoss: with world_size > 1", "RuntimeError: SigLipLoss: with world_size > 1"),
 ])  # fmt: skip
 def test_wrong_arguments_raise_on_every_process(answers, name, here, there):
     for answer, message in zip(answers(2), (here, there), strict=True):

@@ -200,6 +200,8 @@ def errors(rank, world_size) -> dict[str, str]:
         "rank": lambda: call(group=((rank + 1) % world_size, world_size)),
         "world": lambda: call(group=(rank, world_size + 1)),
         "soft": lambda: call(SoftClipLoss, local_loss=True),
+        "grad": lambda: torch.func.grad(lambda image: call(pair=(image, text)))(image),
+        "jvp": lambda: torch.func.jvp(lambda text: call(SigLipLoss, (image, text)), (text,), (text,)),
     }
     answers = {}
     for name, wrong in calls.items():
