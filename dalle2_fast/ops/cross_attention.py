@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dalle2_fast.ops import _checks, _dispatch
 
@@ -33,7 +36,8 @@ def cross_attention(
         q: queries [B, H, T, D].
         context_k: keys of the context [B, H, S, D].
         context_v: values of the context [B, H, S, D].
-        context_mask: bool [B, S], True = attend. Image keys are always attended to.
+        context_mask: bool [B, S], True = attend. Image keys are always attended to. A key or value that is
+            masked has no effect, also where it is NaN.
         image_k: keys of the image [B, H, T2, D], together with image_v.
         image_v: values of the image [B, H, T2, D].
         softmax_scale: factor of the scores; None means D ** -0.5.
@@ -70,6 +74,7 @@ def cross_attention(
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, context_k, context_v, image_k, image_v = (x if x is None else x.to(dtype) for x in tensors)
+        _dispatch.use_reference(impl, q)  # raises where no kernel takes the autocast dtype
     return torch.ops.dalle2_fast.cross_attention(
         q, context_k, context_v, context_mask, image_k, image_v, softmax_scale
     )[0]
@@ -93,6 +98,8 @@ def _check_arguments(
     softmax_scale: float | None,
 ) -> None:
     _checks.floating("q", q)
+    if q.dtype not in (*_dispatch.DTYPES, torch.float64):  # torch multiplies no other floats
+        raise TypeError(f"q: expected float32, float16, bfloat16 or float64, got {q.dtype}")
     if q.dim() != 4:
         raise ValueError(f"q: expected [B, H, T, D], got {tuple(q.shape)}")
     batch, heads, _, width = q.shape
@@ -139,6 +146,10 @@ def cross_attention_reference(
     """softmax(softmax_scale q [context_k; image_k]^T) [context_v; image_v]; zero without keys"""
     mask = context_mask
     empty = None
+    if mask is not None:
+        # The softmax gives a masked key the weight 0, but 0 * NaN is NaN, forward and backward.
+        masked = ~mask[:, None, :, None]
+        context_k, context_v = context_k.masked_fill(masked, 0), context_v.masked_fill(masked, 0)
     if image_k is not None:
         k = torch.cat((context_k, image_k), dim=2)
         v = torch.cat((context_v, image_v), dim=2)
@@ -147,7 +158,10 @@ def cross_attention_reference(
     else:
         k, v = context_k, context_v
     if k.shape[2] == 0:
-        return q * 0 if q.requires_grad else torch.zeros_like(q)
+        everything = q + (k + v).sum(2, keepdim=True)  # so that each of them has a gradient, which is 0
+        if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+            everything = everything.to(torch.get_autocast_dtype(q.device.type))
+        return everything.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0)
     if mask is not None:
         if image_k is None or image_k.shape[2] == 0:
             # A softmax over no keys is 0 / 0 forward and backward. Let such rows attend to all keys and
@@ -155,5 +169,8 @@ def cross_attention_reference(
             empty = ~mask.any(dim=1)[:, None]
             mask = mask | empty
         mask = mask[:, None, None, :]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale)
+    # torch's fast attention has no forward-mode rule.
+    backend = sdpa_kernel(SDPBackend.MATH) if _dispatch.is_transformed() else nullcontext()
+    with backend:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale)
     return out if empty is None else out.masked_fill(empty[:, None, None], 0)
