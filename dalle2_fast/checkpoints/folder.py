@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dalle2_fast.checkpoints.atomic import atomic_write
-from dalle2_fast.checkpoints.errors import CheckpointError, contents
+from dalle2_fast.checkpoints.errors import CheckpointError, contents, damaged
 from dalle2_fast.checkpoints.tensor_files import opened_safetensors, read_json
 
 FORMAT_VERSION = 1
@@ -225,8 +225,11 @@ def _current_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / CONFIG_FILE, _CONFIG)
     successor, weights = config.pop(SUCCESSOR, None), folder / WEIGHTS_FILE
     if successor is not None and weights.is_file() and _sha256(weights) == successor:
-        with safe_open(weights, framework="pt") as content:
-            return json.loads(content.metadata()["config"]) | {"weights_sha256": successor}
+        with opened_safetensors(weights) as content:
+            try:
+                return json.loads(content.metadata()["config"]) | {"weights_sha256": successor}
+            except (KeyError, TypeError, ValueError, RecursionError) as error:
+                raise damaged(weights, f"no config in its header: {error!r}") from None
     return config
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import zipfile
@@ -229,3 +230,14 @@ def test_a_pickle_with_an_object_at_place_2_31(tmp_path, kind):
     rewrite(good, bad, lambda name, data: b"\x80\x02}r\0\0\0\x80." if name.endswith("/data.pkl") else data)
     with pytest.raises(CheckpointError, match="object 2,147,483,648 of the 3 in its pickle"):
         read_tensors(bad)
+
+
+@pytest.mark.parametrize("config", [NESTED, "[1]", "{", None])
+def test_weights_that_a_config_announces_and_that_have_none(tmp_path, config):
+    """After an interrupted save, the config is read from there: KeyError, TypeError, RecursionError."""
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(1)}, file, metadata=None if config is None else {"config": config})
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    (tmp_path / "config.json").write_text(json.dumps({"format_version": 1, "successor_sha256": digest}))
+    with pytest.raises(CheckpointError, match="model.safetensors: .*no config in its header"):
+        load_config(tmp_path)
