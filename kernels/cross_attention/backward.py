@@ -241,7 +241,7 @@ def cross_attention_backward(
     with torch.cuda.device_of(q):
         if out is None:
             dq, dk, dv = short_backward(grad, q, context_k, context_v, context_mask, scale)
-            gradients = (dq, dk, dv, q.new_empty(0), q.new_empty(0))
+            gradients = (dq, dk, dv, *_empty_gradients(q, image_k, image_v))  # no image keys: length 0
         else:
             gradients = _long(grad, q, context_k, context_v, context_mask, image_k, image_v, out, lse, scale)
     if sign != 1.0:
@@ -275,7 +275,7 @@ def _long(grad, q, context_k, context_v, context_mask, image_k, image_v, out, ls
     config = _launch_config("keys", d, q.itemsize, capability)
     for k, v, mask in ((context_k, context_v, context_mask), (image_k, image_v, None)):
         if k is None:
-            gradients += [q.new_empty(0), q.new_empty(0)]
+            gradients += _empty_gradients(q, k, v)
             continue
         keys = k.shape[2]
         blocks = triton.cdiv(keys, config["BLOCK_S"])
@@ -296,7 +296,9 @@ def _long(grad, q, context_k, context_v, context_mask, image_k, image_v, out, ls
 
 
 def fake_backward(grad, q, context_k, context_v, context_mask, image_k, image_v, out, lse, softmax_scale):
-    return tuple(
-        q.new_empty(0) if x is None else _common.empty_heads(*x.shape, x)
-        for x in (q, context_k, context_v, image_k, image_v)
-    )
+    return _empty_gradients(q, q, context_k, context_v, image_k, image_v)
+
+
+def _empty_gradients(q: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """An uninitialised gradient per input; an absent input has an empty one."""
+    return tuple(q.new_empty(0) if x is None else _common.empty_heads(*x.shape, x) for x in inputs)

@@ -284,8 +284,9 @@ def _save(ctx, inputs, output) -> None:
 def _differentiate(ctx, grad, grad_lse):
     if grad is None:
         return (None,) * 7
-    dq, dk, dv, d_image_k, d_image_v = _backward(grad, *ctx.saved_tensors, ctx.softmax_scale)
-    if ctx.saved_tensors[4] is None:
+    saved = ctx.saved_tensors  # once: checkpointing recomputes them, and then refuses another access
+    dq, dk, dv, d_image_k, d_image_v = _backward(grad, *saved, ctx.softmax_scale)
+    if saved[4] is None:
         d_image_k = d_image_v = None
     return dq, dk, dv, None, d_image_k, d_image_v, None
 
