@@ -47,7 +47,8 @@ def diffusion_step(
         table: float32 or float64 [steps, 8] on the device of x. Each row is one step; its columns are (alpha,
             sigma, a, b, c, std, log_var_min, log_var_max).
         step: row of the table: an int, or an int64 scalar tensor on the device of x. With a tensor nothing
-            waits for the device.
+            waits for the device. Its value is therefore not checked on a GPU: if it is no row of the table,
+            x_next is NaN.
         seeds: int64 [B], seeds of the noise of this step. None adds no noise, also where std > 0: x_next is
             the mean of the update. That is the whole update of a deterministic sampler.
         guidance: weight w of out = unconditional + w * (conditional - unconditional): a finite number, a
@@ -132,6 +133,7 @@ def _check_arguments(
 
     _checks.floating("model_output", model_output)
     rows, row_letters = (batch, "B") if guidance is None else (2 * batch, "2B")
+    _checks.flag("learned_range", learned_range)
     outputs, output_letters = (2 * channels, "2C") if learned_range else (channels, "C")
     letters = f"{row_letters}, {output_letters}{trailing}"
     _checks.shape("model_output", model_output, letters, (rows, outputs, *x.shape[2:]))
@@ -149,6 +151,7 @@ def _check_arguments(
         _checks.seeds_and_step(seeds, step, batch)
         _checks.same_device("seeds", seeds, "x", x)
     if isinstance(guidance, Tensor):
+        _checks.real("guidance", guidance)
         if guidance.dim() > 0:
             _checks.shape("guidance", guidance, "B", (batch,))
         _checks.same_device("guidance", guidance, "x", x)
@@ -202,8 +205,7 @@ def diffusion_step_reference(
     """x_next = a x + b x0 + c previous_x0 + std noise(seed, step)"""
     dtype = compute_dtype(x.dtype)
     batch, channels = x.shape[:2]
-    # table[step] with a tensor on the GPU would wait for the device; index_select does not.
-    row = table.index_select(0, step.reshape(1))[0] if isinstance(step, Tensor) else table[step]
+    row = _row_on_device(table, step) if isinstance(step, Tensor) else table[step]
     alpha, sigma, a, b, c, std, log_var_min, log_var_max = row.to(dtype).unbind()
 
     output = model_output.to(dtype)
@@ -230,6 +232,20 @@ def diffusion_step_reference(
             std = torch.exp(0.5 * log_var) * (std > 0)
         x_next = x_next + std * noise
     return x_next.to(x.dtype), x0.to(x.dtype)
+
+
+def _row_on_device(table: Tensor, step: Tensor) -> Tensor:
+    """table[step], where nothing waits for the device. A step that is no row is a ValueError on the CPU and
+    gives NaN on other devices, where its value is not known here."""
+    step = step.reshape(1)
+    if table.device.type == "cpu":
+        try:
+            return table.index_select(0, step)[0]
+        except IndexError:
+            expected = f"0 <= step < {table.shape[0]} (the rows of table)"
+            raise ValueError(f"step: expected {expected}, got {step.item()}") from None
+    row = table.index_select(0, step.clamp(0, table.shape[0] - 1))
+    return row.masked_fill((step < 0) | (step >= table.shape[0]), float("nan"))[0]
 
 
 def _guide(

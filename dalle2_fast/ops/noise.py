@@ -216,8 +216,9 @@ def _check_add_noise(
         _checks.shape("noise", noise, "B, ...", x0.shape)
         _checks.same_device("noise", noise, "x0", x0)
     else:
-        _checks.seeds_and_step(seeds, step, x0.shape[0])
+        _checks.seeds("seeds", seeds, x0.shape[0])
         _checks.same_device("seeds", seeds, "x0", x0)
+    _checks.step_index(step, x0)
 
 
 def add_noise_reference(

@@ -295,7 +295,11 @@ differentiate(cross_attention, save=_save, backward=_differentiate)
 
 
 def _no_second_derivative(ctx, *grads):
-    raise NotImplementedError('cross_attention: the kernel has no second derivative; use impl="reference"')
+    # torch's fast attention on CPU and GPU has none either, hence sdpa_kernel.
+    raise NotImplementedError(
+        'cross_attention: the kernel has no second derivative; use impl="reference" under '
+        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or torch.func"
+    )
 
 
 differentiate(_backward, save=lambda ctx, inputs, output: None, backward=_no_second_derivative)

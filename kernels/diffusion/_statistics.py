@@ -25,6 +25,13 @@ from ._select import LARGEST, select, select_listed, select_two
 
 
 @triton.jit
+def coefficient(table_ptr, step, steps, column: tl.constexpr):
+    """table[step, column]; NaN for a step on the device that is no row of the table, so that it is seen"""
+    is_row = (step >= 0) & (step < steps)
+    return tl.load(table_ptr + step * 8 + column, mask=is_row, other=float("nan")).to(tl.float32)
+
+
+@triton.jit
 def guide(conditional, unconditional_ptr, inside, guidance, GUIDED: tl.constexpr):
     """unconditional + guidance (conditional - unconditional)"""
     if GUIDED:
@@ -43,13 +50,14 @@ def predict_x0(x, output, alpha, inverse_alpha, sigma, PREDICTION: tl.constexpr)
     return output
 
 
-@triton.jit(do_not_specialize=["step", "batch", "rank", "rank_low", "rank_high"])
+@triton.jit(do_not_specialize=["step", "steps", "batch", "rank", "rank_low", "rank_high"])
 def _statistics_kernel(
     x_ptr,  # [B, C, *]
     output_ptr,  # [B or 2B, C or more, *]
     table_ptr,  # [steps, 8]
     step_ptr,  # scalar, or None: then `step`
     step,
+    steps,  # rows of the table
     guidance_ptr,  # [B] or scalar, or None: then `guidance`
     guidance,
     guidance_stride,
@@ -89,9 +97,9 @@ def _statistics_kernel(
     sample = tl.program_id(0).to(tl.int64)
     if step_ptr is not None:
         step = tl.load(step_ptr)
-    row = table_ptr + step.to(tl.int64) * 8
-    alpha = tl.load(row).to(tl.float32)
-    sigma = tl.load(row + 1).to(tl.float32)
+    step = step.to(tl.int64)
+    alpha = coefficient(table_ptr, step, steps, 0)
+    sigma = coefficient(table_ptr, step, steps, 1)
     inverse_alpha = 1.0 / alpha
     if guidance_ptr is not None:
         guidance = tl.load(guidance_ptr + sample * guidance_stride)
@@ -255,6 +263,7 @@ class Row(NamedTuple):
     table: Tensor  # float32 [steps, 8]
     step: Tensor | None
     number: int
+    steps: int  # rows of the table
 
 
 class Guidance(NamedTuple):

@@ -14,6 +14,8 @@ and the noise are data, so it is rarely needed.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -172,7 +174,8 @@ def _gradients(ctx, grad: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor, nois
         return (grad * factor.to(torch.float32).reshape(per_sample)).to(like.dtype)
 
     def summed(value: Tensor, like: Tensor) -> Tensor:
-        return (grad * value).reshape(value.shape[0], -1).sum(1).to(like.dtype)
+        # Not -1: it is ambiguous where the batch is empty.
+        return (grad * value).reshape(value.shape[0], math.prod(value.shape[1:])).sum(1).to(like.dtype)
 
     # The fourth input is the noise, or the seeds, which need no gradient.
     needs_x0, needs_alpha, needs_sigma, needs_noise, *_ = ctx.needs_input_grad

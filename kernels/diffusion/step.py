@@ -27,7 +27,7 @@ from .._math import philox_normal
 from .._op import define
 from .._planes import arrange, check_size, count_tiles, memory_format, tile_config
 from . import noise as add_noise  # noqa: F401  also registers the ops of noise.py
-from ._statistics import UNGUIDED, Guidance, Row, guide, predict_x0, sample_statistics
+from ._statistics import UNGUIDED, Guidance, Row, coefficient, guide, predict_x0, sample_statistics
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def _clamp(x0, limit):
     return tl.minimum(x0, limit, propagate_nan=tl.PropagateNan.ALL)
 
 
-@triton.jit(do_not_specialize=["step", "batch", "tiles"])
+@triton.jit(do_not_specialize=["step", "steps", "batch", "tiles"])
 def _step_kernel(
     x_ptr,  # [B, C, *]
     output_ptr,  # [B or 2B, C or 2C, *]
@@ -47,6 +47,7 @@ def _step_kernel(
     table_ptr,  # [steps, 8]
     step_ptr,  # scalar, or None: then `step`
     step,
+    steps,  # rows of the table
     seeds_ptr,  # [B] or None
     guidance_ptr,  # [B] or scalar, or None: then `guidance`
     guidance,
@@ -82,13 +83,12 @@ def _step_kernel(
     if step_ptr is not None:
         step = tl.load(step_ptr)
     step = step.to(tl.int64)
-    row = table_ptr + step * 8
-    alpha = tl.load(row).to(tl.float32)
-    sigma = tl.load(row + 1).to(tl.float32)
-    a = tl.load(row + 2).to(tl.float32)
-    b = tl.load(row + 3).to(tl.float32)
-    c = tl.load(row + 4).to(tl.float32)
-    std = tl.load(row + 5).to(tl.float32)
+    alpha = coefficient(table_ptr, step, steps, 0)
+    sigma = coefficient(table_ptr, step, steps, 1)
+    a = coefficient(table_ptr, step, steps, 2)
+    b = coefficient(table_ptr, step, steps, 3)
+    c = coefficient(table_ptr, step, steps, 4)
+    std = coefficient(table_ptr, step, steps, 5)
     inverse_alpha = 1.0 / alpha
     if guidance_ptr is not None:
         guidance = tl.load(guidance_ptr + sample * guidance_stride)
@@ -132,8 +132,8 @@ def _step_kernel(
             if variance_offset is not None:
                 fraction = tl.load(output_ptr + variance_offset + at, mask=inside, other=0.0).to(tl.float32)
                 fraction = (fraction + 1.0) * 0.5
-                log_var_min = tl.load(row + 6).to(tl.float32)
-                log_var_max = tl.load(row + 7).to(tl.float32)
+                log_var_min = coefficient(table_ptr, step, steps, 6)
+                log_var_max = coefficient(table_ptr, step, steps, 7)
                 log_var = fraction * log_var_max + (1.0 - fraction) * log_var_min
                 noise *= tl.where(std > 0.0, tl.exp(0.5 * log_var), 0.0)
             else:
@@ -171,7 +171,7 @@ def _diffusion_step(
     channels, positions, strides = planes
     variance_offset = channels * strides[1][1] if learned_range and seeds is not None else None
     seeds = None if seeds is None else seeds.contiguous()
-    row = Row(table.to(torch.float32).contiguous(), step, step_number)
+    row = Row(table.to(torch.float32).contiguous(), step, step_number, table.shape[0])
     guided = _guidance(guidance, guidance_number)
     rescale, dynamic = guidance_rescale > 0, dynamic_threshold is not None
     bound = 1.0 if dynamic and clip is None else clip

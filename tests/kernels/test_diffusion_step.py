@@ -157,7 +157,7 @@ def limits(x0, quantile, kernel_device):
     """The limit that the kernel finds for |x0|, without a bound that hides it."""
     x = torch.zeros_like(x0)
     _, planes = _planes.arrange([x, x0])
-    row = _statistics.Row(TABLE.to(kernel_device), None, 0)
+    row = _statistics.Row(TABLE.to(kernel_device), None, 0, len(TABLE))
     statistics = _statistics.sample_statistics(
         x, x0, planes, row, guidance=None, guidance_rescale=0.0, prediction="sample", quantile=quantile,
         bound=0.0,

@@ -82,6 +82,24 @@ def test_masked_keys_do_not_matter():
     torch.testing.assert_close(functional.cross_attention(**inputs, context_mask=mask), short)
 
 
+@pytest.mark.parametrize("keys, image_keys", [(6, 0), (6, 3), (140, 0)])
+def test_masked_keys_may_be_nan(keys, image_keys):
+    # Catches: a weight of 0 times NaN, forward or backward; also in a row that may attend to no key.
+    inputs = make(2, 1, 5, keys, image_keys, 8)
+    mask = torch.arange(keys) < torch.tensor([[4], [0]])
+    broken = dict(inputs)
+    for name in ("context_k", "context_v"):
+        broken[name] = inputs[name].masked_fill(~mask[:, None, :, None], float("nan"))
+
+    def run(**tensors):
+        return functional.cross_attention(**tensors, context_mask=mask, impl="reference")
+
+    for dtype in (torch.float32, torch.float16):
+        found, expected = (outputs_and_gradients(run, tensors, dtype) for tensors in (broken, inputs))
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name
+
+
 def test_large_logits_do_not_overflow():
     q = 100 * torch.randn(1, 2, 8, 16)
     out = functional.cross_attention(q, q, torch.ones_like(q), softmax_scale=10.0)

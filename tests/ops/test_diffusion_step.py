@@ -155,6 +155,21 @@ def test_step_may_be_a_tensor():
         assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
 
 
+@pytest.mark.parametrize("number", [-1, 2, 2**40])
+@pytest.mark.parametrize("threshold", [None, 0.9])
+def test_a_step_on_the_device_that_is_no_row_reads_nothing_else(number, threshold, kernel_device):
+    # Catches: coefficients read from the memory behind the table, or in front of it.
+    memory = torch.ones(4, 8, device=kernel_device)
+    rows, x = memory[1:3], draw(2, 3, 4).float().to(kernel_device)
+    step = torch.tensor(number, device=kernel_device)
+    x_next, _ = functional.diffusion_step(x, x, rows, step, dynamic_threshold=threshold, impl="fused")
+    assert bool(x_next.isnan().all())
+    if kernel_device == "cpu":
+        message = rf"step: expected 0 <= step < 2 \(the rows of table\), got {number}"
+        with pytest.raises(ValueError, match=message):
+            functional.diffusion_step(x, x, rows, step, impl="reference")
+
+
 def test_a_sample_does_not_depend_on_its_batch_mates():
     # Catches: statistics (threshold, rescale) or noise over the whole batch.
     options = {"guidance_rescale": 0.7, "dynamic_threshold": 0.9, "learned_range": True}
