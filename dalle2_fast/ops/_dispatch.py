@@ -7,9 +7,9 @@ import os
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from dalle2_fast.ops import _native
+from dalle2_fast.ops._dtypes import is_transformed
 
 # With at least this many logits dalle2_fast._C is not slower than the reference on the CPU, up to D = 512.
 # With one thread contrastive_loss takes 1.11 times as long for N = 1448, 0.98 for 2048 and 0.85 for 4096: it
@@ -71,20 +71,6 @@ def use_native(impl: str, image: Tensor, text: Tensor) -> bool:
 def needs_gradient(*values: Tensor | float | None) -> bool:
     """Whether autograd will ask for a gradient of one of these values."""
     return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
-
-
-def is_transformed() -> bool:
-    """Whether a forward-mode level (torch.autograd.forward_ad) or a transform of torch.func is active.
-
-    The kernels have a rule for reverse mode only: forward mode would silently give tangents of 0. Both levels
-    belong to the process's current thread, so this looks at no tensor; it takes 0.1 us.
-    """
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-# torch.compile evaluates it while tracing, where the transforms of the traced code are active. The public
-# torch.compiler.assume_constant_result sets the same attribute, but imports torch._dynamo.
-is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _why_no_rule() -> str | None:

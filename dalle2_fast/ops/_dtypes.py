@@ -1,10 +1,25 @@
-"""The dtype of the arithmetic: every op and every sampler computes in it and rounds once at the end."""
+"""What an op asks about its arithmetic: the dtype to compute in, and whether autograd transforms it."""
 
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for every other floating-point dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_transformed() -> bool:
+    """Whether a forward-mode level (torch.autograd.forward_ad) or a transform of torch.func is active.
+
+    The kernels have a rule for reverse mode only: forward mode would silently give tangents of 0. Both levels
+    belong to the process's current thread, so this looks at no tensor; it takes 0.1 us.
+    """
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# torch.compile evaluates it while tracing, where the transforms of the traced code are active. The public
+# torch.compiler.assume_constant_result sets the same attribute, but imports torch._dynamo.
+is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dalle2_fast.ops import _checks, _dispatch
+from dalle2_fast.ops._dtypes import is_transformed
 
 _MAX_HEAD_WIDTH = 128  # the largest D that the kernel supports
 
@@ -170,7 +171,7 @@ def cross_attention_reference(
             mask = mask | empty
         mask = mask[:, None, None, :]
     # torch's fast attention has no forward-mode rule.
-    backend = sdpa_kernel(SDPBackend.MATH) if _dispatch.is_transformed() else nullcontext()
+    backend = sdpa_kernel(SDPBackend.MATH) if is_transformed() else nullcontext()
     with backend:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale)
     return out if empty is None else out.masked_fill(empty[:, None, None], 0)

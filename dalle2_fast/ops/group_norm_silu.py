@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dalle2_fast.ops import _checks, _dispatch
 from dalle2_fast.ops._broadcast import per_sample
-from dalle2_fast.ops._dtypes import compute_dtype
+from dalle2_fast.ops._dtypes import compute_dtype, is_transformed
 
 
 def group_norm_silu(
@@ -113,7 +113,7 @@ def group_norm_silu_reference(
     dtype = compute_dtype(x.dtype)
     layout = _memory_format(x)
     y = x.to(dtype)
-    if _dispatch.is_transformed():
+    if is_transformed():
         y = y.contiguous()  # torch's forward-mode rule of group_norm cannot view other layouts
     if layout != torch.contiguous_format and x.numel() > 0:
         # In this layout torch's CPU variance is E[x^2] - E[x]^2: float32 results are 8 % off for mean 1e3 and
@@ -148,7 +148,7 @@ def _per_channel(value: Tensor, x: Tensor) -> Tensor:
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
-    if not _dispatch.is_transformed() and not x.is_contiguous():  # vmap cannot tell channels_last
+    if not is_transformed() and not x.is_contiguous():  # vmap cannot tell channels_last
         if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
             return torch.channels_last
         if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
