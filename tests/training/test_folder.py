@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,26 @@ def test_write_that_fails_midway_leaves_the_old_file(tmp_path, monkeypatch):
         write_file(path, b"new, but on a full disk")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows flushes no folders")
+def test_the_new_name_is_flushed_after_the_rename(tmp_path, monkeypatch):
+    """Catches: a write that a power cut undoes; a folder that cannot be flushed, taken for a fault."""
+    steps = []
+    flush, rename = os.fsync, os.replace
+
+    def flush_and_refuse(descriptor):
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        steps.append("folder" if is_folder else "file")
+        if is_folder:
+            raise OSError(22, "Invalid argument")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush_and_refuse)
+    monkeypatch.setattr(os, "replace", lambda *names: (steps.append("rename"), rename(*names)))
+    write_file(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert steps == ["file", "rename", "folder"]
 
 
 def test_full_disk_while_training_keeps_both_states(tmp_path, monkeypatch):
