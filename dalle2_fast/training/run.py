@@ -138,6 +138,11 @@ def _train(
     settings = settings_of(name, freeze=freeze, init=init)
     if begun and init is None:
         settings["init"] = recorded["init"] if recorded else None
+    if begun and init is not None and not recorded:
+        raise TrainingError(
+            f"--init: {folder.path} has begun, without a record of its initial weights (older release): "
+            "expected no --init"
+        )
     found = differences(recorded, settings) if begun and recorded else {}
     refuse(folder.path, found, override)
     if finished and not is_to_be_extended(folder, preset, settings["length"], recorded, override):
@@ -247,10 +252,15 @@ def export_pipeline(preset: Preset, out: Path, *, dtype: torch.dtype = torch.bfl
         The folder.
 
     Raises:
-        TrainingError: a stage is not finished, or the folder cannot be written.
+        TrainingError: a stage is not finished, the run has another preset, or the folder cannot be written.
     """
     out = Path(out)
     with run_lock(out):
+        record = RunRecord.read(out, resume=True)
+        if record is not None and record.run["preset"] != preset.name:
+            raise TrainingError(
+                f"--preset: expected that of the run in {out}, {record.run['preset']}, got {preset.name}"
+            )
         extra = [name for name in EXTRA_STAGES if (out / name / "model.safetensors").exists()]
         models = {name: load_stage(out, name) for name in (*STAGES, *extra)}
         on_shards = (out / TOKENIZER).exists()

@@ -337,3 +337,22 @@ def test_a_run_killed_before_its_first_state_keeps_its_settings(data, trained, t
         path.unlink()
     assert train(out, "--data", write_shard(tmp_path / "other.tar", count=2)) == 0
     assert (out / "tokenizer.json").read_text() != first
+
+
+def test_an_older_state_is_given_no_initial_weights(trained, tmp_path, capsys):
+    """Catches: --init on a state without a record that is recorded, and not loaded."""
+    assert train(tmp_path, "--pause-after", 0) == 0
+    (tmp_path / "run.json").unlink()
+    assert train(tmp_path, "--resume", "--init", trained / "clip" / "model.safetensors") == 2
+    error = capsys.readouterr().err
+    assert "--init: " in error and "older release" in error and error.count("\n") == 1
+    assert train(tmp_path, "--resume", "--pause-after", 0) == 0
+
+
+def test_the_pipeline_has_the_preset_of_its_stages(trained, capsys):
+    """Catches: --export that gives stages the world and the sampling of another preset."""
+    config = (trained / "config.json").read_bytes()
+    assert train(trained, "--export", stage="all", preset="scenes-cpu") == 2
+    assert "--preset: expected that of the run" in (error := capsys.readouterr().err)
+    assert "tiny, got scenes-cpu" in error and error.count("\n") == 1
+    assert (trained / "config.json").read_bytes() == config
