@@ -234,6 +234,36 @@ def test_guidance_is_one_batched_call_per_step_with_the_unconditional_rows_last(
     torch.testing.assert_close(mixed[1], plain[1], atol=1e-5, rtol=0)
 
 
+def test_steps_outside_the_guidance_interval_have_the_conditional_rows_alone():
+    """Catches: unconditional rows in such steps, and a cached context or class embedding of other rows."""
+    decoder = small_decoder().double()
+    _, text, image_embed = batch(3)
+    log_snr = decoder.diffusion.schedule.log_snr(decoder.diffusion.times(4)).tolist()
+    shapes = []
+    hook = decoder.unet.conv_in.register_forward_pre_hook(lambda _, given: shapes.append(given[0].shape[0]))
+
+    def sample(interval, **options):
+        shapes.clear()
+        given = dict(seeds=torch.arange(3), steps=4, sampler="dpm++", guidance_interval=interval) | options
+        return decoder.sample(image_embed.double(), text, **given)
+
+    # A negative caption that is longer than the captions pads the conditional rows, too.
+    for options in (dict(cond_scale=3.0), dict(cond_scale=3.0, negative=torch.ones(1, 7, dtype=torch.int64))):
+        everywhere = sample((-100.0, 100.0), **options)
+        assert shapes == [6] * 4 and torch.equal(everywhere, sample(None, **options))
+        half = sample((log_snr[1], log_snr[3]), **options)
+        assert shapes == [3, 6, 6, 3] and (half - everywhere).abs().max() > 1e-3
+        nowhere = sample((0.0, 0.0), **options)
+        assert shapes == [3] * 4
+        torch.testing.assert_close(nowhere, sample(None), atol=1e-12, rtol=0)
+    x_T = decoder.invert(
+        nowhere, image_embed.double(), text, steps=4, cond_scale=3.0, guidance_interval=(0.0, 0.0)
+    )
+    plain = decoder.invert(nowhere, image_embed.double(), text, steps=4)
+    torch.testing.assert_close(x_T, plain, atol=1e-12, rtol=0)
+    hook.remove()
+
+
 def test_a_tenth_of_the_images_and_half_of_the_captions_are_dropped():
     """The paper's rates, as defaults, and independently: 1/20 of the rows see neither."""
     decoder, seen = small_decoder(), []
@@ -300,6 +330,16 @@ def test_learned_range_samples_and_other_sizes():
     _, text, image_embed = batch(2)
     images = decoder.sample(image_embed, text, seeds=torch.arange(2), steps=5, cond_scale=2.0, size=(8, 24))
     assert images.shape == (2, 3, 8, 24) and images.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_the_image_embedding_may_give_no_tokens():
+    # Catches: "cannot reshape" of a projection to no tokens; the class embedding still depends on the image.
+    decoder = small_decoder(num_image_tokens=0)
+    _, text, image_embed = batch(2)
+    options = dict(seeds=torch.arange(2), steps=2)
+    one, other = (decoder.sample(each, text, **options) for each in (image_embed, -image_embed))
+    assert one.shape == (2, 3, 16, 16) and not torch.equal(one, other)
 
 
 def test_pixel_weight_counts():

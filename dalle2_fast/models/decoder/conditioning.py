@@ -78,6 +78,7 @@ class ConditionProjection(nn.Module):
         text_mask = torch.where(keep_text[:, None], caption.mask, first)
 
         classes = self.image_to_time(image_embed) + self.text_to_time(text_embed)
-        tokens = self.image_to_tokens(image_embed).unflatten(1, (self.num_image_tokens, -1))
+        width = self.text_norm.normalized_shape[0]  # -1 is undefined for 0 tokens
+        tokens = self.image_to_tokens(image_embed).unflatten(1, (self.num_image_tokens, width))
         context = torch.cat([tokens, self.text_norm(self.text_to_context(encodings))], dim=1)
         return context, F.pad(text_mask, (self.num_image_tokens, 0), value=True), classes
