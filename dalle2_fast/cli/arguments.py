@@ -32,6 +32,18 @@ def add_decoder(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="guidance scale of the decoder: how closely it follows its conditioning (1: no guidance)",
     )
+    add_guidance_interval(parser, "--guidance-interval", "guidance of the decoder")
+
+
+def add_guidance_interval(parser: argparse.ArgumentParser, name: str, what: str) -> None:
+    parser.add_argument(
+        name,
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help=f"{what} only in the steps whose log-SNR is at least LOW and below HIGH; sampling begins at a "
+        "negative one, pure noise, and -100 100 is all steps",
+    )
 
 
 def add_decoder_caption(parser: argparse.ArgumentParser, of: str = "image alone decides") -> None:
@@ -52,6 +64,7 @@ def add_prior(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prior-guidance", type=non_negative_float, metavar="X", help="guidance scale of the prior"
     )
+    add_guidance_interval(parser, "--prior-guidance-interval", "guidance of the prior")
 
 
 def add_upsamplers(parser: argparse.ArgumentParser) -> None:

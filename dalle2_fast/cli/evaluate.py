@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dalle2_fast.cli.arguments import DEVICE_HELP
+from dalle2_fast.cli.arguments import DEVICE_HELP, add_guidance_interval
 from dalle2_fast.cli.image_files import check_writable
 from dalle2_fast.evaluation.amounts import FULL, PARTS, QUICK, SETTINGS, SPLITS, Amounts
 from dalle2_fast.pipeline.device import choose_device
@@ -56,9 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the scenes, captions and noise (default 0)")
     add("--steps", type=int, help="diffusion steps of the decoder (default, as below: the checkpoint's)")
     add("--guidance", type=float, help="guidance scale of the decoder")
+    add_guidance_interval(parser, "--guidance-interval", "guidance of the decoder")
     add("--candidates", type=int, help="images sampled for each caption, of which CLIP chooses one")
     add("--prior-steps", type=int, help="diffusion steps of the prior")
     add("--prior-guidance", type=float, help="guidance scale of the prior")
+    add_guidance_interval(parser, "--prior-guidance-interval", "guidance of the prior")
     add("--upsampler-steps", type=int, help="diffusion steps of the upsampler")
     add("--sampler", choices=SAMPLERS, help="update rule of every stage")
     add(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ from dalle2_fast import functional
 from dalle2_fast.diffusion._checks import check_data
 from dalle2_fast.diffusion.progress import Progress, with_progress
 from dalle2_fast.diffusion.sampler_tables import inversion_ends, inversion_table
-from dalle2_fast.diffusion.sampling import Net, on_device
+from dalle2_fast.diffusion.sampling import Net, on_device, resolve_guidance
 
 if TYPE_CHECKING:
     from dalle2_fast.diffusion.process import GaussianDiffusion
@@ -25,9 +26,11 @@ def invert(
     *,
     steps: int,
     guidance: float | Tensor | None = None,
+    guidance_interval: Sequence[float] | None = None,  # (low, high) in log-SNR
     clip: float | None = None,
     refine: int = 0,
     progress: Progress = None,
+    conditional_net: Net | None = None,
 ) -> Tensor:  # x_T [B, C, *]
     """DDIM inversion: find the x_T from which `sample(..., sampler="ddim", x_T=x_T)` returns about x0.
 
@@ -42,12 +45,14 @@ def invert(
         x0: clean data, floating.
         steps: the number of steps, >= 2, as in `sample`.
         guidance: as in `sample`.
+        guidance_interval: (low, high) in log-SNR, as in `sample`.
         clip: as in `sample`; None for no bound.
         refine: the number of fixed point iterations per step, each of which calls net once more. A step uses
             the network's output where the step starts, but sampling uses the output where the step ends; an
             iteration repeats the step with the output at its end. With an exact network a few steps are then
             enough to lead back.
         progress: as in `sample`.
+        conditional_net: as in `sample`.
 
     Returns:
         x_T, [B, C, *] in the dtype of x0.
@@ -67,6 +72,7 @@ def invert(
     if isinstance(refine, bool) or not isinstance(refine, int) or refine < 0:
         raise ValueError(f"refine: expected an int of at least 0, got {refine!r}")
     times = diffusion.times(steps).flip(0)
+    guided = resolve_guidance(diffusion, times, guidance, guidance_interval, conditional_net)
     table = inversion_table(diffusion.schedule, times)
     ends, factors = inversion_ends(diffusion.schedule, times)
     rows, net_times, table = on_device(diffusion, times, table, x0.shape[0], x0.device, x0.dtype)
@@ -74,12 +80,13 @@ def invert(
 
     def step_from(x: Tensor, at: int, table: Tensor) -> Tensor:
         """Apply row `at` of a table with the network's output at x and times[at]."""
-        output = net(x, net_times[at])
+        output = (net if guided[at] else conditional_net)(x, net_times[at])
         if diffusion.variance == "learned_range":
             output = output[:, : x.shape[1]]
         return functional.diffusion_step(
-            x, output, table, rows[at], guidance=guidance, prediction=diffusion.prediction, clip=clip
-        )[0]
+            x, output, table, rows[at], guidance=guidance if guided[at] else None,
+            prediction=diffusion.prediction, clip=clip,
+        )[0]  # fmt: skip
 
     x = x0  # state 0 is the data
     for step in with_progress(range(len(times)), progress):

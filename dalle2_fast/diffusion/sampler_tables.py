@@ -10,10 +10,12 @@ float64; the caller rounds once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from dalle2_fast.diffusion.names import SAMPLERS, SPACINGS, VARIANCES
+from dalle2_fast.diffusion.names import SAMPLERS, SPACINGS, VARIANCES, check_guidance_interval
 from dalle2_fast.diffusion.schedules import Schedule
 
 
@@ -66,6 +68,38 @@ def _distinct(rising: Tensor, limit: int) -> Tensor:
     """Separate equal indices in 0 .. limit - 1: move them up as far as needed, then down from the end."""
     place = torch.arange(len(rising))
     return torch.minimum((rising - place).cummax(0).values + place, limit - len(rising) + place)
+
+
+def guided_steps(
+    schedule: Schedule, times: Tensor, interval: Sequence[float] | None
+) -> list[bool]:
+    """Decide on the host, before sampling begins, which steps have guidance.
+
+    Args:
+        schedule: the noise schedule of the process.
+        times: where the network is called, [steps].
+        interval: (low, high) in log-SNR: a step has guidance if low <= log_snr(time) < high. None is every
+            step.
+
+    Returns:
+        One bool per step.
+
+    Raises:
+        TypeError, ValueError: the interval is no pair of finite numbers with low <= high.
+
+    Source: Kynkäänniemi et al., 2404.07724, section 3; its sigma is exp(-log_snr / 2) here.
+
+    Example:
+        >>> from dalle2_fast.diffusion import make_schedule
+        >>> schedule = make_schedule("continuous_log_linear", log_snr_min=-9.0, log_snr_max=9.0)
+        >>> guided_steps(schedule, step_times(schedule, 3), (-9, 3))  # log-SNR -9, -3 and 3
+        [True, True, False]
+    """
+    interval = check_guidance_interval(interval, "guidance_interval")
+    if interval is None:
+        return [True] * len(times)
+    low, high = interval
+    return [low <= log_snr < high for log_snr in schedule.log_snr(times.cpu()).tolist()]
 
 
 def transition(log_snr_t: Tensor, log_snr_s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

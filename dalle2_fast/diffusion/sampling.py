@@ -12,7 +12,7 @@ from dalle2_fast import functional
 from dalle2_fast.diffusion._checks import check_shape
 from dalle2_fast.diffusion.inpainting import Inpainting, resampling_order
 from dalle2_fast.diffusion.progress import Progress, with_progress
-from dalle2_fast.diffusion.sampler_tables import sampler_table
+from dalle2_fast.diffusion.sampler_tables import guided_steps, sampler_table
 from dalle2_fast.ops import _checks
 from dalle2_fast.ops._dtypes import compute_dtype
 from dalle2_fast.seeds import derived_seeds
@@ -40,6 +40,7 @@ def sample(
     spacing: str = "time",
     x0_error: Tensor | None = None,  # [timesteps]
     guidance: float | Tensor | None = None,
+    guidance_interval: Sequence[float] | None = None,  # (low, high) in log-SNR
     guidance_rescale: float = 0.0,
     clip: float | None = 1.0,
     dynamic_threshold: float | None = None,
@@ -53,6 +54,7 @@ def sample(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     callback: Callable[[int, Tensor, Tensor], None] | None = None,
+    conditional_net: Net | None = None,
     last_net: Net | None = None,
 ) -> Tensor:  # x0 [B, C, *]
     """Draw samples. Each sample depends on its seed only, not on the other samples of the batch.
@@ -73,6 +75,8 @@ def sample(
             "ddpm", see `sampler_table` and `measure_x0_error`.
         guidance: guidance weight, a number or [B], see `functional.diffusion_step`; None if net returns no
             unconditional rows.
+        guidance_interval: (low, high) in log-SNR, log(alpha^2 / sigma^2): only the steps whose time has
+            low <= log-SNR < high have guidance, the other ones call conditional_net. None: all steps.
         guidance_rescale: number in [0, 1], see `functional.diffusion_step`.
         clip: bound on the predicted x0; None for no bound.
         dynamic_threshold: quantile in (0, 1], see `functional.diffusion_step`.
@@ -89,7 +93,9 @@ def sample(
         device: where to sample; None is the device of seeds.
         dtype: dtype of x. The update is computed in float32 (float64 for float64) regardless.
         callback: called as callback(step, x_next, x0) after every step.
-        last_net: called in place of net in the last step.
+        conditional_net: called in place of net in the steps outside guidance_interval; it returns the B
+            conditional rows alone, in half the time.
+        last_net: called in the last step, in place of net or conditional_net, and returns as many rows.
 
     Returns:
         The samples x0, [B, C, *] of `dtype`.
@@ -97,7 +103,9 @@ def sample(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or range.
 
-    Source: the papers of the samplers, see `sampler_table`; Lugmayr et al., 2201.09865, for inpainting.
+    Source: the papers of the samplers, see `sampler_table`; Kynkäänniemi et al., 2404.07724, for the
+    interval of guidance (sigma in the paper is exp(-log-SNR / 2)); Lugmayr et al., 2201.09865, for
+    inpainting.
 
     Example:
         >>> from dalle2_fast.diffusion import GaussianDiffusion, make_schedule
@@ -110,6 +118,7 @@ def sample(
     device = seeds.device if device is None else torch.device(device)
     times = diffusion.times(steps, spacing)
     table = _table(diffusion, times, sampler, eta, x0_error)
+    guided = resolve_guidance(diffusion, times, guidance, guidance_interval, conditional_net)
     start = 0 if start is None else start
     if not 0 <= start < steps:
         raise ValueError(f"start: expected 0 <= start < steps = {steps}, got {start}")
@@ -147,13 +156,16 @@ def sample(
             x = inpainting.with_known(x, step, step_seeds)
             previous_x0 = None
         state = step + 1
-        denoise = last_net if last_net is not None and step == steps - 1 else net
+        denoise = net if guided[step] else conditional_net
+        denoise = last_net if last_net is not None and step == steps - 1 else denoise
         output = denoise(x, net_times[step])
         if learned_range and not use_range:
             output = output[:, :channels]
         x, x0 = functional.diffusion_step(
-            x, output, table, rows[step], seeds=step_seeds if noisy else None, guidance=guidance,
-            guidance_rescale=guidance_rescale, prediction=diffusion.prediction, clip=clip,
+            x, output, table, rows[step], seeds=step_seeds if noisy else None,
+            guidance=guidance if guided[step] else None,
+            guidance_rescale=guidance_rescale if guided[step] else 0.0,
+            prediction=diffusion.prediction, clip=clip,
             dynamic_threshold=dynamic_threshold, learned_range=use_range, previous_x0=previous_x0,
         )  # fmt: skip
         if inpainting is not None:
@@ -163,6 +175,28 @@ def sample(
         if callback is not None:
             callback(step, x, x0)
     return x
+
+
+def resolve_guidance(
+    diffusion: GaussianDiffusion,
+    times: Tensor,  # [steps]
+    guidance: float | Tensor | None,
+    interval: Sequence[float] | None,
+    conditional_net: Net | None,
+) -> list[bool]:
+    """For each step, whether net is called; the other steps call conditional_net and have no guidance.
+
+    Raises:
+        TypeError, ValueError: the interval is none, or it leaves out steps and conditional_net is None.
+    """
+    guided = guided_steps(diffusion.schedule, times, interval)
+    if guidance is None:  # net has no unconditional rows that could be left out
+        return [True] * len(guided)
+    if conditional_net is None and not all(guided):
+        raise ValueError(
+            "conditional_net: expected a network for the steps outside guidance_interval, got None"
+        )
+    return guided
 
 
 def _table(

@@ -7,7 +7,8 @@ from typing import NamedTuple
 SPLITS = ("iid", "comp")
 PARTS = ("clip", "captions", "upsampler")
 SETTINGS = (
-    "steps", "guidance", "candidates", "prior_steps", "prior_guidance", "upsampler_steps", "sampler",
+    "steps", "guidance", "guidance_interval", "candidates", "prior_steps", "prior_guidance",
+    "prior_guidance_interval", "upsampler_steps", "sampler",
 )  # fmt: skip
 
 

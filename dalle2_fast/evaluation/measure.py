@@ -148,7 +148,8 @@ def _generate(
 ) -> Tensor:
     """The decoder's image of every caption: float [n, 3, R, R] in [0, 1] on the CPU."""
     texts, images = _texts(tokens), []
-    idle = {"upsampler_steps"} | (set() if pipe.prior.diffuses else {"prior_steps"})
+    idle = {"upsampler_steps"}
+    idle |= set() if pipe.prior.diffuses else {"prior_steps", "prior_guidance_interval"}
     starts = range(0, len(texts), batch_size)
     for start in tqdm(starts, desc="generating images", unit="batch", disable=not progress, leave=False):
         # Within a call every caption gets the same noise; so every call gets another seed.

@@ -181,9 +181,11 @@ class DALLE2(nn.Module):
         generator: torch.Generator | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         candidates: int | None = None,
         prior_steps: int | None = None,
         prior_guidance: float | None = None,
+        prior_guidance_interval: tuple[float, float] | None = None,
         negative_prompt: str | None = None,
         init_image: Tensor | Image | None = None,
         strength: float = 0.6,
@@ -208,10 +210,13 @@ class DALLE2(nn.Module):
             generator: see seed.
             steps: diffusion steps of the decoder.
             guidance: guidance scale of the decoder; 1 is no guidance, more follows the caption more closely.
+            guidance_interval: (low, high) in log-SNR, log(alpha^2 / sigma^2): only the decoder's steps at
+                low <= log-SNR < high have guidance, see GaussianDiffusion.sample. (-100, 100) is all steps.
             candidates: images that the decoder samples for each image asked for; the one that CLIP finds
                 nearest to the caption is kept, and upsampled.
             prior_steps: diffusion steps of the prior; an autoregressive prior has none.
             prior_guidance: guidance scale of the prior.
+            prior_guidance_interval: the same of the prior's steps; an autoregressive prior has none.
             negative_prompt: a caption that guidance leads away from.
             init_image: the decoder starts from this image, noised: one image, or one per prompt; square, of
                 any size.
@@ -247,16 +252,18 @@ class DALLE2(nn.Module):
             size,
             steps=steps,
             guidance=guidance,
+            guidance_interval=guidance_interval,
             candidates=candidates,
             prior_steps=prior_steps,
             prior_guidance=prior_guidance,
+            prior_guidance_interval=prior_guidance_interval,
             negative_prompt=negative_prompt,
             upsampler_steps=upsampler_steps,
             upsampler2_steps=upsampler2_steps,
             tile=tile,
             sampler=sampler,
         )
-        check_prior(self, prior_steps)
+        check_prior(self, prior_steps=prior_steps, prior_guidance_interval=prior_guidance_interval)
         check_candidates(self, settings.candidates)
         context = GenerationContext.for_inputs(
             self,

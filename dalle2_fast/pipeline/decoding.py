@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 # What `decode` takes of SamplingSettings: it has no prior, does not choose among candidates, and fixes the
 # sampler.
-SETTINGS = frozenset({"steps", "guidance", "negative_prompt", "upsampler_steps", "upsampler2_steps", "tile"})
+SETTINGS = frozenset({
+    "steps", "guidance", "guidance_interval", "negative_prompt",
+    "upsampler_steps", "upsampler2_steps", "tile",
+})  # fmt: skip
 DECODER_OPTIONS = frozenset({"guidance_rescale", "clip", "dynamic_threshold", "spacing"})
 
 
@@ -81,9 +84,9 @@ def decode(
         size: as in `generate`.
         batch_size: as in `generate`.
         progress: as in `generate`.
-        settings: `steps`, `guidance`, `negative_prompt`, `upsampler_steps`, `upsampler2_steps` and `tile` as
-            in `generate`; `guidance_rescale`, `clip`, `dynamic_threshold` and `spacing` as in
-            GaussianDiffusion.sample.
+        settings: `steps`, `guidance`, `guidance_interval`, `negative_prompt`, `upsampler_steps`,
+            `upsampler2_steps` and `tile` as in `generate`; `guidance_rescale`, `clip`, `dynamic_threshold`
+            and `spacing` as in GaussianDiffusion.sample.
 
     Returns:
         A Generation of P * num_images rows. A row depends on its inputs and the seed, not on the number of

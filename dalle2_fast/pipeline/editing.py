@@ -192,6 +192,7 @@ def inpaint(
     generator: torch.Generator | None = None,
     prior_steps: int | None = None,
     prior_guidance: float | None = None,
+    prior_guidance_interval: tuple[float, float] | None = None,
     sampler: str | None = None,
     size: int | None = None,
     batch_size: int | None = None,
@@ -213,6 +214,7 @@ def inpaint(
         generator: as in `generate`.
         prior_steps: as in `generate`.
         prior_guidance: as in `generate`.
+        prior_guidance_interval: as in `generate`.
         sampler: of every stage, as in `generate`.
         size: as in `generate`.
         batch_size: as in `generate`.
@@ -237,7 +239,10 @@ def inpaint(
     images = expect_one("image", as_images("image", image, pipe.device))
     kept = KeptImage(images, expect_one("mask", as_mask("mask", mask, pipe.device)))
     mine, decoder_options = split_options(settings)
-    mine |= dict(prior_steps=prior_steps, prior_guidance=prior_guidance, sampler=sampler)
+    mine |= dict(
+        prior_steps=prior_steps, prior_guidance=prior_guidance,
+        prior_guidance_interval=prior_guidance_interval, sampler=sampler,
+    )  # fmt: skip
     size = resolve_size(pipe, size)
     chosen = resolve_settings(pipe, size, **mine)
     if pipe.decoder.channels != 3:
@@ -250,7 +255,7 @@ def inpaint(
             image_embed = embed_image(pipe, images).expand(num_images, -1)
             captions = encode_decoder_captions(context, None, 1, chosen)
         else:
-            check_prior(pipe)
+            check_prior(pipe, prior_steps=prior_steps, prior_guidance_interval=prior_guidance_interval)
             encoded = encode_captions(context, [prompt], chosen.negative_prompt)
             image_embed = sample_image_embeddings(context, encoded, chosen)
             captions = encoded.for_decoder

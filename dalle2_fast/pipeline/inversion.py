@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class Inversion:
     """An image as (z, x_T).
 
-    `pipe.decode(i.image_embed, x_T=i.x_T, steps=i.steps, guidance=i.guidance)` samples it again.
+    `pipe.decode(i.image_embed, x_T=i.x_T, steps=i.steps, guidance=i.guidance)` samples it again, with
+    `guidance_interval=i.guidance_interval` if the inversion was given one.
 
     Args:
         x_T: float32 [B, C, S, S], the decoder's noise.
@@ -32,6 +33,7 @@ class Inversion:
         image: float32 [B, C, S, S] in [0, 1], the image at the decoder's size.
         steps: DDIM steps.
         guidance: the guidance scale.
+        guidance_interval: (low, high) in log-SNR of the steps with guidance; None is all steps.
         prompt: the caption that the decoder was conditioned on.
         seconds: stage -> wall-clock seconds.
     """
@@ -41,6 +43,7 @@ class Inversion:
     image: Tensor
     steps: int
     guidance: float
+    guidance_interval: tuple[float, float] | None
     prompt: str | None
     seconds: dict[str, float]
 
@@ -52,6 +55,7 @@ def invert(
     *,
     steps: int = 50,
     guidance: float = 1.0,
+    guidance_interval: tuple[float, float] | None = None,
     prompt: str | None = None,
     refine: int = 0,
     batch_size: int | None = None,
@@ -64,6 +68,7 @@ def invert(
         steps: DDIM steps, at least 2; decoding with the same steps, guidance and prompt comes the nearer to
             the image, the more there are.
         guidance: guidance scale; above 1 the inversion is less exact.
+        guidance_interval: (low, high) in log-SNR, as in `generate`; None is the checkpoint's.
         prompt: a caption for the decoder; None leaves it out.
         refine: see GaussianDiffusion.invert.
         batch_size: as in `generate`.
@@ -81,7 +86,9 @@ def invert(
         torch.Size([1, 3, 64, 64])
     """
     images = as_images("image", image, pipe.device)
-    settings = resolve_settings(pipe, pipe.sizes[-1], steps=steps, guidance=guidance)
+    settings = resolve_settings(
+        pipe, pipe.sizes[-1], steps=steps, guidance=guidance, guidance_interval=guidance_interval
+    )
     embed = embed_image(pipe, images)
     small = resized(images, pipe.decoder.image_size)
     context = GenerationContext.for_inputs(
@@ -96,10 +103,13 @@ def invert(
             image_embed=embed,
             steps=steps,
             cond_scale=guidance,
+            guidance_interval=settings.guidance_interval,
             refine=refine,
             **captions,
         )
-    return Inversion(x_T, embed, small.float(), steps, guidance, prompt, context.timer.seconds)
+    return Inversion(
+        x_T, embed, small.float(), steps, guidance, settings.guidance_interval, prompt, context.timer.seconds
+    )
 
 
 def invert_for_decoding(
@@ -115,7 +125,7 @@ def invert_for_decoding(
         return [], options
     if options.get("guidance") is None:
         options = options | {"guidance": 1.0}
-    names = ("guidance", "prompt", "batch_size", "progress")
+    names = ("guidance", "guidance_interval", "prompt", "batch_size", "progress")
     shared = {name: options[name] for name in names if options.get(name) is not None}
     return [invert(pipe, image, steps=steps, **shared) for image in images], options
 

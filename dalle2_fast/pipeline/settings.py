@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from dalle2_fast.diffusion.names import SAMPLERS
+from dalle2_fast.diffusion.names import SAMPLERS, check_guidance_interval
 from dalle2_fast.pipeline.parts import UPSAMPLERS
 
 if TYPE_CHECKING:
@@ -26,10 +26,14 @@ class SamplingSettings:
     Args:
         steps: diffusion steps of the decoder, at least 1.
         guidance: classifier-free guidance scale of the decoder, at least 0; 1 is no guidance.
+        guidance_interval: (low, high) in log-SNR, log(alpha^2 / sigma^2): only the decoder's steps at
+            low <= log-SNR < high have guidance; the others take half the time. None: all steps.
         candidates: images that the decoder samples for each image asked for; the one whose CLIP embedding is
             nearest to the caption's is kept.
         prior_steps: diffusion steps of the prior; an autoregressive prior has none.
         prior_guidance: guidance scale of the prior; 1 is no guidance.
+        prior_guidance_interval: the same interval of log-SNR for the prior's steps; an autoregressive prior
+            has none.
         prior_candidates: embeddings that the prior samples for each image; the one nearest to the caption's
             text embedding is kept.
         negative_prompt: the caption that guidance leads away from; None is no caption at all.
@@ -48,9 +52,11 @@ class SamplingSettings:
 
     steps: int = 25
     guidance: float = 3.0
+    guidance_interval: tuple[float, float] | None = None
     candidates: int = 1
     prior_steps: int = 25
     prior_guidance: float = 1.0
+    prior_guidance_interval: tuple[float, float] | None = None
     prior_candidates: int = 2
     negative_prompt: str | None = None
     upsampler_steps: int = 10
@@ -61,6 +67,8 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         check_count("steps", self.steps)
         _check_scale("guidance", self.guidance)
+        for name in ("guidance_interval", "prior_guidance_interval"):  # JSON has lists in place of tuples
+            object.__setattr__(self, name, check_guidance_interval(getattr(self, name), name))
         check_count("candidates", self.candidates)
         check_count("prior_steps", self.prior_steps)
         _check_scale("prior_guidance", self.prior_guidance)
@@ -106,9 +114,11 @@ class GenerateOptions(TypedDict, total=False):
     generator: torch.Generator | None
     steps: int | None
     guidance: float | None
+    guidance_interval: tuple[float, float] | None
     candidates: int | None
     prior_steps: int | None
     prior_guidance: float | None
+    prior_guidance_interval: tuple[float, float] | None
     negative_prompt: str | None
     init_image: Tensor | Image | None
     strength: float

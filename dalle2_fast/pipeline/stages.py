@@ -80,15 +80,16 @@ def _tokenize(pipe: DALLE2, captions: Sequence[str]) -> Tensor | None:
     return pipe.tokenizer.encode(captions).to(pipe.device) if captions else None
 
 
-def check_prior(pipe: DALLE2, prior_steps: int | None = None) -> None:
-    """ValueError if the pipeline has no prior, or one that has no diffusion steps where they are given."""
+def check_prior(pipe: DALLE2, **of_diffusion: Any) -> None:
+    """ValueError if the pipeline has no prior, or one without the diffusion whose settings are given."""
     if pipe.prior is None:
         raise ValueError(
             "prompt: this pipeline has no prior to make an image embedding of it; it can only do what begins "
             "with an image (variations, interpolate, ...)"
         )
-    if prior_steps is not None and not pipe.prior.diffuses:
-        raise ValueError(f"prior_steps: an autoregressive prior has none, got {prior_steps}")
+    for name, value in of_diffusion.items():
+        if value is not None and not pipe.prior.diffuses:
+            raise ValueError(f"{name}: an autoregressive prior has none, got {value}")
 
 
 def sample_image_embeddings(
@@ -96,7 +97,13 @@ def sample_image_embeddings(
 ) -> Tensor:  # [B, D]
     """The prior: captions -> CLIP image embeddings."""
     prior = context.pipe.prior
-    of_diffusion = {"steps": settings.prior_steps, "sampler": settings.sampler} if prior.diffuses else {}
+    of_diffusion = {}
+    if prior.diffuses:
+        of_diffusion = {
+            "steps": settings.prior_steps,
+            "sampler": settings.sampler,
+            "guidance_interval": settings.prior_guidance_interval,
+        }
     return context.sample(
         "prior",
         prior.sample,
@@ -136,6 +143,7 @@ def sample_decoder(
         image_embed=image_embed,
         sampler=settings.sampler if sampler is None else sampler,
         cond_scale=settings.guidance,
+        guidance_interval=settings.guidance_interval,
         **captions,
         **options,
     )

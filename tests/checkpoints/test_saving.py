@@ -145,7 +145,8 @@ def test_a_pipeline_without_the_part(tmp_path):
 # What a config of the first release had not: each must have a default that means what was meant then.
 YOUNGER = {
     "": ["prior_class", "upsampler2"],
-    "sampling": ["candidates", "prior_candidates", "negative_prompt", "upsampler2_steps", "tile"],
+    "sampling": ["candidates", "prior_candidates", "negative_prompt", "upsampler2_steps", "tile",
+                 "guidance_interval", "prior_guidance_interval"],
     "upsampler": ["last_unet", "sample_tile"],
     "decoder": ["inpaint"],
     "clip": ["eos_token_id"],

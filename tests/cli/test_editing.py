@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle2_fast import DALLE2, cli
+from dalle2_fast import DALLE2, Decoder, cli
 from tests.support.tiny_pipeline import tiny_pipeline
 
 
@@ -152,6 +152,24 @@ def test_components_from_a_folder(command):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+def test_the_guidance_interval_arrives(command, name, monkeypatch):
+    """Catches: a command with --guidance that does not take the interval, or keeps it to itself."""
+    seen, inner = [], Decoder.sample
+
+    def spy(self, *args, **options):
+        seen.append(options["guidance_interval"])
+        return inner(self, *args, **options)
+
+    monkeypatch.setattr(Decoder, "sample", spy)
+    code, _, err = command(*COMMANDS[name], "--guidance-interval", "-4.5", "1")
+    assert code == 0, err
+    assert seen == [(-4.5, 1.0)]
+    with Image.open("out.png") as grid:
+        written = json.loads(grid.text["settings"])
+    assert written["guidance_interval"] == [-4.5, 1.0]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help(name, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([name, "--help"])
@@ -175,6 +193,8 @@ def test_help(name, capsys):
         (["text-diff", "a.png", "--from", "a ring", "--to", "a ring"], "expected captions that differ"),
         (["text-diff", "a.png", "--from", "a zebra", "--to", "a ring"], "zebra"),
         (["invert", "a.png", "--steps", "1"], "--steps: expected at least 2, got 1"),
+        (["variations", "a.png", "--guidance-interval", "1", "-1"], "guidance_interval: expected finite"),
+        (["invert", "a.png", "--guidance-interval", "nan", "1"], "guidance_interval: expected finite"),
         (["reconstruct", "a.png", "--dims", "17"], "--dims: expected numbers of up to 16 components, got 17"),
         (["reconstruct", "a.png", "--pca-folder", "a.png"], "--pca-folder: a.png is not a folder"),
         (["inpaint", "a.png", "--mask", "wide.png"], "expected the image's size 32 x 32, got 60 x 40"),
@@ -198,6 +218,8 @@ def test_refused(command, arguments, says):
         ["text-diff", "a.png", "--from", "a ring"],
         ["text-diff", "a.png", "--from", "a", "--to", "b", "--theta", "x"],
         ["reconstruct", "a.png", "--dims", "1,x"],
+        ["reconstruct", "a.png", "--guidance-interval", "1"],
+        ["generate", "a ring", "--prior-guidance-interval", "-1", "x"],
         ["inpaint", "a.png"],
         ["inpaint", "a.png", "--box", "0.5,0,0.5,1"],
         ["inpaint", "a.png", "--box", "0,0,1,1", "--mask", "mask.png"],

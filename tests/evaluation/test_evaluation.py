@@ -155,7 +155,7 @@ def test_a_second_upsampler_does_not_matter(tmp_path, capsys):
 def test_the_command_writes_a_complete_report(checkpoint, tmp_path, capsys):
     output = tmp_path / "scores.json"
     command = ["evaluate", "--checkpoint", str(checkpoint), *SMALL, "--seed", "3", "--steps", "1",
-               "--device", "cpu", "--output", str(output)]  # fmt: skip
+               "--guidance-interval", "-5", "1", "--device", "cpu", "--output", str(output)]  # fmt: skip
     assert cli.main(command) == 0
     table = capsys.readouterr().out
     assert "one object: color" in table and "two-way binding" in table and "PSNR" in table
@@ -163,6 +163,7 @@ def test_the_command_writes_a_complete_report(checkpoint, tmp_path, capsys):
     assert report["captions"] == 8 and report["seed"] == 3
     assert report["versions"]["torch"] == torch.__version__
     assert report["sampling"]["steps"] == 1 and report["sampling"]["guidance"] == 2.0
+    assert report["sampling"]["guidance_interval"] == [-5.0, 1.0]
     assert report["world"] == WORLD.to_config()
     for split in ("iid", "comp"):
         accuracy = report["caption_accuracy"][split]

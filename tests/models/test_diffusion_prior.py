@@ -220,6 +220,29 @@ def test_guidance_is_one_pass_and_the_formula():
     assert sizes == [4, 4, 8, 8]
 
 
+def test_steps_outside_the_guidance_interval_have_the_conditional_rows_alone():
+    """Catches: unconditional rows in such steps, and a cached prefix of other rows than the candidates'."""
+    prior, words = small_prior().double().eval(), {k: v.double() if v.is_floating_point() else v
+                                                   for k, v in caption().items()}  # fmt: skip
+    sizes = []
+    denoise = prior.net.denoise
+    prior.net.denoise = lambda x, t, prefix: sizes.append(len(x)) or denoise(x, t, prefix)
+    log_snr = prior.diffusion.schedule.log_snr(prior.diffusion.times(4)).tolist()
+
+    def sample(interval, **options):
+        sizes.clear()
+        given = dict(seeds=torch.arange(4), steps=4, sampler="dpm++", guidance_interval=interval) | options
+        return prior.sample(**words, **given)
+
+    everywhere = sample((-100.0, 100.0), cond_scale=3.0)
+    assert sizes == [16] * 4 and torch.equal(everywhere, sample(None, cond_scale=3.0))
+    half = sample((log_snr[1], log_snr[3]), cond_scale=3.0)
+    assert sizes == [8, 16, 16, 8] and (half - everywhere).abs().max() > 1e-3
+    nowhere = sample((0.0, 0.0), cond_scale=3.0)
+    assert sizes == [8] * 4
+    torch.testing.assert_close(nowhere, sample(None), atol=1e-12, rtol=0)
+
+
 def test_default_steps_and_progress():
     seen = []
     prior = small_prior(sample_timesteps=6).eval()

@@ -84,12 +84,15 @@ def test_every_option_reaches_its_stage(pipe, monkeypatch):
         guidance=1.5,
         prior_steps=4,
         prior_guidance=2.5,
+        guidance_interval=(-3, 2),
+        prior_guidance_interval=[-1, 4],
         upsampler_steps=5,
         sampler="ddim",
     )
     (prior,), (decoder,), (upsampler,) = prior.calls, decoder.calls, upsampler.calls
     assert (prior["steps"], prior["cond_scale"], prior["sampler"]) == (4, 2.5, "ddim")
     assert (decoder["steps"], decoder["cond_scale"], decoder["sampler"]) == (3, 1.5, "ddim")
+    assert (decoder["guidance_interval"], prior["guidance_interval"]) == ((-3.0, 2.0), (-1.0, 4.0))
     assert (upsampler["steps"], upsampler["sampler"]) == (5, "ddim")
     assert "text" in decoder  # its own text tower reads the caption
     seeds = {int(options["seeds"]) for options in (prior, decoder, upsampler)}

@@ -172,6 +172,28 @@ def test_a_batch_of_inversions_is_each_alone(pipe):
     close(both.x_T[1], pipe.invert(picture(1), steps=3).x_T[0])
 
 
+def test_every_edit_has_guidance_in_the_same_steps(pipe):
+    """Catches: an inversion with the checkpoint's interval, or with none, where the decoding has another."""
+    rows = []
+    hook = pipe.decoder.unet.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    decoder = pipe.decoder.diffusion
+    late = decoder.schedule.log_snr(decoder.times(3)[2:]).item()
+    options = dict(guidance=3.0, guidance_interval=(-100.0, late), steps=3, size=16)  # not in the last step
+    pair = pipe.invert(picture(), steps=3, guidance=3.0, guidance_interval=(-100.0, late))
+    assert pair.guidance_interval == (-100.0, late) and rows == [1, 2]
+    inverted = dict(options, inversion_steps=3)
+    calls = {
+        "variations": (lambda: pipe.variations(picture(), 1, **inverted), 1, [1, 2]),
+        "text_diff": (lambda: pipe.text_diff(picture(), "a ring", "a square", 2, **inverted), 2, [1, 2]),
+        "inpaint": (lambda: pipe.inpaint(picture(), torch.ones(8, 8), "a ring", 1, **options), 1, []),
+    }
+    for name, (call, images, before) in calls.items():
+        rows.clear()
+        call()
+        assert rows == [*before, 2 * images, 2 * images, images], name
+    hook.remove()
+
+
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [

@@ -16,7 +16,7 @@ from tests.support.tiny_pipeline import tiny_pipeline
 
 def test_a_dict_and_back():
     """Catches: a setting that is lost on the way into config.json."""
-    settings = SamplingSettings(steps=3, negative_prompt="a ring", tile=64, sampler="ddim")
+    settings = SamplingSettings(steps=3, negative_prompt="a ring", tile=64, guidance_interval=(-4.0, 1.0))
     assert SamplingSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
     assert list(settings.to_dict()) == list(SamplingSettings.names())
     assert SamplingSettings.from_dict({}) == SamplingSettings()
@@ -36,6 +36,8 @@ def test_a_dict_and_back():
         ({"guidance": "3"}, TypeError, "guidance: expected a number, got '3'"),
         ({"prior_guidance": float("inf")}, ValueError, "prior_guidance: expected a finite number >= 0"),
         ({"negative_prompt": 3}, TypeError, "negative_prompt: expected a caption, got 3"),
+        ({"guidance_interval": 1.0}, TypeError, "^guidance_interval: expected two numbers"),
+        ({"prior_guidance_interval": (2, 1)}, ValueError, "prior_guidance_interval: expected finite numbers"),
         ({"sampler": "euler"}, ValueError, "sampler: expected one of ddpm, ddim, dpm"),
     ],
 )
@@ -68,7 +70,9 @@ def test_settings_that_an_older_pipeline_does_not_have():
     pipe = tiny_pipeline(upsampler=False)
     expected, z = pipe("a ring", 1, seed=0), torch.ones(1, 16)
     decoded = pipe.decode(z, seed=0).images
-    for name in ("candidates", "upsampler2_steps", "tile", "negative_prompt"):
+    younger = ("candidates", "upsampler2_steps", "tile", "negative_prompt", "guidance_interval",
+               "prior_guidance_interval")  # fmt: skip
+    for name in younger:
         del pipe.sampling[name]
     assert torch.equal(pipe("a ring", 1, seed=0), expected)
     assert torch.equal(pipe.decode(z, seed=0).images, decoded)

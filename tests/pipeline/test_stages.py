@@ -153,6 +153,10 @@ def test_an_autoregressive_prior_has_no_steps(pipe):
     assert pipe("a red ring", 1, seed=0, size=16, prior_guidance=2.0, sampler="ddpm").isfinite().all()
     with pytest.raises(ValueError, match="prior_steps: an autoregressive prior has none, got 3"):
         pipe("a red ring", 1, prior_steps=3)
+    with pytest.raises(ValueError, match="prior_guidance_interval: an autoregressive prior has none"):
+        pipe("a red ring", 1, prior_guidance_interval=(-1, 1))
+    with pytest.raises(ValueError, match="prior_steps: an autoregressive prior has none, got 3"):
+        pipe.inpaint(torch.zeros(3, 8, 8), torch.ones(8, 8), "a red ring", 1, prior_steps=3)
 
 
 def test_a_negative_prompt_reaches_the_autoregressive_prior(pipe):

@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="guidance scale of both (default 1: none)",
     )
+    arguments.add_guidance_interval(parser, "--guidance-interval", "guidance of both")
     parser.add_argument(
         "--refine",
         type=arguments.non_negative_int,
@@ -57,17 +58,16 @@ def run(args: argparse.Namespace) -> int:
 
     image = job.square(opened, args.image, pipe.decoder.image_size)
     shared = dict(batch_size=args.batch_size, progress=job.progress)
-    pair = pipe.invert(
-        image, steps=args.steps, guidance=args.guidance, prompt=args.caption, refine=args.refine, **shared
-    )
+    guided = dict(guidance=args.guidance, guidance_interval=args.guidance_interval)
+    pair = pipe.invert(image, steps=args.steps, prompt=args.caption, refine=args.refine, **guided, **shared)
     made = pipe.decode(
         pair.image_embed,
         x_T=pair.x_T,
         prompt=args.caption,
         steps=args.steps,
-        guidance=args.guidance,
         size=pipe.decoder.image_size,
         seed=job.seed,
+        **guided,
         **shared,
     )
     noise = pair.x_T / 6 + 0.5  # [0, 1] is three standard deviations to either side

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dalle2_fast.diffusion.sampling import Net
 from dalle2_fast.models.captions import Caption, cat_padded
 from dalle2_fast.models.decoder.encoding import encode_negative
 from dalle2_fast.models.inputs import check_features
@@ -57,6 +57,20 @@ def condition(
     return decoder.text_proj(image_embed, caption, keep_image, keep_text)
 
 
+class GuidedDenoiser(NamedTuple):
+    """What `GaussianDiffusion.sample` needs of a conditioned U-Net.
+
+    Args:
+        net: with guidance it returns 2B rows, first the conditional ones; else it is conditional_net.
+        conditional_net: returns the B conditional rows.
+        guidance: guidance weight, a number or [B]; None if net returns no unconditional rows.
+    """
+
+    net: Net
+    conditional_net: Net
+    guidance: float | Tensor | None
+
+
 def guided_denoiser(
     decoder: Decoder,
     batch: int,
@@ -65,7 +79,7 @@ def guided_denoiser(
     guidance: float | Tensor | None,
     negative: Tensor | tuple | None = None,
     extra: Tensor | None = None,  # [B, C', H, W]
-) -> tuple[Callable[[Tensor, Tensor], Tensor], float | Tensor | None]:
+) -> GuidedDenoiser:
     """The U-Net with its conditions, as `GaussianDiffusion.sample` calls it.
 
     Args:
@@ -78,8 +92,7 @@ def guided_denoiser(
         extra: input channels in addition to x.
 
     Returns:
-        A function of (x, t), and the guidance to sample with. With guidance the function returns 2B rows,
-        first the conditional ones; without guidance it returns B rows and the guidance is None.
+        Two functions of (x, t), and the guidance to sample with.
     """
     device = decoder.unet.conv_in.weight.device
     if not isinstance(guidance, Tensor) and guidance == 1.0:
@@ -96,11 +109,16 @@ def guided_denoiser(
         )
     cache = decoder.unet.encode_context(context, mask)  # the same in every step
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        if extra is not None:
-            x = torch.cat([x, extra.to(x.dtype)], dim=1)
-        if guidance is not None:
-            x, t = torch.cat([x, x]), torch.cat([t, t])
-        return decoder.unet(x, t, cache, classes)
+    conditional_cache = cache.first(batch)
 
-    return denoise, guidance
+    def with_extra(x: Tensor) -> Tensor:
+        return x if extra is None else torch.cat([x, extra.to(x.dtype)], dim=1)
+
+    def conditional_net(x: Tensor, t: Tensor) -> Tensor:
+        return decoder.unet(with_extra(x), t, conditional_cache, classes[:batch])
+
+    def guided_net(x: Tensor, t: Tensor) -> Tensor:
+        x = with_extra(x)
+        return decoder.unet(torch.cat([x, x]), torch.cat([t, t]), cache, classes)
+
+    return GuidedDenoiser(conditional_net if guidance is None else guided_net, conditional_net, guidance)

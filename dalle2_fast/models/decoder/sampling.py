@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +36,7 @@ def sample(
     steps: int | None = None,
     cond_scale: float | Tensor = 1.0,
     guidance: float | Tensor | None = None,
+    guidance_interval: Sequence[float] | None = None,  # (low, high) in log-SNR
     sampler: str = "ddpm",
     size: int | tuple[int, int] | None = None,
     batch_size: int | None = None,
@@ -47,7 +49,8 @@ def sample(
 ) -> Tensor:
     """Sample images.
 
-    Conditional and unconditional rows go through the U-Net as one batch.
+    Conditional and unconditional rows go through the U-Net as one batch; steps without guidance have only the
+    conditional rows.
 
     Args:
         decoder: the decoder.
@@ -64,6 +67,8 @@ def sample(
         steps: the number of steps; None is sample_timesteps.
         cond_scale: DALLE2-pytorch's name for `guidance`, which is used where guidance is None.
         guidance: guidance weight, a number or [B]; 1 is no guidance.
+        guidance_interval: (low, high) in log-SNR: only steps at low <= log-SNR < high have guidance, see
+            `GaussianDiffusion.sample`. None: all steps.
         sampler: "ddpm", "ddim" or "dpm++".
         size: side, or height and width, of the images in pixels; None is image_size.
         batch_size: the number of images, needed only if there are no conditions.
@@ -115,10 +120,10 @@ def sample(
         known = sampler_options.get("known")
         extra = nothing_kept(shape, weight) if mask is None else kept_channels(known, mask)
     guidance = cond_scale if guidance is None else guidance
-    denoise, guidance = guided_denoiser(decoder, batch, image_embed, caption, guidance, negative, extra)
+    denoiser = guided_denoiser(decoder, batch, image_embed, caption, guidance, negative, extra)
     images = decoder.diffusion.sample(
-        denoise, shape, seeds=seeds, guidance=guidance, sampler=sampler, steps=steps, progress=progress,
-        device=device, dtype=dtype, **sampler_options,
+        shape=shape, seeds=seeds, guidance_interval=guidance_interval, sampler=sampler, steps=steps,
+        progress=progress, device=device, dtype=dtype, **denoiser._asdict(), **sampler_options,
     )  # fmt: skip
     images = ((images + 1) / 2).clamp(0, 1)
     return images if mask is None else torch.where(mask, images, image.to(images))
@@ -137,6 +142,7 @@ def invert(
     negative: Tensor | tuple | None = None,
     steps: int = 50,
     cond_scale: float | Tensor = 1.0,
+    guidance_interval: Sequence[float] | None = None,  # (low, high) in log-SNR
     progress: Progress = None,
     **options,
 ) -> Tensor:
@@ -155,6 +161,7 @@ def invert(
         negative: as in `sample`.
         steps: the number of steps, >= 2.
         cond_scale: guidance weight, a number or [B]; 1 is no guidance.
+        guidance_interval: (low, high) in log-SNR, as in `sample`.
         progress: see `GaussianDiffusion.sample`.
         options: more keywords of `GaussianDiffusion.invert` (refine, clip).
 
@@ -170,9 +177,9 @@ def invert(
     x0 = image.to(weight.device, dtype) * 2 - 1
     caption = encode_captions(decoder, len(x0), text, text_encodings, text_mask, text_embed)
     extra = nothing_kept(x0.shape, weight) if decoder.inpaint else None
-    denoise, guidance = guided_denoiser(decoder, len(x0), image_embed, caption, cond_scale, negative, extra)
-    options |= dict(guidance=guidance, progress=progress)
-    return decoder.diffusion.invert(denoise, x0, steps=steps, **options)
+    denoiser = guided_denoiser(decoder, len(x0), image_embed, caption, cond_scale, negative, extra)
+    options |= dict(guidance_interval=guidance_interval, progress=progress)
+    return decoder.diffusion.invert(x0=x0, steps=steps, **denoiser._asdict(), **options)
 
 
 def _start_from(

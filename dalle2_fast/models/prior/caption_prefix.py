@@ -38,6 +38,10 @@ class PrefixCache:
         keys_values = [tuple(x.repeat_interleave(count, 0) for x in pair) for pair in self.keys_values]
         return PrefixCache(keys_values, self.valid.repeat_interleave(count, 0))
 
+    def first(self, rows: int) -> PrefixCache:
+        """The cache of the first `rows` rows of the batch, without a copy."""
+        return PrefixCache([(k[:rows], v[:rows]) for k, v in self.keys_values], self.valid[:rows])
+
 
 def encode_prefix(
     net: nn.Module,

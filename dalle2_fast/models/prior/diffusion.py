@@ -9,6 +9,7 @@ Source: Ramesh et al., "unCLIP", 2204.06125, section 2.2 and appendix C.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -230,6 +231,7 @@ class DiffusionPrior(EmbeddingPrior):
         steps: int | None = None,
         cond_scale: float | Tensor = 1.0,
         guidance: float | Tensor | None = None,
+        guidance_interval: Sequence[float] | None = None,  # (low, high) in log-SNR
         sampler: str = "ddpm",
         progress: Progress = None,
         **sampler_options,
@@ -252,6 +254,8 @@ class DiffusionPrior(EmbeddingPrior):
             steps: the number of steps; None is sample_timesteps.
             cond_scale: DALLE2-pytorch's name for `guidance`, which is used where guidance is None.
             guidance: guidance weight, a number or [B]; 1 is no guidance.
+            guidance_interval: (low, high) in log-SNR: only steps at low <= log-SNR < high have guidance, see
+                `GaussianDiffusion.sample`. None: all steps.
             sampler: "ddpm", "ddim" or "dpm++".
             progress: see `GaussianDiffusion.sample`.
             sampler_options: more keywords of `GaussianDiffusion.sample` (eta, dynamic_threshold, ...).
@@ -269,10 +273,13 @@ class DiffusionPrior(EmbeddingPrior):
             cond_scale if guidance is None else guidance,
         )  # fmt: skip
 
-        def net(x: Tensor, t: Tensor) -> Tensor:
-            if guidance is not None:  # conditional rows, then unconditional ones, in one pass
-                x, t = torch.cat([x, x]), torch.cat([t, t])
-            return self.net.denoise(x, t, prefix).to(x.dtype)
+        conditional_prefix = prefix.first(len(seeds))
+
+        def conditional_net(x: Tensor, t: Tensor) -> Tensor:
+            return self.net.denoise(x, t, conditional_prefix).to(x.dtype)
+
+        def guided_net(x: Tensor, t: Tensor) -> Tensor:  # conditional rows, then unconditional ones
+            return self.net.denoise(torch.cat([x, x]), torch.cat([t, t]), prefix).to(x.dtype)
 
         # The state stays in float32 also for half-precision weights, whose rounding would swamp small steps.
         dtype = compute_dtype(self.net.proj_in.weight.dtype)
@@ -282,8 +289,10 @@ class DiffusionPrior(EmbeddingPrior):
             sampler_options = {"x0_error": self.x0_error} | sampler_options
         options = dict(
             seeds=seeds, steps=self.sample_timesteps if steps is None else steps, sampler=sampler,
-            guidance=guidance, clip=self.sample_clip, progress=progress, device=seeds.device,
+            guidance=guidance, guidance_interval=guidance_interval, conditional_net=conditional_net,
+            clip=self.sample_clip, progress=progress, device=seeds.device,
             dtype=dtype,
         ) | sampler_options
+        net = conditional_net if guidance is None else guided_net
         x = self.diffusion.sample(net, (len(seeds), self.image_embed_dim), **options)
         return best_candidate(self._restored(x), caption.embed)

@@ -24,6 +24,11 @@ class ContextCache:
     values: tuple[Tensor, ...]
     mask: Tensor | None
 
+    def first(self, rows: int) -> ContextCache:
+        """The cache of the first `rows` rows of the batch, without a copy."""
+        keys, values = (tuple(x[:rows] for x in tensors) for tensors in (self.keys, self.values))
+        return ContextCache(keys, values, None if self.mask is None else self.mask[:rows])
+
 
 class ContextReader:
     """Gives each attention layer its keys and values, in the order of the layers.
