@@ -8,6 +8,8 @@
 
 #include "build_facts.h"  // written by setup.py
 #include "contrastive.h"
+#include "cpu/processor.h"
+#include "group_norm_silu.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -95,7 +97,64 @@ py::tuple soft_on_cpu(const Tile& tile, const void* similarity, DType dtype, dou
     return py::make_tuple(sums[0], sums[1]);
 }
 
+// A parameter of a group norm: (address, code of its dtype, elements from sample to sample), or None.
+cpu::Parameter unpack_parameter(py::handle value) {
+    if (value.is_none()) return {nullptr, DType::f32, 0};
+    const auto [address, dtype, stride] = value.cast<std::tuple<Address, int, int64_t>>();
+    return {Passed<void*>::unpack(address), static_cast<DType>(dtype), stride};
+}
+
+// (samples, channels, positions, groups, whether the channels are adjacent, code of the dtype)
+using ImageTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, bool, int>;
+
+cpu::Images unpack_images(const ImageTuple& images) {
+    const auto [samples, channels, positions, groups, channels_adjacent, dtype] = images;
+    return {samples, channels, positions, groups, channels_adjacent, static_cast<DType>(dtype)};
+}
+
+// weight, bias, scale, shift
+cpu::Affine unpack_affine(const py::tuple& parameters, bool silu) {
+    return {unpack_parameter(parameters[0]), unpack_parameter(parameters[1]), unpack_parameter(parameters[2]),
+            unpack_parameter(parameters[3]), silu};
+}
+
+void group_norm_silu(const ImageTuple& images, Address x, int64_t x_stride, Address y, int64_t y_stride,
+                     const py::tuple& parameters, bool silu, double eps, Address mean, Address rstd,
+                     int threads) {
+    const cpu::Affine affine = unpack_affine(parameters, silu);
+    const WithoutGil released;
+    cpu::group_norm_silu(unpack_images(images), Passed<void*>::unpack(x), x_stride, Passed<void*>::unpack(y),
+                         y_stride, affine, eps, Passed<float*>::unpack(mean), Passed<float*>::unpack(rstd),
+                         threads);
+}
+
+void group_norm_silu_backward(const ImageTuple& images, Address dy, int64_t dy_stride, Address x,
+                              int64_t x_stride, Address mean, Address rstd, const py::tuple& parameters,
+                              bool silu, Address dx, int64_t dx_stride, Address sums, int threads) {
+    const cpu::Affine affine = unpack_affine(parameters, silu);
+    const WithoutGil released;
+    cpu::group_norm_silu_backward(unpack_images(images), Passed<void*>::unpack(dy), dy_stride,
+                                  Passed<void*>::unpack(x), x_stride, Passed<float*>::unpack(mean),
+                                  Passed<float*>::unpack(rstd), affine, Passed<void*>::unpack(dx), dx_stride,
+                                  Passed<float*>::unpack(sums), threads);
+}
+
+const char* const INSTRUCTION_SETS[] = {"portable", "AVX2", "AVX-512", "AVX-512 with BF16"};
+
 void bind_cpu(py::module_ m) {
+    m.def(
+        "instruction_set", [] { return INSTRUCTION_SETS[int(cpu::instruction_set())]; },
+        "The vector instructions in use: portable, AVX2, AVX-512 or AVX-512 with BF16.");
+    m.def(
+        "choose_instruction_set",
+        [](int index) { return cpu::choose_instruction_set(static_cast<cpu::InstructionSet>(index)); },
+        "index"_a, "Use portable (0), AVX2 (1), AVX-512 (2) or AVX-512 with BF16 (3), for tests. False if this processor "
+        "lacks it.");
+    m.def("group_norm_silu", &group_norm_silu, "images"_a, "x"_a, "x_stride"_a, "y"_a, "y_stride"_a,
+          "parameters"_a, "silu"_a, "eps"_a, "mean"_a, "rstd"_a, "threads"_a);
+    m.def("group_norm_silu_backward", &group_norm_silu_backward, "images"_a, "dy"_a, "dy_stride"_a, "x"_a,
+          "x_stride"_a, "mean"_a, "rstd"_a, "parameters"_a, "silu"_a, "dx"_a, "dx_stride"_a, "sums"_a,
+          "threads"_a);
     m.def("lse_epilogue", flat(&cpu::lse_epilogue), ReleaseGil(), TILE, "dtype"_a, "scale"_a, "row_lse"_a,
           "column_lse"_a, "threads"_a);
     m.def("gradient_epilogue", flat(&cpu::gradient_epilogue), ReleaseGil(), TILE, "dtype"_a, "scale"_a,

@@ -1,7 +1,8 @@
 """Registration of the project's ops: the only caller of torch.library.
 
-An op is defined once, with an explicit schema, and runs on every device (`CompositeExplicitAutograd`), so
-that the same op also runs on the CPU in Triton's interpreter. Ops are functional: they mutate no input, and
+An op is defined once, with an explicit schema. It may have two implementations: a Triton kernel, registered
+for every device (`CompositeExplicitAutograd`), so that the same op also runs on the CPU in Triton's
+interpreter, and a function of the native module for the CPU. Ops are functional: they mutate no input, and
 what the backward pass needs is an output. The low-level registration takes 2-3 us per call in inference mode;
 `torch.library.custom_op` takes about 10 and `triton_op` about 11 (one CPU host).
 
@@ -20,18 +21,39 @@ NAMESPACE = "dalle2_fast"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def define(schema: str, *, run: Callable, fake: Callable) -> torch._ops.OpOverload:
+def define(schema: str, *, fake: Callable, run: Callable | None = None) -> torch._ops.OpOverload:
     """Register an op, which is then also `torch.ops.dalle2_fast.<name>`, and return it.
 
     schema: "name(Tensor x, float scale) -> Tensor", without the namespace.
-    run:    computes the outputs as new tensors, without autograd; `differentiate` adds the gradient.
     fake:   takes the same arguments and returns empty outputs of the right shape, dtype and strides, for
             torch.compile and the meta device.
+    run:    see `implement`; None where other modules implement the op.
     """
     name = _library.define(schema)
-    _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    return getattr(torch.ops.dalle2_fast, name).default
+    op = getattr(torch.ops.dalle2_fast, name).default
+    if run is not None:
+        implement(op, run)
+    return op
+
+
+def implement(op: torch._ops.OpOverload, run: Callable) -> None:
+    """Run an op by this function on every device.
+
+    run: computes the outputs as new tensors, without autograd; `differentiate` adds the gradient.
+    """
+    _library.impl(op._schema.name.removeprefix(f"{NAMESPACE}::"), run, "CompositeExplicitAutograd")
+
+
+native: dict[str, Callable] = {}  # the implementations of `implement_on_cpu` by the names of their ops
+_native_library = torch.library.Library(NAMESPACE, "IMPL")
+
+
+def implement_on_cpu(op: torch._ops.OpOverload, run: Callable) -> None:
+    """Run an op by this function on tensors of the CPU, also where `implement` gave it another one."""
+    name = op._schema.name.removeprefix(f"{NAMESPACE}::")
+    native[name] = run
+    _native_library.impl(name, run, "CPU")
 
 
 def differentiate(op: torch._ops.OpOverload, *, save: Callable, backward: Callable) -> None:

@@ -1,5 +1,8 @@
-"""Settings of all tests: one thread (more are slower on a busy machine); without a GPU, Triton's interpreter
-for the kernels and no tests that need a GPU."""
+"""Settings of all tests: one thread (more are slower on a busy machine); without a GPU, no tests for one.
+
+On the CPU an op runs as for a user, in dalle2_fast._C where it has a kernel there. A test that takes
+`kernel_device` gets the kernels of Triton instead, in its interpreter.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,10 @@ if not torch.cuda.is_available():
     # Set before triton is imported, because it decides at a kernel's definition whether it is interpreted.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from dalle2_fast.ops import _dispatch  # noqa: E402
+
+_dispatch._INTERPRETED = False  # until a test asks for `kernel_device`
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
@@ -27,17 +34,19 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
-@pytest.fixture(scope="session")
-def kernel_device() -> str:
-    """The device of the kernels in this session: "cuda", or "cpu" in Triton's interpreter."""
+@pytest.fixture
+def kernel_device():
+    """The device of Triton's kernels: "cuda", or "cpu" in the interpreter."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs triton")
     if torch.cuda.is_available():
-        return "cuda"
-    from tests.support import interpreter_bf16
+        yield "cuda"
+        return
+    from tests.support import interpreter, interpreter_bf16
 
     interpreter_bf16.mend()
-    return "cpu"
+    with interpreter.interpreted():
+        yield "cpu"
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/parallel.h"
+#include "cpu/processor.h"
 
 namespace dalle2_fast::cpu {
 namespace {
@@ -24,33 +25,9 @@ struct Slab {
     T scale;
 };
 
-namespace portable {
-#define VECTOR_BYTES 16
-#include "cpu/contrastive_slab.h"
-}
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2")
-#endif
-namespace avx2 {
-#define VECTOR_BYTES 32
-#include "cpu/contrastive_slab.h"
-}
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-const bool has_avx2 = __builtin_cpu_supports("avx2");
-#define DISPATCH(function, ...) (has_avx2 ? avx2::function(__VA_ARGS__) : portable::function(__VA_ARGS__))
-#else
-#define DISPATCH(function, ...) portable::function(__VA_ARGS__)
-#endif
+#define BODY "cpu/contrastive_slab.h"
+#define LARGEST_VECTOR_BYTES 32  // rows are padded to 8 elements only
+#include "cpu/instruction_sets.h"
 
 int64_t count_slabs(const Tile& tile) { return (tile.columns + SLAB - 1) / SLAB; }
 

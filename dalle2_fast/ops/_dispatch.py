@@ -25,23 +25,27 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def use_reference(impl: str, tensor: Tensor, *others: Tensor | None) -> bool:
+def use_reference(impl: str, tensor: Tensor, *others: Tensor | None, on_cpu: bool = True) -> bool:
     """Whether an op on these floating tensors runs as its reference. If not, its kernel is loaded.
 
-    It runs before every op and takes about 1.5 us. All tensors are on one device. "auto" takes the kernel for
-    CUDA tensors of a supported dtype and GPU where Triton is installed and `is_transformed` is False. "fused"
-    raises RuntimeError where a kernel cannot run; in Triton's interpreter (TRITON_INTERPRET=1) it also takes
-    tensors on the CPU.
+    It runs before every op and takes about 1.5 us. All tensors are on one device. "auto" takes the kernel of
+    Triton for CUDA tensors and that of dalle2_fast._C for tensors on the CPU, if the op has one (`on_cpu`),
+    where it is installed, supports the dtype and the device, and `is_transformed` is False. "fused" raises
+    RuntimeError where a kernel cannot run. In Triton's interpreter (TRITON_INTERPRET=1), "fused" takes the
+    kernels of Triton on the CPU, and "auto" the references.
     """
     if impl == "auto":
-        if not tensor.is_cuda:
+        if not tensor.is_cuda and (_INTERPRETED or not on_cpu or tensor.device.type != "cpu"):
             return True
     elif impl != "fused":
         _check_choice(impl)
         return True
     reason = _why_dtype_unsupported(tensor, *others) or _why_no_kernels(tensor.device) or _why_no_rule()
     if reason is None and not tensor.is_cuda:
-        reason = _why_not_interpreted(tensor, *others)
+        if _INTERPRETED:
+            reason = _why_not_interpreted(tensor, *others)
+        elif not on_cpu:
+            reason = f"the op has no kernel for the CPU; {_INTERPRETER_HINT}"
     if reason is not None and impl == "fused":
         raise RuntimeError(f'impl="fused": {reason}; use impl="auto" or "reference"')
     return reason is not None
@@ -92,8 +96,9 @@ def _why_dtype_unsupported(*tensors: Tensor | None, dtypes: tuple[torch.dtype, .
     return None
 
 
-# --------------------------------------------------------------------------------------------- Triton kernels
+# -------------------------------------------------------------------------- kernels: Triton, or _C on the CPU
 
+_INTERPRETER_HINT = "TRITON_INTERPRET=1, set before dalle2_fast is imported, interprets Triton's kernels"
 _kernel_answers: dict[torch.device, str | None] = {}  # results of load_kernels
 
 
@@ -106,23 +111,30 @@ def _why_no_kernels(device: torch.device) -> str | None:
 
 
 def load_kernels(device: torch.device) -> str | None:
-    """Load the Triton kernels and return None, or load nothing and return why none runs on this device."""
+    """Load the kernels for this device and return None, or load nothing and return why none runs on it."""
+    if device.type not in ("cpu", "cuda"):
+        return f"no kernel runs on device {device.type}"
+    if device.type == "cpu" and not _INTERPRETED:
+        return _load_cpu_kernels()
     if not HAS_TRITON:
         return "the kernels need the package triton, which is not installed"
     if device.type == "cuda":
         reason = why_gpu_unsupported(device)
         if reason is not None:
             return reason
-    elif device.type != "cpu":
-        return f"no kernel runs on device {device.type}"
-    elif not _INTERPRETED:
-        hint = "TRITON_INTERPRET=1, set before dalle2_fast is imported, interprets them on the CPU"
-        return f"no kernel runs on device cpu; {hint}"
     # torch.compile can trace import statements, but not importlib.
     import dalle2_fast.kernels.cross_attention.forward
     import dalle2_fast.kernels.diffusion.noise
     import dalle2_fast.kernels.diffusion.step
     import dalle2_fast.kernels.group_norm_silu.forward  # noqa: F401
+
+    return None
+
+
+def _load_cpu_kernels() -> str | None:
+    if _native.WHY_ABSENT is not None:
+        return _native.WHY_ABSENT
+    import dalle2_fast.kernels.group_norm_silu.native  # noqa: F401
 
     return None
 

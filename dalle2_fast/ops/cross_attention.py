@@ -68,14 +68,14 @@ def cross_attention(
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     tensors = (q, context_k, context_v, image_k, image_v)
-    if _dispatch.use_reference(impl, *tensors) or _is_too_wide(q, impl):
+    if _dispatch.use_reference(impl, *tensors, on_cpu=False) or _is_too_wide(q, impl):
         return cross_attention_reference(
             q, context_k, context_v, context_mask, image_k, image_v, softmax_scale
         )
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, context_k, context_v, image_k, image_v = (x if x is None else x.to(dtype) for x in tensors)
-        _dispatch.use_reference(impl, q)  # raises where no kernel takes the autocast dtype
+        _dispatch.use_reference(impl, q, on_cpu=False)  # raises where no kernel takes the autocast dtype
     return torch.ops.dalle2_fast.cross_attention(
         q, context_k, context_v, context_mask, image_k, image_v, softmax_scale
     )[0]

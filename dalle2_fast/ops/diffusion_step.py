@@ -99,7 +99,8 @@ def diffusion_step(
     )
     _check_arguments(x, model_output, table, step, **tensors, **options)
     tracked = _dispatch.needs_gradient(x, model_output, table, guidance, previous_x0)
-    if _dispatch.use_reference(impl, x, model_output, previous_x0) or (tracked and impl == "auto"):
+    tensors_in = (x, model_output, previous_x0)
+    if (tracked and impl == "auto") or _dispatch.use_reference(impl, *tensors_in, on_cpu=False):
         return diffusion_step_reference(x, model_output, table, step, **tensors, **options)
     if tracked:
         raise RuntimeError(

@@ -20,13 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._op import define, differentiate
+from .._op import implement
 from . import _plan as plan
 from ._backward_chunks import input_gradient_kernel, sums_kernel
 from ._backward_whole import (
     looped_backward_kernel,
     resident_backward_kernel,
 )
+from .op import empty_gradients, group_norm_silu_backward
 
 # ---------------------------------------------------------------------------------------- parameter gradients
 
@@ -92,7 +93,7 @@ def _backward(
 
     A gradient has no elements if its tensor is None or `parameters` is False.
     """
-    gradients = _backward_fake(dy, x, mean, rstd, weight, bias, scale, shift, silu, parameters)
+    gradients = empty_gradients(x, weight, bias, scale, shift, parameters)
     if x.numel() == 0:
         for gradient in gradients[1:]:
             gradient.zero_()
@@ -182,26 +183,4 @@ def _input_gradient(dy, x, mean, rstd, dx, sums, weight, bias, scale, shift, sil
     )  # fmt: skip
 
 
-def _backward_fake(dy, x, mean, rstd, weight, bias, scale, shift, silu, parameters) -> tuple[Tensor, ...]:
-    dx = torch.empty_like(x, memory_format=plan.memory_format(x))
-    given = (value if parameters else None for value in (weight, bias, scale, shift))
-    return dx, *(
-        x.new_empty(0) if value is None else torch.empty_like(value, memory_format=torch.contiguous_format)
-        for value in given
-    )
-
-
-group_norm_silu_backward = define(
-    "group_norm_silu_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, "
-    "Tensor? scale, Tensor? shift, bool silu, bool parameters) "
-    "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dscale, Tensor dshift)",
-    run=_backward,
-    fake=_backward_fake,
-)
-
-
-def _no_second_derivative(ctx, *grads):
-    raise NotImplementedError('group_norm_silu: the kernel has no second derivative; use impl="reference"')
-
-
-differentiate(group_norm_silu_backward, save=lambda ctx, inputs, output: None, backward=_no_second_derivative)
+implement(group_norm_silu_backward, _backward)

@@ -19,11 +19,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._op import define, differentiate
+from .._op import implement
 from . import _plan as plan
+from . import backward  # noqa: F401  implements the gradient
 from ._forward_chunks import _apply_kernel, _moments_kernel
 from ._forward_whole import _looped_kernel, _resident_kernel
-from .backward import group_norm_silu_backward
+from .op import empty_outputs, group_norm_silu
 
 
 def _forward(
@@ -37,7 +38,7 @@ def _forward(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [N, C, *] in the memory format of x; mean and rstd [N, G] in float32."""
-    y, mean, rstd = _forward_fake(x, num_groups, weight, bias, eps, scale, shift, silu)
+    y, mean, rstd = empty_outputs(x, num_groups)
     if x.numel() == 0:
         return y, mean.zero_(), rstd.zero_()
     source = plan.view(x)
@@ -84,42 +85,4 @@ def _forward(
     return y, mean, rstd
 
 
-# ----------------------------------------------------------------------------------------------- registration
-
-
-def _forward_fake(x, num_groups, weight, bias, eps, scale, shift, silu) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.empty_like(x, memory_format=plan.memory_format(x))
-    statistics = (x.shape[0], num_groups)
-    mean = torch.empty(statistics, dtype=torch.float32, device=x.device)
-    return y, mean, torch.empty_like(mean)
-
-
-group_norm_silu = define(
-    "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? scale, "
-    "Tensor? shift, bool silu) -> (Tensor y, Tensor mean, Tensor rstd)",
-    run=_forward,
-    fake=_forward_fake,
-)
-
-
-def _save(ctx, inputs, output) -> None:
-    x, _, weight, bias, _, scale, shift, ctx.silu = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift)
-
-
-def _backward(ctx, dy, _dmean, _drstd):
-    _, _, weight, bias, _, scale, shift, _ = ctx.needs_input_grad
-    gradients = group_norm_silu_backward(
-        dy, *ctx.saved_tensors, ctx.silu, weight or bias or scale or shift
-    )  # gradients that are not asked for have no elements
-    dx, dweight, dbias, dscale, dshift = gradients
-    return (
-        dx, None, dweight if weight else None, dbias if bias else None, None,
-        dscale if scale else None, dshift if shift else None, None,
-    )  # fmt: skip
-
-
-differentiate(group_norm_silu, save=_save, backward=_backward)
+implement(group_norm_silu, _forward)

@@ -145,16 +145,29 @@ def test_what_stands_in_the_way_on_a_gpu(monkeypatch):
     monkeypatch.setattr(_dispatch, "HAS_TRITON", False)
     assert _dispatch.use_reference("auto", on_cuda(monkeypatch))
     with pytest.raises(RuntimeError, match="triton, which is not installed"):
-        _dispatch.use_reference("fused", torch.zeros(1))
+        _dispatch.use_reference("fused", on_cuda(monkeypatch))
 
 
-def test_fused_on_the_cpu_is_the_interpreter(monkeypatch):
-    monkeypatch.setattr(_dispatch, "HAS_TRITON", True)
-    monkeypatch.setattr(_dispatch, "_INTERPRETED", False)
+def test_the_cpu_takes_the_native_module(monkeypatch):
+    """Catches: the slow reference where the CPU has a kernel, or a missing kernel that is not named."""
+    value = torch.zeros(1)
+    assert not _dispatch.use_reference("auto", value) and not _dispatch.use_reference("fused", value)
+    assert _dispatch.use_reference("auto", value.double())  # no kernel takes float64
+    assert _dispatch.use_reference("auto", value, on_cpu=False)
+    with pytest.raises(RuntimeError, match="the op has no kernel for the CPU; TRITON_INTERPRET=1"):
+        _dispatch.use_reference("fused", value, on_cpu=False)
+    monkeypatch.setattr(_dispatch._native, "WHY_ABSENT", "the native module is not here")
     monkeypatch.setattr(_dispatch, "_kernel_answers", {})
-    with pytest.raises(RuntimeError, match="no kernel runs on device cpu; TRITON_INTERPRET=1"):
-        _dispatch.use_reference("fused", torch.zeros(1))
-    assert _dispatch.use_reference("auto", torch.zeros(1))
+    assert _dispatch.use_reference("auto", value)
+    with pytest.raises(RuntimeError, match="the native module is not here"):
+        _dispatch.use_reference("fused", value)
+
+
+def test_auto_interprets_nothing(kernel_device):
+    """Catches: networks that TRITON_INTERPRET=1 makes run in the interpreter, thousands of times slower."""
+    if kernel_device == "cpu":
+        assert _dispatch.use_reference("auto", torch.zeros(1))
+        assert not _dispatch.use_reference("fused", torch.zeros(1), on_cpu=False)
 
 
 LAZY = """
