@@ -38,7 +38,7 @@ def cross_attention(
         context_k: keys of the context [B, H, S, D].
         context_v: values of the context [B, H, S, D].
         context_mask: bool [B, S], True = attend. Image keys are always attended to. A key or value that is
-            masked has no effect; in the kernel it must be finite, in the reference it may be NaN.
+            masked has no effect, also if it is NaN.
         image_k: keys of the image [B, H, T2, D], together with image_v.
         image_v: values of the image [B, H, T2, D].
         softmax_scale: factor of the scores; None means D ** -0.5.

@@ -187,6 +187,15 @@ def mask_strides(mask: torch.Tensor | None) -> tuple[int, int]:
     return (0, 0) if mask is None else strides(mask)
 
 
+def without_masked(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Keys or values x [B, H, S, D], with 0 in place of those that mask [B, S] excludes, which may be NaN.
+
+    Their probability is 0, and 0 * NaN would be NaN. This costs a launch per tensor that copies it, but only
+    with a mask. Within the kernels it would cost registers: those of the gradient spilled.
+    """
+    return x if mask is None else torch.where(mask[:, None, :, None], x, 0)
+
+
 def precision(dtype: torch.dtype) -> str:
     """input_precision of matrix products. float32 follows torch.set_float32_matmul_precision, as in torch.
 

@@ -237,6 +237,8 @@ def cross_attention_backward(
             grad, q, context_k, context_v, context_mask, image_k, image_v, out, lse, softmax_scale
         )
         return tuple(gradient.zero_() for gradient in gradients)
+    context_k = _common.without_masked(context_k, context_mask)
+    context_v = _common.without_masked(context_v, context_mask)
     q, scale, sign = _common.positive_scale(q, softmax_scale)
     with torch.cuda.device_of(q):
         if out is None:

@@ -12,10 +12,13 @@ with any strides. There are two forms:
   saves lse = log2(sum exp2) of each row. It is bound by matrix products: 4 T (S + T2) D operations per head.
 
 Scores, softmax and sums are float32; probabilities are rounded to the dtype of v for the second product. A
-query that may attend to no key gives zeros, and zero gradients. The op takes float16, bfloat16 or float32 and
-D <= 128. It runs in the dtype of its inputs, which must be one; under autocast the public function casts q, k
-and v to the autocast dtype. Float32 products follow torch.set_float32_matmul_precision. The memory of the
-result is that of [B, T, H, D], so that merging the heads is a view. The gradient is in backward.py.
+query that may attend to no key gives zeros, and zero gradients. Masked keys and values may be NaN: with a
+mask the forward pass has one more launch, which copies the values of the context, and the backward pass two.
+
+The op takes float16, bfloat16 or float32 and D <= 128. It runs in the dtype of its inputs, which must be one;
+under autocast the public function casts q, k and v to the autocast dtype. Float32 products follow
+torch.set_float32_matmul_precision. The memory of the result is that of [B, T, H, D], so that merging the
+heads is a view. The gradient is in backward.py.
 
 Source: Vaswani et al., 1706.03762; the online softmax: Milakov and Gimelshein, 1805.02867.
 """
@@ -214,6 +217,7 @@ def _forward(
     out, lse = _fake_forward(q, context_k, context_v, context_mask, image_k, image_v, softmax_scale)
     if out.numel() == 0:
         return out, lse
+    context_v = _common.without_masked(context_v, context_mask)  # k needs none: scores are replaced
     q, scale, _ = _common.positive_scale(q, softmax_scale)
     scale *= _common.LOG2_E
     short = _common.is_resident(s, t2, d, q.itemsize)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dalle2_fast import functional
@@ -32,7 +32,7 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def short_form_in_float32(kernel_device):
     """Low precision hides small errors of a formula. The short form has no float32 for want of registers, of
     which the interpreter has enough; image keys and long contexts still take the long form."""
@@ -139,6 +139,23 @@ def test_rows_without_keys_give_zeros_and_zero_gradients(keys, kernel_device):
     for name in ("output", "d q", "d context_k", "d context_v"):
         assert torch.count_nonzero(results[name][1]) == 0, name
         assert torch.count_nonzero(results[name][0]) > 0, name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("keys, image_keys", [(7, 0), (7, 3), (130, 0)])
+def test_masked_keys_do_not_count(keys, image_keys, value, kernel_device):
+    # Catches: a probability of 0 times NaN, forward or backward; also in a row that may attend to no key.
+    inputs = {name: x.to(kernel_device) for name, x in make(2, 1, 5, keys, image_keys, 32).items()}
+    mask = torch.arange(keys, device=kernel_device) < torch.tensor([[4], [0]], device=kernel_device)
+    for name in ("context_k", "context_v"):
+        broken = inputs | {name: inputs[name].masked_fill(~mask[:, None, :, None], value)}
+        for dtype in (torch.float32, torch.float16):
+            found, expected = (
+                outputs_and_gradients(lambda **kw: fused(context_mask=mask, **kw), tensors, dtype)
+                for tensors in (broken, inputs)
+            )
+            for key in expected:
+                assert torch.equal(found[key], expected[key]), (name, key)
 
 
 @pytest.mark.parametrize("keys", [5, 131])
@@ -262,7 +279,8 @@ def test_head_width_too_large_for_the_kernel(kernel_device):
 
 
 # On a GPU every example compiles new kernels, and many other tests make the same claim there.
-@settings(max_examples=3 if torch.cuda.is_available() else 8, deadline=None)
+@settings(max_examples=3 if torch.cuda.is_available() else 8, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
 @given(
     sizes=st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 40), st.integers(2, 90)),
     image_keys=st.sampled_from([0, 0, 2, 21]),  # with one key alone, dq is 0: see test_one_key

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dalle2_fast import functional
@@ -110,7 +110,9 @@ def test_step(name, kernel_device):
     check_step(step_inputs((2, 3, 5, 7), kernel_device, **on(kernel_device, CASES[name])), kernel_device)
 
 
-@settings(max_examples=10, derandomize=True, deadline=None)
+# All examples run on the one kernel_device.
+@settings(max_examples=10, derandomize=True, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
 @given(
     shape=st.lists(st.integers(1, 5), min_size=1, max_size=4),
     batch=st.integers(1, 2),
