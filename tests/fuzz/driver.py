@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 120  # for one call; the slowest takes a few
+SECONDS = 120  # of the processor for one call; the slowest takes a few
+WAIT = 3600  # seconds until a call that does not compute counts as hung; a process may be paused meanwhile
 
 
 def run(numbers: Iterable[int], workers: int = 1) -> dict[int, tuple[str, str, str | None]]:
@@ -66,7 +67,8 @@ def _work() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     for number in json.load(sys.stdin):
-        signal.alarm(SECONDS)  # ends the process
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # either ends the process
+        signal.alarm(WAIT)
         print(json.dumps([number, *judge(number)]), flush=True)
 
 
