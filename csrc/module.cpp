@@ -8,6 +8,7 @@
 
 #include "build_facts.h"  // written by setup.py
 #include "contrastive.h"
+#include "convolution.h"
 #include "cpu/processor.h"
 #include "group_norm_silu.h"
 
@@ -139,6 +140,16 @@ void group_norm_silu_backward(const ImageTuple& images, Address dy, int64_t dy_s
                                   Passed<float*>::unpack(sums), threads);
 }
 
+void convolution3x3(int64_t samples, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels,
+                    bool upsample, Address x, Address filters, Address bias, Address residual, Address y,
+                    int threads) {
+    const WithoutGil released;
+    cpu::convolution3x3({samples, height, width, in_channels, out_channels, upsample},
+                        Passed<float*>::unpack(x), Passed<float*>::unpack(filters),
+                        Passed<float*>::unpack(bias), Passed<float*>::unpack(residual),
+                        Passed<float*>::unpack(y), threads);
+}
+
 const char* const INSTRUCTION_SETS[] = {"portable", "AVX2", "AVX-512", "AVX-512 with BF16"};
 
 void bind_cpu(py::module_ m) {
@@ -150,6 +161,12 @@ void bind_cpu(py::module_ m) {
         [](int index) { return cpu::choose_instruction_set(static_cast<cpu::InstructionSet>(index)); },
         "index"_a, "Use portable (0), AVX2 (1), AVX-512 (2) or AVX-512 with BF16 (3), for tests. False if this processor "
         "lacks it.");
+    m.def("convolution_filter_size", &cpu::convolution_filter_size, "in_channels"_a, "out_channels"_a);
+    m.def("fingerprint", flat(&cpu::fingerprint), "values"_a, "count"_a);
+    m.def("transform_filters", flat(&cpu::transform_filters), ReleaseGil(), "weight"_a, "in_channels"_a,
+          "out_channels"_a, "filters"_a, "threads"_a);
+    m.def("convolution3x3", &convolution3x3, "samples"_a, "height"_a, "width"_a, "in_channels"_a,
+          "out_channels"_a, "upsample"_a, "x"_a, "filters"_a, "bias"_a, "residual"_a, "y"_a, "threads"_a);
     m.def("group_norm_silu", &group_norm_silu, "images"_a, "x"_a, "x_stride"_a, "y"_a, "y_stride"_a,
           "parameters"_a, "silu"_a, "eps"_a, "mean"_a, "rstd"_a, "threads"_a);
     m.def("group_norm_silu_backward", &group_norm_silu_backward, "images"_a, "dy"_a, "dy_stride"_a, "x"_a,

@@ -70,3 +70,56 @@ class GroupNormSiLU(nn.GroupNorm):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation!r}"
+
+
+class Conv3x3(nn.Conv2d):
+    """`nn.Conv2d` with 3x3 filters and padding 1, optionally of the doubled image, plus a residual.
+
+    See `functional.conv3x3`. The state_dict is that of `nn.Conv2d`.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        bias: whether there is an offset per output channel.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+        impl: "auto", "reference" or "fused", see `functional`.
+
+    Source: Lavin and Gray, "Fast algorithms for convolutional neural networks", 1509.09308, section 4.1.
+
+    Example:
+        >>> convolution = Conv3x3(4, 8)
+        >>> convolution(torch.randn(1, 4, 6, 6), residual=torch.randn(1, 8, 6, 6)).shape
+        torch.Size([1, 8, 6, 6])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1, bias=bias, device=device, dtype=dtype)
+        self.impl = impl
+
+    def forward(
+        self,
+        x: Tensor,  # [N, C_in, H, W]
+        residual: Tensor | None = None,  # [N, C_out, H, W]
+        upsample: bool = False,
+    ) -> Tensor:  # [N, C_out, H, W]
+        """`functional.conv3x3` with this module's parameters; its errors are those of the function.
+
+        Args:
+            x: floating [N, C_in, H, W].
+            residual: is added to the result, of its shape. None means 0.
+            upsample: whether the height and width of x are doubled first, by repeating pixels.
+
+        Returns:
+            [N, C_out, H, W] in the dtype of x; H and W are doubled with `upsample`.
+        """
+        return functional.conv3x3(x, self.weight, self.bias, residual, upsample, self.impl)

@@ -8,6 +8,7 @@ result once at the end. Each reference is in its op's module in `dalle2_fast.ops
 from __future__ import annotations
 
 from dalle2_fast.ops.contrastive_loss import contrastive_loss_reference as contrastive_loss
+from dalle2_fast.ops.conv3x3 import conv3x3_reference as conv3x3
 from dalle2_fast.ops.cross_attention import cross_attention_reference as cross_attention
 from dalle2_fast.ops.diffusion_step import diffusion_step_reference as diffusion_step
 from dalle2_fast.ops.diffusion_step import predict_x0
@@ -21,6 +22,7 @@ from dalle2_fast.ops.soft_contrastive_loss import soft_contrastive_loss_referenc
 __all__ = [
     "add_noise",
     "contrastive_loss",
+    "conv3x3",
     "cross_attention",
     "diffusion_step",
     "group_norm_silu",

@@ -52,7 +52,7 @@ INLINE void store(T* to, Vector<T> value, int64_t count) {  // the first `count`
 
 template <class T>
 INLINE Vector<T> fill(T value) {
-    return Vector<T>{} + value;
+    return value - Vector<T>{};  // a subtraction of 0, unlike an addition, costs no instruction
 }
 
 template <class T>

@@ -18,8 +18,7 @@ from dalle2_fast.diffusion import inversion, sampling, training, vlb
 from dalle2_fast.diffusion.names import PREDICTIONS, VARIANCES, WEIGHTINGS
 from dalle2_fast.diffusion.sampler_tables import step_times
 from dalle2_fast.diffusion.schedules import Schedule
-from dalle2_fast.ops._broadcast import per_sample
-from dalle2_fast.ops._dtypes import compute_dtype
+from dalle2_fast.ops._dtypes import compute_dtype, per_sample
 
 
 class GaussianDiffusion:

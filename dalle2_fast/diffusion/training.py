@@ -11,8 +11,7 @@ from dalle2_fast import functional
 from dalle2_fast.diffusion._checks import check_data
 from dalle2_fast.diffusion.vlb import vlb_term
 from dalle2_fast.diffusion.weighting import loss_weight
-from dalle2_fast.ops._broadcast import per_sample
-from dalle2_fast.ops._dtypes import compute_dtype
+from dalle2_fast.ops._dtypes import compute_dtype, per_sample
 
 if TYPE_CHECKING:
     from dalle2_fast.diffusion.process import GaussianDiffusion

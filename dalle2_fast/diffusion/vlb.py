@@ -21,8 +21,7 @@ from dalle2_fast import functional
 from dalle2_fast.diffusion._checks import check_data
 from dalle2_fast.diffusion.sampler_tables import transition
 from dalle2_fast.diffusion.schedules import Schedule
-from dalle2_fast.ops._broadcast import per_sample
-from dalle2_fast.ops._dtypes import compute_dtype
+from dalle2_fast.ops._dtypes import compute_dtype, per_sample
 
 if TYPE_CHECKING:
     from dalle2_fast.diffusion.process import GaussianDiffusion

@@ -51,6 +51,18 @@ def use_reference(impl: str, tensor: Tensor, *others: Tensor | None, on_cpu: boo
     return reason is not None
 
 
+def use_reference_of_cpu_op(impl: str, *tensors: Tensor | None) -> bool:
+    """`use_reference` for an op whose only kernel is for float32 on the CPU, in dalle2_fast._C."""
+    if impl not in ("auto", "fused"):
+        _check_choice(impl)
+        return True
+    reason = _why_dtype_unsupported(*tensors, dtypes=(torch.float32,))
+    reason = reason or _why_no_cpu_kernels(tensors[0]) or _why_no_rule()
+    if reason is not None and impl == "fused":
+        raise RuntimeError(f'impl="fused": {reason}; use impl="auto" or "reference"')
+    return reason is not None
+
+
 def use_native(impl: str, image: Tensor, text: Tensor) -> bool:
     """Whether a contrastive loss of image [n, D] and text [m, D] runs in dalle2_fast._C.
 
@@ -131,9 +143,18 @@ def load_kernels(device: torch.device) -> str | None:
     return None
 
 
+def _why_no_cpu_kernels(tensor: Tensor) -> str | None:
+    if tensor.device.type != "cpu":
+        return f"the op has a kernel for the CPU only, not for device {tensor.device.type}"
+    if _INTERPRETED:
+        return "Triton's interpreter has no kernel of this op"
+    return _why_no_kernels(tensor.device)
+
+
 def _load_cpu_kernels() -> str | None:
     if _native.WHY_ABSENT is not None:
         return _native.WHY_ABSENT
+    import dalle2_fast.kernels.convolution.native
     import dalle2_fast.kernels.group_norm_silu.native  # noqa: F401
 
     return None

@@ -1,14 +1,22 @@
-"""What an op asks about its arithmetic: the dtype to compute in, and whether autograd transforms it."""
+"""What references share: the dtype to compute in, a number per sample next to tensors of any rank, whether
+autograd transforms the computation.
+"""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for every other floating-point dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def per_sample(value: Tensor, like: Tensor) -> Tensor:
+    """[B, ...] -> [B, ..., 1, 1], which broadcasts over the trailing dimensions of `like`."""
+    return value.reshape(value.shape + (1,) * (like.dim() - value.dim()))
 
 
 def is_transformed() -> bool:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from dalle2_fast.ops import _checks, _dispatch
-from dalle2_fast.ops._broadcast import per_sample
-from dalle2_fast.ops._dtypes import compute_dtype
+from dalle2_fast.ops._dtypes import compute_dtype, per_sample
 from dalle2_fast.ops.noise import sample_noise_reference, tensor_or_number
 
 _PREDICTIONS = ("epsilon", "sample", "v_prediction")

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle2_fast.ops import _checks, _dispatch
-from dalle2_fast.ops._broadcast import per_sample
-from dalle2_fast.ops._dtypes import compute_dtype, is_transformed
+from dalle2_fast.ops._dtypes import compute_dtype, is_transformed, per_sample
 
 
 def group_norm_silu(

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from dalle2_fast.ops import _checks, _dispatch
-from dalle2_fast.ops._broadcast import per_sample
-from dalle2_fast.ops._dtypes import compute_dtype
+from dalle2_fast.ops._dtypes import compute_dtype, per_sample
 
 _LOW_32_BITS = 0xFFFFFFFF
 # Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): multipliers and the

@@ -28,6 +28,7 @@ def calls(device="cpu"):
     mask = torch.ones(2, 3, dtype=torch.bool, device=device)
     return {
         "group_norm_silu": lambda: functional.group_norm_silu(x, 2, scale=x[..., 0, 0]),
+        "conv3x3": lambda: functional.conv3x3(x, full(5, 4, 3, 3), full(5), full(2, 5, 6, 6), upsample=True),
         "cross_attention": lambda: functional.cross_attention(q, q, q, mask, q, q),
         "sample_noise": lambda: functional.sample_noise(seeds, 1, (2, 5)),
         "add_noise": lambda: functional.add_noise(x, full(2), full(2), seeds=seeds)[0],

@@ -15,12 +15,13 @@ from tests.support.tiny_pipeline import tiny_pipeline
 
 PUBLIC = {
     "dalle2_fast": "ARPrior ARPriorNetwork CLIP ClipLoss DALLE2 Decoder DiffusionPrior DiffusionPriorNetwork "
-    "GroupNormSiLU SigLipLoss SoftClipLoss UNet Upsampler __version__ build_info patch unpatch",
-    "dalle2_fast.functional": "add_noise contrastive_loss cross_attention diffusion_step group_norm_silu "
-    "sample_noise sigmoid_loss soft_contrastive_loss",
-    "dalle2_fast.reference": "add_noise contrastive_loss cross_attention diffusion_step group_norm_silu "
-    "philox_4x32_10 predict_x0 sample_noise sigmoid_loss soft_contrastive_loss",
-    "dalle2_fast.modules": "GroupNormSiLU",
+    "GroupNormSiLU SigLipLoss SoftClipLoss UNet Upsampler __version__ build_info keep_freed_memory patch "
+    "unpatch",
+    "dalle2_fast.functional": "add_noise contrastive_loss conv3x3 cross_attention diffusion_step "
+    "group_norm_silu sample_noise sigmoid_loss soft_contrastive_loss",
+    "dalle2_fast.reference": "add_noise contrastive_loss conv3x3 cross_attention diffusion_step "
+    "group_norm_silu philox_4x32_10 predict_x0 sample_noise sigmoid_loss soft_contrastive_loss",
+    "dalle2_fast.modules": "Conv3x3 GroupNormSiLU",
     "dalle2_fast.losses": "ClipLoss SigLipLoss SoftClipLoss",
     "dalle2_fast.diffusion": "SAMPLERS ContinuousSchedule DiscreteSchedule GaussianDiffusion Schedule "
     "inversion_table make_schedule sampler_table step_times",

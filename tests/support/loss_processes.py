@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from dalle2_fast.ops import _dispatch
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["torch.distributed", "dalle2_fast.losses", "tests.support.losses.distributed_cases"]
@@ -49,6 +51,7 @@ def run(
 
 def _process(function, rank, world_size, folder, seconds, arguments) -> None:
     torch.set_num_threads(1)
+    _dispatch._INTERPRETED = False  # as in tests/conftest.py, whose environment this process has
     store = dist.FileStore(f"{folder}/meet", world_size)
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=seconds)

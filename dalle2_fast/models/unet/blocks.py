@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle2_fast.functional import cross_attention
-from dalle2_fast.modules import GroupNormSiLU
+from dalle2_fast.modules import Conv3x3, GroupNormSiLU
 
 
 class Layout(nn.Module):
@@ -94,7 +94,7 @@ class FineLevel(nn.Module):
             ResBlock(channels, channels, embed_dim, num_groups, film) for _ in range(layers)
         )
         self.norm_out = GroupNormSiLU(num_groups, channels)
-        self.conv_out = nn.Conv2d(channels, out_channels * patch_size**2, 3, padding=1)
+        self.conv_out = Conv3x3(channels, out_channels * patch_size**2)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
@@ -149,10 +149,10 @@ class ResBlock(nn.Module):
         self.resample = resample
         self.dropout = dropout
         self.norm1 = GroupNormSiLU(num_groups, in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.embed = nn.Linear(embed_dim, 2 * out_channels if film else out_channels)
         self.norm2 = GroupNormSiLU(num_groups, out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
         nn.init.zeros_(self.conv2.weight)  # an untrained block is the identity (ADM)
         nn.init.zeros_(self.conv2.bias)
@@ -164,9 +164,9 @@ class ResBlock(nn.Module):
     ) -> Tensor:
         """[B, in_channels, H, W] -> [B, out_channels, H, W], at the new resolution where there is one."""
         hidden = self.norm1(x)
-        if self.resample is not None:
-            hidden, x = _resample(hidden, self.resample), _resample(x, self.resample)
-        hidden = self.conv1(hidden)
+        if self.resample == "down":
+            hidden = F.avg_pool2d(hidden, 2)
+        hidden = self.conv1(hidden, upsample=self.resample == "up")
         if self.film:
             scale, shift = self.embed(embed).chunk(2, dim=1)
             hidden = self.norm2(hidden, scale=scale, shift=shift)
@@ -174,11 +174,17 @@ class ResBlock(nn.Module):
             hidden = self.norm2(hidden + self.embed(embed)[:, :, None, None])
         if self.dropout > 0:
             hidden = F.dropout(hidden, self.dropout, self.training)
-        return self.skip(x) + self.conv2(hidden)
+        if self.resample == "down":
+            x = F.avg_pool2d(x, 2)
+        elif self.resample == "up":
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv2(hidden, residual=self.skip(x))
 
-
-def _resample(x: Tensor, direction: str) -> Tensor:
-    return F.avg_pool2d(x, 2) if direction == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        for convolution in (self.conv1, self.conv2):
+            if type(convolution) is nn.Conv2d:  # a pickle of version 0.1.0
+                convolution.__class__, convolution.impl = Conv3x3, "auto"
 
 
 class AttentionBlock(nn.Module):
@@ -190,6 +196,9 @@ class AttentionBlock(nn.Module):
         cross_dim: width of the context; None for self-attention only.
         num_groups: groups of the group norm.
 
+    Attributes:
+        impl: implementation of the attention, "auto", "reference" or "fused", see `functional`.
+
     Source: Nichol et al., "GLIDE", 2112.10741, section 2.4.
 
     Example:
@@ -198,6 +207,8 @@ class AttentionBlock(nn.Module):
         >>> keys.shape, block(torch.randn(1, 8, 2, 2), (keys, values)).shape
         (torch.Size([1, 2, 5, 4]), torch.Size([1, 8, 2, 2]))
     """
+
+    impl: str = "auto"  # of the class, because pickles of version 0.1.0 do not have it
 
     def __init__(self, channels: int, head_dim: int, cross_dim: int | None, num_groups: int):
         super().__init__()
@@ -224,9 +235,11 @@ class AttentionBlock(nn.Module):
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, H * W, C]
         q, k, v = _split_heads(self.qkv(tokens), 3, self.heads)
         if context is None:
-            out = cross_attention(q, k, v)
+            out = cross_attention(q, k, v, impl=self.impl)
         else:
-            out = cross_attention(q, *context, context_mask=context_mask, image_k=k, image_v=v)
+            out = cross_attention(
+                q, *context, context_mask=context_mask, image_k=k, image_v=v, impl=self.impl
+            )
         out = self.project(out.transpose(1, 2).flatten(2))
         return x + out.transpose(1, 2).unflatten(2, x.shape[2:])
 

@@ -14,27 +14,12 @@ from tests.support.norm_cases import BF16, FP16, FP32, NCHW, NDHWC, NHWC, PARAME
 if _native.WHY_ABSENT is not None:
     pytest.skip(_native.WHY_ABSENT, allow_module_level=True)
 
-from dalle2_fast import _C  # noqa: E402
-
-SETS = ["portable", "AVX2", "AVX-512", "AVX-512 with BF16"]
-
-
 @pytest.fixture(autouse=True)
 def poison():
     """New memory is filled with NaN, so that an output that is not written shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(params=SETS)
-def instructions(request):
-    best = SETS.index(_C.cpu.instruction_set())
-    if not _C.cpu.choose_instruction_set(SETS.index(request.param)):
-        pytest.skip(f"this processor has no {request.param}")
-    assert _C.cpu.instruction_set() == request.param
-    yield request.param
-    _C.cpu.choose_instruction_set(best)
 
 
 @pytest.fixture(params=[1, 3])
