@@ -9,7 +9,8 @@ import torch
 
 from dalle2_fast.ops import _dispatch, _native
 
-KERNELS = ("group_norm_silu", "cross_attention", "diffusion_step", "add_noise", "sample_noise")
+KERNELS = ("group_norm_silu", "cross_attention", "diffusion_step", "add_noise", "sample_noise")  # in Triton
+CPU_KERNELS = ("group_norm_silu", "conv3x3")  # in dalle2_fast._C
 LOSSES = ("contrastive_loss", "soft_contrastive_loss", "sigmoid_loss")  # in dalle2_fast._C
 
 
@@ -27,10 +28,13 @@ def build_info() -> dict[str, object]:
         - `native_extension`: whether `dalle2_fast._C` is installed and loads.
         - `native`: how it was built (`compiler`, `cuda`, `why_no_cuda`, `targets`), or None.
         - `why_no_native`: why it is not usable, or None.
+        - `cpu_instructions`: the vector instructions that the native module uses on this CPU: "AVX-512 with
+          BF16", "AVX-512", "AVX2" or "portable"; None without the module.
         - `kernels`: names of the ops that have a Triton kernel.
-        - `fused_ops`: names of the ops that impl="auto" runs fused on this machine. On the CPU the losses run
-          fused from 2^22 logits on.
-        - `why_not_fused`: why no Triton kernel runs on this machine, or None.
+        - `cpu_kernels`: names of the ops that have a kernel for the CPU, in the native module.
+        - `fused_ops`: names of the ops that impl="auto" runs fused on this machine: on its first GPU, or on
+          the CPU. On the CPU the losses run fused from 2^22 logits on.
+        - `why_not_fused`: why no kernel runs on this machine, or None.
 
     Example:
         >>> from dalle2_fast import build_info
@@ -40,9 +44,10 @@ def build_info() -> dict[str, object]:
     devices = []
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    reason = _why_not_fused()
-    has_losses = _dispatch.load_native(torch.device("cuda" if devices else "cpu", 0)) is None
+    device = torch.device("cuda" if devices else "cpu", 0)
+    reason, has_losses = _why_not_fused(device), _dispatch.load_native(device) is None
     native, why_no_native = _native.describe()
+    fused = KERNELS if devices else CPU_KERNELS
     return {
         "dalle2_fast": _version("dalle2_fast"),
         "python": platform.python_version(),
@@ -55,8 +60,10 @@ def build_info() -> dict[str, object]:
         "native_extension": native is not None,
         "native": native,
         "why_no_native": why_no_native,
+        "cpu_instructions": None if native is None else _cpu_instructions(),
         "kernels": list(KERNELS),
-        "fused_ops": [*(KERNELS if reason is None else ()), *(LOSSES if has_losses else ())],
+        "cpu_kernels": list(CPU_KERNELS),
+        "fused_ops": [*(fused if reason is None else ()), *(LOSSES if has_losses else ())],
         "why_not_fused": reason,
     }
 
@@ -68,11 +75,19 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _why_not_fused() -> str | None:
-    """Why impl="auto" runs no Triton kernel on this machine's first GPU."""
+def _cpu_instructions() -> str:
+    from dalle2_fast import _C
+
+    return _C.cpu.instruction_set()
+
+
+def _why_not_fused(device: torch.device) -> str | None:
+    """Why impl="auto" runs no kernel on this device, the machine's first GPU or its CPU."""
+    if device.type == "cpu":
+        return _native.describe()[1]
     if not _dispatch.HAS_TRITON:
         return "triton is not installed"
-    return _dispatch.why_gpu_unsupported(torch.device("cuda", 0))
+    return _dispatch.why_gpu_unsupported(device)
 
 
 def cpu_has_bfloat16() -> bool:

@@ -217,11 +217,13 @@ def test_triton_s_interpreter_is_not_trusted_with_bfloat16(kernel_device):
 def test_build_info_is_json_and_complete():
     info = json.loads(json.dumps(_build_info.build_info()))
     assert info["torch"] == torch.__version__
-    kernels, losses = set(info["kernels"]), set(_build_info.LOSSES)
+    kernels = set(info["kernels"] if info["devices"] else info["cpu_kernels"])
+    losses = set(_build_info.LOSSES)
     assert bool(kernels & set(info["fused_ops"])) == (info["why_not_fused"] is None)
     assert set(info["fused_ops"]) <= kernels | losses <= set(functional.__all__)
     if not info["devices"]:  # with a GPU it depends on what the module was built for
         assert (losses <= set(info["fused_ops"])) == info["native_extension"]
+        assert (info["cpu_instructions"] is not None) == info["native_extension"]
     assert isinstance(info["native_extension"], bool)
     assert {"dalle2_fast", "python", "platform", "triton", "cuda", "devices", "cpu_threads"} <= set(info)
 
