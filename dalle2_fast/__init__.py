@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which cannot follow `attach`
     from dalle2_fast.losses import (
         SoftClipLoss as SoftClipLoss,
     )
+    from dalle2_fast.memory import keep_freed_memory as keep_freed_memory
     from dalle2_fast.models.clip import CLIP as CLIP
     from dalle2_fast.models.decoder import Decoder as Decoder
     from dalle2_fast.models.prior import (
@@ -47,6 +48,7 @@ __getattr__, __dir__, __all__ = attach(
     {
         "dalle2_fast.adapters.patch": ["patch", "unpatch"],
         "dalle2_fast.losses": ["ClipLoss", "SigLipLoss", "SoftClipLoss"],
+        "dalle2_fast.memory": ["keep_freed_memory"],
         "dalle2_fast.models.clip": ["CLIP"],
         "dalle2_fast.models.decoder": ["Decoder"],
         "dalle2_fast.models.prior": ["ARPrior", "ARPriorNetwork", "DiffusionPrior", "DiffusionPriorNetwork"],

@@ -17,7 +17,7 @@ import torch  # noqa: E402
 from benchmarks.cases.sizes import parameter_count  # noqa: E402
 from benchmarks.jobs.images import CAPTION, check_images, medians, options  # noqa: E402
 from benchmarks.timing.provenance import machine, save, versions  # noqa: E402
-from dalle2_fast import DALLE2  # noqa: E402
+from dalle2_fast import DALLE2, keep_freed_memory  # noqa: E402
 
 PARTS = ("clip", "prior", "decoder", "upsampler")
 
@@ -33,6 +33,7 @@ def run(pipe: DALLE2, num_images: int) -> tuple[torch.Tensor, dict[str, float]]:
 def main() -> None:
     arguments = options("main_job", __doc__).parse_args()
     this_machine = machine()
+    keep_freed_memory()  # as the command line does
     pipe = DALLE2.from_pretrained(arguments.checkpoint, device="cpu", dtype="fp32")
     startup = time.perf_counter() - START
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import TextIO
 
+from dalle2_fast import memory
 from dalle2_fast.cli.parser import parse
 
 # command -> (module with add_arguments(parser) and run(args) -> int, what it does). Only the module of the
@@ -53,7 +54,9 @@ def main(argv: list[str] | None = None) -> int:
         >>> main(["vocabulary", "--checkpoint", "no/such/folder"])
         2
     """
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:  # the process is this command's, and so is its allocator
+        memory.keep_freed_memory()
+        argv = sys.argv[1:]
     try:
         with _every_letter_printable(sys.stdout):
             args, module = parse(argv, COMMANDS)

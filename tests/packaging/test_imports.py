@@ -22,6 +22,7 @@ PACKAGE = ROOT / "dalle2_fast"
 ARROWS = {
     "_lazy": set(),
     "seeds": set(),
+    "memory": set(),
     "_C": set(),
     "kernels": {"_C"},
     "ops": {"kernels", "_C"},
@@ -38,11 +39,12 @@ ARROWS = {
     "training": {"evaluation", "pipeline", "models", "diffusion", "data", "checkpoints", "functional",
                  "seeds"},  # fmt: skip
     "adapters": {"losses", "models", "modules", "functional", "ops"},
-    "cli": {"training", "evaluation", "pipeline", "models", "data", "checkpoints", "ops", "__init__"},
+    "cli": {"training", "evaluation", "pipeline", "models", "data", "checkpoints", "ops", "memory",
+            "__init__"},  # fmt: skip
     "__main__": {"cli"},
     "previous_paths": {"pipeline", "models", "data", "adapters"},
     "__init__": {"pipeline", "models", "modules", "losses", "functional", "diffusion", "data", "checkpoints",
-                 "ops", "adapters", "_lazy"},  # fmt: skip
+                 "ops", "adapters", "memory", "_lazy"},  # fmt: skip
 }
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
