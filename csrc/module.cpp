@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "build_facts.h"  // written by setup.py
+#include "attention.h"
 #include "contrastive.h"
 #include "convolution.h"
 #include "cpu/processor.h"
@@ -140,6 +141,30 @@ void group_norm_silu_backward(const ImageTuple& images, Address dy, int64_t dy_s
                                   Passed<float*>::unpack(sums), threads);
 }
 
+// (address, elements from sample to sample, from head to head, from row to row)
+using HeadsTuple = std::tuple<Address, int64_t, int64_t, int64_t>;
+
+cpu::Heads unpack_heads(const HeadsTuple& heads) {
+    const auto [address, sample_stride, head_stride, row_stride] = heads;
+    return {Passed<void*>::unpack(address), sample_stride, head_stride, row_stride};
+}
+
+// (keys, values, their number, address of the mask, elements of the mask from sample to sample)
+using KeysTuple = std::tuple<HeadsTuple, HeadsTuple, int64_t, Address, int64_t>;
+
+cpu::Keys unpack_keys(const KeysTuple& keys) {
+    const auto& [k, v, count, mask, mask_stride] = keys;
+    return {unpack_heads(k), unpack_heads(v), count, Passed<bool*>::unpack(mask), mask_stride};
+}
+
+void attention(int64_t samples, int64_t heads, int64_t queries, int64_t width, int dtype, float scale,
+               const HeadsTuple& q, const KeysTuple& context, const KeysTuple& image, Address out,
+               int threads) {
+    const WithoutGil released;
+    cpu::attention({samples, heads, queries, width, static_cast<DType>(dtype), scale}, unpack_heads(q),
+                   unpack_keys(context), unpack_keys(image), Passed<void*>::unpack(out), threads);
+}
+
 void convolution3x3(int64_t samples, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels,
                     bool upsample, Address x, Address filters, Address bias, Address residual, Address y,
                     int threads) {
@@ -161,6 +186,8 @@ void bind_cpu(py::module_ m) {
         [](int index) { return cpu::choose_instruction_set(static_cast<cpu::InstructionSet>(index)); },
         "index"_a, "Use portable (0), AVX2 (1), AVX-512 (2) or AVX-512 with BF16 (3), for tests. False if this processor "
         "lacks it.");
+    m.def("attention", &attention, "samples"_a, "heads"_a, "queries"_a, "width"_a, "dtype"_a, "scale"_a, "q"_a,
+          "context"_a, "image"_a, "out"_a, "threads"_a);
     m.def("convolution_filter_size", &cpu::convolution_filter_size, "in_channels"_a, "out_channels"_a);
     m.def("fingerprint", flat(&cpu::fingerprint), "values"_a, "count"_a);
     m.def("transform_filters", flat(&cpu::transform_filters), ReleaseGil(), "weight"_a, "in_channels"_a,

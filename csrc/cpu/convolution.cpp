@@ -6,41 +6,21 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/panels.h"
 #include "cpu/parallel.h"
 #include "cpu/processor.h"
 
 namespace dalle2_fast::cpu {
 namespace {
 
-constexpr int64_t TILES = 64;    // a multiple of 8
-constexpr int64_t PADDING = 16;  // floats of the longest vector
+constexpr int64_t TILES = 64;  // a multiple of 8
 
 // From element k to element k + 1 of the transformed tiles. One cache line more than their size: at a distance
 // of a multiple of 4096 bytes all 16 elements would compete for the same lines of the L1 cache.
 int64_t plane(int64_t channels) { return TILES * channels + PADDING; }
 
-int64_t padded(int64_t channels) { return (channels + PADDING - 1) / PADDING * PADDING; }
-
-// The columns of the filters are cut into panels, each of which lies together: of 48, or of 32 where 16 would
-// remain. left: the columns that are left, a multiple of 16.
-int64_t panel_width(int64_t left) { return left == 64 || left == 32 ? 32 : left == 16 ? 16 : 48; }
-
 #define BODY "cpu/convolution_loops.h"
 #include "cpu/instruction_sets.h"
-
-// At least `count` floats, 0 at first, aligned to cache lines. A thread keeps its memory for the next call: new
-// pages would cost more time than the transforms.
-class Floats {
-public:
-    float* at_least(int64_t count) {
-        if (int64_t(memory_.size()) < count + 16) memory_.assign(count + 16, 0.0f);
-        const auto address = reinterpret_cast<std::uintptr_t>(memory_.data());
-        return reinterpret_cast<float*>((address + 63) / 64 * 64);
-    }
-
-private:
-    std::vector<float> memory_;
-};
 
 // G g G^T, G = [[1, 0, 0], [1/2, 1/2, 1/2], [1/2, -1/2, 1/2], [0, 0, 1]]
 void transform_filter(const float* g, double* out) {

@@ -14,6 +14,7 @@
 #pragma GCC optimize("fp-contract=fast")
 #endif
 
+#include "cpu/vector.h"
 #include "cpu/vector_storage.h"
 
 template <class S>

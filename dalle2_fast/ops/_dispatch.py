@@ -51,6 +51,11 @@ def use_reference(impl: str, tensor: Tensor, *others: Tensor | None, on_cpu: boo
     return reason is not None
 
 
+def is_native(tensor: Tensor) -> bool:
+    """Whether the kernel of this tensor's device is in dalle2_fast._C, and not Triton's."""
+    return tensor.device.type == "cpu" and not _INTERPRETED
+
+
 def use_reference_of_cpu_op(impl: str, *tensors: Tensor | None) -> bool:
     """`use_reference` for an op whose only kernel is for float32 on the CPU, in dalle2_fast._C."""
     if impl not in ("auto", "fused"):
@@ -155,6 +160,7 @@ def _load_cpu_kernels() -> str | None:
     if _native.WHY_ABSENT is not None:
         return _native.WHY_ABSENT
     import dalle2_fast.kernels.convolution.native
+    import dalle2_fast.kernels.cross_attention.native
     import dalle2_fast.kernels.group_norm_silu.native  # noqa: F401
 
     return None

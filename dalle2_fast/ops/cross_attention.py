@@ -52,7 +52,8 @@ def cross_attention(
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has the wrong shape, value or device, only one of image_k and image_v is
             given, or impl="fused" and D > 128.
-        RuntimeError: impl="fused" and no kernel can run here.
+        RuntimeError: impl="fused" and no kernel can run here, or, on the CPU, an input requires a gradient,
+            which only the reference has there (impl="auto" then takes it).
 
     Source: Vaswani et al., 1706.03762; the joint softmax over text and image keys: GLIDE, 2112.10741.
 
@@ -68,17 +69,33 @@ def cross_attention(
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     tensors = (q, context_k, context_v, image_k, image_v)
-    if _dispatch.use_reference(impl, *tensors, on_cpu=False) or _is_too_wide(q, impl):
+    # On the CPU torch multiplies half precision in AMX tiles, and takes as long as the kernel.
+    native = impl == "fused" or q.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    unsuitable = _dispatch.use_reference(impl, *tensors, on_cpu=native) or _is_too_wide(q, impl)
+    if unsuitable or _lacks_gradient(impl, tensors):
         return cross_attention_reference(
             q, context_k, context_v, context_mask, image_k, image_v, softmax_scale
         )
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, context_k, context_v, image_k, image_v = (x if x is None else x.to(dtype) for x in tensors)
-        _dispatch.use_reference(impl, q, on_cpu=False)  # raises where no kernel takes the autocast dtype
-    return torch.ops.dalle2_fast.cross_attention(
-        q, context_k, context_v, context_mask, image_k, image_v, softmax_scale
-    )[0]
+        _dispatch.use_reference(impl, q)  # raises where no kernel takes the autocast dtype
+    arguments = (q, context_k, context_v, context_mask, image_k, image_v, softmax_scale)
+    if _dispatch.is_native(q):
+        return torch.ops.dalle2_fast.cross_attention_inference.default(*arguments)
+    return torch.ops.dalle2_fast.cross_attention(*arguments)[0]
+
+
+def _lacks_gradient(impl: str, tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether the kernel has no gradient and one is needed. With impl="fused" that is a RuntimeError."""
+    if not (_dispatch.is_native(tensors[0]) and _dispatch.needs_gradient(*tensors)):
+        return False
+    if impl == "fused":
+        raise RuntimeError(
+            'impl="fused": cross_attention has no fused gradient on the CPU; use impl="auto" or '
+            "torch.no_grad()"
+        )
+    return True
 
 
 def _is_too_wide(q: Tensor, impl: str) -> bool:
