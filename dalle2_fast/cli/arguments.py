@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dalle2_fast.pipeline.compilation import BACKENDS
 from dalle2_fast.pipeline.device import DTYPES
 from dalle2_fast.pipeline.settings import SAMPLERS, SamplingSettings
 
@@ -110,6 +111,11 @@ def add_output(parser: argparse.ArgumentParser, default: str) -> None:
         default="auto",
         choices=("auto", *DTYPES),
         help="auto (default): bf16 on a device that computes in it, fp32 elsewhere",
+    )
+    parser.add_argument(
+        "--compile",
+        choices=BACKENDS,
+        help="run compiled networks: the first job compiles them for minutes, later ones find them on disk",
     )
     add_checkpoint(parser)
     parser.add_argument(

@@ -64,6 +64,8 @@ class Job:
         if self.args.dtype in ("bf16", "fp16") and emulated:
             print(f"note: this CPU computes {self.args.dtype} in software; fp32 is faster", file=sys.stderr)
         self.pipe = DALLE2.from_pretrained(self.args.checkpoint, device=self.device, dtype=self.dtype)
+        if self.args.compile is not None:
+            self.pipe.compile(self.args.compile)
         count = getattr(self.args, "num_images", 1) + MAX_COLUMNS  # some commands show others in addition
         side = getattr(self.args, "size", None) or self.pipe.sizes[-1]
         check_space(self.output.parent, count, side, "--output")
@@ -140,7 +142,7 @@ class Job:
         report |= {
             "seed": self.seed,
             "device": f"{self._device_name()}, {self._dtype_name()}",
-            "backend": _backend_name(),
+            "backend": self.args.compile or _backend_name(),
             "seconds": f"{times}, in all {total:.2f}",
         }
         for key, value in report.items():
@@ -151,6 +153,8 @@ class Job:
         """Text chunks from which the images can be made again."""
         given = {name: value for name, value in given_settings(self.args).items() if value is not None}
         settings = self.pipe.sampling | given | {"device": self.device.type, "dtype": self._dtype_name()}
+        if self.args.compile is not None:
+            settings["compile"] = self.args.compile  # its results differ from others by rounding
         return {
             "seed": self.seed,
             "settings": json.dumps(settings),
@@ -180,7 +184,7 @@ class Job:
 
 
 def _backend_name() -> str:
-    from dalle2_fast.ops._build_info import KERNELS, build_info
+    from dalle2_fast.ops._build_info import LOSSES, build_info
 
-    fused = [name for name in build_info()["fused_ops"] if name in KERNELS]  # no image needs the losses
+    fused = [name for name in build_info()["fused_ops"] if name not in LOSSES]  # no image needs the losses
     return f"fused ({', '.join(fused)}), else reference" if fused else "reference (plain PyTorch)"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dalle2_fast.data.images import to_pil
 from dalle2_fast.pipeline import decoding, editing, inversion, reconstruction
 from dalle2_fast.pipeline.checkpoint import load_pipeline, save_pipeline
+from dalle2_fast.pipeline.compilation.pipeline import compile_networks
 from dalle2_fast.pipeline.context import Generation, GenerationContext
 from dalle2_fast.pipeline.parts import check_parts
 from dalle2_fast.pipeline.progress import Progress
@@ -299,6 +300,10 @@ class DALLE2(nn.Module):
     invert = inversion.invert
     reconstruct = reconstruction.reconstruct
     fit_pca = reconstruction.fit_pca
+
+    # ------------------------------------------------------------------------------------ compiled programs
+
+    compile = compile_networks
 
     # ----------------------------------------------------------------------------------------- checkpoints
 

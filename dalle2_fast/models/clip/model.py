@@ -200,7 +200,7 @@ class CLIP(TextTransformer, Pretrained):
         self._check_text_tower("text")
         encodings, mask = self.encode_tokens(text)
         last = (mask.sum(dim=1) - 1).clamp(min=0)
-        x = encodings[torch.arange(len(text), device=text.device), last] @ self.text_projection
+        x = encodings[torch.arange(text.shape[0], device=text.device), last] @ self.text_projection
         weights = self.text_projection.dtype
         return (_unit(x).to(weights) if normalize else x.to(weights)), encodings, mask
 

@@ -106,7 +106,8 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Embed normalised images [B, 3, S, S] -> [B, output_dim]."""
         x = self.conv1(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        # Not len(x), which is a constant in an exported program.
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
         x = self.ln_pre(x + self.positional_embedding.to(x.dtype))
         x = self.transformer(x)
         return self.ln_post(x[:, 0]) @ self.proj

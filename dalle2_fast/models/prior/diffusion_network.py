@@ -92,7 +92,7 @@ class DiffusionPriorNetwork(nn.Module):
         valid = F.pad(valid, (0, TAIL), value=True)
         tokens, lengths = pack(tokens, valid)
         x = self.transformer(tokens, causal=True)
-        x = x[torch.arange(len(x), device=x.device), lengths - 1]
+        x = x[torch.arange(x.shape[0], device=x.device), lengths - 1]
         return self.proj_out(self.ln_final(x))
 
     encode_prefix = encode_prefix
@@ -106,7 +106,7 @@ class DiffusionPriorNetwork(nn.Module):
             prefix: the captions' part of the sequence, from `encode_prefix`.
         """
         tail = self._embed_tail(hidden_states, timestep)
-        batch = len(tail)
+        batch = tail.shape[0]  # not len(tail), which is a constant in an exported program
         causal = torch.ones(TAIL, TAIL, dtype=torch.bool, device=tail.device).tril()
         valid = prefix.valid[:, None, None, :].expand(batch, 1, TAIL, -1)
         mask = torch.cat([valid, causal.expand(batch, 1, TAIL, TAIL)], dim=-1)
