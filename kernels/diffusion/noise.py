@@ -8,13 +8,10 @@ The numbers are those of reference.sample_noise: they depend on (seed, step, ele
 They are rounded to the dtype of x0 before use, because the network learns to predict the rounded noise.
 
 The op takes float32, bfloat16 and float16; the maths is float32, and autocast does not change it. x_t and
-drawn noise have the dtype and memory format of x0. The gradient of x_t is written in torch: in training x0
-and the noise are data, so it is rarely needed.
+drawn noise have the dtype and memory format of x0.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import triton
@@ -22,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .._math import philox_normal
-from .._op import define, differentiate
-from .._planes import arrange, check_size, count_tiles, memory_format, tile_config
+from .._op import implement
+from .._planes import arrange, check_size, count_tiles, tile_config
+from .op import add_drawn_noise, add_noise, empty_noise, empty_result, sample_noise
 
 
 @triton.jit(do_not_specialize=["step", "tiles"])
@@ -109,12 +107,8 @@ def _launch(x0, alpha, sigma, noise, x_t, seeds, step, step_number) -> None:
         )  # fmt: skip
 
 
-def _like(x0: Tensor) -> Tensor:
-    return torch.empty_like(x0, memory_format=memory_format(x0))
-
-
 def _add_noise(x0: Tensor, alpha: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-    x_t = _like(x0)
+    x_t = empty_result(x0)
     _launch(x0, alpha, sigma, noise, x_t, None, None, 0)
     return x_t
 
@@ -122,7 +116,7 @@ def _add_noise(x0: Tensor, alpha: Tensor, sigma: Tensor, noise: Tensor) -> Tenso
 def _add_drawn_noise(
     x0: Tensor, alpha: Tensor, sigma: Tensor, seeds: Tensor, step: Tensor | None, step_number: int
 ) -> tuple[Tensor, Tensor]:
-    x_t, noise = _like(x0), _like(x0)
+    x_t, noise = empty_result(x0), empty_result(x0)
     _launch(x0, alpha, sigma, noise, x_t, seeds, step, step_number)
     return x_t, noise
 
@@ -130,7 +124,7 @@ def _add_drawn_noise(
 def _sample_noise(
     seeds: Tensor, step: Tensor | None, step_number: int, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
-    noise = _fake_sample_noise(seeds, step, step_number, shape, dtype)
+    noise = empty_noise(seeds, step, step_number, shape, dtype)
     if noise.numel() == 0:
         return noise
     check_size("shape", noise)
@@ -144,64 +138,6 @@ def _sample_noise(
     return noise
 
 
-def _fake_sample_noise(seeds, step, step_number, shape, dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=seeds.device)
-
-
-sample_noise = define(
-    "sample_noise(Tensor seeds, Tensor? step, int step_number, SymInt[] shape, ScalarType dtype) -> Tensor",
-    run=_sample_noise,
-    fake=_fake_sample_noise,
-)
-add_noise = define(
-    "add_noise(Tensor x0, Tensor alpha, Tensor sigma, Tensor noise) -> Tensor",
-    run=_add_noise,
-    fake=lambda x0, *_: _like(x0),
-)
-add_drawn_noise = define(
-    "add_drawn_noise(Tensor x0, Tensor alpha, Tensor sigma, Tensor seeds, Tensor? step, int step_number)"
-    " -> (Tensor, Tensor)",
-    run=_add_drawn_noise,
-    fake=lambda x0, *_: (_like(x0), _like(x0)),
-)
-
-
-def _gradients(ctx, grad: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor, noise: Tensor) -> tuple:
-    """Gradients of x0, alpha, sigma and noise, or None if not needed. Products and sums are float32."""
-    grad, per_sample = grad.to(torch.float32), (-1,) + (1,) * (x0.dim() - 1)
-
-    def scaled(factor: Tensor, like: Tensor) -> Tensor:
-        return (grad * factor.to(torch.float32).reshape(per_sample)).to(like.dtype)
-
-    def summed(value: Tensor, like: Tensor) -> Tensor:
-        # Not -1: it is ambiguous where the batch is empty.
-        return (grad * value).reshape(value.shape[0], math.prod(value.shape[1:])).sum(1).to(like.dtype)
-
-    # The fourth input is the noise, or the seeds, which need no gradient.
-    needs_x0, needs_alpha, needs_sigma, needs_noise, *_ = ctx.needs_input_grad
-    return (
-        scaled(alpha, x0) if needs_x0 else None,
-        summed(x0, alpha) if needs_alpha else None,
-        summed(noise, sigma) if needs_sigma else None,
-        scaled(sigma, noise) if needs_noise else None,
-    )
-
-
-def _save_given(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _save_drawn(ctx, inputs, output) -> None:
-    x_t, noise = output
-    ctx.mark_non_differentiable(noise)
-    ctx.save_for_backward(*inputs[:3], noise)
-
-
-def _backward_drawn(ctx, grad: Tensor, grad_noise: Tensor | None) -> tuple:
-    return *_gradients(ctx, grad, *ctx.saved_tensors), None, None
-
-
-differentiate(
-    add_noise, save=_save_given, backward=lambda ctx, grad: _gradients(ctx, grad, *ctx.saved_tensors)
-)
-differentiate(add_drawn_noise, save=_save_drawn, backward=_backward_drawn)
+implement(sample_noise, _sample_noise)
+implement(add_noise, _add_noise)
+implement(add_drawn_noise, _add_drawn_noise)

@@ -12,8 +12,7 @@ A sample does not depend on the others of its batch: one program computes its st
 and the noise depends on (seed, step, element), where elements are counted as in a contiguous tensor.
 
 The op takes float32, bfloat16 and float16, also mixed. The maths is float32, autocast does not change it, and
-the results have the dtype and memory format of x. No gradient is registered: where one is needed (not in
-sampling), the public function takes the reference.
+the results have the dtype and memory format of x.
 """
 
 from __future__ import annotations
@@ -24,10 +23,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .._math import philox_normal
-from .._op import define
-from .._planes import arrange, check_size, count_tiles, memory_format, tile_config
-from . import noise as add_noise  # noqa: F401  also registers the ops of noise.py
+from .._op import implement
+from .._planes import arrange, check_size, count_tiles, tile_config
+from . import noise as add_noise  # noqa: F401  also implements the ops of noise.py
 from ._statistics import UNGUIDED, Guidance, Row, coefficient, guide, predict_x0, sample_statistics
+from .op import diffusion_step, empty_result
 
 
 @triton.jit
@@ -162,7 +162,7 @@ def _diffusion_step(
     learned_range: bool,
     previous_x0: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    x_next, x0 = _fake_diffusion_step(x)
+    x_next, x0 = empty_result(x), empty_result(x)
     if x.numel() == 0:
         return x_next, x0
     check_size("x", x)
@@ -207,15 +207,4 @@ def _guidance(weight: Tensor | None, number: float | None) -> Guidance | None:
     return None if number is None else Guidance(None, number, 0)
 
 
-def _fake_diffusion_step(x: Tensor, *_) -> tuple[Tensor, Tensor]:
-    layout = memory_format(x)
-    return torch.empty_like(x, memory_format=layout), torch.empty_like(x, memory_format=layout)
-
-
-diffusion_step = define(
-    "diffusion_step(Tensor x, Tensor model_output, Tensor table, Tensor? step, int step_number,"
-    " Tensor? seeds, Tensor? guidance, float? guidance_number, float guidance_rescale, str prediction,"
-    " float? clip, float? dynamic_threshold, bool learned_range, Tensor? previous_x0) -> (Tensor, Tensor)",
-    run=_diffusion_step,
-    fake=_fake_diffusion_step,
-)
+implement(diffusion_step, _diffusion_step)

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from dalle2_fast import functional
 from dalle2_fast.ops.diffusion_step import quantile_of_rows
-from tests.support.truth import assert_close_to_truth
+from tests.support.diffusion.step_cases import (
+    CASES,
+    TABLE,
+    check_step,
+    draw,
+    on,
+    op_calls,
+    step_inputs,
+    viewed,
+)
 
 pytest.importorskip("triton")
 
@@ -22,92 +31,12 @@ from dalle2_fast.kernels.diffusion import noise as add_noise  # noqa: E402
 from dalle2_fast.kernels.diffusion import step as diffusion_step  # noqa: E402
 from tests.support.aot.cases_diffusion_step import step_launches  # noqa: E402
 
-SEEDS = [3, -4, 2**40 + 5]
-TABLE = torch.tensor(  # alpha, sigma, a, b, c, std, log_var_min, log_var_max; the last row adds no noise
-    [
-        [0.9, 0.436, 0.3, 0.6, 0.1, 0.2, -4.0, -1.0],
-        [0.5, 0.866, 0.4, 0.5, -0.2, 0.3, -4.0, -1.0],
-        [0.5, 0.866, 0.4, 0.5, -0.2, 0.0, -4.0, -1.0],
-    ]
-)
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def step_inputs(
-    shape, device, *, dtype=torch.float32, output_dtype=None, guidance=None, learned_range=False, seeds=True,
-    previous=False, nhwc="", step=1, **options,
-) -> dict:  # fmt: skip
-    """Arguments of functional.diffusion_step. nhwc: which of x, o(utput), p(revious) are channels_last."""
-    rows, channels = shape[0] * (1 if guidance is None else 2), shape[1] * (2 if learned_range else 1)
-    tensors = {"x": draw(*shape), "model_output": draw(rows, channels, *shape[2:], seed=1)}
-    if previous:
-        tensors["previous_x0"] = draw(*shape, seed=2)
-    for name in tensors:
-        wanted = output_dtype or dtype if name == "model_output" else dtype
-        value = tensors[name].to(device, wanted)
-        if {"x": "x", "model_output": "o", "previous_x0": "p"}[name] in nhwc:
-            value = value.contiguous(memory_format=torch.channels_last)
-        tensors[name] = value
-    return {
-        **tensors, "table": TABLE.to(device), "step": torch.tensor(step, device=device), "guidance": guidance,
-        "seeds": torch.tensor(SEEDS, device=device)[: shape[0]] if seeds else None,
-        "learned_range": learned_range, **options,
-    }  # fmt: skip
-
-
-def double(arguments: dict) -> dict:
-    return {
-        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in arguments.items()
-    }
-
-
-def check_step(arguments: dict, kernel_device: str) -> None:
-    on_cpu = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
-    actual = functional.diffusion_step(**arguments, impl="fused")
-    plain = functional.diffusion_step(**on_cpu, impl="reference")
-    truth = functional.diffusion_step(**double(on_cpu), impl="reference")
-    for name, *values in zip(("x_next", "x0"), actual, plain, truth, strict=True):
-        assert values[0].dtype == arguments["x"].dtype and values[0].stride() == arguments["x"].stride()
-        assert_close_to_truth(*({name: value} for value in values))
-
-
 # ------------------------------------------------------------------------------------------------------- step
-
-CASES = {
-    "plain": {},
-    "deterministic": {"seeds": False, "prediction": "sample"},
-    "no noise in the last step": {"step": 2, "learned_range": True, "clip": 0.8},
-    "guided": {"guidance": 3.0, "prediction": "v_prediction", "clip": 0.8},
-    "guided per sample": {"guidance": torch.tensor([3.0, 1.0]), "previous": True},
-    "one guidance tensor": {"guidance": torch.tensor(2.0), "learned_range": True},
-    "rescaled": {"guidance": 4.0, "guidance_rescale": 0.7, "prediction": "v_prediction"},
-    "dynamic": {"dynamic_threshold": 0.9},
-    "dynamic median": {"dynamic_threshold": 0.5, "clip": 0.1, "prediction": "sample"},
-    "dynamic largest": {"dynamic_threshold": 1.0, "clip": 0.1},
-    "everything": {
-        "guidance": 3.0, "guidance_rescale": 0.5, "dynamic_threshold": 0.95, "clip": 0.5,
-        "learned_range": True, "previous": True, "prediction": "v_prediction",
-    },
-    "float16": {"dtype": torch.float16, "guidance": 2.0, "dynamic_threshold": 0.9, "learned_range": True},
-    "bfloat16": {"dtype": torch.bfloat16, "guidance": 2.0, "clip": 1.0, "learned_range": True},
-    "other dtype of the output": {"output_dtype": torch.float16, "guidance": 2.0},
-    "output nhwc": {"nhwc": "o", "guidance": 2.0, "guidance_rescale": 0.5, "learned_range": True,
-                    "dynamic_threshold": 0.9},
-    "x nhwc": {"nhwc": "xop", "previous": True, "learned_range": True},
-}  # fmt: skip
-
-
-def on(device: str, options: dict) -> dict:
-    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_step(name, kernel_device):
-    check_step(step_inputs((2, 3, 5, 7), kernel_device, **on(kernel_device, CASES[name])), kernel_device)
+    check_step(step_inputs((2, 3, 5, 7), kernel_device, **on(kernel_device, CASES[name])))
 
 
 # All examples run on the one kernel_device.
@@ -129,15 +58,7 @@ def test_step_of_any_shape_and_strides(
         (batch, *shape), kernel_device, prediction=prediction, guidance=guidance, dynamic_threshold=quantile,
         learned_range=learned_range, clip=0.3,
     )  # fmt: skip
-    output = arguments["model_output"]
-    if view == "transposed":  # the same numbers, laid out backwards
-        backwards = tuple(range(output.dim() - 1, -1, -1))
-        output = output.permute(backwards).contiguous().permute(backwards)
-    if view == "strided":
-        output = output.repeat_interleave(2, dim=-1)[..., ::2]
-    if view == "more channels":
-        output = torch.cat((output, output), 1)[:, : output.shape[1]]
-    check_step({**arguments, "model_output": output}, kernel_device)
+    check_step({**arguments, "model_output": viewed(arguments["model_output"], view)})
 
 
 # Larger than what one program holds: the subset, the list and the search in memory.
@@ -152,7 +73,7 @@ def test_step_of_any_shape_and_strides(
 )
 def test_threshold_of_a_large_sample(shape, quantile, options, kernel_device):
     options = {**options, "dynamic_threshold": quantile, "clip": 1e-6, "seeds": False}
-    check_step(step_inputs(shape, kernel_device, **options), kernel_device)
+    check_step(step_inputs(shape, kernel_device, **options))
 
 
 def limits(x0, quantile, kernel_device):
@@ -298,31 +219,10 @@ def test_a_sample_too_large_is_refused():
 # ----------------------------------------------------------------------------------------------- registration
 
 
-def registered(device):
-    ops, seeds = torch.ops.dalle2_fast, torch.tensor(SEEDS[:2], device=device)
-    x, ones = draw(2, 2, 3, 3).to(device), torch.full((2,), 0.5, device=device)
-    nhwc = x.contiguous(memory_format=torch.channels_last)
-    step = torch.tensor(1, device=device)
-    options = dict(
-        step_number=0, seeds=seeds, guidance=None, guidance_number=None, guidance_rescale=0.0,
-        prediction="epsilon", clip=1.0, dynamic_threshold=None, learned_range=False, previous_x0=None,
-    )  # fmt: skip
-    return {
-        "sample_noise": (ops.sample_noise, (seeds, step, 0, (2, 5), torch.float16), {}),
-        "add_noise": (
-            ops.add_noise, (x.clone().requires_grad_(), ones, ones.clone().requires_grad_(), x), {},
-        ),
-        "add_drawn_noise": (
-            ops.add_drawn_noise, (nhwc.clone().requires_grad_(), ones, ones, seeds, None, 3), {},
-        ),
-        "diffusion_step": (ops.diffusion_step, (nhwc, x, TABLE.to(device), step), options),
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize("name", ["sample_noise", "add_noise", "add_drawn_noise", "diffusion_step"])
 def test_opcheck(name, kernel_device):
     """Fails on a wrong schema, a fake that lies about shape or strides, or an untraceable gradient."""
-    op, arguments, options = registered(kernel_device)[name]
+    op, arguments, options = op_calls(kernel_device)[name]
     torch.library.opcheck(op.default, arguments, options)
 
 
@@ -364,7 +264,7 @@ REAL = {
 @pytest.mark.parametrize("name", REAL)
 def test_real_shapes(name, dtype):
     shape, options = REAL[name]
-    check_step(step_inputs(shape, "cuda", dtype=dtype, **options), "cuda")
+    check_step(step_inputs(shape, "cuda", dtype=dtype, **options))
 
 
 @pytest.mark.gpu
