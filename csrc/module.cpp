@@ -5,12 +5,14 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <tuple>
 
 #include "build_facts.h"  // written by setup.py
 #include "attention.h"
 #include "contrastive.h"
 #include "convolution.h"
 #include "cpu/processor.h"
+#include "diffusion.h"
 #include "group_norm_silu.h"
 
 namespace py = pybind11;
@@ -39,6 +41,37 @@ struct Passed<DType> {
     static DType unpack(int code) { return static_cast<DType>(code); }
 };
 using Address = Passed<void*>::Type;
+
+// A structure, passed as the tuple of its fields.
+template <class Structure, class... Fields>
+struct PassedAsTuple {
+    using Type = std::tuple<typename Passed<Fields>::Type...>;
+    static Structure unpack(const Type& values) {
+        return std::apply(
+            [](const auto&... value) { return Structure{Passed<Fields>::unpack(value)...}; }, values);
+    }
+};
+template <>
+struct Passed<cpu::Prediction> {
+    using Type = int;
+    static cpu::Prediction unpack(int code) { return static_cast<cpu::Prediction>(code); }
+};
+template <>
+struct Passed<cpu::Strided> : PassedAsTuple<cpu::Strided, void*, DType, int64_t, int64_t, int64_t> {};
+template <>
+struct Passed<const cpu::Strided&> : Passed<cpu::Strided> {};
+template <>
+struct Passed<const cpu::Shape&> : PassedAsTuple<cpu::Shape, int64_t, int64_t, int64_t> {};
+template <>
+struct Passed<const cpu::Seeds&> : PassedAsTuple<cpu::Seeds, const int64_t*, int64_t> {};
+template <>
+struct Passed<const cpu::StepTensors&>
+    : PassedAsTuple<cpu::StepTensors, cpu::Strided, cpu::Strided, cpu::Strided, cpu::Strided, cpu::Strided,
+                    cpu::Strided, cpu::Strided> {};
+template <>
+struct Passed<const cpu::StepOptions&>
+    : PassedAsTuple<cpu::StepOptions, const float*, cpu::Prediction, const float*, int64_t, double, double,
+                    double, double> {};
 
 // A function of contrastive.h as Python calls it: the fields of a Tile or of Features are separate arguments.
 template <class R, class... Rest>
@@ -211,6 +244,15 @@ void bind_cpu(py::module_ m) {
           "Returns the two sums.");
 }
 
+void bind_diffusion(py::module_ m) {  // a structure of diffusion.h is passed as the tuple of its fields
+    m.def("sample_noise", flat(&cpu::sample_noise), ReleaseGil(), "shape"_a, "noise"_a, "seeds"_a,
+          "threads"_a);
+    m.def("add_noise", flat(&cpu::add_noise), ReleaseGil(), "shape"_a, "x0"_a, "alpha"_a, "sigma"_a,
+          "noise"_a, "seeds"_a, "x_t"_a, "threads"_a);
+    m.def("diffusion_step", flat(&cpu::diffusion_step), ReleaseGil(), "shape"_a, "tensors"_a, "seeds"_a,
+          "options"_a, "threads"_a);
+}
+
 #ifdef DALLE2_FAST_HAS_CUDA_CONTRASTIVE
 void bind_cuda(py::module_ m) {
     m.def("workspace_bytes", &cuda::workspace_bytes, "rows"_a, "columns"_a);
@@ -260,7 +302,9 @@ PYBIND11_MODULE(_C, module) {
     dtypes["bfloat16"] = static_cast<int>(DType::bf16);
     module.attr("DTYPES") = dtypes;
 
-    bind_cpu(module.def_submodule("cpu", "csrc/cpu"));
+    py::module_ on_cpu = module.def_submodule("cpu", "csrc/cpu");
+    bind_cpu(on_cpu);
+    bind_diffusion(on_cpu);
     // The submodules cuda and sm90 exist only if their files were compiled.
 #ifdef DALLE2_FAST_HAS_CUDA_CONTRASTIVE
     bind_cuda(module.def_submodule("cuda", "csrc/cuda, for the GPUs that build_info() lists"));

@@ -58,6 +58,12 @@ def arrange(values: list[Tensor | None]) -> tuple[list[Tensor | None], Planes]:
     Only a tensor that three strides do not describe is copied. All tensors have the same number of positions.
     The first has C channels, the others have at least C.
     """
+    # The usual case, in a third of the time.
+    if all(value is None or value.is_contiguous() for value in values):
+        positions = values[0].numel() // values[0].shape[0]
+        samples = [0 if value is None else value.numel() // value.shape[0] for value in values]
+        strides = [(sample, positions, 1) if sample else (0, 0, 0) for sample in samples]
+        return values, Planes(1, positions, strides)
     strides = []
     for index, value in enumerate(values):
         if value is None:

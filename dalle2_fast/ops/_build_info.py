@@ -10,7 +10,9 @@ import torch
 from dalle2_fast.ops import _dispatch, _native
 
 KERNELS = ("group_norm_silu", "cross_attention", "diffusion_step", "add_noise", "sample_noise")  # in Triton
-CPU_KERNELS = ("group_norm_silu", "cross_attention", "conv3x3")  # in dalle2_fast._C
+CPU_KERNELS = (  # in dalle2_fast._C
+    "group_norm_silu", "cross_attention", "conv3x3", "diffusion_step", "add_noise", "sample_noise",
+)  # fmt: skip
 LOSSES = ("contrastive_loss", "soft_contrastive_loss", "sigmoid_loss")  # in dalle2_fast._C
 
 

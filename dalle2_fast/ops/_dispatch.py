@@ -161,6 +161,7 @@ def _load_cpu_kernels() -> str | None:
         return _native.WHY_ABSENT
     import dalle2_fast.kernels.convolution.native
     import dalle2_fast.kernels.cross_attention.native
+    import dalle2_fast.kernels.diffusion.native
     import dalle2_fast.kernels.group_norm_silu.native  # noqa: F401
 
     return None

@@ -99,14 +99,14 @@ def diffusion_step(
     _check_arguments(x, model_output, table, step, **tensors, **options)
     tracked = _dispatch.needs_gradient(x, model_output, table, guidance, previous_x0)
     tensors_in = (x, model_output, previous_x0)
-    if (tracked and impl == "auto") or _dispatch.use_reference(impl, *tensors_in, on_cpu=False):
+    if (tracked and impl == "auto") or _dispatch.use_reference(impl, *tensors_in):
         return diffusion_step_reference(x, model_output, table, step, **tensors, **options)
     if tracked:
         raise RuntimeError(
             'impl="fused": diffusion_step has no fused gradient; use impl="auto" or torch.no_grad()'
         )
     guidance_tensor, guidance_number = (guidance, None) if isinstance(guidance, Tensor) else (None, guidance)
-    # The order is that of the schema in kernels/diffusion/step.py: keywords cost 4 us (one CPU host).
+    # The order is that of the schema in kernels/diffusion/op.py: keywords cost 4 us (one CPU host).
     return torch.ops.dalle2_fast.diffusion_step(
         x, model_output, table, *tensor_or_number(step), seeds, guidance_tensor, guidance_number,
         guidance_rescale, prediction, clip, dynamic_threshold, learned_range, previous_x0,

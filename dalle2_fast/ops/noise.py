@@ -61,7 +61,7 @@ def sample_noise(
     if device is not None:
         seeds = seeds.to(_checks.device("device", device))
     _checks.step_index(step, seeds)
-    if _dispatch.use_reference("auto", torch.empty(0, dtype=dtype, device=seeds.device), on_cpu=False):
+    if _dispatch.use_reference("auto", torch.empty(0, dtype=dtype, device=seeds.device)):
         return sample_noise_reference(seeds, step, tuple(shape), dtype)
     return torch.ops.dalle2_fast.sample_noise(seeds, *tensor_or_number(step), tuple(shape), dtype)
 
@@ -183,7 +183,7 @@ def add_noise(
         True
     """
     _check_add_noise(x0, alpha, sigma, noise, seeds, step)
-    if _dispatch.use_reference(impl, x0, noise, on_cpu=False):
+    if _dispatch.use_reference(impl, x0, noise):
         if noise is None:
             noise = sample_noise_reference(seeds, step, tuple(x0.shape), x0.dtype)
         return add_noise_reference(x0, alpha, sigma, noise), noise
