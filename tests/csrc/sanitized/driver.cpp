@@ -9,6 +9,7 @@
 #include "contrastive.h"
 #include "convolution.h"
 #include "cpu/processor.h"
+#include "diffusion.h"
 #include "group_norm_silu.h"
 
 using namespace dalle2_fast;
@@ -65,6 +66,25 @@ void attentions(DType dtype, int threads, int64_t queries, int64_t context, int6
               threads);
 }
 
+void steps(DType dtype, bool channels_adjacent, int threads, int64_t channels, int64_t positions) {
+    const int64_t samples = 2, size = channels * positions;
+    const Shape shape{samples, channels, positions};
+    const auto strided = [&](std::vector<uint16_t>& data) {
+        return channels_adjacent ? Strided{data.data(), dtype, size, 1, channels}
+                                 : Strided{data.data(), dtype, size, positions, 1};
+    };
+    auto x = values(samples * size, dtype), output = x, other = x, logit = x, previous = x, next = x, x0 = x;
+    const std::vector<int64_t> keys{3, -7};
+    const std::vector<float> row{0.8f, 0.6f, 0.5f, 0.5f, 0.1f, 0.1f, -4, -1}, scales{1, 2};
+    const Seeds seeds{keys.data(), 5};
+    sample_noise(shape, strided(next), seeds, threads);
+    add_noise(shape, strided(x), scales.data(), scales.data(), strided(next), seeds, strided(x0), threads);
+    const StepTensors tensors{strided(x),        strided(output), strided(other), strided(logit),
+                              strided(previous), strided(next),   strided(x0)};
+    const StepOptions options{row.data(), Prediction::epsilon, scales.data(), 1, 0, 0.5, 1, 0.9};
+    diffusion_step(shape, tensors, seeds, options, threads);
+}
+
 void losses(int threads, int64_t rows, int64_t columns) {
     const int64_t stride = (columns + 7) / 8 * 8;
     alignas(64) static float products[64 * 1032];
@@ -89,6 +109,9 @@ int main() {
                     norms(dtype, channels_adjacent, threads, 6, 5, 2);
                     norms(dtype, channels_adjacent, threads, 34, 77, 2);
                     norms(dtype, channels_adjacent, threads, 520, 9, 1);
+                    steps(dtype, channels_adjacent, threads, 3, 7);
+                    steps(dtype, channels_adjacent, threads, 1, 1);
+                    steps(dtype, channels_adjacent, threads, 3, 4099);
                 }
                 norms(dtype, true, threads, 20, 9000, 4);
                 attentions(dtype, threads, 1, 1, 0, 3);
