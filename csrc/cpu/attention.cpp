@@ -9,10 +9,10 @@
 #include <immintrin.h>
 #endif
 
-#include "cpu/panels.h"
+#include "cpu/simd/panels.h"
 #include "cpu/parallel.h"
-#include "cpu/processor.h"
-#include "cpu/storage.h"
+#include "cpu/simd/processor.h"
+#include "cpu/simd/storage.h"
 
 namespace dalle2_fast::cpu {
 namespace {
@@ -21,7 +21,7 @@ constexpr int64_t QUERIES = 32;              // of a block, a multiple of 8
 constexpr int64_t SCORES = int64_t(1) << 17;  // the most scores of a block, 0.5 MB; at least 8 queries all the same
 
 #define BODY "cpu/attention_loops.h"
-#include "cpu/instruction_sets.h"
+#include "cpu/simd/instruction_sets.h"
 
 template <class S>
 void run(const Attention& shape, const Heads& q, const Keys& context, const Keys& image, S* out, int threads) {

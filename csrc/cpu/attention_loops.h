@@ -7,9 +7,9 @@
 #pragma GCC optimize("fp-contract=fast")
 #endif
 
-#include "cpu/vector.h"
-#include "cpu/multiply.h"
-#include "cpu/vector_storage.h"
+#include "cpu/simd/vector.h"
+#include "cpu/simd/multiply.h"
+#include "cpu/simd/vector_storage.h"
 
 // count values as float32, times factor; zeros up to the next whole vector of PADDING values.
 template <class S>

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "cpu/parallel.h"
-#include "cpu/processor.h"
+#include "cpu/simd/processor.h"
 
 namespace dalle2_fast::cpu {
 namespace {
@@ -27,7 +27,7 @@ struct Slab {
 
 #define BODY "cpu/contrastive_slab.h"
 #define LARGEST_VECTOR_BYTES 32  // rows are padded to 8 elements only
-#include "cpu/instruction_sets.h"
+#include "cpu/simd/instruction_sets.h"
 
 int64_t count_slabs(const Tile& tile) { return (tile.columns + SLAB - 1) / SLAB; }
 

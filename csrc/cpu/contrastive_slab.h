@@ -5,7 +5,14 @@
 // therefore complete; sums along the rows are kept per slab, and the caller adds them in the order of the
 // slabs.
 
-#include "cpu/vector.h"
+// Both passes over a tile must see the same logits, each rounded once: no product is fused with a sum (FMA).
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#else
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+#include "cpu/simd/vector.h"
 
 // ---------------------------------------------------------------------------------------------- log-sum-exp
 

@@ -6,9 +6,9 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/panels.h"
+#include "cpu/simd/panels.h"
 #include "cpu/parallel.h"
-#include "cpu/processor.h"
+#include "cpu/simd/processor.h"
 
 namespace dalle2_fast::cpu {
 namespace {
@@ -20,7 +20,7 @@ constexpr int64_t TILES = 64;  // a multiple of 8
 int64_t plane(int64_t channels) { return TILES * channels + PADDING; }
 
 #define BODY "cpu/convolution_loops.h"
-#include "cpu/instruction_sets.h"
+#include "cpu/simd/instruction_sets.h"
 
 // G g G^T, G = [[1, 0, 0], [1/2, 1/2, 1/2], [1/2, -1/2, 1/2], [0, 0, 1]]
 void transform_filter(const float* g, double* out) {

@@ -8,8 +8,8 @@
 #pragma GCC optimize("fp-contract=fast")
 #endif
 
-#include "cpu/vector.h"
-#include "cpu/multiply.h"
+#include "cpu/simd/vector.h"
+#include "cpu/simd/multiply.h"
 
 // out = B^T d B, for each channel. in[16]: pointers to the channels of the pixels of d, row by row. Element k of
 // the transformed tile goes to out + k * stride.

@@ -18,8 +18,8 @@
 #endif
 
 #include "cpu/parallel.h"
-#include "cpu/processor.h"
-#include "cpu/storage.h"
+#include "cpu/simd/processor.h"
+#include "cpu/simd/storage.h"
 
 namespace dalle2_fast::cpu {
 namespace {
@@ -41,7 +41,7 @@ struct Coefficients {  // of one sample
 };
 
 #define BODY "cpu/diffusion_loops.h"
-#include "cpu/instruction_sets.h"
+#include "cpu/simd/instruction_sets.h"
 
 int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 

@@ -10,8 +10,8 @@
 #pragma GCC optimize("fp-contract=fast", "no-math-errno")
 #endif
 
-#include "cpu/vector.h"
-#include "cpu/vector_storage.h"
+#include "cpu/simd/vector.h"
+#include "cpu/simd/vector_storage.h"
 
 // --------------------------------------------------------------------------------------------- stored values
 

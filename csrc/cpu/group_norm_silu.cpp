@@ -14,14 +14,14 @@
 #endif
 
 #include "cpu/parallel.h"
-#include "cpu/processor.h"
-#include "cpu/storage.h"
+#include "cpu/simd/processor.h"
+#include "cpu/simd/storage.h"
 
 namespace dalle2_fast::cpu {
 namespace {
 
 #define BODY "cpu/group_norm_silu_loops.h"
-#include "cpu/instruction_sets.h"
+#include "cpu/simd/instruction_sets.h"
 
 constexpr int64_t CHUNK_BYTES = 1 << 18;  // of x; L2 caches have 256 KB to 2 MB
 constexpr int64_t PADDING = 16;           // values of the longest vector

@@ -14,8 +14,8 @@
 #pragma GCC optimize("fp-contract=fast")
 #endif
 
-#include "cpu/vector.h"
-#include "cpu/vector_storage.h"
+#include "cpu/simd/vector.h"
+#include "cpu/simd/vector_storage.h"
 
 template <class S>
 void to_floats(const S* from, int64_t count, float* to) {

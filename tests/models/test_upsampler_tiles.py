@@ -202,7 +202,7 @@ def test_1024_pixels_fit_24_gigabytes_in_tiles():
     karlo = dict(in_channels=6, out_channels=3, attention_levels=(), cross_dim=None, film=False)
     tile = UNCLIP_1024["sample_tile"]
     assert estimated_bytes(karlo, tile) < 0.4 * 24e9
-    assert estimated_bytes(karlo, 1024) > 0.85 * 24e9  # in one pass a single image leaves no room
+    assert estimated_bytes(karlo, 1024) > 0.8 * 24e9  # in one pass a single image leaves little room
     assert estimated_bytes(UNCLIP_1024["unet"], tile) < 3.2e9
 
 

@@ -8,7 +8,7 @@
 #include "attention.h"
 #include "contrastive.h"
 #include "convolution.h"
-#include "cpu/processor.h"
+#include "cpu/simd/processor.h"
 #include "diffusion.h"
 #include "group_norm_silu.h"
 

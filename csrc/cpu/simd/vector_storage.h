@@ -1,5 +1,5 @@
-// float32 vectors of values that are stored as float32, bfloat16 or float16 (cpu/storage.h); exp and sigmoid.
-// Like cpu/vector.h, which comes first, it is included once per instruction set.
+// float32 vectors of values that are stored as float32, bfloat16 or float16 (cpu/simd/storage.h); exp and sigmoid.
+// Like cpu/simd/vector.h, which comes first, it is included once per instruction set.
 
 typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint16_t HalfBits __attribute__((vector_size(VECTOR_BYTES / 2)));

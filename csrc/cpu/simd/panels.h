@@ -1,4 +1,4 @@
-// How matrices lie in memory for cpu/multiply.h, and the memory of a thread.
+// How matrices lie in memory for cpu/simd/multiply.h, and the memory of a thread.
 #pragma once
 
 #include <cstdint>

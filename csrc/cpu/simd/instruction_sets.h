@@ -2,7 +2,7 @@
 // VECTOR_BYTES. There is no include guard, because several .cpp files use it:
 //
 //     #define BODY "cpu/contrastive_slab.h"
-//     #include "cpu/instruction_sets.h"
+//     #include "cpu/simd/instruction_sets.h"
 //     ... DISPATCH(sum_slab, arguments) calls sum_slab of the best set that this processor has.
 //
 // With LARGEST_VECTOR_BYTES 32 before the #include, AVX-512 is left out.

@@ -1,4 +1,4 @@
-// Products of float32 matrices that lie in the caches, in registers. Like cpu/vector.h, which comes first, this is
+// Products of float32 matrices that lie in the caches, in registers. Like cpu/simd/vector.h, which comes first, this is
 // included once per instruction set; the including file allows the compiler to round a product and a sum once.
 
 // out[ROWS, COLUMNS vectors] = a[ROWS, depth] b[depth, COLUMNS vectors], in registers.
