@@ -47,7 +47,7 @@ def karlo_prior() -> Pairs:
     for normal, times, mask in random_inputs():
         given = (normal(3, 64), times, normal(3, 64), normal(3, 13, 64), mask)
         yield ours.prior.net(*given), theirs.prior(*given).predicted_image_embedding
-        yield ours.prior._restored(given[0]), theirs.prior.post_process_latents(given[0])
+        yield ours.prior.restore(given[0]), theirs.prior.post_process_latents(given[0])
 
 
 def karlo_decoder() -> Pairs:

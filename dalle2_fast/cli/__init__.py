@@ -29,6 +29,7 @@ COMMANDS = {
         "dalle2_fast.cli.editing.reconstruct", "make an image from a few components of its embedding",
     ),
     "vocabulary": ("dalle2_fast.cli.vocabulary", "list the words that a checkpoint knows"),
+    "export": ("dalle2_fast.cli.export", "write the networks as files for ONNX or OpenVINO"),
     "info": ("dalle2_fast.cli.info", "show versions, backends and the checkpoint"),
     "train": ("dalle2_fast.cli.train", "train CLIP, prior, decoder and upsampler"),
     "evaluate": ("dalle2_fast.cli.evaluate", "score a checkpoint against captions and baselines"),

@@ -57,7 +57,7 @@ def test_prior_equals_diffusers(karlo, ours):
     # without gaps and masks, in the order in which sampling does it
     prefix = ours.prior.net.encode_prefix(*given[2:])
     assert difference(ours.prior.net.denoise(given[0], given[1], prefix), expected) < 1e-5
-    assert difference(ours.prior._restored(given[0]), karlo.prior.post_process_latents(given[0])) < 1e-6
+    assert difference(ours.prior.restore(given[0]), karlo.prior.post_process_latents(given[0])) < 1e-6
 
 
 @torch.no_grad()

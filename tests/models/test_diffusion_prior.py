@@ -165,7 +165,7 @@ def test_statistics_standardise_and_come_back():
     x = prior._standardised(narrow)
     torch.testing.assert_close(x.mean(dim=0), torch.zeros(EMBED), rtol=0, atol=1e-4)
     torch.testing.assert_close(x.std(dim=0), torch.ones(EMBED), rtol=0, atol=1e-4)
-    torch.testing.assert_close(prior._restored(x), narrow)
+    torch.testing.assert_close(prior.restore(x), narrow)
     assert {"clip_mean", "clip_std"} <= set(prior.state_dict())
 
 

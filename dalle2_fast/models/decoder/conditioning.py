@@ -75,7 +75,7 @@ class ConditionProjection(nn.Module):
         text_embed = torch.where(keep_text[:, None], caption.embed, 0.0)
         encodings = torch.where(keep_text[:, None, None], caption.encodings, 0.0)
         first = torch.arange(encodings.shape[1], device=encodings.device) == 0
-        text_mask = torch.where(keep_text[:, None], caption.mask, first)
+        text_mask = caption.mask & keep_text[:, None] | first & ~keep_text[:, None]
 
         classes = self.image_to_time(image_embed) + self.text_to_time(text_embed)
         width = self.text_norm.normalized_shape[0]  # -1 is undefined for 0 tokens

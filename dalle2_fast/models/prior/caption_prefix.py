@@ -67,7 +67,7 @@ def embed_caption(
     net: nn.Module, text_embed: Tensor, text_encodings: Tensor | None, text_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The caption's tokens [B, L + 1, dim], and which of them exist, bool [B, L + 1]."""
-    batch = len(text_embed)
+    batch = text_embed.shape[0]  # not len(), which is a constant in an exported program
     embed = net.text_embed_proj(text_embed)[:, None]
     embed = embed + net.positional_embedding[net.context_length].to(embed.dtype)
     if text_encodings is None:
@@ -101,7 +101,9 @@ def pack(tokens: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
                  [3.]]]), tensor([2]))
     """
     lengths = valid.sum(dim=1)
-    order = torch.argsort((~valid).to(torch.uint8), dim=1, stable=True)
+    # The keys of the positions differ, so that no stable sort is needed, which ONNX does not have.
+    positions = torch.arange(valid.shape[1], device=tokens.device)
+    order = torch.argsort(torch.where(valid, positions, positions + valid.shape[1]), dim=1)
     if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and len(tokens):
         order = order[:, : int(lengths.max())]
     return tokens.gather(1, order[:, :, None].expand(-1, -1, tokens.shape[2])), lengths

@@ -133,7 +133,8 @@ class DiffusionPrior(EmbeddingPrior):
         scaled = self.scale_embedding(embed)
         return (scaled - self.clip_mean.to(scaled.dtype)) / self.clip_std.to(scaled.dtype)
 
-    def _restored(self, x: Tensor) -> Tensor:
+    def restore(self, x: Tensor) -> Tensor:
+        """What the network predicts, and so a sample of the diffusion -> image embeddings [B, E]."""
         embed = (x * self.clip_std.to(x.dtype) + self.clip_mean.to(x.dtype)) / self.embed_scale
         return F.normalize(embed, dim=-1) if self.unit_norm else embed
 
@@ -295,4 +296,4 @@ class DiffusionPrior(EmbeddingPrior):
         ) | sampler_options
         net = conditional_net if guidance is None else guided_net
         x = self.diffusion.sample(net, (len(seeds), self.image_embed_dim), **options)
-        return best_candidate(self._restored(x), caption.embed)
+        return best_candidate(self.restore(x), caption.embed)
