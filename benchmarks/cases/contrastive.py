@@ -25,7 +25,9 @@ from benchmarks.cases.rival_losses import (
     clip_eager,
     clip_single_product,
     inf_cl,
+    liger_hopper,
     open_clip,
+    open_clip_chunked,
     sigmoid_eager,
     soft_eager,
 )
@@ -133,6 +135,7 @@ def add_clip(rows, width, device="cuda", tflops=None, **targets):
     rivals = {"open_clip": package, "single product, compiled": compiled(clip_single_product)}
     if device == "cuda":
         rivals |= {"open_clip amp": package if isinstance(package, str) else amp(package),
+                   "liger, Hopper": needs("liger_kernel", liger_hopper),
                    "inf_cl": needs("inf_cl", inf_cl)}  # fmt: skip
     else:
         rivals["inf_cl"] = "inf_cl consists of Triton kernels: it needs a CUDA device"
@@ -156,7 +159,8 @@ add_clip(32768, 1024, tflops=550, target_peak_bytes=600_000_000, factors={
 for rows, device in ((32768, "cuda"), (4096, "cpu")):
     add_loss(
         f"sigmoid loss, N = {rows}, D = 512", "sigmoid_loss", rows, 512, eager=sigmoid_eager,
-        rivals={"open_clip": needs("open_clip", functools.partial(open_clip, "SigLipLoss"))}, flops=6,
+        rivals={"open_clip": needs("open_clip", functools.partial(open_clip, "SigLipLoss")),
+                "open_clip, chunked": needs("open_clip", open_clip_chunked)}, flops=6,
         device=device, biased=True, factors={"eager amp": 3.0},
     )  # fmt: skip
 for rows, device in ((16384, "cuda"), (2048, "cpu")):

@@ -1,7 +1,12 @@
-"""The contrastive losses of other packages, and their formulas in plain torch."""
+"""The contrastive losses of other packages, and their formulas in plain torch.
+
+Of these calls, `open_clip_chunked` and `liger_hopper` follow sources of August 2026 and have not been run:
+the check before timing has to pass first.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -58,6 +63,30 @@ def open_clip(name: str, **values) -> Tensor:
     from open_clip import loss
 
     return getattr(loss, name)()(**values)
+
+
+def open_clip_chunked(**values) -> Tensor:
+    """SigLipLoss with 512 rows of logits at a time. open_clip 3.3.0 does not have it yet."""
+    from open_clip.loss import SigLipLoss
+
+    if "chunk_size" not in inspect.signature(SigLipLoss).parameters:
+        raise RuntimeError("SigLipLoss of this open_clip has no chunk_size")
+    return SigLipLoss(chunk_size=512)(**values)
+
+
+def liger_hopper(image_features, text_features, logit_scale):
+    """Liger's linear cross-entropy for Hopper, once per direction: 12 N^2 D operations, N^2 logits stored.
+
+    It takes bfloat16, and numbers of pairs that 256 divides.
+    """
+    from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90 import (
+        LigerFusedLinearCrossEntropySM90Function,
+    )
+
+    loss = LigerFusedLinearCrossEntropySM90Function.apply
+    labels = torch.arange(len(image_features), device=image_features.device)
+    scaled = (logit_scale * image_features).to(image_features.dtype)
+    return (loss(scaled, text_features, labels) + loss(text_features, scaled, labels)) / 2
 
 
 def inf_cl(image_features, text_features, logit_scale):
