@@ -8,7 +8,7 @@ import pytest
 import torch
 
 RIVALS = ("triton", "open_clip_torch", "inf-cl", "liger-kernel", "apex", "diffusers", "transformers",
-          "dalle2-pytorch", "torchvision")  # fmt: skip
+          "dalle2-pytorch", "torchvision", "openvino", "onnxruntime")  # fmt: skip
 
 
 def pytest_addoption(parser):
@@ -25,7 +25,9 @@ def pytest_configure(config):
             raise pytest.UsageError(f"--threads: expected at least 1, got {threads}")
         torch.set_num_threads(threads)
     from benchmarks.cases import registry
+    from dalle2_fast import keep_freed_memory
 
+    keep_freed_memory()  # as the command line does; rivals profit as much
     registry.QUICK = config.getoption("quick", False)
 
 

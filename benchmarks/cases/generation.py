@@ -21,7 +21,6 @@ from benchmarks.cases.registry import (
     device_suffix,
     needs,
     op_implementation,
-    reference_unless_cpu,
 )
 from benchmarks.cases.rival_networks import diffusers_prior, diffusers_unet
 from benchmarks.cases.sizes import KARLO, SMALL, TINY, Sizes, check_sizes, parameters_of, seeded_network
@@ -176,7 +175,7 @@ def add_generation(sizes: Sizes, images: int) -> None:
 
     side = 4 * sizes.pixels
     rivals = {"diffusers": RivalPipeline(False), "diffusers, compiled": RivalPipeline(True)}
-    reference = reference_unless_cpu(sizes.device, functools.partial(generate_images, "reference"))
+    reference = functools.partial(generate_images, "reference")
     add(
         Case(
             f"caption to {side} px, {images} images{device_suffix(sizes.device)}",

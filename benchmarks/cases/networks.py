@@ -1,8 +1,8 @@
 """Rows of whole networks: a forward pass, or a loss and its gradient by all parameters; random weights.
 
 On a GPU the sizes are Karlo's; the rows of a CPU have the same parts with a tenth of the widths. "reference"
-is our network with the reference of every op, which a CPU runs in any case. The networks of diffusers and
-open_clip have the same weights as ours and are checked against the same float64 truth.
+is our network with the reference of every op. The networks of diffusers and open_clip have the same weights
+as ours and are checked against the same float64 truth.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from benchmarks.cases.registry import (
     compiled,
     device_suffix,
     op_implementation,
-    reference_unless_cpu,
 )
 from benchmarks.cases.rival_networks import (
     DIFFUSERS_PRIOR,
@@ -84,7 +83,7 @@ def add_network(name, sizes, build, inputs_of, batch, call, rivals, *, gradient=
     def reference(**inputs):
         return call("reference", **inputs)
 
-    references = {"reference": reference_unless_cpu(sizes.device, reference),
+    references = {"reference": reference,
                   "compile": compiled(reference, network=True)}  # fmt: skip
     title = f"{name}, batch {batch}{device_suffix(sizes.device)}"
 

@@ -76,7 +76,7 @@ class Case:
 
 # Modules of benchmarks/cases in the order of their rows.
 TRITON_OPS = ("group_norm_silu", "cross_attention", "diffusion_step")
-MODULES = (*TRITON_OPS, "contrastive", "networks", "generation", "training_steps", "patched")
+MODULES = (*TRITON_OPS, "contrastive", "networks", "generation", "training_steps", "patched", "cpu")
 CASES: dict[str, Case] = {}
 
 
@@ -105,11 +105,6 @@ def installed(package: str) -> bool:
 def needs(package: str, rival: Callable) -> Callable | str:
     """The rival, or why it is absent."""
     return rival if installed(package) else f"{package} is not installed"
-
-
-def reference_unless_cpu(device: str, reference: Callable) -> Callable | str:
-    """Our network with the reference of every op: a rival on a GPU only."""
-    return "on a CPU ours runs the same reference" if device == "cpu" else reference
 
 
 QUICK = False  # set by --quick: compilers then skip their search for the fastest configuration
@@ -161,6 +156,7 @@ def op_implementation(impl: str) -> Iterator[None]:
         return
     with (
         mock.patch.object(_dispatch, "use_reference", lambda *_, **__: True),
+        mock.patch.object(_dispatch, "use_reference_of_cpu_op", lambda *_: True),
         mock.patch.object(_dispatch, "use_native", lambda *_: False),
     ):
         yield

@@ -21,7 +21,6 @@ from benchmarks.cases.registry import (
     device_suffix,
     needs,
     op_implementation,
-    reference_unless_cpu,
     rounded_randn,
 )
 from benchmarks.cases.rival_networks import built_like
@@ -175,7 +174,7 @@ def add_step(name, sizes, build, inputs_of, batch, checked, ours, flops, rival) 
             f"{name}, batch {batch}{device_suffix(sizes.device)}",
             make,
             ours,
-            {"reference": reference_unless_cpu(sizes.device, functools.partial(ours, "reference")),
+            {"reference": functools.partial(ours, "reference"),
              "dalle2_pytorch": needs("dalle2_pytorch", rival)},
             # Weights are read twice, gradients written and read, weights and two moments read and written.
             bytes=functools.cache(lambda: 40 * parameters_of(build, sizes)),
