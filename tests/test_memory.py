@@ -7,6 +7,7 @@ import json
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +50,23 @@ def test_blocks_come_back_without_page_faults_and_peak_memory_is_bounded():
     (early_without, _), (late_without, _) = run("None", None, rounds=10)
     assert (late - early) / 35 < (late_without - early_without) / 8 / 20  # per round
     assert late_peak < 1.5 * early_peak
+
+
+FLAGS = """
+import re
+from dalle2_fast import keep_freed_memory
+assert keep_freed_memory()
+ranges = re.split(r"^(?=\\w+-\\w+ )", open("/proc/self/smaps").read(), flags=re.MULTILINE)
+print([" hg" in text.split("VmFlags:")[1] for text in ranges if "[heap]" in text])
+"""
+
+
+@needs_glibc
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no large pages here")
+def test_the_heap_may_use_large_pages():
+    """Catches a request for another range of addresses than the heap's, which the system accepts silently."""
+    done = subprocess.run([sys.executable, "-c", FLAGS], capture_output=True, text=True, check=True)
+    assert "True" in done.stdout
 
 
 @pytest.mark.parametrize("missing", ["platform", "libc"])
