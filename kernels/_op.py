@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 NAMESPACE = "dalle2_fast"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -56,11 +57,47 @@ def implement_on_cpu(op: torch._ops.OpOverload, run: Callable) -> None:
     _native_library.impl(name, run, "CPU")
 
 
-def differentiate(op: torch._ops.OpOverload, *, save: Callable, backward: Callable) -> None:
-    """Give an op its gradient.
+forward_mode: dict[str, Callable] = {}  # the ops that `differentiate` gave a tangent, by their names
 
-    save:     (ctx, inputs, output) saves what the gradient needs; tensors with ctx.save_for_backward.
+
+def differentiate(
+    op: torch._ops.OpOverload, *, save: Callable, backward: Callable, tangent: Callable | None = None
+) -> None:
+    """Give an op its gradient and, where `tangent` is given, its forward-mode derivative.
+
+    save:     (ctx, inputs, output) saves what the gradient needs, with ctx.save_for_backward, and what the
+              tangent needs, with ctx.save_for_forward.
     backward: (ctx, *grads of the outputs) -> one gradient or None per input. It must consist of ops, because
               torch.compile traces it.
+    tangent:  (ctx, *tangents of the inputs) -> one tangent or None per output. It must consist of ops.
+
+    torch.library registers no forward-mode derivatives: the op itself would silently give tangents of 0. The
+    entry of `forward_mode` is a function that runs the op and has both derivatives. It is for one level of
+    forward mode; nothing differentiates its gradient or its tangent again.
     """
     torch.library.register_autograd(op._schema.name, backward, setup_context=save, lib=_library)
+    if tangent is None:
+        return
+    name = op._schema.name.removeprefix(f"{NAMESPACE}::")
+
+    def backward_outside_of_the_level(ctx, *grads):
+        if any(map(_has_tangent, (*grads, *ctx.saved_tensors))):
+            raise NotImplementedError(
+                f"{name}: the kernel has no derivative of its gradient (forward over reverse mode); run the "
+                'backward pass after the forward-mode level, or use impl="reference"'
+            )
+        return backward(ctx, *grads)
+
+    rules = {
+        "forward": staticmethod(op),
+        "setup_context": staticmethod(save),
+        "backward": staticmethod(backward_outside_of_the_level),
+        "jvp": staticmethod(tangent),
+    }
+    forward_mode[name] = type(name, (torch.autograd.Function,), rules).apply
+
+
+def _has_tangent(value: object) -> bool:
+    if not isinstance(value, torch.Tensor) or forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(value).tangent is not None

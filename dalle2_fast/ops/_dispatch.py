@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from dalle2_fast.ops import _native
-from dalle2_fast.ops._dtypes import is_transformed
+from dalle2_fast.ops._dtypes import is_forward_mode_alone, is_transformed
 
 # With at least this many logits dalle2_fast._C is not slower than the reference on the CPU, up to D = 512.
 # With one thread contrastive_loss takes 1.11 times as long for N = 1448, 0.98 for 2048 and 0.85 for 4096: it
@@ -25,7 +26,9 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def use_reference(impl: str, tensor: Tensor, *others: Tensor | None, on_cpu: bool = True) -> bool:
+def use_reference(
+    impl: str, tensor: Tensor, *others: Tensor | None, on_cpu: bool = True, forward_mode: bool = False
+) -> bool:
     """Whether an op on these floating tensors runs as its reference. If not, its kernel is loaded.
 
     It runs before every op and takes about 1.5 us. All tensors are on one device. "auto" takes the kernel of
@@ -33,6 +36,8 @@ def use_reference(impl: str, tensor: Tensor, *others: Tensor | None, on_cpu: boo
     where it is installed, supports the dtype and the device, and `is_transformed` is False. "fused" raises
     RuntimeError where a kernel cannot run. In Triton's interpreter (TRITON_INTERPRET=1), "fused" takes the
     kernels of Triton on the CPU, and "auto" the references.
+
+    forward_mode: the kernel has a tangent. It then also runs under one level of forward mode, by `kernel`.
     """
     if impl == "auto":
         if not tensor.is_cuda and (_INTERPRETED or not on_cpu or tensor.device.type != "cpu"):
@@ -40,7 +45,8 @@ def use_reference(impl: str, tensor: Tensor, *others: Tensor | None, on_cpu: boo
     elif impl != "fused":
         _check_choice(impl)
         return True
-    reason = _why_dtype_unsupported(tensor, *others) or _why_no_kernels(tensor.device) or _why_no_rule()
+    reason = _why_dtype_unsupported(tensor, *others) or _why_no_kernels(tensor.device)
+    reason = reason or _why_no_rule(forward_mode)
     if reason is None and not tensor.is_cuda:
         if _INTERPRETED:
             reason = _why_not_interpreted(tensor, *others)
@@ -94,9 +100,27 @@ def needs_gradient(*values: Tensor | float | None) -> bool:
     return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
 
 
-def _why_no_rule() -> str | None:
+def kernel(name: str) -> Callable:
+    """The op of this name. While forward mode is active, it is in the form that has a tangent."""
     if is_transformed():
-        return "no kernel has a rule for forward-mode derivatives and torch.func (grad, jvp, vmap, ...)"
+        from dalle2_fast.kernels._op import forward_mode
+
+        return forward_mode[name]
+    return getattr(torch.ops.dalle2_fast, name)
+
+
+def _why_no_rule(forward_mode: bool = False) -> str | None:
+    if not is_transformed():
+        return None
+    if not forward_mode:
+        return "this kernel has no rule for forward-mode derivatives and torch.func (grad, jvp, vmap, ...)"
+    if torch.compiler.is_compiling():  # torch.compile cannot trace a tangent of our own
+        return "this kernel has no rule for forward-mode derivatives inside of torch.compile"
+    if not is_forward_mode_alone():
+        return (
+            "this kernel has a rule for one level of forward mode (jvp), and none for other transforms of "
+            "torch.func (grad, vmap, ...)"
+        )
     return None
 
 
@@ -140,7 +164,7 @@ def load_kernels(device: torch.device) -> str | None:
         if reason is not None:
             return reason
     # torch.compile can trace import statements, but not importlib.
-    import dalle2_fast.kernels.cross_attention.forward
+    import dalle2_fast.kernels.cross_attention.tangent
     import dalle2_fast.kernels.diffusion.noise
     import dalle2_fast.kernels.diffusion.step
     import dalle2_fast.kernels.group_norm_silu.forward  # noqa: F401

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
 
@@ -22,8 +23,8 @@ def per_sample(value: Tensor, like: Tensor) -> Tensor:
 def is_transformed() -> bool:
     """Whether a forward-mode level (torch.autograd.forward_ad) or a transform of torch.func is active.
 
-    The kernels have a rule for reverse mode only: forward mode would silently give tangents of 0. Both levels
-    belong to the process's current thread, so this looks at no tensor; it takes 0.1 us.
+    The ops of torch.library have a rule for reverse mode only: forward mode would silently give tangents of
+    0. Both levels belong to the process's current thread, so this looks at no tensor; it takes 0.1 us.
     """
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
@@ -31,3 +32,11 @@ def is_transformed() -> bool:
 # torch.compile evaluates it while tracing, where the transforms of the traced code are active. The public
 # torch.compiler.assume_constant_result sets the same attribute, but imports torch._dynamo.
 is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_forward_mode_alone() -> bool:
+    """Whether the active transform is one level of forward mode: a jvp of torch.func, or forward_ad."""
+    stack = torch._C._functorch.get_interpreter_stack()
+    if stack:
+        return len(stack) == 1 and stack[0].key() == TransformType.Jvp
+    return forward_ad._current_level >= 0

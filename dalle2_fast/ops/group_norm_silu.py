@@ -39,12 +39,14 @@ def group_norm_silu(
 
     Returns:
         [N, C, *] in the dtype and memory format of x (contiguous under torch.func). Statistics and maths are
-        float32 (float64 for a float64 x) and are rounded once at the end; autocast does not change this.
+        float32 (float64 for a float64 x) and are rounded once at the end; autocast does not change this. Its
+        kernels also have one level of forward mode (torch.func.jvp, torch.autograd.forward_ad).
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has the wrong shape, value or device.
         RuntimeError: impl="fused" and no kernel can run here.
+        NotImplementedError: a gradient or a tangent that a kernel computed is differentiated again.
 
     Source: Wu and He, 1803.08494 (group norm); Dhariwal and Nichol, 2105.05233, equation 4 (scale and shift).
 
@@ -56,9 +58,9 @@ def group_norm_silu(
         torch.Size([2, 8, 4, 4])
     """
     _check_arguments(x, num_groups, weight, bias, eps, scale, shift, activation)
-    if _dispatch.use_reference(impl, x):
+    if _dispatch.use_reference(impl, x, forward_mode=True):
         return group_norm_silu_reference(x, num_groups, weight, bias, eps, scale, shift, activation)
-    return torch.ops.dalle2_fast.group_norm_silu(
+    return _dispatch.kernel("group_norm_silu")(
         x, num_groups, weight, bias, float(eps), scale, shift, activation == "silu"
     )[0]
 

@@ -183,13 +183,13 @@ def add_noise(
         True
     """
     _check_add_noise(x0, alpha, sigma, noise, seeds, step)
-    if _dispatch.use_reference(impl, x0, noise):
+    if _dispatch.use_reference(impl, x0, noise, forward_mode=True):
         if noise is None:
             noise = sample_noise_reference(seeds, step, tuple(x0.shape), x0.dtype)
         return add_noise_reference(x0, alpha, sigma, noise), noise
     if noise is None:
-        return torch.ops.dalle2_fast.add_drawn_noise(x0, alpha, sigma, seeds, *tensor_or_number(step))
-    return torch.ops.dalle2_fast.add_noise(x0, alpha, sigma, noise), noise
+        return _dispatch.kernel("add_drawn_noise")(x0, alpha, sigma, seeds, *tensor_or_number(step))
+    return _dispatch.kernel("add_noise")(x0, alpha, sigma, noise), noise
 
 
 def _check_add_noise(

@@ -49,8 +49,10 @@ add_drawn_noise = define(
 )
 
 
-def _gradients(ctx, grad: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor, noise: Tensor) -> tuple:
+def _gradients(ctx, grad: Tensor | None, x0: Tensor, alpha: Tensor, sigma: Tensor, noise: Tensor) -> tuple:
     """Gradients of x0, alpha, sigma and noise, or None if not needed. Products and sums are float32."""
+    if grad is None:  # a later function has no gradient for x_t
+        return (None,) * 4
     grad, per_sample = grad.to(torch.float32), (-1,) + (1,) * (x0.dim() - 1)
 
     def scaled(factor: Tensor, like: Tensor) -> Tensor:
@@ -70,21 +72,59 @@ def _gradients(ctx, grad: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor, nois
     )
 
 
+def _tangent(
+    values: tuple[Tensor, ...],  # x0, alpha, sigma, noise
+    dx0: Tensor | None,
+    dalpha: Tensor | None,
+    dsigma: Tensor | None,
+    dnoise: Tensor | None,
+) -> Tensor:
+    """The tangent of x_t. x_t is linear in (x0, noise) and in (alpha, sigma), so it is one x_t or two."""
+    x0, alpha, sigma, noise = values
+
+    def zeros_unless(value: Tensor | None, like: Tensor) -> Tensor:
+        return like.new_zeros(()).expand_as(like) if value is None else value
+
+    along_images = along_factors = None
+    if dx0 is not None or dnoise is not None:
+        along_images = zeros_unless(dx0, x0), alpha, sigma, zeros_unless(dnoise, noise)
+    if dalpha is not None or dsigma is not None:
+        along_factors = x0, zeros_unless(dalpha, alpha), zeros_unless(dsigma, sigma), noise
+    if along_images is None or along_factors is None:
+        return add_noise(*(along_factors if along_images is None else along_images))
+    first, *rest = along_images
+    total = add_noise(first.float(), *rest)  # float32, so that the sum is rounded once
+    first, *rest = along_factors
+    return (total + add_noise(first.float(), *rest)).to(x0.dtype)
+
+
 def _save_given(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # an absent tangent is None, and costs nothing
     ctx.save_for_backward(*inputs)
+    ctx.save_for_forward(*inputs)
 
 
 def _save_drawn(ctx, inputs, output) -> None:
     x_t, noise = output
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(noise)
     ctx.save_for_backward(*inputs[:3], noise)
+    ctx.save_for_forward(*inputs[:3], noise)
 
 
-def _backward_drawn(ctx, grad: Tensor, grad_noise: Tensor | None) -> tuple:
+def _backward_drawn(ctx, grad: Tensor | None, grad_noise: Tensor | None) -> tuple:
     return *_gradients(ctx, grad, *ctx.saved_tensors), None, None
 
 
 differentiate(
-    add_noise, save=_save_given, backward=lambda ctx, grad: _gradients(ctx, grad, *ctx.saved_tensors)
+    add_noise,
+    save=_save_given,
+    backward=lambda ctx, grad: _gradients(ctx, grad, *ctx.saved_tensors),
+    tangent=lambda ctx, *tangents: _tangent(ctx.saved_tensors, *tangents),
 )
-differentiate(add_drawn_noise, save=_save_drawn, backward=_backward_drawn)
+differentiate(
+    add_drawn_noise,
+    save=_save_drawn,
+    backward=_backward_drawn,
+    tangent=lambda ctx, *tangents: (_tangent(ctx.saved_tensors, *tangents[:3], None), None),
+)

@@ -56,6 +56,7 @@ MERGED_VALUES = 4096  # the largest chunks * channels of a program that merges s
 # does not specialise on them: no kernel is compiled again when one of them becomes 1 or divisible by 16.
 VARYING = (
     "samples", "groups", "slabs", "chunks", "tiles_each", "sum_chunks", "scale_stride", "shift_stride",
+    "dgain_stride", "doffset_stride",
 )  # fmt: skip
 SECTOR = 32  # bytes; the smallest unit that a GPU's L2 transfers
 

@@ -15,6 +15,8 @@ and 1 for the gradients of the parameters.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -114,72 +116,107 @@ def _backward(
     return gradients
 
 
-def _input_gradient(dy, x, mean, rstd, dx, sums, weight, bias, scale, shift, silu) -> None:
-    """Write dx and sums."""
+class Pair(NamedTuple):
+    """x and another tensor of its shape (dy; the tangent of x in tangent.py), as the kernels read them."""
+
+    other: Tensor
+    source: plan.View
+    shape: tuple[int, int, int, bool, int]  # as _plan.py takes it
+    strides: tuple[int, int]  # of channels and positions of x
+    other_strides: tuple[int, ...]
+    transposed: bool  # the channels of `other` are adjacent, and the positions of x
+    constants: dict[str, int]
+
+    def looped_tiles(self) -> plan.Tiles | None:
+        """Tiles for a program that reads its slabs of both tensors twice, or None if these are too large."""
+        tiles = plan.chunk_tiles(*self.shape, plan.LOOPED_LANES, plan.LOOPED_WARPS, self.transposed)
+        width, _, positions, _, itemsize = self.shape
+        return tiles if 2 * tiles.groups * width * positions * itemsize <= plan.LOOPED_BYTES else None
+
+
+def arrange_pair(other: Tensor, x: Tensor, groups: int) -> Pair:
     source = plan.view(x)
-    dimensions = plan.position_dimensions(dy)
+    dimensions = plan.position_dimensions(other)
     if dimensions is None:
-        dy = dy.contiguous()
-        dimensions = plan.position_dimensions(dy)
+        other = other.contiguous()
+        dimensions = plan.position_dimensions(other)
     (size0, stride0), (size1, stride1), (_, stride2) = (*dimensions, (1, 0), (1, 0))[:3]
-
-    samples, channels = x.shape[:2]
-    groups = mean.shape[1]
+    channels = x.shape[1]
     width = channels // groups
-    shape = (width, groups, source.positions, source.channels_adjacent, x.element_size())
-    transposed = not source.channels_adjacent and dy.stride(1) == 1 and channels > 1 and stride0 != 1
-    affine = (weight, bias, scale, shift, plan.row_stride(scale), plan.row_stride(shift))
-    sizes = (samples, groups, channels, source.positions)
-    strides = (source.sample_stride, dx.stride(0), source.channel_stride, source.position_stride)
-    dy_strides = (dy.stride(0), dy.stride(1), size0, size1, stride0, stride1, stride2)
-    dy_reach = sum((size - 1) * stride for size, stride in zip(dy.shape[1:], dy.stride()[1:], strict=True))
-    int64_offsets = source.int64_offsets or dy_reach >= 2**31
-    constants = dict(DIMENSIONS=len(dimensions), INT64=int64_offsets, WIDTH=width, SILU=silu)
+    reach = sum((size - 1) * stride for size, stride in zip(other.shape[1:], other.stride()[1:], strict=True))
+    return Pair(
+        other, source, (width, groups, source.positions, source.channels_adjacent, x.element_size()),
+        strides=(source.channel_stride, source.position_stride),
+        other_strides=(other.stride(0), other.stride(1), size0, size1, stride0, stride1, stride2),
+        transposed=not source.channels_adjacent and other.stride(1) == 1 and channels > 1 and stride0 != 1,
+        constants=dict(
+            DIMENSIONS=len(dimensions), INT64=source.int64_offsets or reach >= 2**31, WIDTH=width
+        ),
+    )  # fmt: skip
 
-    kernel, tiles = resident_backward_kernel, None
-    if not transposed:
-        tiles = plan.resident_tiles(*shape, plan.RESIDENT_LANES_BACKWARD)
-    if tiles is None:
-        kernel = looped_backward_kernel
-        tiles = plan.chunk_tiles(*shape, plan.LOOPED_LANES, plan.LOOPED_WARPS, transposed)
-        if 2 * tiles.groups * width * source.positions * x.element_size() > plan.LOOPED_BYTES:
-            tiles = None
-    if tiles is not None:
-        kernel[(samples * plan.divide_up(groups, tiles.groups),)](
-            dy, source.tensor, mean, rstd, dx, sums, *affine, *sizes, *strides, *dy_strides,
-            GROUPS=tiles.groups, CHANNELS=tiles.channels, POSITIONS=tiles.positions,
-            CHANNEL_TILES=tiles.channel_tiles, POSITION_TILES=tiles.position_tiles, EXACT=tiles.exact,
-            num_warps=tiles.warps, **constants,
-        )  # fmt: skip
-        return
 
-    tiles = plan.chunk_tiles(*shape, plan.SUM_LANES, plan.SUM_WARPS, transposed)
+def launch_sums(
+    pair: Pair, mean: Tensor, rstd: Tensor, affine: tuple, silu: bool
+) -> tuple[plan.Tiles, Tensor, dict[str, int]]:
+    """Sums of dz and of dz xhat over chunks of the positions, [2, N, C, chunks].
+
+    Also returns tiles for the kernel that merges them, and its constants for that.
+    """
+    x = pair.source.tensor
+    samples, channels = x.shape[:2]
+    width, groups, positions, adjacent, _ = pair.shape
+    tiles = plan.chunk_tiles(*pair.shape, plan.SUM_LANES, plan.SUM_WARPS, pair.transposed)
     sum_tiles = plan.sum_tiles(
-        channels, source.positions, source.channels_adjacent, plan.SUM_LANES, plan.SUM_WARPS, transposed
+        channels, positions, adjacent, plan.SUM_LANES, plan.SUM_WARPS, pair.transposed
     )
     merge_channels = tiles.channels if tiles.groups > 1 else min(plan.power_of_two(width), 128)
     merge_chunks = min(
         plan.power_of_two(sum_tiles.position_tiles), max(plan.MERGED_VALUES // merge_channels, 1)
     )
-    sum_blocks = samples * sum_tiles.channel_tiles
-    sum_chunks, each = plan.chunks(
-        sum_tiles.position_tiles, sum_blocks, x.device, merge_chunks, source.channels_adjacent
-    )
-    partial = sums.new_empty((2, samples, channels, sum_chunks))
-    sums_kernel[(sum_blocks * sum_chunks,)](
-        dy, source.tensor, mean, rstd, partial, *affine, *sizes, strides[0], *strides[2:], *dy_strides,
-        sum_chunks, each,
+    blocks = samples * sum_tiles.channel_tiles
+    chunks, each = plan.chunks(sum_tiles.position_tiles, blocks, x.device, merge_chunks, adjacent)
+    partial = mean.new_empty((2, samples, channels, chunks))
+    sums_kernel[(blocks * chunks,)](
+        pair.other, x, mean, rstd, partial, *affine, samples, groups, channels, positions,
+        pair.source.sample_stride, *pair.strides, *pair.other_strides, chunks, each,
         CHANNELS=sum_tiles.channels, POSITIONS=sum_tiles.positions, EXACT=sum_tiles.exact,
-        num_warps=sum_tiles.warps, **constants,
+        SILU=silu, num_warps=sum_tiles.warps, **pair.constants,
     )  # fmt: skip
+    return tiles, partial, dict(MERGE_CHANNELS=merge_channels, MERGE_CHUNKS=merge_chunks)
+
+
+def _input_gradient(dy, x, mean, rstd, dx, sums, weight, bias, scale, shift, silu) -> None:
+    """Write dx and sums."""
+    samples, channels = x.shape[:2]
+    groups = mean.shape[1]
+    pair = arrange_pair(dy, x, groups)
+    affine = (weight, bias, scale, shift, plan.row_stride(scale), plan.row_stride(shift))
+    sizes = (samples, groups, channels, pair.source.positions)
+    strides = (pair.source.sample_stride, dx.stride(0), *pair.strides, *pair.other_strides)
+
+    kernel, tiles = resident_backward_kernel, None
+    if not pair.transposed:
+        tiles = plan.resident_tiles(*pair.shape, plan.RESIDENT_LANES_BACKWARD)
+    if tiles is None:
+        kernel, tiles = looped_backward_kernel, pair.looped_tiles()
+    if tiles is not None:
+        kernel[(samples * plan.divide_up(groups, tiles.groups),)](
+            pair.other, pair.source.tensor, mean, rstd, dx, sums, *affine, *sizes, *strides,
+            GROUPS=tiles.groups, CHANNELS=tiles.channels, POSITIONS=tiles.positions,
+            CHANNEL_TILES=tiles.channel_tiles, POSITION_TILES=tiles.position_tiles, EXACT=tiles.exact,
+            SILU=silu, num_warps=tiles.warps, **pair.constants,
+        )  # fmt: skip
+        return
+
+    tiles, partial, merging = launch_sums(pair, mean, rstd, affine, silu)
     blocks = samples * plan.divide_up(groups, tiles.groups)
-    chunks, each = plan.chunks(tiles.count, blocks, x.device, tiles.count, source.channels_adjacent)
+    chunks, each = plan.chunks(tiles.count, blocks, x.device, tiles.count, pair.source.channels_adjacent)
     input_gradient_kernel[(blocks * chunks,)](
-        dy, source.tensor, mean, rstd, dx, partial, sums, *affine, *sizes, *strides, *dy_strides,
-        sum_chunks, chunks, each,
+        pair.other, pair.source.tensor, mean, rstd, dx, partial, sums, *affine, *sizes, *strides,
+        partial.shape[3], chunks, each,
         GROUPS=tiles.groups, CHANNELS=tiles.channels, POSITIONS=tiles.positions,
-        CHANNEL_TILES=tiles.channel_tiles, EXACT=tiles.exact,
-        MERGE_CHANNELS=merge_channels, MERGE_CHUNKS=merge_chunks, num_warps=tiles.warps, **constants,
+        CHANNEL_TILES=tiles.channel_tiles, EXACT=tiles.exact, SILU=silu,
+        num_warps=tiles.warps, **merging, **pair.constants,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ All sums, also those of squares, are of x minus a number near the slab's mean, s
 standard deviation of 1 costs no accuracy.
 
 The op runs in the dtype of x, also under autocast; the maths is float32 and is rounded once. The gradient is
-in backward.py, and _plan.py decides what a program covers.
+in backward.py, the tangent in tangent.py, and _plan.py decides what a program covers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .._op import implement
 from . import _plan as plan
-from . import backward  # noqa: F401  implements the gradient
+from . import backward, tangent  # noqa: F401  implement the derivatives
 from ._forward_chunks import _apply_kernel, _moments_kernel
 from ._forward_whole import _looped_kernel, _resident_kernel
 from .op import empty_outputs, group_norm_silu

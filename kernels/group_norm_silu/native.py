@@ -2,6 +2,9 @@
 
 The forward pass reads x from memory and again from the L2 cache, and writes y. The backward pass does the
 same with x and dy; it computes the activation's gradient in both passes, which costs less than to store it.
+
+The tangent of the norm is the gradient of the norm (tangent.py has the formula), and so one call of the
+backward pass; torch applies the affine map and the activation's derivative, in passes over memory.
 """
 
 from __future__ import annotations
@@ -14,7 +17,13 @@ from dalle2_fast import _C
 from .._op import implement_on_cpu
 from .._planes import memory_format
 from . import _plan as plan
-from .op import empty_gradients, empty_outputs, group_norm_silu, group_norm_silu_backward
+from .op import (
+    empty_gradients,
+    empty_outputs,
+    group_norm_silu,
+    group_norm_silu_backward,
+    group_norm_silu_tangent,
+)
 
 _DTYPES = {getattr(torch, name): code for name, code in _C.DTYPES.items()}
 
@@ -118,6 +127,54 @@ def _parameter_gradients(
         dbias.copy_(sums[0].sum(0))
 
 
+def _tangent(
+    dx: Tensor,  # [N, C, *]
+    x: Tensor,  # [N, C, *]
+    mean: Tensor,  # [N, G]
+    rstd: Tensor,  # [N, G]
+    weight: Tensor | None,  # [C]
+    bias: Tensor | None,  # [C]
+    scale: Tensor | None,  # [N, C]
+    shift: Tensor | None,  # [N, C]
+    dgain: Tensor | None,  # [N, C]
+    doffset: Tensor | None,  # [N, C]
+    silu: bool,
+) -> Tensor:
+    """The tangent of y along dx, dgain and doffset, in the memory format of x."""
+    _check_dtype(x)
+    if x.numel() == 0:
+        return torch.empty_like(x, memory_format=memory_format(x))
+    samples, channels = x.shape[:2]
+    width = channels // mean.shape[1]
+    ones = (1,) * (x.dim() - 2)
+
+    def per_channel(value: Tensor) -> Tensor:  # [C], [N, C] or [N, G] in float32, to broadcast over x
+        if value.shape[-1] != channels:
+            value = value.repeat_interleave(width, dim=1)
+        return value.float().expand(samples, channels).reshape(samples, channels, *ones)
+
+    given = x.float(), dx.float()  # of 16 bits, too, so that the result is rounded once
+    norm = _backward(given[1], given[0], mean, rstd, None, None, None, None, False, False)[0]
+    gain = torch.ones_like(mean) if weight is None else weight
+    gain = per_channel(gain) if scale is None else per_channel(gain) * (1 + per_channel(scale))
+    dz = norm if weight is None and scale is None else norm.mul_(gain)
+    if silu or dgain is not None:
+        normalised = (given[0] - per_channel(mean)).mul_(per_channel(rstd))
+    if dgain is not None:
+        dz = torch.addcmul(dz, normalised, per_channel(dgain), out=dz)
+    if doffset is not None:
+        dz = dz.add_(per_channel(doffset))
+    if silu:
+        offset = torch.zeros_like(gain) if bias is None else per_channel(bias)
+        if bias is not None and scale is not None:
+            offset = offset * (1 + per_channel(scale))
+        if shift is not None:
+            offset = offset + per_channel(shift)
+        z = torch.addcmul(offset, normalised, gain, out=normalised)
+        dz = torch.ops.aten.silu_backward(dz, z)
+    return dz.to(x.dtype)
+
+
 def _check_dtype(x: Tensor) -> None:
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"x: expected float32, bfloat16 or float16, got {x.dtype}")
@@ -125,3 +182,4 @@ def _check_dtype(x: Tensor) -> None:
 
 implement_on_cpu(group_norm_silu, _forward)
 implement_on_cpu(group_norm_silu_backward, _backward)
+implement_on_cpu(group_norm_silu_tangent, _tangent)

@@ -1,6 +1,6 @@
-"""The op group_norm_silu and its gradient: schemas, shapes of the outputs, what autograd saves.
+"""The op group_norm_silu, its gradient and its tangent: schemas, shapes of the outputs, what autograd saves.
 
-forward.py and backward.py implement them in Triton, native.py implements them on the CPU.
+forward.py, backward.py and tangent.py implement them in Triton, native.py implements them on the CPU.
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ group_norm_silu_backward = define(
         x, weight, bias, scale, shift, parameters
     ),
 )
+group_norm_silu_tangent = define(
+    "group_norm_silu_tangent(Tensor dx, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, "
+    "Tensor? scale, Tensor? shift, Tensor? dgain, Tensor? doffset, bool silu) -> Tensor dy",
+    fake=lambda dx, x, *_: torch.empty_like(x, memory_format=memory_format(x)),
+)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -61,9 +66,12 @@ def _save(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift)
+    ctx.save_for_forward(x, mean, rstd, weight, bias, scale, shift)
 
 
 def _backward(ctx, dy, _dmean, _drstd):
+    if dy is None:  # a later function has no gradient for y
+        return (None,) * 8
     _, _, weight, bias, _, scale, shift, _ = ctx.needs_input_grad
     gradients = group_norm_silu_backward(
         dy, *ctx.saved_tensors, ctx.silu, weight or bias or scale or shift
@@ -75,9 +83,38 @@ def _backward(ctx, dy, _dmean, _drstd):
     )  # fmt: skip
 
 
+def _tangent(ctx, dx, _groups, dweight, dbias, _eps, dscale, dshift, _silu):
+    x, _, _, weight, bias, scale, _ = ctx.saved_tensors
+    if dx is None:
+        dx = x.new_zeros(()).expand_as(x)
+    dgain = _scaled_tangent(weight, scale, dweight, dscale, x)
+    doffset = _scaled_tangent(bias, scale, dbias, dscale if bias is not None else None, x)
+    if dshift is not None:
+        doffset = dshift.float() if doffset is None else doffset + dshift
+    return group_norm_silu_tangent(dx, *ctx.saved_tensors, dgain, doffset, ctx.silu), None, None
+
+
+def _scaled_tangent(
+    value: Tensor | None,  # [C], of which None is 1
+    scale: Tensor | None,  # [N, C]
+    dvalue: Tensor | None,  # [C]
+    dscale: Tensor | None,  # [N, C]
+    x: Tensor,  # [N, C, *]
+) -> Tensor | None:
+    """The tangent of value (1 + scale), float32 [N, C]; None if it is 0."""
+    tangent = None
+    if dscale is not None:
+        tangent = dscale.float() if value is None else dscale * value.float()
+    if dvalue is not None:
+        scaled = dvalue.float().expand(x.shape[:2]) if scale is None else dvalue * (1 + scale.float())
+        tangent = scaled if tangent is None else tangent + scaled
+    return tangent
+
+
 def _no_second_derivative(ctx, *grads):
     raise NotImplementedError('group_norm_silu: the kernel has no second derivative; use impl="reference"')
 
 
-differentiate(group_norm_silu, save=_save, backward=_backward)
-differentiate(group_norm_silu_backward, save=lambda ctx, inputs, output: None, backward=_no_second_derivative)
+differentiate(group_norm_silu, save=_save, backward=_backward, tangent=_tangent)
+for _derivative in (group_norm_silu_backward, group_norm_silu_tangent):
+    differentiate(_derivative, save=lambda ctx, inputs, output: None, backward=_no_second_derivative)

@@ -1,4 +1,4 @@
-"""The launches of group_norm_silu, forward and backward, for shapes of real models, as test_aot.py compiles.
+"""The launches of group_norm_silu and its derivatives for shapes of real models, as test_aot.py compiles.
 
 The launchers run on meta tensors, with recorders instead of kernels. So each case is what would be launched
 on a GPU, and the rules that choose it are not copied here.
@@ -41,6 +41,11 @@ _SHAPES = [
     ((512, 64, 64), 1, "nchw", "bf16", False, _TWO),
     ((512, 64, 64), 1, "nhwc", "bf16", False, _TWO),
 ]
+# Consistency and mean-flow training also computes tangents.
+_TANGENTS = [
+    ((320, 64, 64), "nchw", "bf16"), ((320, 64, 64), "nhwc", "bf16"), ((640, 32, 32), "nhwc", "bf16"),
+    ((1280, 8, 8), "nhwc", "bf16"), ((320, 256, 256), "nchw", "bf16"),
+]  # fmt: skip
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -48,8 +53,9 @@ def launches(function, *args) -> list[Launch]:
     """Each launch that `function` makes."""
     from dalle2_fast.kernels.group_norm_silu import backward as group_norm_silu_backward
     from dalle2_fast.kernels.group_norm_silu import forward as group_norm_silu
+    from dalle2_fast.kernels.group_norm_silu import tangent as group_norm_silu_tangent
 
-    with recorded_in(group_norm_silu, group_norm_silu_backward) as found:
+    with recorded_in(group_norm_silu, group_norm_silu_backward, group_norm_silu_tangent) as found:
         function(*args)
     return found
 
@@ -65,8 +71,10 @@ def _cases(
 def aot_cases() -> list[Case]:
     from dalle2_fast.kernels.group_norm_silu import backward as group_norm_silu_backward
     from dalle2_fast.kernels.group_norm_silu import forward as group_norm_silu
+    from dalle2_fast.kernels.group_norm_silu import tangent as group_norm_silu_tangent
 
     forward, backward = group_norm_silu._forward, group_norm_silu_backward._backward
+    tangent = group_norm_silu_tangent._tangent
     cases = []
     for shape, groups, layout, dtype, hot, capabilities in _SHAPES:
         x = torch.empty(2, *shape, dtype=_DTYPES[dtype], device="meta").to(memory_format=_LAYOUTS[layout])
@@ -77,6 +85,12 @@ def aot_cases() -> list[Case]:
         found += launches(backward, x, x, statistics, statistics, weight, weight, *film, True, True)
         name = f"{'x'.join(map(str, shape))} {layout} {dtype}"
         cases += _cases(name if groups == 32 else f"{name} in {groups}", found, hot, capabilities)
+        if (shape, layout, dtype) in _TANGENTS:
+            rates = torch.empty(2, shape[0], device="meta")
+            found = launches(
+                tangent, x, x, statistics, statistics, weight, weight, *film, rates, rates, True
+            )
+            cases += _cases(f"{name} tangent", found, hot, capabilities)
 
     # A plain norm; a gradient that lies in the other layout, or with its rows and columns exchanged.
     x = torch.empty(2, 320, 64, 64, dtype=torch.bfloat16, device="meta")
