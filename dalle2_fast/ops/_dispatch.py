@@ -164,7 +164,7 @@ def load_kernels(device: torch.device) -> str | None:
         if reason is not None:
             return reason
     # torch.compile can trace import statements, but not importlib.
-    import dalle2_fast.kernels.cross_attention.tangent
+    import dalle2_fast.kernels.cross_attention.forward
     import dalle2_fast.kernels.diffusion.noise
     import dalle2_fast.kernels.diffusion.step
     import dalle2_fast.kernels.group_norm_silu.forward  # noqa: F401
