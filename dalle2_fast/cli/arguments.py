@@ -117,6 +117,11 @@ def add_output(parser: argparse.ArgumentParser, default: str) -> None:
         choices=BACKENDS,
         help="run compiled networks: the first job compiles them for minutes, later ones find them on disk",
     )
+    parser.add_argument(
+        "--graphs",
+        action=argparse.BooleanOptionalAction,
+        help="replay sampling steps as CUDA graphs (default: where the device has them)",
+    )
     add_checkpoint(parser)
     parser.add_argument(
         "--output", type=Path, metavar="FILE.png", help=f"the grid (default: {default}-SEED.png here)"

@@ -57,4 +57,5 @@ def run(args: argparse.Namespace) -> int:
         columns = MAX_COLUMNS
     made = pipe.generate(args.caption, args.num_images, **job.options(), **start)
     images = shown + to_pil(made.images)
-    return job.write(images, made.seconds, texts={"caption": args.caption}, labels=labels, columns=columns)
+    texts = {"caption": args.caption}
+    return job.write(images, made.seconds, made.graphs, texts=texts, labels=labels, columns=columns)

@@ -52,6 +52,10 @@ class Job:
             check_writable(args.individual / "000.png", "--individual")
         self.device = choose_device(args.device)
         self.dtype = choose_dtype(args.dtype, self.device)
+        self.graphs = "auto" if args.graphs is None else args.graphs
+        from dalle2_fast.pipeline.compilation.graphs import check_graphs
+
+        check_graphs(self.graphs, self.device, "--graphs")
         self.start_up = 0.0  # seconds
         self.notes: list[str] = []  # printed at the end, so that an error stays one line
 
@@ -94,14 +98,15 @@ class Job:
         return square
 
     def options(self) -> dict[str, Any]:
-        """Seed, batch size, progress and settings, as the methods of the pipeline take them."""
+        """Seed, batch size, progress, graphs and settings, as the methods of the pipeline take them."""
         shared = dict(seed=self.seed, batch_size=self.args.batch_size, progress=self.progress)
-        return shared | given_settings(self.args)
+        return shared | dict(graphs=self.graphs) | given_settings(self.args)
 
     def write(
         self,
         images: Sequence[Image],
         seconds: Mapping[str, float],
+        graphs: Mapping[str, str],
         *,
         texts: Mapping[str, object],
         lines: Mapping[str, object] | None = None,
@@ -113,6 +118,7 @@ class Job:
         Args:
             images: of one size, at least one.
             seconds: stage -> seconds.
+            graphs: stage -> what became of its CUDA graph, see Generation.
             texts: what this command adds to the text chunks of the PNG files.
             lines: what it adds to the report.
             labels: a line of text below each image.
@@ -139,6 +145,8 @@ class Job:
         seconds["rest"] = max(0.0, total - sum(seconds.values()))  # such as embedding images, writing files
         times = ", ".join(f"{name} {spent:.2f}" for name, spent in seconds.items())
         report |= lines or {}
+        if graphs:
+            report["graphs"] = "; ".join(f"{stage}: {outcome}" for stage, outcome in graphs.items())
         report |= {
             "seed": self.seed,
             "device": f"{self._device_name()}, {self._dtype_name()}",

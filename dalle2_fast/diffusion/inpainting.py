@@ -9,6 +9,7 @@ Source: Lugmayr et al., "RePaint", 2201.09865, algorithm 1.
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -66,22 +67,41 @@ class Inpainting:
         # Python numbers: filling a tensor with one needs no copy to the device and does not round early.
         self._alpha = [*schedule.alpha(times.cpu()).tolist(), 1.0]
         self._sigma = [*schedule.sigma(times.cpu()).tolist(), 0.0]
-        self._like = torch.empty(0, device=device, dtype=compute_dtype(dtype))
+        levels = torch.tensor([self._alpha, self._sigma], dtype=torch.float64)
+        self.levels = levels.to(compute_dtype(dtype)).to(device)  # [2, steps + 1]: alpha, sigma of each state
 
-    def with_known(self, x: Tensor, state: int, seeds: Tensor) -> Tensor:
-        """Return x at `state` with the known pixels inserted at the noise level of that state."""
-        factors = self._alpha[state], self._sigma[state]
-        return torch.where(self.mask, x, self._noised(self.known, *factors, seeds, _KNOWN_NOISE + state))
+    def with_known(self, x: Tensor, state: int | Tensor, seeds: Tensor) -> Tensor:
+        """Return x at `state` with the known pixels inserted at the noise level of that state.
+
+        state: an int, or an int64 scalar tensor on the device of x, for which nothing waits.
+        """
+        if isinstance(state, Tensor):
+            level = self.levels.index_select(1, state.reshape(1))
+        else:
+            level = self.levels[:, state : state + 1]
+        alpha, sigma = level.expand(2, len(x)).unbind()
+        noised = functional.add_noise(self.known, alpha, sigma, seeds=seeds, step=_KNOWN_NOISE + state)[0]
+        return torch.where(self.mask, x, noised)
 
     def renoise(self, x: Tensor, state: int, to: int, seeds: Tensor) -> Tensor:
         """Return x, which is at `state`, noised to the earlier state `to` by the forward process."""
         ratio = self._alpha[to] / self._alpha[state]
         std = math.sqrt(max(self._sigma[to] ** 2 - (ratio * self._sigma[state]) ** 2, 0.0))
-        return self._noised(x, ratio, std, seeds, _RENOISE + to)
+        ratio, std = (self.levels.new_full((len(x),), value) for value in (ratio, std))
+        return functional.add_noise(x, ratio, std, seeds=seeds, step=_RENOISE + to)[0]
 
-    def _noised(self, x: Tensor, alpha: float, sigma: float, seeds: Tensor, counter: int) -> Tensor:
-        alpha, sigma = (self._like.new_full((len(x),), value) for value in (alpha, sigma))
-        return functional.add_noise(x, alpha, sigma, seeds=seeds, step=counter)[0]
+    def on_buffers(self, states: int) -> Inpainting:
+        """The same kind of run on uninitialised tensors, for up to `states` states; `copy_` fills them."""
+        buffers = copy.copy(self)
+        buffers.known, buffers.mask = torch.empty_like(self.known), torch.empty_like(self.mask)
+        buffers.levels = self.levels.new_empty(2, states)
+        return buffers
+
+    def copy_(self, other: Inpainting) -> None:
+        """Take the known data of another run, without new tensors."""
+        self.known.copy_(other.known)
+        self.mask.copy_(other.mask)
+        self.levels[:, : other.levels.shape[1]].copy_(other.levels)
 
 
 def resampling_order(start: int, steps: int, resample: int, jump: int) -> list[tuple[int, int]]:

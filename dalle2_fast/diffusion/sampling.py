@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dalle2_fast import functional
 from dalle2_fast.diffusion._checks import check_shape
+from dalle2_fast.diffusion.graphs.plan import Net, SamplingPlan, StepOptions, make_step
 from dalle2_fast.diffusion.inpainting import Inpainting, resampling_order
 from dalle2_fast.diffusion.progress import Progress, with_progress
 from dalle2_fast.diffusion.sampler_tables import guided_steps, sampler_table
@@ -18,9 +19,8 @@ from dalle2_fast.ops._dtypes import compute_dtype
 from dalle2_fast.seeds import derived_seeds
 
 if TYPE_CHECKING:
+    from dalle2_fast.diffusion.graphs.cache import StageGraphs
     from dalle2_fast.diffusion.process import GaussianDiffusion
-
-Net = Callable[[Tensor, Tensor], Tensor]
 
 # The Philox counter of the initial noise. No row of a table has this number, so the initial noise is
 # independent of the noise of every step, and it is the same for every number of steps.
@@ -56,6 +56,7 @@ def sample(
     callback: Callable[[int, Tensor, Tensor], None] | None = None,
     conditional_net: Net | None = None,
     last_net: Net | None = None,
+    graphs: StageGraphs | None = None,
 ) -> Tensor:  # x0 [B, C, *]
     """Draw samples. Each sample depends on its seed only, not on the other samples of the batch.
 
@@ -96,6 +97,8 @@ def sample(
         conditional_net: called in place of net in the steps outside guidance_interval; it returns the B
             conditional rows alone, in half the time.
         last_net: called in the last step, in place of net or conditional_net, and returns as many rows.
+        graphs: replays the steps as CUDA graphs where it can; None for none. The networks are then
+            ConditionedNets.
 
     Returns:
         The samples x0, [B, C, *] of `dtype`.
@@ -124,6 +127,8 @@ def sample(
         raise ValueError(f"start: expected 0 <= start < steps = {steps}, got {start}")
     if start > 0 and x_T is None:
         raise ValueError("x_T: expected the state to start from because start > 0, got None")
+    # The first step of a multistep sampler has no step before it, wherever it starts.
+    table[start, 3], table[start, 4] = table[start, 3] + table[start, 4], 0.0
     seeds = seeds.to(device)
     if x_T is None:
         x = functional.sample_noise(seeds, INITIAL_NOISE, shape, dtype=dtype)
@@ -136,41 +141,60 @@ def sample(
     if known is not None:
         inpainting = Inpainting(diffusion.schedule, times, known, mask, shape, device, x.dtype)
         x = inpainting.with_known(x, start, seeds)
-        order = resampling_order(start, steps, resample, jump)
     elif mask is not None or resample != 1:
         raise ValueError("known: expected the data to keep, because mask or resample is given, got None")
-    else:
-        order = [(step, 0) for step in range(start, steps)]
+    order = resampling_order(start, steps, resample, jump)
 
-    noisy = bool((table[:, 5] > 0).any())
-    learned_range = diffusion.variance == "learned_range"
-    use_range = learned_range and sampler == "ddpm"
+    use_range = diffusion.variance == "learned_range" and sampler == "ddpm"
+    nets = [(net, True) if has_guidance else (conditional_net, False) for has_guidance in guided]
+    if last_net is not None:
+        nets[-1] = last_net, nets[-1][1]
+    kinds = {(id(kind), has_guidance): (kind, has_guidance) for kind, has_guidance in nets}
+    position = {key: index for index, key in enumerate(kinds)}
     # Everything that changes from step to step is on the device before the loop, so that no step has to wait
     # for a copy.
+    options = StepOptions(
+        prediction=diffusion.prediction, clip=clip, dynamic_threshold=dynamic_threshold,
+        guidance_rescale=guidance_rescale, learned_range=use_range,
+        drop_variance=diffusion.variance == "learned_range" and not use_range,
+        noisy=bool((table[:, 5] > 0).any()), multistep=sampler == "dpm++",
+    )  # fmt: skip
     rows, net_times, table = on_device(diffusion, times, table, batch, device, dtype)
-    previous_x0, state = None, start
-    for step, repetition in with_progress(order, progress):
-        step_seeds = derived_seeds(seeds, repetition)
+    plan = SamplingPlan(
+        x, seeds, table, net_times, tuple(kinds.values()),
+        tuple(position[id(kind), has_guidance] for kind, has_guidance in nets),
+        guidance, options, start, inpainting,
+    )  # fmt: skip
+    if graphs is not None:
+        made = graphs.run(plan, progress, resampled=resample > 1, has_callback=callback is not None)
+        if made is not None:
+            return made
+    return _sample_eagerly(plan, rows, with_progress(order, progress), callback)
+
+
+def _sample_eagerly(
+    plan: SamplingPlan,
+    rows: Tensor,  # int64 [steps]
+    order: Iterable[tuple[int, int]],
+    callback: Callable[[int, Tensor, Tensor], None] | None,
+) -> Tensor:
+    """x0 of a plan, step after step in any order."""
+    x, previous_x0, state = plan.x, None, plan.start
+    for step, repetition in order:
+        seeds = derived_seeds(plan.seeds, repetition)
         if step < state:  # another pass over this segment
-            x = inpainting.renoise(x, state, step, step_seeds)
-            x = inpainting.with_known(x, step, step_seeds)
+            x = plan.inpainting.renoise(x, state, step, seeds)
+            x = plan.inpainting.with_known(x, step, seeds)
             previous_x0 = None
         state = step + 1
-        denoise = net if guided[step] else conditional_net
-        denoise = last_net if last_net is not None and step == steps - 1 else denoise
-        output = denoise(x, net_times[step])
-        if learned_range and not use_range:
-            output = output[:, :channels]
-        x, x0 = functional.diffusion_step(
-            x, output, table, rows[step], seeds=step_seeds if noisy else None,
-            guidance=guidance if guided[step] else None,
-            guidance_rescale=guidance_rescale if guided[step] else 0.0,
-            prediction=diffusion.prediction, clip=clip,
-            dynamic_threshold=dynamic_threshold, learned_range=use_range, previous_x0=previous_x0,
+        net, guided = plan.nets[plan.choice[step]]
+        x, x0 = make_step(
+            net, x, plan.times[step], plan.table, rows[step], plan.options, seeds=seeds,
+            guidance=plan.guidance if guided else None, previous_x0=previous_x0,
         )  # fmt: skip
-        if inpainting is not None:
-            x = inpainting.with_known(x, state, step_seeds)
-        if sampler == "dpm++":
+        if plan.inpainting is not None:
+            x = plan.inpainting.with_known(x, state, seeds)
+        if plan.options.multistep:
             previous_x0 = x0
         if callback is not None:
             callback(step, x, x0)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dalle2_fast.diffusion.graphs.cache import StageGraphs
+from dalle2_fast.pipeline.compilation.graphs import graphs_of
 from dalle2_fast.pipeline.progress import Progress, StageTimer
 from dalle2_fast.pipeline.settings import check_count
 from dalle2_fast.seeds import sample_seed
@@ -31,6 +33,8 @@ class Generation:
         seed: the seed of the call.
         sample_seeds: int64 [B], the seed of each row.
         seconds: stage -> wall-clock seconds.
+        graphs: stage -> "captured" or "replayed", or why its steps ran without CUDA graphs; empty where there
+            are none or none were wanted.
     """
 
     images: Tensor
@@ -39,6 +43,7 @@ class Generation:
     seed: int
     sample_seeds: Tensor
     seconds: dict[str, float] = field(default_factory=dict)
+    graphs: dict[str, str] = field(default_factory=dict)
 
 
 class GenerationContext:
@@ -50,6 +55,7 @@ class GenerationContext:
         sample_seeds: one seed per row; rows of one input are next to each other.
         batch_size: at most so many rows run at a time; None is all of them.
         progress: see StageTimer.
+        graphs: whether steps are replayed as CUDA graphs, see `check_graphs`.
 
     Raises:
         TypeError, ValueError: batch_size is no int of at least 1, or progress is neither a bool nor a
@@ -64,10 +70,13 @@ class GenerationContext:
         *,
         batch_size: int | None = None,
         progress: Progress = False,
+        graphs: bool | str = "auto",
     ) -> None:
         self.pipe, self.seed, self.sample_seeds = pipe, seed, list(sample_seeds)
         self.batch_size = batch_size if batch_size is None else check_count("batch_size", batch_size)
         self.timer = StageTimer(progress, pipe.device)
+        self.graphs, self.graphs_required = graphs_of(pipe, graphs), graphs is True
+        self.graph_outcomes: dict[str, str] = {}
 
     @classmethod
     def for_inputs(
@@ -81,6 +90,7 @@ class GenerationContext:
         generator: torch.Generator | None = None,
         batch_size: int | None = None,
         progress: Progress = False,
+        graphs: bool | str = "auto",
     ) -> GenerationContext:
         """`num_images` images of each input, and `candidates` rows for each image.
 
@@ -91,7 +101,8 @@ class GenerationContext:
         rows: list[int] = []
         for index in range(num_images):
             rows += candidate_seeds(sample_seed(seed, index), candidates)
-        return cls(pipe, seed, rows * inputs, batch_size=batch_size, progress=progress)
+        options = dict(batch_size=batch_size, progress=progress, graphs=graphs)
+        return cls(pipe, seed, rows * inputs, **options)
 
     @property
     def batches(self) -> list[slice]:
@@ -112,11 +123,24 @@ class GenerationContext:
         """`with context.evaluation_mode():` runs the pipeline's modules in evaluation mode."""
         return evaluation_mode(self.pipe)
 
-    def sample(self, stage: str, sample: Callable[..., Tensor], **options: Any) -> Tensor:
-        """sample(seeds=..., **options) of all rows; `stage` is one of STAGES. Otherwise as `run`."""
+    def sample(
+        self, stage: str, sample: Callable[..., Tensor], *, diffuses: bool = True, **options: Any
+    ) -> Tensor:
+        """sample(seeds=..., **options) of all rows; `stage` is one of STAGES. Otherwise as `run`.
+
+        diffuses: whether the stage is a diffusion, whose steps may be replayed as CUDA graphs.
+        """
         # With the same seeds all stages would start from the same noise.
         seeds = [sample_seed(seed, STAGES.index(stage)) for seed in self.sample_seeds]
-        return self.run(stage, sample, seeds=torch.tensor(seeds, device=self.pipe.device), **options)
+        options["seeds"] = torch.tensor(seeds, device=self.pipe.device)
+        if self.graphs is None:
+            return self.run(stage, sample, **options)
+        graphs = StageGraphs(self.graphs, stage, self.graphs_required)
+        if diffuses:
+            options["graphs"] = graphs
+        result = self.run(stage, sample, **options)
+        self.graph_outcomes[stage] = graphs.outcome
+        return result
 
     def run(self, stage: str, function: Callable[..., Tensor], **options: Any) -> Tensor:
         """function(**options, progress=...) batch after batch, timed as `stage`; results as one tensor.
@@ -128,7 +152,8 @@ class GenerationContext:
         with self.timer(stage, len(self.batches)) as track:
             for rows in self.batches:
                 inputs = {k: v[rows] if isinstance(v, Tensor) else v for k, v in options.items()}
-                results.append(check_finite(stage, function(**inputs, progress=track), self.pipe.dtype))
+                shown = track if self.timer.progress else None
+                results.append(check_finite(stage, function(**inputs, progress=shown), self.pipe.dtype))
             return torch.cat(results)
 
     def result(self, images: Tensor, low_res: Tensor, image_embed: Tensor) -> Generation:
@@ -140,6 +165,7 @@ class GenerationContext:
             seed=self.seed,
             sample_seeds=torch.tensor(self.sample_seeds),
             seconds=self.timer.seconds,
+            graphs=self.graph_outcomes,
         )
 
 

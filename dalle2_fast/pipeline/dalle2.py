@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dalle2_fast.data.images import to_pil
 from dalle2_fast.pipeline import decoding, editing, inversion, reconstruction
 from dalle2_fast.pipeline.checkpoint import load_pipeline, save_pipeline
+from dalle2_fast.pipeline.compilation import graphs as cuda_graphs
 from dalle2_fast.pipeline.compilation.pipeline import compile_networks
 from dalle2_fast.pipeline.context import Generation, GenerationContext
 from dalle2_fast.pipeline.parts import check_parts
@@ -197,6 +198,7 @@ class DALLE2(nn.Module):
         sampler: str | None = None,
         batch_size: int | None = None,
         progress: Progress = False,
+        graphs: bool | str = "auto",
     ) -> Generation:
         """Captions -> images, without gradients and in evaluation mode.
 
@@ -232,12 +234,16 @@ class DALLE2(nn.Module):
                 rounding.
             progress: True draws one bar per stage on stderr; a callable(stage, iterable, total) -> iterable
                 wraps each loop itself.
+            graphs: whether the steps of a stage are captured as a CUDA graph when its shapes are new, and
+                then replayed: "auto" where the device has CUDA graphs, True (an error where it has none),
+                or False. The result's `graphs` says what each stage did.
 
         Raises:
             ValueError: an unknown word, an empty or over-long caption, an argument out of range, or a setting
                 of a stage that does not run.
             TypeError: an argument of another type.
             FloatingPointError: the result of a stage is not finite (float16 may overflow).
+            RuntimeError: graphs=True, and a step cannot be captured.
 
         Example:
             >>> pipe = DALLE2.from_pretrained()
@@ -275,6 +281,7 @@ class DALLE2(nn.Module):
             generator=generator,
             batch_size=batch_size,
             progress=progress,
+            graphs=graphs,
         )
         start: dict[str, Any] = {}
         if init_image is not None:
@@ -301,9 +308,11 @@ class DALLE2(nn.Module):
     reconstruct = reconstruction.reconstruct
     fit_pca = reconstruction.fit_pca
 
-    # ------------------------------------------------------------------------------------ compiled programs
+    # ------------------------------------------------------------------- compiled programs and CUDA graphs
 
     compile = compile_networks
+    capture = cuda_graphs.capture
+    release_graphs = cuda_graphs.release_graphs
 
     # ----------------------------------------------------------------------------------------- checkpoints
 

@@ -69,6 +69,7 @@ def decode(
     size: int | None = None,
     batch_size: int | None = None,
     progress: Progress = False,
+    graphs: bool | str = "auto",
     **settings: Any,
 ) -> Generation:
     """Image embeddings -> images: the pipeline without its prior. The decoder samples with DDIM.
@@ -84,6 +85,7 @@ def decode(
         size: as in `generate`.
         batch_size: as in `generate`.
         progress: as in `generate`.
+        graphs: as in `generate`.
         settings: `steps`, `guidance`, `guidance_interval`, `negative_prompt`, `upsampler_steps`,
             `upsampler2_steps` and `tile` as in `generate`; `guidance_rescale`, `clip`, `dynamic_threshold`
             and `spacing` as in GaussianDiffusion.sample.
@@ -116,8 +118,9 @@ def decode(
             raise ValueError("x_T: expected finite numbers, got others")
         decoder_options["x_T"] = x_T.repeat_interleave(check_count("num_images", num_images), dim=0)
     context = GenerationContext.for_inputs(
-        pipe, inputs, num_images, seed=seed, generator=generator, batch_size=batch_size, progress=progress
-    )
+        pipe, inputs, num_images, seed=seed, generator=generator, batch_size=batch_size, progress=progress,
+        graphs=graphs,
+    )  # fmt: skip
     with context.evaluation_mode():
         captions = encode_decoder_captions(context, prompt, inputs, chosen)
         image_embed = context.repeat(image_embed.to(pipe.device))

@@ -197,6 +197,7 @@ def inpaint(
     size: int | None = None,
     batch_size: int | None = None,
     progress: Progress = False,
+    graphs: bool | str = "auto",
     **settings: Any,
 ) -> Generation:
     """Repaint an image where the mask is 1; where it is 0, keep it, to the bit at the size of the result.
@@ -219,6 +220,7 @@ def inpaint(
         size: as in `generate`.
         batch_size: as in `generate`.
         progress: as in `generate`.
+        graphs: as in `generate`.
         settings: as in `decode`.
 
     Raises:
@@ -248,8 +250,9 @@ def inpaint(
     if pipe.decoder.channels != 3:
         raise ValueError(f"image: expected a decoder of 3 channels, got {pipe.decoder.channels}")
     context = GenerationContext.for_inputs(
-        pipe, 1, num_images, seed=seed, generator=generator, batch_size=batch_size, progress=progress
-    )
+        pipe, 1, num_images, seed=seed, generator=generator, batch_size=batch_size, progress=progress,
+        graphs=graphs,
+    )  # fmt: skip
     with context.evaluation_mode():
         if prompt is None:
             image_embed = embed_image(pipe, images).expand(num_images, -1)

@@ -129,6 +129,7 @@ class GenerateOptions(TypedDict, total=False):
     sampler: str | None
     batch_size: int | None
     progress: Progress
+    graphs: bool | str
 
 
 def resolve_prompts(prompt: str | Sequence[str]) -> list[str]:

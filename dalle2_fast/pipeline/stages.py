@@ -107,6 +107,7 @@ def sample_image_embeddings(
     return context.sample(
         "prior",
         prior.sample,
+        diffuses=prior.diffuses,
         cond_scale=settings.prior_guidance,
         num_samples_per_batch=settings.prior_candidates,
         **captions.for_prior,

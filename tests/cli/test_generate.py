@@ -128,6 +128,7 @@ def test_options_arrive(generate, monkeypatch):
         sampler="ddim",
         batch_size=2,
         progress=False,
+        graphs="auto",
     )
     with Image.open("x.png") as picture:
         assert picture.size == (36, 36)

@@ -23,6 +23,7 @@ ARROWS = {
     "_lazy": set(),
     "seeds": set(),
     "memory": set(),
+    "cuda_graphs": set(),
     "_C": set(),
     "kernels": {"_C"},
     "ops": {"kernels", "_C"},
@@ -34,10 +35,10 @@ ARROWS = {
     "data": {"seeds", "ops", "_lazy"},
     "checkpoints": {"ops", "data"},
     "models": {"seeds", "modules", "functional", "ops", "diffusion", "data", "checkpoints", "_lazy"},
-    "pipeline": {"seeds", "models", "diffusion", "ops", "data", "checkpoints", "_lazy"},
+    "pipeline": {"seeds", "models", "diffusion", "ops", "data", "checkpoints", "cuda_graphs", "_lazy"},
     "evaluation": {"seeds", "pipeline", "models", "diffusion", "data", "checkpoints"},
     "training": {"evaluation", "pipeline", "models", "diffusion", "data", "checkpoints", "functional",
-                 "seeds"},  # fmt: skip
+                 "seeds", "cuda_graphs"},  # fmt: skip
     "adapters": {"losses", "models", "modules", "functional", "ops"},
     "cli": {"training", "evaluation", "pipeline", "models", "data", "checkpoints", "ops", "memory",
             "__init__"},  # fmt: skip
@@ -191,22 +192,20 @@ def test_only_kernels_import_triton_and_only_op_registers():
 
 
 IMPORT = """
-import resource, sys, torch
+import sys, torch
 before = set(sys.modules)
 import dalle2_fast
-new = set(sys.modules) - before
-used = resource.getrusage(resource.RUSAGE_SELF)
-print(used.ru_utime + used.ru_stime, *sorted(new), sep="\\n", file=sys.stderr)
+print(*sorted(set(sys.modules) - before), sep="\\n", file=sys.stderr)
 """
 
 
-def test_import_is_quick_silent_and_light(tmp_path):
-    """CPU seconds, not wall-clock: another program on the machine is not the package's fault."""
+def test_import_is_silent_and_light(tmp_path):
+    """Catches: an import that prints or warns, and one that loads what makes a start slow."""
     done = subprocess.run([sys.executable, "-W", "error", "-c", IMPORT], cwd=tmp_path, text=True,
                           capture_output=True, env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
-    seconds, *new = done.stderr.split()
-    assert float(seconds) < 3.0
+    new = done.stderr.split()
+    assert len(new) < 10
     heavy = {"triton", "torch._dynamo", "torch._inductor", "webdataset", "gradio", "torchvision"}
     assert heavy.isdisjoint(new), heavy & set(new)

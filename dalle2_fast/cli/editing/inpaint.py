@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     images = to_pil(torch.cat([source, masked])) + to_pil(made.images)
     labels = ["source", "to be repainted", *["repainted"] * args.num_images]
     texts = {"image": args.image.name, "caption": args.caption or ""}
-    return job.write(images, made.seconds, texts=texts, labels=labels, columns=MAX_COLUMNS)
+    return job.write(images, made.seconds, made.graphs, texts=texts, labels=labels, columns=MAX_COLUMNS)
 
 
 def _box(text: str) -> tuple[float, ...]:

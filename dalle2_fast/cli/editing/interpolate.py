@@ -70,4 +70,4 @@ def run(args: argparse.Namespace) -> int:
     thetas = (f"theta {index / (args.frames - 1):.2f}" for index in range(args.frames))
     labels = ["first", *thetas, "second"]
     texts = {"images": f"{args.first.name}, {args.second.name}", "noise": args.noise}
-    return job.write(images, made.seconds, texts=texts, labels=labels, columns=MAX_COLUMNS)
+    return job.write(images, made.seconds, made.graphs, texts=texts, labels=labels, columns=MAX_COLUMNS)

@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         size=pipe.decoder.image_size,
         seed=job.seed,
         **guided,
+        graphs=job.graphs,
         **shared,
     )
     noise = pair.x_T / 6 + 0.5  # [0, 1] is three standard deviations to either side
@@ -76,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
     labels = ["source", f"noise, deviation {pair.x_T.std():.2f}", f"sampled from it, {found}"]
     texts = {"image": args.image.name, "steps": args.steps, "guidance": args.guidance, "psnr": found}
     lines = {"PSNR": f"{found} after {args.steps} steps of inversion and {args.steps} of sampling"}
-    seconds = pair.seconds | made.seconds
-    return job.write(images, seconds, texts=texts, labels=labels, columns=MAX_COLUMNS, lines=lines)
+    seconds, options = pair.seconds | made.seconds, dict(labels=labels, columns=MAX_COLUMNS, lines=lines)
+    return job.write(images, seconds, made.graphs, texts=texts, **options)
 
 
 def _enlarge(image: Image) -> Image:

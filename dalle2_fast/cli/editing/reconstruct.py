@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     labels = ["source", *(f"{count}: {pca.explained(count):.1%} of variance" for count in dims)]
     texts = {"image": args.image.name, "dims": ", ".join(map(str, dims))}
     seconds = timer.seconds | made.seconds
-    return job.write(images, seconds, texts=texts, labels=labels, columns=MAX_COLUMNS)
+    return job.write(images, seconds, made.graphs, texts=texts, labels=labels, columns=MAX_COLUMNS)
 
 
 def _dims(text: str) -> list[int]:

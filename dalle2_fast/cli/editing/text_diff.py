@@ -69,4 +69,4 @@ def run(args: argparse.Namespace) -> int:
     thetas = (f"theta {args.theta * index / (args.frames - 1):.2f}" for index in range(args.frames))
     labels = ["source", *thetas]
     texts = {"image": args.image.name, "from": args.source, "to": args.target, "theta": args.theta}
-    return job.write(images, made.seconds, texts=texts, labels=labels, columns=MAX_COLUMNS)
+    return job.write(images, made.seconds, made.graphs, texts=texts, labels=labels, columns=MAX_COLUMNS)

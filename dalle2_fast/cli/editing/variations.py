@@ -56,4 +56,4 @@ def run(args: argparse.Namespace) -> int:
     images = to_pil(resized(image, job.size)) + to_pil(made.images)
     labels = ["source", *(f"variation {index + 1}" for index in range(args.num_images))]
     texts = {"image": args.image.name, "eta": args.eta}
-    return job.write(images, made.seconds, texts=texts, labels=labels, columns=MAX_COLUMNS)
+    return job.write(images, made.seconds, made.graphs, texts=texts, labels=labels, columns=MAX_COLUMNS)

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from dalle2_fast.diffusion.sampling import Net
+from dalle2_fast.diffusion.graphs.plan import ConditionedNet
 from dalle2_fast.models.captions import Caption, cat_padded
 from dalle2_fast.models.decoder.encoding import encode_negative
 from dalle2_fast.models.inputs import check_features
+from dalle2_fast.models.unet.context import ContextCache
 
 if TYPE_CHECKING:
     from dalle2_fast.models.decoder.model import Decoder
+    from dalle2_fast.models.unet.model import UNet
 
 
 def condition(
@@ -66,8 +68,8 @@ class GuidedDenoiser(NamedTuple):
         guidance: guidance weight, a number or [B]; None if net returns no unconditional rows.
     """
 
-    net: Net
-    conditional_net: Net
+    net: ConditionedNet
+    conditional_net: ConditionedNet
     guidance: float | Tensor | None
 
 
@@ -109,16 +111,29 @@ def guided_denoiser(
         )
     cache = decoder.unet.encode_context(context, mask)  # the same in every step
 
-    conditional_cache = cache.first(batch)
+    def net(rows: int) -> ConditionedNet:
+        first = cache.first(rows)
+        conditions = first.keys, first.values, first.mask, classes[:rows], extra
+        return ConditionedNet(_denoise, (decoder.unet,), conditions)
 
-    def with_extra(x: Tensor) -> Tensor:
-        return x if extra is None else torch.cat([x, extra.to(x.dtype)], dim=1)
+    conditional_net = net(batch)
+    guided_net = conditional_net if guidance is None else net(2 * batch)
+    return GuidedDenoiser(guided_net, conditional_net, guidance)
 
-    def conditional_net(x: Tensor, t: Tensor) -> Tensor:
-        return decoder.unet(with_extra(x), t, conditional_cache, classes[:batch])
 
-    def guided_net(x: Tensor, t: Tensor) -> Tensor:
-        x = with_extra(x)
-        return decoder.unet(torch.cat([x, x]), torch.cat([t, t]), cache, classes)
-
-    return GuidedDenoiser(conditional_net if guidance is None else guided_net, conditional_net, guidance)
+def _denoise(
+    unet: UNet,
+    x: Tensor,  # [B, C, H, W]
+    t: Tensor,  # [B]
+    keys: tuple[Tensor, ...],
+    values: tuple[Tensor, ...],
+    mask: Tensor | None,
+    classes: Tensor,  # [B or 2B, embed_dim]
+    extra: Tensor | None,  # [B, C', H, W]
+) -> Tensor:
+    """The U-Net's output for each row of the conditions: with twice as many rows x counts twice."""
+    has_both = len(classes) > len(x)
+    x = x if extra is None else torch.cat([x, extra.to(x.dtype)], dim=1)
+    if has_both:
+        x, t = torch.cat([x, x]), torch.cat([t, t])
+    return unet(x, t, ContextCache(keys, values, mask), classes)

@@ -17,11 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle2_fast.diffusion.analytic_variance import measure_x0_error
+from dalle2_fast.diffusion.graphs.plan import ConditionedNet
 from dalle2_fast.diffusion.process import GaussianDiffusion
 from dalle2_fast.diffusion.progress import Progress
 from dalle2_fast.diffusion.schedules import make_schedule
 from dalle2_fast.models.inputs import bernoulli
 from dalle2_fast.models.prior.base import EmbeddingPrior, EncodedText, best_candidate
+from dalle2_fast.models.prior.caption_prefix import PrefixCache
 from dalle2_fast.models.prior.diffusion_network import DiffusionPriorNetwork
 from dalle2_fast.ops._dtypes import compute_dtype
 
@@ -274,14 +276,10 @@ class DiffusionPrior(EmbeddingPrior):
             cond_scale if guidance is None else guidance,
         )  # fmt: skip
 
-        conditional_prefix = prefix.first(len(seeds))
+        def denoiser(prefix: PrefixCache) -> ConditionedNet:
+            return ConditionedNet(_denoise, (self.net,), (prefix.keys_values, prefix.valid))
 
-        def conditional_net(x: Tensor, t: Tensor) -> Tensor:
-            return self.net.denoise(x, t, conditional_prefix).to(x.dtype)
-
-        def guided_net(x: Tensor, t: Tensor) -> Tensor:  # conditional rows, then unconditional ones
-            return self.net.denoise(torch.cat([x, x]), torch.cat([t, t]), prefix).to(x.dtype)
-
+        conditional_net = denoiser(prefix.first(len(seeds)))
         # The state stays in float32 also for half-precision weights, whose rounding would swamp small steps.
         dtype = compute_dtype(self.net.proj_in.weight.dtype)
         if self.analytic_variance and sampler == "ddpm":
@@ -294,6 +292,20 @@ class DiffusionPrior(EmbeddingPrior):
             clip=self.sample_clip, progress=progress, device=seeds.device,
             dtype=dtype,
         ) | sampler_options
-        net = conditional_net if guidance is None else guided_net
+        net = conditional_net if guidance is None else denoiser(prefix)
         x = self.diffusion.sample(net, (len(seeds), self.image_embed_dim), **options)
         return best_candidate(self.restore(x), caption.embed)
+
+
+def _denoise(
+    net: DiffusionPriorNetwork,
+    x: Tensor,  # [B, E]
+    t: Tensor,  # [B]
+    keys_values: list[tuple[Tensor, Tensor]],
+    valid: Tensor,  # bool [B or 2B, P]
+) -> Tensor:
+    """The output for each caption: with twice as many, conditional ones first, x counts twice."""
+    dtype = x.dtype
+    if len(valid) > len(x):
+        x, t = torch.cat([x, x]), torch.cat([t, t])
+    return net.denoise(x, t, PrefixCache(keys_values, valid)).to(dtype)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dalle2_fast.data.images import check_images
+from dalle2_fast.diffusion.graphs.plan import ConditionedNet, Net
 from dalle2_fast.diffusion.progress import Progress
 from dalle2_fast.functional import sample_noise
 from dalle2_fast.models.inputs import resolve_seeds
@@ -88,12 +88,13 @@ def sample(
     tile = upsampler.sample_tile if tile is None else tile
     tiles = tiles_for(upsampler.unet, height, width, tile, overlap)
 
-    def denoiser(unet: UNet) -> Callable[[Tensor, Tensor], Tensor]:
+    def denoiser(unet: UNet) -> Net:
+        if tiles is None:
+            return ConditionedNet(_predict, (upsampler, unet), (condition, level))
+
         def predict(x: Tensor, condition: Tensor, t: Tensor, level: Tensor | None) -> Tensor:
             return upsampler.predict(unet, x, t, condition, level)
 
-        if tiles is None:
-            return lambda x, t: predict(x, condition, t, level)
         return lambda x, t: tiles.run(predict, (t, level), x, condition)
 
     images = upsampler.diffusion.sample(
@@ -103,3 +104,9 @@ def sample(
         device=weight.device, dtype=dtype, **sampler_options,
     )  # fmt: skip
     return ((images + 1) / 2).clamp(0, 1)
+
+
+def _predict(
+    upsampler: Upsampler, unet: UNet, x: Tensor, t: Tensor, condition: Tensor, level: Tensor | None
+) -> Tensor:
+    return upsampler.predict(unet, x, t, condition, level)

@@ -5,6 +5,7 @@
     inductor        programs of torch's compiler, AOTInductor
     openvino        programs of OpenVINO
     store           the folder of programs, and what their names depend on
+    graphs          DALLE2.capture: sampling steps as CUDA graphs
 """
 
 BACKENDS = ("inductor", "openvino")
