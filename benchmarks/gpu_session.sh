@@ -1,26 +1,38 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of about thirty minutes, or stage by stage:
+# Everything that needs a GPU, within nine minutes and without a question, the most valuable stages first:
 #
-#   benchmarks/gpu_session.sh OUT [build | tests | quick | full | profile | report] ...
+#   benchmarks/gpu_session.sh OUT [--dry-run] [check | jobs | ops | losses | profile | report] ...
 #
-# OUT receives the logs, the JSON files of the runs and the profiles. Only `report`, which has to be asked for,
-# rewrites benchmarks/results and the README; without stages all the others run. A stage that fails or runs out
-# of its time does not stop the next one; the status is then 1. `full` takes nine minutes; rows that do not fit
-# are listed as absent and keep the figures of `quick`. Nothing is downloaded: Python needs torch for CUDA,
-# triton, pybind11, ninja, pytest, pytest-benchmark, matplotlib.
+# check:   build the native module, then run the tests of what only a GPU runs                     90 s
+# jobs:    caption to images, networks, training steps, patched U-Nets, each with its rivals      240 s
+# ops:     the kernels that changed since they were last measured                                  80 s
+# losses:  sigmoid, soft targets, and the memory and time of the contrastive loss by batch size    60 s
+# profile: the kernels of the decoder and of rows that missed a goal                               45 s
+# report:  benchmarks/results and the README; it has to be asked for
+#
+# OUT receives logs, profiles and session.jsonl, which gets every row as soon as it is measured. A stage that
+# fails or runs out of its time does not stop the next one; the status is then 1. --dry-run walks through the
+# same stages on a CPU at tiny sizes; it builds nothing, only collects the tests, and reports into OUT. Nothing
+# is downloaded: Python needs torch for CUDA, triton, pybind11, ninja, pytest, and for `report` matplotlib.
 set -u
 script=${BASH_SOURCE[0]}
-if [ $# -lt 1 ] || [ "${1#-}" != "$1" ]; then
-    sed -n '2,10s/^# \{0,1\}//p' "$script" >&2
+usage() { sed -n '2,17s/^# \{0,1\}//p' "$script" >&2; }
+stages="check jobs ops losses profile report"
+dry_run=()
+names=()
+for argument in "$@"; do  # all are checked before the first stage, which takes minutes
+    case $argument in --dry-run) dry_run=(--dry-run) ;; *) names+=("$argument") ;; esac
+done
+if [ ${#names[@]} -lt 1 ] || [ "${names[0]#-}" != "${names[0]}" ]; then
+    usage
     exit 2
 fi
-stages="build tests quick full profile report"
-case " $stages " in *" $1 "*)
-    echo "$1 is a stage: expected the folder OUT first, such as: $0 runs $*" >&2
+case " $stages " in *" ${names[0]} "*)
+    echo "${names[0]} is a stage: expected the folder OUT first, such as: $0 runs ${names[*]}" >&2
     exit 2
     ;;
 esac
-for name in "${@:2}"; do  # before the first stage, which takes minutes
+for name in "${names[@]:1}"; do
     case " $stages " in *" $name "*) ;; *)
         echo "$name: expected some of $stages" >&2
         exit 2
@@ -28,21 +40,24 @@ for name in "${@:2}"; do  # before the first stage, which takes minutes
     esac
 done
 root=$(cd "$(dirname "$script")/.." && pwd) || exit 2
-out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
-shift
+out=$(mkdir -p "${names[0]}" && cd "${names[0]}" && pwd) || exit 2
 cd "$root" || exit 2
-[ $# -gt 0 ] || set -- build tests quick full profile
+wanted=" ${names[*]:1} "
+[ ${#names[@]} -gt 1 ] || wanted=" check jobs ops losses profile "
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python}
 failed=()
 
-# stage NAME SECONDS COMMAND...
+wants() { [[ $wanted == *" $1 "* ]]; }
+
+# stage NAME SECONDS COMMAND...: an interrupt first, so that pytest still says what it found
 stage() {
-    local name=$1 seconds=$2
+    local name=$1 seconds=$2 begin=$SECONDS
     shift 2
+    [ "$seconds" -gt 0 ] || seconds=1
+    [ ${#dry_run[@]} -eq 0 ] || seconds=1800  # a CPU that is shared may pause
     echo "== $name: at most $seconds s"
-    local begin=$SECONDS
-    if timeout "$seconds" "$@" >"$out/$name.log" 2>&1; then
+    if timeout -s INT -k 5 "$seconds" "$@" >"$out/$name.log" 2>&1; then
         echo "   done in $((SECONDS - begin)) s"
     else
         echo "   FAILED or out of time after $((SECONDS - begin)) s; the end of $out/$name.log:"
@@ -51,40 +66,51 @@ stage() {
     fi
 }
 
-for name in "$@"; do
-    case $name in
-    build)
+if wants check; then
+    begin=$SECONDS
+    pytest=("$python" -m pytest -q)
+    ahead=
+    if [ ${#dry_run[@]} -gt 0 ]; then
+        pytest+=(--collect-only)
+    else
         nvidia-smi
-        stage build 120 env DALLE2_FAST_NATIVE=cuda "$python" setup.py build_ext --inplace
+        stage build 80 env DALLE2_FAST_NATIVE=cuda "$python" setup.py build_ext --inplace
         "$python" -m dalle2_fast info
-        ;;
-    tests)  # those that run the kernels on a GPU if there is one, and those that need one
-        workers=()  # most of the time is compilation, which the workers of pytest-xdist share
-        "$python" -c "import xdist" 2>/dev/null && workers=(-n 10)
-        stage tests 300 "$python" -m pytest -q "${workers[@]}" -m "not gpu" tests/kernels \
-            tests/ops tests/benchmarks
-        stage tests-gpu 120 "$python" -m pytest -q -m gpu tests
-        ;;
-    quick)
-        stage quick 540 "$python" -m pytest -q benchmarks/ --benchmark-only --quick \
-            --benchmark-json="$out/quick.json"
-        ;;
-    full)
-        stage full 590 "$python" -m pytest -q benchmarks/ --benchmark-only --minutes 9 \
-            --benchmark-json="$out/full.json"
-        ;;
-    profile)
-        latest=$(ls -t "$out"/full.json "$out"/quick.json 2>/dev/null | head -n 1)
-        stage profile 150 "$python" -m benchmarks.timing.profile_rows "${latest:-$out/quick.json}" \
-            --output "$out/profiles"
-        ;;
-    report)
-        runs=()
-        for run in quick full; do [ -s "$out/$run.json" ] && runs+=("$out/$run.json"); done
-        stage report 60 "$python" -m benchmarks.timing.report "${runs[@]}"
-        ;;
-    esac
+        # While the tests run: what torch.compile takes a minute for is then in its cache.
+        "$python" -m benchmarks.jobs.session "$out/session.jsonl" jobs:80 --compile-ahead \
+            >"$out/ahead.log" 2>&1 &
+        ahead=$!
+        # Most of the time is compilation, which the workers of pytest-xdist share.
+        "$python" -c "import xdist" 2>/dev/null && pytest+=(-n 8)
+    fi
+    stage tests $((90 - (SECONDS - begin))) "${pytest[@]}" -m gpu tests/kernels tests/csrc tests/diffusion \
+        tests/pipeline
+    if [ -n "$ahead" ]; then
+        kill "$ahead" 2>/dev/null
+        wait "$ahead" 2>/dev/null
+    fi
+fi
+
+timed=() seconds=20  # to start
+for entry in jobs:240 ops:80 losses:60; do
+    wants "${entry%:*}" && timed+=("$entry") && seconds=$((seconds + ${entry#*:}))
 done
+if [ ${#timed[@]} -gt 0 ]; then
+    [ ${#dry_run[@]} -eq 0 ] || timed=("${timed[@]/%:*/:600}")
+    stage session "$seconds" "$python" -m benchmarks.jobs.session "$out/session.jsonl" "${timed[@]}" \
+        ${dry_run[@]+"${dry_run[@]}"}
+fi
+
+if wants profile; then
+    stage profile 45 "$python" -m benchmarks.timing.profile_rows "$out/session.jsonl" \
+        --first "decoder forward, batch 2" --output "$out/profiles" ${dry_run[@]+"${dry_run[@]}"}
+fi
+
+if wants report; then
+    results=()
+    [ ${#dry_run[@]} -eq 0 ] || results=(--output "$out/results" --no-plots)  # without --output: README, too
+    stage report 60 "$python" -m benchmarks.timing.report "$out/session.jsonl" ${results[@]+"${results[@]}"}
+fi
 
 if [ ${#failed[@]} -gt 0 ]; then
     echo "failed: ${failed[*]}"

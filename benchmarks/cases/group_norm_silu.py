@@ -180,9 +180,18 @@ def all_norms_inputs(device, dtype, tiny):
     return inputs
 
 
+def film_and_activation(count: int) -> tuple[tuple[bool, str | None], ...]:
+    return tuple((film, activation) for _, film, activation in decoder_norms()[:count])
+
+
+# torch.compile evaluates it instead of tracing how a decoder is built. torch.compiler.assume_constant_result
+# sets the same attribute, but imports torch._dynamo.
+film_and_activation._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def all_norms(function, **inputs):
     outputs = []
-    for index, (_, film, activation) in enumerate(decoder_norms()[: len(inputs) // 4]):
+    for index, (film, activation) in enumerate(film_and_activation(len(inputs) // 4)):
         rows = inputs[f"film{index}"].chunk(2, dim=1) if film else (None, None)
         parameters = inputs[f"weight{index}"], inputs[f"bias{index}"]
         outputs.append(function(inputs[f"x{index}"], *parameters, *rows, activation=activation))

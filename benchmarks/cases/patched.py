@@ -7,6 +7,7 @@ same weights, so a row compares the patch alone. Both are also timed compiled.
 from __future__ import annotations
 
 import copy
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,7 @@ def add_patched(name: str, batch: int, *, gradient: bool = False) -> None:
     def make(device: str, dtype: torch.dtype, tiny: bool) -> dict:
         return make_patched(name, batch, device, dtype, tiny)
 
+    @functools.cache
     def weight_bytes() -> int:
         net = make("meta", torch.bfloat16, False)["net"]
         return 2 * parameter_count(net) * (3 if gradient else 1)

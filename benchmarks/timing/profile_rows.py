@@ -1,10 +1,11 @@
 """Profile the rows that missed a goal: the kernels of a call, longest first.
 
-    python -m benchmarks.timing.profile_rows RUN.json [--cases NAME ...] [--output DIR]
+    python -m benchmarks.timing.profile_rows RUN [--cases NAME ... | --first NAME ...] [--output DIR]
 
-RUN.json is a file of pytest benchmarks/ --benchmark-json or of results/. For every case that missed a goal
-(or those of --cases), torch's profile of ours is written to DIR/<case>.txt and its trace to DIR/<case>.json.
-A change that follows from it is a line in results/tuning.md, with the predicted and the measured time.
+RUN is a file of pytest benchmarks/ --benchmark-json, of jobs.session or of results/. For every case that
+missed a goal (after those of --first, or only those of --cases), torch's profile of ours is written to
+DIR/<case>.txt and its trace to DIR/<case>.json. A change that follows from it is a line in results/tuning.md,
+with the predicted and the measured time. --dry-run profiles two of them at a tiny size on the CPU.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ import torch
 from benchmarks.cases import registry
 from benchmarks.timing.agreement import ours, prepare
 from benchmarks.timing.clock import timed_job
-from benchmarks.timing.rows import Row
+from benchmarks.timing.rows import Row, read_run
 
 
 def short_of_a_goal(path: Path) -> list[str]:
     """Names of the cases with a goal that was missed, each once."""
-    content = json.loads(path.read_text())
-    rows = content["rows"] if "rows" in content else [one["extra_info"] for one in content["benchmarks"]]
+    content = {} if path.suffix == ".jsonl" else json.loads(path.read_text())
+    rows = content["rows"] if "rows" in content else read_run(path)["rows"]
     known = Row.__dataclass_fields__
     found = []
     for row in rows:
@@ -36,13 +37,13 @@ def short_of_a_goal(path: Path) -> list[str]:
     return found
 
 
-def profile(case: registry.Case, stem: Path, rounds: int = 10) -> str:
+def profile(case: registry.Case, stem: Path, dry_run: bool = False) -> str:
     """Write the table and the trace to files with this stem, and return the table."""
-    on_gpu = case.device == "cuda"
+    on_gpu = case.device == "cuda" and not dry_run
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    inputs = case.make(case.device, dtype, False)
-    job = timed_job(case, ours(case, "fused"), *prepare(case, inputs))
-    rounds = 1 if case.calls == 1 else rounds
+    inputs = case.make("cuda" if on_gpu else "cpu", dtype, dry_run)
+    job = timed_job(case, ours(case, "auto" if dry_run else "fused"), *prepare(case, inputs))
+    rounds = 1 if case.calls == 1 or dry_run else 10
     kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
     for _ in range(2):
         job()
@@ -65,22 +66,24 @@ def main() -> int:
     )
     parser.add_argument("run", type=Path)
     parser.add_argument("--cases", nargs="+", help="names of cases to profile, regardless of their goals")
+    parser.add_argument("--first", nargs="+", default=[], help="the same, before those that missed a goal")
     parser.add_argument("--output", type=Path, default=Path("profiles"), help="default: %(default)s")
+    parser.add_argument("--dry-run", action="store_true", help="tiny inputs on the CPU")
     arguments = parser.parse_args()
     cases = registry.load()
     try:
-        names = arguments.cases or short_of_a_goal(arguments.run)
+        names = arguments.cases or list(dict.fromkeys([*arguments.first, *short_of_a_goal(arguments.run)]))
     except (OSError, ValueError, KeyError) as error:
         parser.error(f"{arguments.run}: {type(error).__name__}: {error}")
     if unknown := [name for name in names if name not in cases]:
         parser.error(f"expected cases of the registry, got {', '.join(unknown)}")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        if cases[name].device == "cuda" and not torch.cuda.is_available():
+    for name in names[:2] if arguments.dry_run else names:
+        if cases[name].device == "cuda" and not torch.cuda.is_available() and not arguments.dry_run:
             print(f"{name}: needs a CUDA device", file=sys.stderr)
             continue
         stem = arguments.output / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        print(profile(cases[name], stem))
+        print(profile(cases[name], stem, arguments.dry_run), flush=True)
     if not names:
         print("every goal is met")
     return 0

@@ -1,7 +1,7 @@
 """From runs of the benchmarks to results that can be read, compared and kept.
 
     pytest benchmarks/ --benchmark-only --benchmark-json=run.json
-    python -m benchmarks.timing.report run.json [more.json ...]
+    python -m benchmarks.timing.report run.json [session.jsonl ...]
     python -m benchmarks.timing.report --compare OLD.json NEW.json
 
 The first form writes benchmarks/results/<device>.json, .md and plots, and the README. Rows of a later run
@@ -23,41 +23,37 @@ from pathlib import Path
 from benchmarks.timing.markdown import summary, table
 from benchmarks.timing.plots import plot, plot_memory
 from benchmarks.timing.provenance import RESULTS, ROOT, write
-from benchmarks.timing.rows import Row
+from benchmarks.timing.rows import Row, read_run
 
 FORMAT = 2
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 
 def read_runs(paths: list[Path]) -> dict:
-    """pytest-benchmark's JSON files -> device, date, commit, machine, runs, ceilings, rows, absent."""
+    """Files of runs -> device, date, commit, machine, runs, ceilings, rows, absent."""
     rows, absent, runs, result = {}, {}, [], {}
     for path in paths:
-        run = json.loads(path.read_text())
-        if "benchmarks" not in run or "dalle2_fast" not in run.get("machine_info", {}):
-            raise ValueError(f"{path}: expected a file of pytest benchmarks/ --benchmark-json, got another")
-        machine = run["machine_info"]["dalle2_fast"]
+        run = read_run(path)
+        machine = run["machine"]
         threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
         device = machine["gpu"] or f"{machine['cpu']}, {threads}"
         if result and result["device"] != device:
             raise ValueError(f"{path}: expected a run on {result['device']}, got one on {device}")
-        commit = run["commit_info"]
-        runs.append({"date": run["datetime"], "commit": commit["id"][:10], **machine})
+        runs.append({"date": run["datetime"], "commit": run["commit"][:10], **machine})
         result = {
             "format": FORMAT,
             "device": device,
             "date": run["datetime"][:10],
-            "commit": commit["id"][:10] + (" with local changes" if commit["dirty"] else ""),
+            "commit": run["commit"][:10] + (" with local changes" if run["dirty"] else ""),
             "machine": machine,
             "runs": runs,  # they may differ in versions; each ratio comes from one run
         }
-        for benchmark in run["benchmarks"]:
-            row = dict(benchmark["extra_info"])
+        for row in map(dict, run["rows"]):
             result["ceilings"] = row.pop("ceilings")
             key = row["case"], row["implementation"]
             rows[key] = row
             absent.pop(key, None)
-        for row in run.get("dalle2_fast_absent", []):
+        for row in run["absent"]:
             key = row["case"], row["implementation"]
             if key not in rows:
                 absent[key] = row["absent"]
@@ -107,7 +103,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.timing.report", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("runs", nargs="*", type=Path, help="files of pytest benchmarks/ --benchmark-json")
+    parser.add_argument("runs", nargs="*", type=Path,
+                        help="files of pytest benchmarks/ --benchmark-json, or of jobs.session")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="files in results/")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="default: %(default)s")
     parser.add_argument("--no-plots", action="store_true")

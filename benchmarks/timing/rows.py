@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 
 @dataclass
@@ -68,3 +70,41 @@ class Row:
 
 
 ROWS: list[Row] = []  # of this run
+
+
+def read_run(path: Path) -> dict:
+    """A file of pytest benchmarks/ --benchmark-json or of `jobs.session` -> machine, datetime, commit, dirty,
+    rows and absent: dicts of Row, those of rows with the ceilings."""
+    text = path.read_text()
+    if path.suffix == ".jsonl":
+        return _read_session(path, [json.loads(line) for line in text.splitlines()])
+    run = json.loads(text)
+    if "benchmarks" not in run or "dalle2_fast" not in run.get("machine_info", {}):
+        raise ValueError(f"{path}: expected a file of pytest benchmarks/ --benchmark-json, got another")
+    return dict(
+        machine=run["machine_info"]["dalle2_fast"], datetime=run["datetime"], commit=run["commit_info"]["id"],
+        dirty=run["commit_info"]["dirty"], rows=[one["extra_info"] for one in run["benchmarks"]],
+        absent=run.get("dalle2_fast_absent", []),
+    )  # fmt: skip
+
+
+def _read_session(path: Path, lines: list[dict]) -> dict:
+    """A later row replaces an earlier one of the same name; a figure is kept when a later run has none."""
+    if not lines or "machine" not in lines[0]:
+        raise ValueError(f"{path}: expected a file of benchmarks.jobs.session, got another")
+    rows, absent = {}, {}
+    for line in lines:
+        if "machine" in line:
+            about = line
+            continue
+        row = {name: value for name, value in line.items() if name != "stage"}
+        key = row["case"], row["implementation"]
+        if row["absent"] is None:
+            rows[key] = row
+            absent.pop(key, None)
+        elif key not in rows:
+            absent[key] = row
+    return dict(
+        machine=about["machine"], datetime=about["datetime"], commit=about["commit"].split()[0],
+        dirty="local changes" in about["commit"], rows=list(rows.values()), absent=list(absent.values()),
+    )  # fmt: skip

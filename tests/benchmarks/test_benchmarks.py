@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,15 +12,16 @@ import torch
 
 from benchmarks.cases import registry
 from benchmarks.cases.group_norm_silu import decoder_norms
+from benchmarks.jobs.session import STAGES
 from benchmarks.timing import report
 from benchmarks.timing.agreement import check, ours, results_of
-from benchmarks.timing.provenance import ROOT
 from benchmarks.timing.rows import Row
 
 # Each case for the CPU has one for GPUs that is the same at a tiny size.
 CASES = {name: case for name, case in registry.load().items() if case.device == "cuda"}
 OPS = [name for name, case in CASES.items() if "eager" in case.rivals]
-WHOLE = [name for name, case in CASES.items() if "reference" in case.rivals]
+# Those of a GPU session run in its dry run, which makes the same check: test_session.py.
+WHOLE = [name for name, case in CASES.items() if "reference" in case.rivals and name not in STAGES["jobs"]]
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -230,42 +228,6 @@ def test_rows_short_of_a_goal_are_those_to_profile(tmp_path):
     assert short_of_a_goal(run) == ["late", "beaten"]
     assert report.main([str(run), "--output", str(tmp_path), "--no-plots"]) == 0
     assert short_of_a_goal(tmp_path / "gpu-1.json") == ["late", "beaten"]
-
-
-def test_the_gpu_session_names_its_stages(tmp_path):
-    """Catches a script that works from one folder only, and a path that was moved."""
-    script = ROOT / "benchmarks" / "gpu_session.sh"
-    for folder, name in ((tmp_path, script), (ROOT / "benchmarks", "./gpu_session.sh")):
-        for arguments in ([], [tmp_path / "out", "tune"]):
-            done = subprocess.run([name, *arguments], cwd=folder, capture_output=True, text=True)
-            assert done.returncode == 2 and "profile" in done.stderr
-    text = script.read_text()
-    named = re.findall(r"\btests/\w+", text)
-    named += [f"{module.replace('.', '/')}.py" for module in re.findall(r"-m (benchmarks[.\w]+)", text)]
-    assert len(named) == 5 and all((ROOT / name).exists() for name in named)
-
-
-def test_the_gpu_session_takes_no_stage_for_its_folder(tmp_path):
-    """`gpu_session.sh tests` ran everything and wrote into a folder called tests."""
-    script = ROOT / "benchmarks" / "gpu_session.sh"
-    for arguments in (["tests"], ["report", "build"]):
-        done = subprocess.run([script, *arguments], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 2 and f"{arguments[0]} is a stage: expected the folder OUT" in done.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_gpu_session_rewrites_the_readme_only_if_asked(tmp_path):
-    """By default it rewrote that of whoever ran it."""
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
-    python.chmod(0o755)
-    script = ROOT / "benchmarks" / "gpu_session.sh"
-    for stages, expected in (([], False), (["report"], True)):
-        (tmp_path / "calls").unlink(missing_ok=True)
-        environment = os.environ | {"PYTHON": str(python)}
-        done = subprocess.run([script, tmp_path / "out", *stages], capture_output=True, env=environment)
-        assert done.returncode == 0, done
-        assert ("benchmarks.timing.report" in (tmp_path / "calls").read_text()) == expected
 
 
 def test_memory_and_time_of_the_loss_are_drawn(tmp_path):
