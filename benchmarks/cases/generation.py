@@ -7,6 +7,7 @@ of the same size and runs as many steps with the same guidance.
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 import weakref
 
@@ -56,9 +57,15 @@ def pipeline(sizes: Sizes, few_steps: bool = False) -> DALLE2:
     )  # fmt: skip
 
 
-def generate_images(impl: str, pipe: DALLE2, images: int) -> Tensor:
+GRAPHS = "graphs" in inspect.signature(DALLE2.generate).parameters
+
+
+def generate_images(impl: str, pipe: DALLE2, images: int, graphs: bool = True) -> Tensor:
+    """graphs: on a GPU, replay the steps as CUDA graphs. The reference may not: the kernels would be replayed.
+    """
+    captured = graphs and impl != "reference" and pipe.device.type == "cuda"
     with op_implementation(impl):
-        made = pipe.generate(CAPTION, images, seed=0).images
+        made = pipe.generate(CAPTION, images, seed=0, **(dict(graphs=captured) if GRAPHS else {})).images
     return made.double() if pipe.dtype == torch.float64 else made
 
 
@@ -175,13 +182,16 @@ def add_generation(sizes: Sizes, images: int) -> None:
 
     side = 4 * sizes.pixels
     rivals = {"diffusers": RivalPipeline(False), "diffusers, compiled": RivalPipeline(True)}
-    reference = functools.partial(generate_images, "reference")
+    versions = {"reference": functools.partial(generate_images, "reference")}
+    if sizes.device == "cuda":
+        without_graphs = functools.partial(generate_images, "fused", graphs=False)
+        versions["ours, without graphs"] = without_graphs if GRAPHS else "DALLE2.generate has no CUDA graphs"
     add(
         Case(
             f"caption to {side} px, {images} images{device_suffix(sizes.device)}",
             make,
             generate_images,
-            {"reference": reference, **{name: needs("diffusers", rival) for name, rival in rivals.items()}},
+            versions | {name: needs("diffusers", rival) for name, rival in rivals.items()},
             bytes=functools.cache(lambda: 2 * parameters_of(pipeline, sizes)),
             flops=functools.cache(flops),
             images=images,
@@ -190,6 +200,7 @@ def add_generation(sizes: Sizes, images: int) -> None:
             same_bits=sizes.device == "cpu",
             wall_clock=True,
             calls=1,
+            target_factors={"diffusers": 3.0, "diffusers, compiled": 2.0} if sizes.device == "cuda" else {},
             # In float32: over many sampling steps, errors of bfloat16 grow beyond what the ops add.
             make_check=lambda device, dtype: make(device, torch.float32, True),
         )

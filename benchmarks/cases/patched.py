@@ -98,6 +98,7 @@ def add_patched(name: str, batch: int, *, gradient: bool = False) -> None:
             with_forward=gradient,
             same_bits=False,
             package=foreign_unets.package(name),
+            target_factors={} if gradient or name != "stable diffusion 1.5" else {"unpatched": 1.3},
         )
     )
 
