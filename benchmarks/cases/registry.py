@@ -123,6 +123,9 @@ def compiled(function: Callable, network: bool = False) -> Callable:
 
     @functools.cache
     def make():
+        from torch._functorch import config
+
+        config.donated_buffer = False  # the clock repeats a backward pass, which must not reuse its inputs
         return torch.compile(function, mode=_mode(), dynamic=False)
 
     def run(**inputs):
