@@ -18,8 +18,8 @@ from ._tile import (
     locate_groups,
     mean_and_variance,
     store_normalised,
-    sum_over_group,
     tile_offset,
+    tile_sum_over_group,
 )
 
 # ---------------------------------------------------------------------------------------------- the slab fits
@@ -65,7 +65,7 @@ def _resident_kernel(
             gains += (gain,)
             offsets += (offset,)
     # The mean of large numbers is rounded. The second pass, which sums the squares about it, corrects it.
-    pivot = sum_over_group(tl.sum(total, axis=1), row, WIDTH, GROUPS) / count
+    pivot = tile_sum_over_group(total, row, WIDTH, GROUPS) / count
 
     total = tl.zeros([CHANNELS, POSITIONS], tl.float32)
     squares = tl.zeros([CHANNELS, POSITIONS], tl.float32)

@@ -74,6 +74,20 @@ def sum_over_group(value, row, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
+def flat(tile):
+    """All elements of a tile, in any order."""
+    return tl.reshape(tile, [tile.shape[0] * tile.shape[1]], can_reorder=True)
+
+
+@triton.jit
+def tile_sum_over_group(tile, row, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
+    """`sum_over_group` of the sums of a tile [channels, positions] over its positions."""
+    if GROUPS == 1:  # one reduction, which has half the barriers of two
+        return tl.zeros(row.shape, tl.float32) + tl.sum(flat(tile), axis=0)
+    return sum_over_group(tl.sum(tile, axis=1), row, WIDTH, GROUPS)
+
+
+@triton.jit
 def add_pairs(a, b, c, d):
     return a + c, b + d
 
@@ -105,10 +119,16 @@ def mean_and_variance(total, squares, count, row, WIDTH: tl.constexpr, GROUPS: t
     total, squares: sums of (x - pivot) and of its square, per lane. The relative error of the variance grows
     with (pivot - mean)^2 / variance, so the pivot must be near the mean (load_pivot).
     """
-    total, squares = tl.reduce((total, squares), 1, add_pairs)
-    mean = sum_over_group(total, row, WIDTH, GROUPS) / count
-    squares = sum_over_group(squares, row, WIDTH, GROUPS) / count
-    return mean, tl.maximum(squares - mean * mean, 0.0)
+    if GROUPS == 1:  # as in tile_sum_over_group
+        total, squares = tl.reduce((flat(total), flat(squares)), 0, add_pairs)
+        total += tl.zeros(row.shape, tl.float32)
+        squares += tl.zeros(row.shape, tl.float32)
+    else:
+        total, squares = tl.reduce((total, squares), 1, add_pairs)
+        total = sum_over_group(total, row, WIDTH, GROUPS)
+        squares = sum_over_group(squares, row, WIDTH, GROUPS)
+    mean = total / count
+    return mean, tl.maximum(squares / count - mean * mean, 0.0)
 
 
 @triton.jit

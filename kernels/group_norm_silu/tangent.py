@@ -30,6 +30,7 @@ from ._tile import (
     locate_groups,
     sum_over_group,
     tile_offset,
+    tile_sum_over_group,
 )
 from .backward import arrange_pair, launch_sums
 from .op import group_norm_silu_tangent
@@ -106,8 +107,8 @@ def _whole_tangent_kernel(
         total1 += dz
         total2 += dz * centred
     count = (WIDTH * 1.0) * positions
-    mean1 = sum_over_group(tl.sum(total1, axis=1), row, WIDTH, GROUPS) / count
-    mean2 = sum_over_group(tl.sum(total2, axis=1), row, WIDTH, GROUPS) * rstd / count
+    mean1 = tile_sum_over_group(total1, row, WIDTH, GROUPS) / count
+    mean2 = tile_sum_over_group(total2, row, WIDTH, GROUPS) * rstd / count
 
     # In reverse order, because what was read last is still in L1 or L2.
     for done in range(CHANNEL_TILES * POSITION_TILES):
