@@ -64,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "fp32", "bf16"),
         help="bf16: autocast, fp32 weights; auto (default): the run's, or else bf16 on a device that has it",
     )
+    add(
+        "--graphs",
+        action="store_true",
+        help="replay the training step as a CUDA graph, on a GPU; the learning rate is then rounded to "
+        "float32, so that a resumed run repeats bit for bit only with the same choice",
+    )
     add("--threads", type=int, help="CPU threads (default: torch's)")
     add(
         "--data",
@@ -157,6 +163,7 @@ def _train(args: argparse.Namespace) -> int:
             init=args.init,
             freeze=args.freeze,
             show_progress=not args.quiet,
+            graphs=args.graphs,
         )
         if outcome != "finished":
             print(f"{name}: {outcome}; the state is saved, continue with --resume")

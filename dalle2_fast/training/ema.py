@@ -50,11 +50,19 @@ class ExponentialMovingAverage:
         """The decay that the next update will use."""
         return min(self.decay, (1 + self.updates) / (10 + self.updates))
 
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move the average towards the model's current weights."""
+    def next_weight(self) -> float:
+        """The weight of the model's current weights in the next average; it counts an update."""
         weight = 1.0 - self.current_decay()
         self.updates += 1
+        return weight
+
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards the model's current weights."""
+        self.move(model, self.next_weight())
+
+    @torch.no_grad()
+    def move(self, model: nn.Module, weight: float | Tensor) -> None:
+        """Give the model's current weights this weight in the average: a number, or a scalar tensor."""
         current = model.state_dict()
         averages, values = [], []
         for name, average in self.average.items():
@@ -63,7 +71,11 @@ class ExponentialMovingAverage:
                 values.append(current[name].detach())
             else:
                 average.copy_(current[name])
-        torch._foreach_lerp_(averages, values, weight)
+        if isinstance(weight, Tensor):  # which torch._foreach_lerp_ does not take
+            for average, value in zip(averages, values, strict=True):
+                average.lerp_(value, weight.to(average.dtype))
+        else:
+            torch._foreach_lerp_(averages, values, weight)
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:

@@ -56,7 +56,7 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         params: parameters, each with two or more dimensions, or groups of them.
-        lr: learning rate, of AdamW's size.
+        lr: learning rate, of AdamW's size; a number, or a scalar tensor on the device of the parameters.
         momentum: in [0, 1).
         weight_decay: decoupled, as in AdamW.
 
@@ -64,7 +64,9 @@ class Muon(torch.optim.Optimizer):
         ValueError: a parameter has fewer than two dimensions.
     """
 
-    def __init__(self, params, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, params, lr: float | Tensor = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -82,7 +84,9 @@ class Muon(torch.optim.Optimizer):
             for stack in stacked_by_shape(parameters):
                 self._update(stack, **{name: group[name] for name in ("lr", "momentum", "weight_decay")})
 
-    def _update(self, parameters: list[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
+    def _update(
+        self, parameters: list[Tensor], lr: float | Tensor, momentum: float, weight_decay: float
+    ) -> None:
         """One update of parameters whose matrices have one shape or its transpose."""
         for parameter in parameters:
             if not self.state[parameter]:
@@ -95,7 +99,11 @@ class Muon(torch.optim.Optimizer):
         size = 0.2 * max(matrices[0].shape) ** 0.5
         torch._foreach_mul_(parameters, 1 - lr * weight_decay)
         updates = [update.view_as(p) for update, p in zip(updates, parameters, strict=True)]
-        torch._foreach_add_(parameters, updates, alpha=-lr * size)
+        if isinstance(lr, Tensor):  # alpha has to be a number, for which the host would wait
+            torch._foreach_mul_(updates, lr * size)
+            torch._foreach_sub_(parameters, updates)
+        else:
+            torch._foreach_add_(parameters, updates, alpha=-lr * size)
 
 
 def stacked_by_shape(parameters: Sequence[Tensor]) -> list[list[Tensor]]:

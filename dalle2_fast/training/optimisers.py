@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dalle2_fast.training.muon import Muon
 from dalle2_fast.training.recipes import Optimisation
@@ -31,8 +31,19 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 ENDS = {"conv_in", "conv_out", "layout", "proj_in", "proj_out", "proj", "text_projection"}
 
 
-def make_optimizers(model: nn.Module, options: Optimisation) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters, or Muon for the hidden matrices and AdamW for the rest."""
+def make_optimizers(
+    model: nn.Module, options: Optimisation, rate: Tensor | None = None
+) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters, or Muon for the hidden matrices and AdamW for the rest.
+
+    Args:
+        model: its parameters are optimised.
+        options: the optimiser and its settings.
+        rate: a scalar from which every step reads the learning rate, so that a CUDA graph may contain it;
+            None where the learning rate is a number.
+    """
+    learning_rate = options.learning_rate if rate is None else rate
+    capturable = rate is not None and rate.device.type == "cuda"
     decayed, free = parameter_groups(model, options.weight_decay)
     optimizers: list[torch.optim.Optimizer] = []
     if options.optimizer == "muon":
@@ -40,10 +51,12 @@ def make_optimizers(model: nn.Module, options: Optimisation) -> list[torch.optim
         hidden = [p for p in decayed["params"] if id(p) not in ends]
         decayed["params"] = [p for p in decayed["params"] if id(p) in ends]
         if hidden:
-            optimizers.append(Muon(hidden, lr=options.learning_rate, weight_decay=options.weight_decay))
+            optimizers.append(Muon(hidden, lr=learning_rate, weight_decay=options.weight_decay))
     if groups := [group for group in (decayed, free) if group["params"]]:
         optimizers.append(
-            torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, fused=True)
+            torch.optim.AdamW(
+                groups, lr=learning_rate, betas=options.betas, fused=True, capturable=capturable
+            )
         )
     if not optimizers:
         raise ValueError("model: expected a parameter that requires a gradient, got none")

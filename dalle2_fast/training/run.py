@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dalle2_fast.cuda_graphs import CudaGraphs
 from dalle2_fast.data import World
+from dalle2_fast.pipeline.compilation.graphs import check_graphs
 from dalle2_fast.pipeline.dalle2 import DALLE2
 from dalle2_fast.pipeline.device import choose_dtype
 from dalle2_fast.training.errors import TrainingError
@@ -82,6 +84,8 @@ def train_stage(name: str, preset: Preset, out: Path, **options) -> str:
               it is resumed, else none.
             - override: resume although settings differ from those of the run, with the new ones.
             - show_progress: draw a progress bar.
+            - graphs: replay the training step as a CUDA graph. A stage that cannot says why, and trains
+              without.
 
     Returns:
         "finished", "paused" or "interrupted by SIGINT" (or SIGTERM).
@@ -110,9 +114,11 @@ def _train(
     freeze: Sequence[str] | None = None,
     override: bool = False,
     show_progress: bool = True,
+    graphs: bool = False,
 ) -> str:
     """`train_stage` in a locked folder. planned: stages of this command, which are recorded with this one."""
     device, folder = torch.device(device), StageFolder(out / name)
+    check_graphs(graphs, device, "--graphs")
     if folder.has_state() and not resume:
         raise TrainingError(f"--out: {folder.path} already holds a training state: add --resume to continue")
     if folder.weights_path.exists() and not resume:  # a resumed run would take them for its own
@@ -169,9 +175,13 @@ def _train(
     if shards is not None:
         write_file(out / TOKENIZER, json.dumps(reads.to_config()).encode())
     options = preset.recipe(name).optimisation
+    if graphs and (reason := stage.why_not_captured()):
+        print(f"{name}: without graphs: {reason}")
+        graphs = False
     trainer = Trainer(
-        stage, options, folder, seed=seed, device=device, dtype=dtype, show_progress=show_progress
-    )
+        stage, options, folder, seed=seed, device=device, dtype=dtype, show_progress=show_progress,
+        graphs=CudaGraphs(device) if graphs else None,
+    )  # fmt: skip
     if folder.has_state():
         trainer.resume(fresh_optimizers="--freeze" in found)
     outcome = trainer.train(pause_after)

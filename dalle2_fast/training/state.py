@@ -27,14 +27,23 @@ class TrainingState:
         options: optimiser and decay of the average.
         seed: with the step it determines everything random; a state of another seed is not resumed.
         device: where model, average and optimisers are.
+        graphs: whether an update may be captured as a CUDA graph: learning rate and decay are then tensors.
     """
 
     def __init__(
-        self, stage: Stage, options: Optimisation, *, seed: int = 0, device: torch.device | str = "cpu"
+        self,
+        stage: Stage,
+        options: Optimisation,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        graphs: bool = False,
     ) -> None:
         self.model = stage.model.to(device).train()
         self.ema = ExponentialMovingAverage(self.model, options.ema_decay)
-        self.optimizers = make_optimizers(self.model, options)
+        self._rate = torch.zeros((), device=device) if graphs else None
+        self._average_weight = torch.zeros((), device=device) if graphs else None
+        self.optimizers = make_optimizers(self.model, options, self._rate)
         self.options = options
         self.step = 0
         self.samples = 0  # that were trained on; the batch size may change when a run is resumed
@@ -51,6 +60,21 @@ class TrainingState:
                 group["lr"] = rate
             optimizer.step()
         self.ema.update(self.model)
+        self._count()
+
+    def set_update(self, rate: float) -> None:
+        """Count an update with learning rate `rate` and set the tensors that `captured_update` reads."""
+        self._rate.fill_(rate)
+        self._average_weight.fill_(self.ema.next_weight())
+        self._count()
+
+    def captured_update(self) -> None:
+        """The part of an update that is done on the device."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.ema.move(self.model, self._average_weight)
+
+    def _count(self) -> None:
         self.step += 1
         self.samples += self.options.batch_size
 

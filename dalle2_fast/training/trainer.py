@@ -20,6 +20,7 @@ from tqdm import tqdm
 from dalle2_fast.seeds import mix_seed
 from dalle2_fast.training.errors import TrainingError
 from dalle2_fast.training.folder import StageFolder
+from dalle2_fast.training.graphs.step import GraphedStep, Graphs
 from dalle2_fast.training.interruption import stop_requests
 from dalle2_fast.training.recipes import Optimisation
 from dalle2_fast.training.stages.protocol import Stage
@@ -38,6 +39,8 @@ class Trainer:
         device: where the model is.
         dtype: torch.bfloat16 for autocast; weights, averages and losses are float32.
         show_progress: draw a progress bar.
+        graphs: captures the step as a CUDA graph, see `GraphedStep`; None for none. Then the learning rate is
+            rounded to float32.
     """
 
     def __init__(
@@ -50,11 +53,18 @@ class Trainer:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         show_progress: bool = True,
+        graphs: Graphs | None = None,
     ) -> None:
         self.stage, self.options, self.folder, self.seed = stage, options, folder, seed
         self.device, self.dtype = torch.device(device), dtype
         self.show_progress = show_progress
-        self.state = TrainingState(stage, options, seed=seed, device=self.device)
+        self.state = TrainingState(
+            stage, options, seed=seed, device=self.device, graphs=graphs is not None
+        )
+        self._generator = torch.Generator(self.device)
+        self._graphed = None
+        if graphs is not None:
+            self._graphed = GraphedStep(self._whole_step, graphs, self._generator)
 
     def save(self) -> None:
         self.folder.save_state(self.state.state_dict())
@@ -116,10 +126,7 @@ class Trainer:
 
             # Batch, loss, gradient, clipping; then the weights and their average.
             rate = options.rate(state.step, progress)
-            state.window.add(*self._backward(), rate)
-            if self.device.type == "cpu":  # reading a value stalls a GPU; there the log line does it
-                self._require_finite()
-            state.update(rate)
+            self._step(rate)
 
             # The log: numbers often, metrics and images now and then.
             doubled = state.step >= options.first_validation and state.step & (state.step - 1) == 0
@@ -139,18 +146,44 @@ class Trainer:
                 self.save()
                 saved = now
 
-    def _backward(self) -> tuple[Tensor, Tensor]:
-        """Leave the clipped gradient of this step's loss in the parameters; return loss and gradient norm."""
+    def _step(self, rate: float) -> None:
+        """One step: loss, gradient, clipping, weights and their average."""
+        state = self.state
+        if self._graphed is not None:
+            batch = self._batch()
+            state.set_update(rate)
+            state.window.add(*self._graphed(batch), rate)
+            return
+        state.window.add(*self._backward(), rate)
+        if self.device.type == "cpu":  # reading a value stalls a GPU; there the log line does it
+            self._require_finite()
+        state.update(rate)
+
+    def _batch(self) -> dict:
+        """The batch of this step; everything random in the step then depends on (seed, step)."""
         # The 1 makes this noise differ from the numbers of the data, which depend on (seed, step).
         seed = mix_seed(self.seed, self.state.step, 1)
         torch.manual_seed(seed)  # for dropout, which takes no generator
-        generator = torch.Generator(self.device).manual_seed(seed)
-        batch = self.stage.batch(self.state.step)
+        self._generator.manual_seed(seed)
+        return self.stage.batch(self.state.step)
+
+    def _whole_step(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """Everything that a step does on the device, after `TrainingState.set_update`."""
+        loss_and_norm = self._gradient(batch)
+        self.state.captured_update()
+        return loss_and_norm
+
+    def _backward(self) -> tuple[Tensor, Tensor]:
+        """Leave the clipped gradient of this step's loss in the parameters; return loss and gradient norm."""
+        return self._gradient(self._batch())
+
+    def _gradient(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """`_backward` of a batch."""
         self.state.model.zero_grad(set_to_none=True)
         with self._attention(), torch.autocast(
             self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16
         ):
-            loss = self.stage.loss(batch, generator)
+            loss = self.stage.loss(batch, self._generator)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.state.model.parameters(), self.options.clip_norm)
         return loss.detach().float(), norm.detach().float()

@@ -64,6 +64,10 @@ class SceneStage:
     def scenes_per_batch(self) -> int:
         return self.recipe.optimisation.batch_size
 
+    def why_not_captured(self) -> str | None:
+        """Why the loss cannot be part of a CUDA graph; None if it can."""
+        return None
+
     def batch(self, step: int) -> dict:
         return self.stream.batch(step)
 

@@ -56,14 +56,20 @@ class DecoderStage(ClipGuidedStage):
     def resolutions(self) -> tuple[int, ...]:
         return tuple(dict.fromkeys((self.model.image_size, self.clip.image_size)))
 
+    def batch(self, step: int) -> dict:
+        """The batch of the stream, and pixel_weight where objects have more weight."""
+        batch = super().batch(step)
+        if self.weight != 1.0:  # here and not in the loss, because rendering makes the host wait
+            batch = batch | {"pixel_weight": foreground_weight(batch, self.size, self.weight)}
+        return batch
+
     def loss(self, batch: dict, generator: torch.Generator) -> Tensor:
-        pixel_weight = foreground_weight(batch, self.size, self.weight) if self.weight != 1.0 else None
         return self.model(
             batch["images"][self.size],
             text=batch["tokens"],
             image_embed=self.image_embed(batch),
             generator=generator,
-            pixel_weight=pixel_weight,
+            pixel_weight=batch.get("pixel_weight"),
             check_range=self.device.type == "cpu",
         )
 

@@ -46,6 +46,11 @@ class UpsamplerStage(SceneStage):
     def scenes_per_batch(self) -> int:
         return self.recipe.optimisation.batch_size // self.crops
 
+    def why_not_captured(self) -> str | None:
+        if self.model.degradation == "bsr" and self.model.degradation_prob > 0:
+            return "the degradation bsr chooses its steps on the host"
+        return None
+
     def loss(self, batch: dict, generator: torch.Generator) -> Tensor:
         low, high = batch["images"][self.low], batch["images"][self.high]
         if self.crop < self.high:

@@ -43,10 +43,13 @@ class TapeGraphs:
         if self.memory <= 0:
             raise torch.OutOfMemoryError("no memory")
         self.memory -= 1
-        tape = Tape()
+        tape, sources = Tape(), [torch.default_generator, *generators]
+        states = [generator.get_state() for generator in sources]
         with tape:
             function()
         tape.restore()
+        for generator, state in zip(sources, states, strict=True):
+            generator.set_state(state)
         self.captured += 1
 
         def replay():
