@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import sys
@@ -13,6 +14,7 @@ from typing import NamedTuple
 from dalle2_fast.kernels.contrastive._cuda import CudaBackend
 from dalle2_fast.kernels.cross_attention import _common as attention_common
 from dalle2_fast.kernels.cross_attention import _short_backward as attention_short_backward
+from dalle2_fast.kernels.cross_attention import _split as attention_split
 from dalle2_fast.kernels.cross_attention import forward as attention_forward
 from dalle2_fast.kernels.diffusion import _statistics as step_statistics
 from dalle2_fast.kernels.diffusion import step as diffusion_step
@@ -51,10 +53,20 @@ def options(module, kernel: str, **values) -> list[Change]:
     return [Change(module, kernel, WithOptions(getattr(module, kernel), **values))]
 
 
-def launch_config(module, **values) -> list[Change]:
-    """Entries of all launch configurations of a module."""
-    chosen = module._launch_config
-    return [Change(module, "_launch_config", lambda *args: chosen(*args) | values)]
+def launch_config(module, function: str = "_launch_config", **values) -> list[Change]:
+    """Entries of all launch configurations that this function of a module gives."""
+    chosen = getattr(module, function)
+    return [Change(module, function, lambda *args: chosen(*args) | values)]
+
+
+def keys_split(rows: int, whole_waves: int | None, parts: int) -> list[Change]:
+    """The split of the keys in the long form, on 132 multiprocessors. whole_waves=None: no tile is split."""
+
+    def plan(pairs, queries, blocks, tiles, capability) -> attention_split.Split:
+        count = pairs * -(-queries // rows)
+        return attention_split.Split(rows, count if whole_waves is None else whole_waves * 132, parts)
+
+    return [Change(attention_forward, "plan", plan)]
 
 
 def programs_per_head(resident: int, parts: int) -> list[Change]:
@@ -85,6 +97,44 @@ def source(module, kernel: str, *replacements: tuple[str, str]) -> list[Change]:
     variant = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(variant)
     return [Change(module, kernel, getattr(variant, kernel))]
+
+
+class Launcher:
+    """A function (grid, *arguments) in place of a kernel."""
+
+    def __init__(self, function) -> None:
+        self.function = function
+
+    def __getitem__(self, grid):
+        return functools.partial(self.function, grid)
+
+
+def in_slices(samples: int) -> list[Change]:
+    """Both launches of a norm whose slabs are cut into chunks, for a few samples at a time.
+
+    The second launch of a slice then reads x from L2, if the slice of x and of y fits there.
+    """
+    moments, apply = norm_forward._moments_kernel, norm_forward._apply_kernel
+
+    def both(
+        grid, x, y, mean, rstd, partial, weight, bias, scale, shift, *numbers, SILU, MAX_CHUNKS, **sizes
+    ):  # fmt: skip
+        groups, channels, positions, x_stride, _, *strides, slabs, chunks, each = numbers[3:]
+        for first in range(0, len(x), samples):
+            here = slice(first, first + samples)
+            x_here, *given = (value if value is None else value[here] for value in (x, y, mean, rstd))
+            film = (value if value is None else value[here] for value in (scale, shift))
+            sums = partial.flatten()[first * groups * chunks :]
+            programs = (grid[0] * len(x_here) // len(x),)
+            moments[programs](
+                x_here, sums, groups, channels, positions, x_stride, *strides, slabs, chunks, each, **sizes
+            )
+            apply[programs](
+                x_here, *given, sums, weight, bias, *film, *numbers, SILU=SILU, MAX_CHUNKS=MAX_CHUNKS, **sizes
+            )
+
+    nothing = Launcher(lambda *args, **kwargs: None)  # the second launch makes both
+    return constants(norm_forward, _moments_kernel=nothing, _apply_kernel=Launcher(both))
 
 
 def variations() -> Iterator[Variation]:
@@ -120,6 +170,18 @@ def norm_variations() -> Iterator[Variation]:
                 yield case, f"{lanes} lanes, {warps} warps, {programs} programs", constants(
                     norm_plan, CHUNK_LANES=lanes, CHUNK_WARPS=warps, COLUMN_PROGRAMS=programs
                 )
+    # With fewer warps, which hold more values a thread, both sweeps were faster at equal lanes.
+    for lanes, warps in ((8192, 4), (4096, 2), (2048, 2), (2048, 1), (1024, 1)):
+        for programs in (8, 16):
+            yield case, f"{lanes} lanes, {warps} warps, {programs} programs", constants(
+                norm_plan, CHUNK_LANES=lanes, CHUNK_WARPS=warps, COLUMN_PROGRAMS=programs
+            )
+    for groups in (3, 6, 16, 32):  # 12 are chosen: 120 of 128 lanes, and runs of 240 bytes
+        yield case, f"{groups} groups a program", constants(
+            norm_plan, _column_groups=lambda *shape, groups=groups, **limits: groups
+        )
+    for samples in (4, 8, 16):
+        yield case, f"slices of {samples} samples", in_slices(samples)
     yield case, "moments in 64 registers", options(norm_forward, "_moments_kernel", maxnreg=64)
     yield case, "moments, loop not unrolled", source(
         norm_forward, "_moments_kernel", (", loop_unroll_factor=2", "")
@@ -168,6 +230,27 @@ def norm_variations() -> Iterator[Variation]:
             norm_plan, _few_groups=lambda width, count, itemsize, groups=groups: groups
         )
     chosen_warps = norm_plan._warps
+    yield case, "twice the values a thread", [
+        Change(norm_plan, "_warps", lambda lanes: max(1, chosen_warps(lanes) // 2))
+    ]
+    loop = "range(CHANNEL_TILES * POSITION_TILES)"
+    for times in (2, 4):  # so that the loads of several tiles wait together
+        text = f"for tile in tl.{loop[:-1]}, loop_unroll_factor={times})"
+        yield case, f"first read unrolled {times} times", source(
+            norm_forward, "_looped_kernel", (f"for tile in {loop}", text)
+        )
+    for lanes, warps in ((8192, 8), (16384, 16), (4096, 4)):
+        yield case, f"read twice in tiles of {lanes}, {warps} warps", constants(
+            norm_plan, FORWARD_LANES=lanes, FORWARD_WARPS=warps
+        )
+    for lanes, warps in ((8192, 4), (4096, 2)):
+        yield case, f"chunks of {lanes} lanes, {warps} warps", constants(
+            norm_plan, CHUNK_LANES=lanes, CHUNK_WARPS=warps
+        )
+    together = dict(RESIDENT_LANES=32768, CHUNK_LANES=8192, CHUNK_WARPS=8, FORWARD_LANES=16384)
+    yield case, "the three that were 2 to 5 % faster, together", constants(
+        norm_plan, **together, FORWARD_WARPS=32
+    )
     for factor in (2, 4):
         yield case, f"a {factor}th of the values a thread", [
             Change(norm_plan, "_warps", lambda lanes, factor=factor: min(32, chosen_warps(lanes) * factor))
@@ -178,7 +261,7 @@ def attention_variations() -> Iterator[Variation]:
     for case in ("cross-attention forward", "cross-attention forward masked"):
         for rows, warps, stages in ((64, 4, 2), (64, 4, 4), (128, 8, 3), (128, 4, 3)):
             yield case, f"{rows} queries, {warps} warps, {stages} stages", launch_config(
-                attention_forward, BLOCK_T=rows, num_warps=warps, num_stages=stages
+                attention_forward, "_short_config", BLOCK_T=rows, num_warps=warps, num_stages=stages
             )
         for parts in (3, 5, 10, 13, 16):
             yield case, f"{parts} parts", programs_per_head(2, parts)
@@ -194,13 +277,21 @@ def attention_variations() -> Iterator[Variation]:
         yield case, f"{parts} parts", programs_per_head(1, parts)
     for case in ("unclip attention, batch 2", "unclip attention, batch 64"):
         for rows, keys, warps, stages in (
-            (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3),
-            (128, 64, 8, 4), (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 2),
-            (128, 64, 4, 4),
+            (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 2), (128, 64, 8, 3),
+            (128, 128, 8, 3), (128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 4, 4),
         ):  # fmt: skip
-            yield case, f"{rows} queries, {keys} keys, {warps} warps, {stages} stages", launch_config(
-                attention_forward, BLOCK_T=rows, BLOCK_S=keys, num_warps=warps, num_stages=stages
+            yield case, f"{rows} queries, {keys} keys, {warps} warps, {stages} stages", keys_split(
+                rows, None, 1
+            ) + launch_config(
+                attention_forward, "_long_config", BLOCK_S=keys, num_warps=warps, num_stages=stages
             )
+    case = "unclip attention, batch 2"
+    for rows, whole_waves, parts in (
+        (64, 2, 2), (64, 2, 4), (64, 0, 2), (128, 0, 2), (128, 0, 3), (128, 1, 5),
+    ):  # fmt: skip
+        yield case, f"{rows} queries, keys in {parts} parts after {whole_waves} waves", keys_split(
+            rows, whole_waves, parts
+        )
 
 
 def step_variations() -> Iterator[Variation]:

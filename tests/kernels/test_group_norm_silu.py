@@ -156,6 +156,22 @@ def test_an_outlier_first(path, kernel_device, path_name):
     assert error < 1e-4
 
 
+def test_a_few_samples_at_a_time(path, kernel_device):
+    # Catches: a slice of a tensor, of its sums or of its embedding that begins elsewhere (in `tune`).
+    from benchmarks.timing.tune import changed
+    from benchmarks.timing.variations import in_slices
+
+    path("chunks")
+    x, *given = make((3, 20, 5, 5), kernel_device, layout=NHWC).values()
+
+    def norm():
+        return functional.group_norm_silu(x, 4, *given[:2], 1e-5, *given[2:], impl="fused")
+
+    expected = norm()
+    with changed(in_slices(2)):
+        assert torch.equal(norm(), expected)
+
+
 def test_film_and_x_are_read_in_place(kernel_device):
     # Catches: strides of the batch or of the embedding taken for C * P and C.
     inputs = make((4, 6, 3, 3), kernel_device)
