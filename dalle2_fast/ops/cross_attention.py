@@ -52,8 +52,9 @@ def cross_attention(
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has the wrong shape, value or device, only one of image_k and image_v is
             given, or impl="fused" and D > 128.
-        RuntimeError: impl="fused" and no kernel can run here, or, on the CPU, an input requires a gradient,
-            which only the reference has there (impl="auto" then takes it).
+        RuntimeError: impl="fused" and no kernel can run here, or, on the CPU, an input requires a gradient or
+            has a tangent, for which only the reference has a rule there (impl="auto" then takes it).
+        NotImplementedError: the tangent of the kernel is differentiated, or its gradient under forward mode.
 
     Source: Vaswani et al., 1706.03762; the joint softmax over text and image keys: GLIDE, 2112.10741.
 
@@ -71,8 +72,9 @@ def cross_attention(
     tensors = (q, context_k, context_v, image_k, image_v)
     # On the CPU torch multiplies half precision in AMX tiles, and takes as long as the kernel.
     native = impl == "fused" or q.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    unsuitable = _dispatch.use_reference(impl, *tensors, on_cpu=native) or _is_too_wide(q, impl)
-    if unsuitable or _lacks_gradient(impl, tensors):
+    has_tangent = not _dispatch.is_native(q)
+    unsuitable = _dispatch.use_reference(impl, *tensors, on_cpu=native, forward_mode=has_tangent)
+    if unsuitable or _is_too_wide(q, impl) or _lacks_gradient(impl, tensors):
         return cross_attention_reference(
             q, context_k, context_v, context_mask, image_k, image_v, softmax_scale
         )
@@ -83,7 +85,7 @@ def cross_attention(
     arguments = (q, context_k, context_v, context_mask, image_k, image_v, softmax_scale)
     if _dispatch.is_native(q):
         return torch.ops.dalle2_fast.cross_attention_inference.default(*arguments)
-    return torch.ops.dalle2_fast.cross_attention(*arguments)[0]
+    return _dispatch.kernel("cross_attention")(*arguments)[0]
 
 
 def _lacks_gradient(impl: str, tensors: tuple[Tensor | None, ...]) -> bool:

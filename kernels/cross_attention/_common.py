@@ -15,13 +15,13 @@ import triton.language as tl
 
 # Streaming multiprocessors of the largest common GPU of each capability (A100, A10, RTX 4090, H100 and H200,
 # B200, RTX 5090). A wrong number costs a part of a wave of programs, and does not change results.
-_MULTIPROCESSORS = {(8, 0): 108, (8, 6): 84, (8, 9): 128, (9, 0): 132, (10, 0): 148, (12, 0): 170}
+MULTIPROCESSORS = {(8, 0): 108, (8, 6): 84, (8, 9): 128, (9, 0): 132, (10, 0): 148, (12, 0): 170}
 
 SMALL = ((8, 6), (8, 9), (12, 0))  # a program has 99 KiB of shared memory; on the others 163 or more
 
 # Arguments that Triton does not specialise on. It would compile one kernel for multiples of 16, one for 1 and
 # one for all others. A mask's batch stride is its number of keys, or 0 for a batch of 1.
-VARYING = ["heads", "queries", "keys", "image_keys", "parts", "size", "mask_batch"]
+VARYING = ["heads", "queries", "keys", "image_keys", "parts", "whole", "size", "mask_batch"]
 
 
 @triton.jit
@@ -37,17 +37,26 @@ def load_tile(
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     """Rows `row` of one (batch, head), [rows, BLOCK_D]. CHECKED: some rows may lie past the end."""
+    if CHECKED:
+        return load_rows(base, row, row < rows, stride_row, stride_column, WIDTH, BLOCK_D)
+    else:
+        column = tl.arange(0, BLOCK_D).to(tl.int64)
+        address = base + row.to(tl.int64)[:, None] * stride_row + column[None, :] * stride_column
+        if WIDTH < BLOCK_D:
+            return tl.load(address, mask=column[None, :] < WIDTH, other=0.0)
+        else:
+            return tl.load(address)
+
+
+@triton.jit
+def load_rows(base, row, wanted, stride_row, stride_column, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows `row` of one (batch, head), [rows, BLOCK_D], with zeros in place of rows that are not `wanted`."""
     column = tl.arange(0, BLOCK_D)
     address = base + row.to(tl.int64)[:, None] * stride_row + column.to(tl.int64)[None, :] * stride_column
-    if CHECKED:
-        inside = row[:, None] < rows
-        if WIDTH < BLOCK_D:
-            inside = inside & (column[None, :] < WIDTH)
-        return tl.load(address, mask=inside, other=0.0)
-    elif WIDTH < BLOCK_D:
-        return tl.load(address, mask=column[None, :] < WIDTH, other=0.0)
-    else:
-        return tl.load(address)
+    inside = wanted[:, None]
+    if WIDTH < BLOCK_D:
+        inside = inside & (column[None, :] < WIDTH)
+    return tl.load(address, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -83,12 +92,13 @@ def load_context(
     """k_0, k_1, v_0, v_1 of the two parts of a short context, and which of their keys may be attended to."""
     key_0 = tl.arange(0, KEYS_0)
     key_1 = KEYS_0 + tl.arange(0, KEYS_1)
-    k_0 = load_tile(k, key_0, keys, k_row, k_column, WIDTH, BLOCK_D, True)
-    k_1 = load_tile(k, key_1, keys, k_row, k_column, WIDTH, BLOCK_D, True)
-    v_0 = load_tile(v, key_0, keys, v_row, v_column, WIDTH, BLOCK_D, True)
-    v_1 = load_tile(v, key_1, keys, v_row, v_column, WIDTH, BLOCK_D, True)
     attend_0 = attended(mask, mask_key, key_0, keys)
-    return k_0, k_1, v_0, v_1, attend_0, attended(mask, mask_key, key_1, keys)
+    attend_1 = attended(mask, mask_key, key_1, keys)
+    k_0 = load_rows(k, key_0, attend_0, k_row, k_column, WIDTH, BLOCK_D)
+    k_1 = load_rows(k, key_1, attend_1, k_row, k_column, WIDTH, BLOCK_D)
+    v_0 = load_rows(v, key_0, attend_0, v_row, v_column, WIDTH, BLOCK_D)
+    v_1 = load_rows(v, key_1, attend_1, v_row, v_column, WIDTH, BLOCK_D)
+    return k_0, k_1, v_0, v_1, attend_0, attend_1
 
 
 @triton.jit
@@ -187,15 +197,6 @@ def mask_strides(mask: torch.Tensor | None) -> tuple[int, int]:
     return (0, 0) if mask is None else strides(mask)
 
 
-def without_masked(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Keys or values x [B, H, S, D], with 0 in place of those that mask [B, S] excludes, which may be NaN.
-
-    Their probability is 0, and 0 * NaN would be NaN. This costs a launch per tensor that copies it, but only
-    with a mask. Within the kernels it would cost registers: those of the gradient spilled.
-    """
-    return x if mask is None else torch.where(mask[:, None, :, None], x, 0)
-
-
 def precision(dtype: torch.dtype) -> str:
     """input_precision of matrix products. float32 follows torch.set_float32_matmul_precision, as in torch.
 
@@ -227,7 +228,7 @@ def split(pairs: int, tiles: int, capability: tuple[int, int], resident: int, ov
     Programs run in waves of multiprocessors * resident. The choice minimises waves * (tiles per program +
     overhead). overhead is the other work of a program (load the keys, store its sums), measured in tiles.
     """
-    slots = _MULTIPROCESSORS.get(capability, 108) * resident
+    slots = MULTIPROCESSORS.get(capability, 108) * resident
     cost = {}
     for parts in range(1, min(tiles, 64) + 1):
         waves = triton.cdiv(pairs * parts, slots)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _common
-from ._common import VARYING, attended, load_tile, locate, store_tile
+from ._common import VARYING, attended, load_rows, load_tile, locate, store_tile
 from ._short_backward import short_backward
 
 
@@ -41,12 +41,17 @@ def _query_gradient_range(
     """dS k over the keys from `first` up to, not including, `last`."""
     for start in range(first, last, BLOCK_S):
         key = start + tl.arange(0, BLOCK_S)
-        k_tile = load_tile(k, key, keys, k_row, k_column, WIDTH, BLOCK_D, CHECKED)
-        v_tile = load_tile(v, key, keys, v_row, v_column, WIDTH, BLOCK_D, CHECKED)
+        if CHECKED:  # a masked key may be NaN, and 0 * NaN is NaN
+            attend = attended(mask, mask_key, key, keys)
+            k_tile = load_rows(k, key, attend, k_row, k_column, WIDTH, BLOCK_D)
+            v_tile = load_rows(v, key, attend, v_row, v_column, WIDTH, BLOCK_D)
+        else:
+            k_tile = load_tile(k, key, keys, k_row, k_column, WIDTH, BLOCK_D, False)
+            v_tile = load_tile(v, key, keys, v_row, v_column, WIDTH, BLOCK_D, False)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         s = s * scale - lse[:, None]
         if CHECKED:
-            s = tl.where(attended(mask, mask_key, key, keys)[None, :], s, float("-inf"))
+            s = tl.where(attend[None, :], s, float("-inf"))
         p = tl.exp2(s)
         dp = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
@@ -137,9 +142,9 @@ def _keys_kernel(
     delta += pair * queries
     if mask is not None:
         mask += batch * mask_batch
-    k_tile = load_tile(k + batch * k_batch + head * k_head, key, keys, k_row, k_column, WIDTH, BLOCK_D, True)
-    v_tile = load_tile(v + batch * v_batch + head * v_head, key, keys, v_row, v_column, WIDTH, BLOCK_D, True)
     attend = attended(mask, mask_key, key, keys)
+    k_tile = load_rows(k + batch * k_batch + head * k_head, key, attend, k_row, k_column, WIDTH, BLOCK_D)
+    v_tile = load_rows(v + batch * v_batch + head * v_head, key, attend, v_row, v_column, WIDTH, BLOCK_D)
     dk_tile = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
     dv_tile = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
 
@@ -192,7 +197,8 @@ def _launch_config(kernel: str, width: int, itemsize: int, capability: tuple[int
             config["num_stages"] = 1
         return config | {"BLOCK_T": rows, "BLOCK_S": keys_of_tile, "num_warps": 2 if large_head else 4}
     if kernel == "queries":
-        return config | {"BLOCK_T": 64, "BLOCK_S": 64, "num_warps": 4}
+        keys_of_tile = 32 if capability[0] == 12 and not large_head else 64  # 64 spill there with a mask
+        return config | {"BLOCK_T": 64, "BLOCK_S": keys_of_tile, "num_warps": 4}
     # dK and dV of 64 keys with D = 128 fill the registers of 8 warps. With 64 queries of D <= 64 sm_120
     # spills; the other GPUs use at most 255 registers.
     rows = 32 if capability[0] == 12 and not large_head else 64
@@ -237,8 +243,6 @@ def cross_attention_backward(
             grad, q, context_k, context_v, context_mask, image_k, image_v, out, lse, softmax_scale
         )
         return tuple(gradient.zero_() for gradient in gradients)
-    context_k = _common.without_masked(context_k, context_mask)
-    context_v = _common.without_masked(context_v, context_mask)
     q, scale, sign = _common.positive_scale(q, softmax_scale)
     with torch.cuda.device_of(q):
         if out is None:

@@ -62,7 +62,7 @@ def cases(impl="auto"):
 
 
 CASES = list(cases())
-HAVE_A_TANGENT = ("group_norm_silu", "add_noise")
+HAVE_A_TANGENT = ("group_norm_silu", "add_noise", "cross_attention")
 
 
 @pytest.fixture(autouse=True)
