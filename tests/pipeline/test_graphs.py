@@ -254,3 +254,21 @@ def test_command_line(tape, tmp_path, capsys, monkeypatch):
     assert cli.main([*words, "--graphs"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--graphs: expected False or 'auto' here" in error
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_replays_what_the_loop_computes(dtype):
+    """Catches: memory that two graphs of one pool write at once, a freed buffer, weights that moved."""
+    pipe, atol = pipeline().to("cuda", dtype), 1e-3 if dtype == torch.float32 else 2e-2
+    options = dict(prior_guidance=2.0, guidance_interval=(-4.0, 1.0))
+    report = pipe.capture(num_images=2, **FEW | options)
+    assert report.stages == dict.fromkeys(STAGES, "captured") and report.captured == 4
+    for caption, seed in ((CAPTION, 1), ("a blue square above a ring", 2), (CAPTION, 1)):
+        made = graphed(pipe, caption, seed=seed, **options)
+        assert made.graphs == dict.fromkeys(STAGES, "replayed")
+        expected = plain(pipe, caption, seed=seed, **options)
+        torch.testing.assert_close(made.images, expected.images, rtol=0, atol=atol)
+    pipe.load_state_dict({name: 1.5 * value for name, value in pipe.state_dict().items()})
+    made, expected = graphed(pipe, **options), plain(pipe, **options)
+    torch.testing.assert_close(made.image_embed, expected.image_embed, rtol=0, atol=atol)

@@ -39,13 +39,14 @@ class Toy:
         return Validation({"chance": torch.rand(()).item()}, torch.rand(4, 3, 8, 8), columns=2)
 
 
-def toy_trainer(path, stage=None, seed=0, graphs=None, **options) -> Trainer:
+def toy_trainer(path, stage=None, seed=0, graphs=None, device="cpu", **options) -> Trainer:
     options = dict(batch_size=4, steps=30, warmup_steps=4, log_steps=5, first_validation=8) | options
     folder = StageFolder(path)
     folder.prepare()
     trainer = Trainer(
-        stage or Toy(), Optimisation(**options), folder, seed=seed, show_progress=False, graphs=graphs
-    )
+        stage or Toy(), Optimisation(**options), folder, seed=seed, device=device, show_progress=False,
+        graphs=graphs,
+    )  # fmt: skip
     if folder.has_state():
         trainer.resume()
     return trainer

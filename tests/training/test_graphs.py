@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dalle2_fast.cli import main
+from dalle2_fast.cuda_graphs import CudaGraphs
 from dalle2_fast.training.ema import ExponentialMovingAverage
 from dalle2_fast.training.errors import TrainingError
 from dalle2_fast.training.graphs import step as graphs
@@ -110,3 +111,31 @@ def test_command_line_refuses_a_cpu(tmp_path, capsys):
     assert main([*command, "--device", "cpu", "--graphs"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--graphs: " in error and "CUDA graphs need a CUDA device" in error
+
+
+class OnGpu(Toy):
+    def batch(self, step):
+        return {"x": super().batch(step)["x"].cuda()}
+
+    def loss(self, batch, generator):
+        noise = 0.1 * torch.randn(4, 1, generator=generator, device="cuda")
+        return (self.model(batch["x"]) - batch["x"].sum(1, keepdim=True) + noise).square().mean()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_gpu_replays_and_resumes_bit_for_bit(tmp_path, optimizer):
+    """Catches: random numbers, gradients or a learning rate of the captured step, on the device itself."""
+
+    def trainer(name, **stops):
+        graphs = CudaGraphs(torch.device("cuda", 0))
+        return toy_trainer(tmp_path / name, OnGpu(**stops), graphs=graphs, device="cuda", optimizer=optimizer,
+                           save_steps=7)  # fmt: skip
+
+    whole = trainer("whole")
+    assert whole.train() == "finished"
+    with pytest.raises(KeyboardInterrupt):
+        trainer("cut", stop_step=17).train()
+    resumed = trainer("cut")
+    assert resumed.state.step == 14 and resumed.train() == "finished"
+    assert_same_state(whole, resumed)
