@@ -54,7 +54,7 @@ def measure_x0_error(
         drawn_on = device if generator is None else generator.device
         noise = torch.randn(x0.shape, generator=generator, device=drawn_on, dtype=x0.dtype).to(device)
         x = diffusion.add_noise(x0, t, noise)
-        output = net(x, diffusion.schedule.net_time(t))
+        output = net(diffusion.network_input(x, t), diffusion.schedule.net_time(t))
         predicted = diffusion.predict_x0(x, t, output.to(x.dtype))
         if clip is not None:
             predicted = predicted.clamp(-clip, clip)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dalle2_fast import functional
 from dalle2_fast.diffusion._checks import check_data
+from dalle2_fast.diffusion.preconditioning import for_steps
 from dalle2_fast.diffusion.progress import Progress, with_progress
 from dalle2_fast.diffusion.sampler_tables import inversion_ends, inversion_table
 from dalle2_fast.diffusion.sampling import Net, on_device, resolve_guidance
@@ -75,17 +76,21 @@ def invert(
     guided = resolve_guidance(diffusion, times, guidance, guidance_interval, conditional_net)
     table = inversion_table(diffusion.schedule, times)
     ends, factors = inversion_ends(diffusion.schedule, times)
+    table, prediction, _ = for_steps(diffusion, table, times[:-1])
+    ends, _, scales = for_steps(diffusion, ends, times)
     rows, net_times, table = on_device(diffusion, times, table, x0.shape[0], x0.device, x0.dtype)
+    scales = None if scales is None else scales.to(x0.dtype).to(x0.device)
     ends = ends.to(table.dtype).to(table.device)  # rounded first: Apple's GPUs have no float64
 
     def step_from(x: Tensor, at: int, table: Tensor) -> Tensor:
         """Apply row `at` of a table with the network's output at x and times[at]."""
-        output = (net if guided[at] else conditional_net)(x, net_times[at])
+        seen = x if scales is None else x * scales[at]
+        output = (net if guided[at] else conditional_net)(seen, net_times[at])
         if diffusion.variance == "learned_range":
             output = output[:, : x.shape[1]]
         return functional.diffusion_step(
             x, output, table, rows[at], guidance=guidance if guided[at] else None,
-            prediction=diffusion.prediction, clip=clip,
+            prediction=prediction, clip=clip,
         )[0]  # fmt: skip
 
     x = x0  # state 0 is the data

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-PREDICTIONS = ("epsilon", "sample", "v_prediction")
+PREDICTIONS = ("epsilon", "sample", "v_prediction", "edm")
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 WEIGHTINGS = ("uniform", "simple", "x0", "v", "min_snr")
 SAMPLERS = ("ddpm", "ddim", "dpm++")

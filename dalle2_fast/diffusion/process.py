@@ -16,6 +16,7 @@ from torch import Tensor
 from dalle2_fast import functional
 from dalle2_fast.diffusion import inversion, sampling, training, vlb
 from dalle2_fast.diffusion.names import PREDICTIONS, VARIANCES, WEIGHTINGS
+from dalle2_fast.diffusion.preconditioning import Preconditioning, precondition
 from dalle2_fast.diffusion.sampler_tables import step_times
 from dalle2_fast.diffusion.schedules import Schedule
 from dalle2_fast.ops._dtypes import compute_dtype, per_sample
@@ -26,8 +27,8 @@ class GaussianDiffusion:
 
     Args:
         schedule: the noise schedule, see `make_schedule`.
-        prediction: what the network predicts: "epsilon", "sample" (x0) or "v_prediction" (v = alpha epsilon -
-            sigma x0).
+        prediction: what the network predicts: "epsilon", "sample" (x0), "v_prediction" (v = alpha epsilon -
+            sigma x0), or "edm", a correction of its input, see `precondition`.
         variance: variance of the noise of DDPM: "fixed_small", "fixed_large", or "learned_range". With
             "learned_range" the network returns 2C channels, of which the second half interpolates the log
             variance between the two fixed ones (2102.09672, equation 15); it needs discrete times.
@@ -43,6 +44,7 @@ class GaussianDiffusion:
             weights "v" and "simple" grow without limit as the noise vanishes.
         stratified: draw one training time from each B-th of their distribution, which lowers the variance of
             the gradient.
+        sigma_data: of "edm", the standard deviation of the data, > 0.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or value.
@@ -72,6 +74,7 @@ class GaussianDiffusion:
         *,
         max_weight: float = 100.0,
         stratified: bool = False,
+        sigma_data: float = 0.5,
     ):
         if not isinstance(schedule, Schedule):
             came = type(schedule).__name__
@@ -87,7 +90,9 @@ class GaussianDiffusion:
             raise ValueError(
                 f"variance: 'learned_range' needs a discrete schedule of at least 2 timesteps, got {schedule}"
             )
-        for name, value in (("min_snr_gamma", min_snr_gamma), ("max_weight", max_weight)):
+        for name, value in (
+            ("min_snr_gamma", min_snr_gamma), ("max_weight", max_weight), ("sigma_data", sigma_data)
+        ):  # fmt: skip
             if not value > 0:
                 raise ValueError(f"{name}: expected a number > 0, got {value}")
         if not (math.isfinite(vlb_weight) and vlb_weight >= 0):
@@ -102,7 +107,7 @@ class GaussianDiffusion:
         self.schedule, self.prediction = schedule, prediction
         self.variance, self.weighting = variance, weighting
         self.min_snr_gamma, self.max_weight, self.vlb_weight = min_snr_gamma, max_weight, vlb_weight
-        self.log_snr_focus, self.stratified = log_snr_focus, stratified
+        self.log_snr_focus, self.stratified, self.sigma_data = log_snr_focus, stratified, sigma_data
 
     def to_config(self) -> dict[str, object]:
         """The JSON-able description from which `from_config` rebuilds the process."""
@@ -111,6 +116,7 @@ class GaussianDiffusion:
             "weighting": self.weighting, "min_snr_gamma": self.min_snr_gamma,
             "log_snr_focus": None if self.log_snr_focus is None else list(self.log_snr_focus),
             "vlb_weight": self.vlb_weight, "max_weight": self.max_weight, "stratified": self.stratified,
+            "sigma_data": self.sigma_data,
         }  # fmt: skip
 
     @classmethod
@@ -148,6 +154,9 @@ class GaussianDiffusion:
         """
         if self.prediction == "sample":
             return output
+        if self.prediction == "edm":
+            _, skip, gain = self._preconditioning(t, x_t)
+            return skip * x_t + gain * output
         alpha, sigma = (per_sample(value, x_t) for value in self.alpha_sigma(t, x_t))
         if self.prediction == "epsilon":
             return (x_t - sigma * output) / alpha
@@ -179,6 +188,24 @@ class GaussianDiffusion:
         dtype, device = compute_dtype(like.dtype), like.device
         t = t.to("cpu" if device.type == "mps" else device)  # Apple's GPUs have no float64
         return tuple(f(t).to(dtype).to(device) for f in (self.schedule.alpha, self.schedule.sigma))
+
+    def network_input(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """What the network receives of x_t [B, C, *] at times t [B]: for "edm" it is scaled to variance 1."""
+        return x_t if self.prediction != "edm" else x_t * self._preconditioning(t, x_t).scale.to(x_t.dtype)
+
+    def preconditioned_target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What a network of prediction "edm" learns to return, (sigma x0 - sigma_data^2 alpha noise) /
+        (sigma_data n), of unit variance; x0 and noise [B, *], t [B]."""
+        alpha, sigma = (per_sample(value, x0) for value in self.alpha_sigma(t, x0))
+        scale = self._preconditioning(t, x0).scale
+        return (sigma / self.sigma_data * x0 - self.sigma_data * alpha * noise) * scale
+
+    def _preconditioning(self, t: Tensor, like: Tensor) -> Preconditioning:
+        """The factors at the times t [B], as [B, 1, ...] for `like` [B, ...], on its device."""
+        dtype, device = compute_dtype(like.dtype), like.device
+        log_snr = self.schedule.log_snr(t.to("cpu" if device.type == "mps" else device))
+        factors = precondition(log_snr, self.sigma_data)
+        return Preconditioning(*(per_sample(value.to(dtype).to(device), like) for value in factors))
 
     def split_output(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Split the network's output at x into its prediction and, with a learned range, the variance logit.

@@ -12,6 +12,7 @@ from dalle2_fast import functional
 from dalle2_fast.diffusion._checks import check_shape
 from dalle2_fast.diffusion.graphs.plan import Net, SamplingPlan, StepOptions, make_step
 from dalle2_fast.diffusion.inpainting import Inpainting, resampling_order
+from dalle2_fast.diffusion.preconditioning import for_steps
 from dalle2_fast.diffusion.progress import Progress, with_progress
 from dalle2_fast.diffusion.sampler_tables import guided_steps, sampler_table
 from dalle2_fast.ops import _checks
@@ -153,8 +154,9 @@ def sample(
     position = {key: index for index, key in enumerate(kinds)}
     # Everything that changes from step to step is on the device before the loop, so that no step has to wait
     # for a copy.
+    table, prediction, scales = for_steps(diffusion, table, times)
     options = StepOptions(
-        prediction=diffusion.prediction, clip=clip, dynamic_threshold=dynamic_threshold,
+        prediction=prediction, clip=clip, dynamic_threshold=dynamic_threshold,
         guidance_rescale=guidance_rescale, learned_range=use_range,
         drop_variance=diffusion.variance == "learned_range" and not use_range,
         noisy=bool((table[:, 5] > 0).any()), multistep=sampler == "dpm++",
@@ -163,7 +165,7 @@ def sample(
     plan = SamplingPlan(
         x, seeds, table, net_times, tuple(kinds.values()),
         tuple(position[id(kind), has_guidance] for kind, has_guidance in nets),
-        guidance, options, start, inpainting,
+        guidance, options, start, inpainting, None if scales is None else scales.to(dtype).to(device),
     )  # fmt: skip
     if graphs is not None:
         made = graphs.run(plan, progress, resampled=resample > 1, has_callback=callback is not None)
@@ -191,6 +193,7 @@ def _sample_eagerly(
         x, x0 = make_step(
             net, x, plan.times[step], plan.table, rows[step], plan.options, seeds=seeds,
             guidance=plan.guidance if guided else None, previous_x0=previous_x0,
+            scale=None if plan.scales is None else plan.scales[step],
         )  # fmt: skip
         if plan.inpainting is not None:
             x = plan.inpainting.with_known(x, state, seeds)

@@ -110,13 +110,16 @@ def training_loss(
         noise = torch.randn(x0.shape, generator=generator, device=drawn_on, dtype=x0.dtype).to(x0.device)
     alpha, sigma = diffusion.alpha_sigma(t, x0)
     x_t, noise = functional.add_noise(x0, alpha, sigma, noise)
-    output, variance_logit = diffusion.split_output(net(x_t, diffusion.schedule.net_time(t)), x_t)
+    output = net(diffusion.network_input(x_t, t), diffusion.schedule.net_time(t))
+    output, variance_logit = diffusion.split_output(output, x_t)
 
     dtype = compute_dtype(x0.dtype)
     if diffusion.prediction == "epsilon":
         target = noise.to(dtype)
     elif diffusion.prediction == "sample":
         target = x0.to(dtype)
+    elif diffusion.prediction == "edm":
+        target = diffusion.preconditioned_target(x0.to(dtype), noise.to(dtype), t)
     else:
         target = per_sample(alpha, x0) * noise - per_sample(sigma, x0) * x0
     squared = (output.to(dtype) - target) ** 2
@@ -124,7 +127,7 @@ def training_loss(
         squared = squared * pixel_weight
     weight = loss_weight(
         diffusion.schedule.log_snr(t), diffusion.prediction, diffusion.weighting, diffusion.min_snr_gamma,
-        diffusion.max_weight,
+        diffusion.max_weight, diffusion.sigma_data,
     )  # fmt: skip
     loss = weight.to(dtype) * squared.flatten(1).mean(1)
     if variance_logit is not None and diffusion.vlb_weight > 0:

@@ -80,7 +80,9 @@ def vlb_bits_per_dim(
         t = torch.full((x0.shape[0],), step, device=x0.device)
         alpha, sigma = diffusion.alpha_sigma(t, x0)
         x_t, _ = functional.add_noise(x0, alpha, sigma, seeds=seeds, step=step)
-        output, variance_logit = diffusion.split_output(net(x_t, schedule.net_time(t)), x_t)
+        output, variance_logit = diffusion.split_output(
+            net(diffusion.network_input(x_t, t), schedule.net_time(t)), x_t
+        )
         terms.append(vlb_term(diffusion, x0, x_t, t, output, variance_logit, clip, levels))
     prior = prior_term(schedule, x0.to(compute_dtype(x0.dtype)))
     terms = torch.stack(terms, dim=1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dalle2_fast.diffusion.preconditioning import precondition
+
 
 def loss_weight(
     log_snr: Tensor,  # [B]
@@ -12,12 +14,14 @@ def loss_weight(
     weighting: str,
     min_snr_gamma: float,
     max_weight: float,
+    sigma_data: float = 0.5,
 ) -> Tensor:  # float64 [B]
     """The weight on the network's squared error that makes the loss that of `weighting`.
 
-    An error of x0 equals sigma / alpha times an error of epsilon, and sigma times an error of v. If w is the
-    weight on the error of x0, the weight is therefore w for a network that predicts x0, w / SNR for epsilon
-    and w / (1 + SNR) for v. The weightings are
+    An error of x0 equals sigma / alpha times an error of epsilon, sigma times an error of v, and with "edm"
+    gain times the network's error. If w is the weight on the error of x0, the weight is therefore w for a
+    network that predicts x0, w / SNR for epsilon, w / (1 + SNR) for v and w gain^2 for "edm". The weightings
+    are
 
         x0: w = 1    simple (epsilon): w = SNR    v: w = 1 + SNR    min_snr: w = min(SNR, gamma)
 
@@ -29,6 +33,7 @@ def loss_weight(
         weighting: one of `names.WEIGHTINGS`.
         min_snr_gamma: gamma of "min_snr", > 0.
         max_weight: upper bound on the returned weights, > 0.
+        sigma_data: of the prediction "edm", see `precondition`.
 
     Returns:
         The weights, float64 [B].
@@ -55,5 +60,6 @@ def loss_weight(
         "sample": torch.zeros_like(log_snr),
         "epsilon": log_snr,
         "v_prediction": -noise_share.log(),
+        "edm": -2 * precondition(log_snr, sigma_data).gain.log(),
     }[prediction]
     return (log_weight - log_unit).exp().clamp(max=max_weight)

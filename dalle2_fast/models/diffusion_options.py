@@ -10,6 +10,7 @@ from dalle2_fast.diffusion.schedules import make_schedule
 
 _OPTIONS = (
     "prediction", "variance", "weighting", "min_snr_gamma", "log_snr_focus", "max_weight", "stratified",
+    "sigma_data",
 )  # fmt: skip
 
 
@@ -30,6 +31,7 @@ def diffusion_of(config: Mapping[str, Any]) -> GaussianDiffusion:
             vlb_weight: weight of the variational bound; None is the default of `GaussianDiffusion`.
             max_weight: upper bound on the weights.
             stratified: whether training times are stratified.
+            sigma_data: standard deviation of the data, for the prediction "edm".
 
     Raises:
         TypeError, ValueError: an option has the wrong type or value.
@@ -37,7 +39,7 @@ def diffusion_of(config: Mapping[str, Any]) -> GaussianDiffusion:
     Example:
         >>> options = dict(schedule="cosine", timesteps=10, prediction="sample", variance="fixed_small",
         ...                weighting="uniform", min_snr_gamma=5.0, log_snr_focus=None, vlb_weight=None,
-        ...                max_weight=100.0, stratified=False)
+        ...                max_weight=100.0, stratified=False, sigma_data=0.5)
         >>> diffusion_of(options).schedule
         make_schedule(name='cosine', timesteps=10)
     """

@@ -54,11 +54,12 @@ def wavy(x, time, bias):
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
 @pytest.mark.parametrize("start", [0, 2])
+@pytest.mark.parametrize("prediction", ["v_prediction", "edm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_learned_variance_known_pixels_and_a_late_start(sampler, start, dtype):
+def test_learned_variance_known_pixels_and_a_late_start(sampler, start, dtype, prediction):
     """Catches: a variance that is dropped or kept wrongly, known pixels of another noise level, a multistep
     sampler that starts in the middle and uses a step that it did not make."""
-    diffusion = GaussianDiffusion(make_schedule("cosine"), "v_prediction", variance="learned_range")
+    diffusion = GaussianDiffusion(make_schedule("cosine"), prediction, variance="learned_range")
     shape, seeds, static = (3, 2, 4, 4), torch.tensor([5, -7, 11]), WithoutCapture()
     net = ConditionedNet(wavy, (), (torch.full((3, 1, 1, 1), 0.2),))
     known = torch.linspace(-1, 1, 96).reshape(shape)

@@ -56,6 +56,9 @@ def test_the_weighting_means_the_same_for_every_prediction(weighting):
     said_x0 = x0 + error
     said_noise = (x_t - alpha * said_x0) / sigma
     answers = {"sample": said_x0, "epsilon": said_noise, "v_prediction": alpha * said_noise - sigma * said_x0}
+    s = sigma / alpha  # EDM's noise level; its state is x_t / alpha
+    skip, out = 0.25 / (s**2 + 0.25), 0.5 * s / (s**2 + 0.25).sqrt()
+    answers["edm"] = (said_x0 - skip * x_t / alpha) / out
     weight = {"simple": snr, "x0": torch.ones_like(snr), "v": 1 + snr, "min_snr": snr.clamp(max=5)}[weighting]
     wanted = weight * (error**2).flatten(1).mean(1)
     for prediction, answer in answers.items():

@@ -10,6 +10,7 @@ from torch import Tensor
 from dalle2_fast.diffusion import Schedule
 
 MEAN, DEVIATION = 0.3, 0.5
+SIGMA_DATA = 0.5  # the default of GaussianDiffusion
 
 
 def data(batch: int = 6, channels: int = 3, size: int = 4) -> Tensor:
@@ -26,12 +27,22 @@ def best_x0(x: Tensor | float, alpha: Tensor | float, sigma: Tensor | float) -> 
 
 
 def exact_net(schedule: Schedule, prediction: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """The optimal network for this data, in float64, for one of the three predictions."""
+    """The optimal network for this data, in float64, for one of the predictions.
+
+    With "edm" the formulas are those of the paper (2206.00364, table 1), in terms of its noise level s and of
+    its state y = x_t / alpha, of which the network sees c_in y.
+    """
 
     def net(x: Tensor, net_time: Tensor) -> Tensor:
         t = net_time.double() if schedule.timesteps else net_time.double() / 1000
         shape = (-1, *([1] * (x.dim() - 1)))
         alpha, sigma = schedule.alpha(t).reshape(shape), schedule.sigma(t).reshape(shape)
+        if prediction == "edm":
+            s = sigma / alpha
+            y = x.double() * (s**2 + SIGMA_DATA**2).sqrt()
+            c_skip = SIGMA_DATA**2 / (s**2 + SIGMA_DATA**2)
+            c_out = s * SIGMA_DATA / (s**2 + SIGMA_DATA**2).sqrt()
+            return ((best_x0(alpha * y, alpha, sigma) - c_skip * y) / c_out).to(x.dtype)
         x0 = best_x0(x.double(), alpha, sigma)
         noise = (x.double() - alpha * x0) / sigma
         v = alpha * noise - sigma * x0

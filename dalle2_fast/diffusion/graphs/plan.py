@@ -95,6 +95,7 @@ class SamplingPlan:
         options: the constants of a step.
         start: the first step.
         inpainting: the known data; None for none.
+        scales: factors of the networks' input, [steps]; None if they are 1.
     """
 
     x: Tensor
@@ -107,6 +108,7 @@ class SamplingPlan:
     options: StepOptions
     start: int = 0
     inpainting: Inpainting | None = None
+    scales: Tensor | None = None
 
     @property
     def steps(self) -> int:
@@ -139,13 +141,14 @@ def make_step(
     seeds: Tensor,  # int64 [B]
     guidance: float | Tensor | None,
     previous_x0: Tensor | None,  # [B, C, *]
+    scale: Tensor | None = None,  # of the network's input, scalar
 ) -> tuple[Tensor, Tensor]:
     """One step: the network, guidance, and the update.
 
     Returns:
         The next state and x0, [B, C, *] each.
     """
-    output = net(x, time)
+    output = net(x if scale is None else x * scale, time)
     if options.drop_variance:
         output = output[:, : x.shape[1]]
     return functional.diffusion_step(

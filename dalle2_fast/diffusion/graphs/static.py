@@ -44,6 +44,7 @@ class StaticSteps:
             self.row = torch.zeros((), dtype=torch.int64, device=plan.x.device)
             self.table = plan.table.new_zeros(rows, plan.table.shape[1])
             self.times = plan.times.new_zeros(rows, batch)
+            self.scales = None if plan.scales is None else plan.scales.new_zeros(rows)
             self.guidance = None if plan.guidance is None else plan.table.new_zeros(batch)
             self.inpainting = None if plan.inpainting is None else plan.inpainting.on_buffers(rows + 1)
             self.nets = tuple((net.on_buffers(), guided) for net, guided in plan.nets)
@@ -55,7 +56,8 @@ class StaticSteps:
         inpainting = None if plan.inpainting is None else tuple(plan.inpainting.mask.shape)
         return (
             tuple(plan.x.shape), plan.x.dtype, str(plan.x.device), table_rows(plan.steps), plan.options,
-            plan.guidance is None, inpainting, tuple((*net.form(), guided) for net, guided in plan.nets),
+            plan.guidance is None, plan.scales is None, inpainting,
+            tuple((*net.form(), guided) for net, guided in plan.nets),
         )  # fmt: skip
 
     def begin(self, plan: SamplingPlan) -> None:
@@ -67,6 +69,8 @@ class StaticSteps:
         self.row.fill_(plan.start)
         self.table[: plan.steps].copy_(plan.table)
         self.times[: plan.steps].copy_(plan.times)
+        if self.scales is not None:
+            self.scales[: plan.steps].copy_(plan.scales)
         if isinstance(plan.guidance, torch.Tensor):
             self.guidance.copy_(plan.guidance)
         elif plan.guidance is not None:
@@ -79,10 +83,12 @@ class StaticSteps:
 
     def _step(self, position: int) -> None:
         net, guided = self.nets[position]
-        time = self.times.index_select(0, self.row.reshape(1))[0]
+        row = self.row.reshape(1)
+        time = self.times.index_select(0, row)[0]
         x, x0 = make_step(
             net, self.x, time, self.table, self.row, self.options, seeds=self.seeds,
             guidance=self.guidance if guided else None, previous_x0=self.previous_x0,
+            scale=None if self.scales is None else self.scales.index_select(0, row)[0],
         )  # fmt: skip
         self.row.add_(1)
         if self.inpainting is not None:

@@ -61,7 +61,7 @@ class Decoder(ClipConditioned):
             sqrt(width); 1 for raw projections.
         schedule: the name of a noise schedule, or a dict of arguments of `make_schedule`.
         timesteps: the number of discrete times of a schedule that is given by name.
-        prediction: what the U-Net predicts, see `GaussianDiffusion` for this and the next seven options.
+        prediction: what the U-Net predicts, see `GaussianDiffusion` for this and the next eight options.
         variance: variance of the noise of DDPM; "learned_range" needs a U-Net with twice as many output
             channels.
         weighting: weighting of the loss over time.
@@ -70,6 +70,7 @@ class Decoder(ClipConditioned):
         vlb_weight: weight of the variational bound; None is the default of `GaussianDiffusion`.
         max_weight: upper bound on the weights of the loss.
         stratified: whether training times are stratified.
+        sigma_data: standard deviation of the data, for the prediction "edm".
         sample_timesteps: the default number of steps of `sample`.
         inpaint: whether the U-Net also receives the kept part of the image and the mask (1 = repaint), as
             C + 1 more input channels (a dict with in_channels = C is widened), and trains on random masks;
@@ -120,6 +121,7 @@ class Decoder(ClipConditioned):
         vlb_weight: float | None = None,
         max_weight: float = 100.0,
         stratified: bool = False,
+        sigma_data: float = 0.5,
         sample_timesteps: int = 25,
         inpaint: bool = False,
     ):
@@ -163,7 +165,8 @@ class Decoder(ClipConditioned):
             unit_norm=unit_norm, embed_scale=embed_scale, schedule=schedule, timesteps=timesteps,
             prediction=prediction, variance=variance, weighting=weighting, min_snr_gamma=min_snr_gamma,
             log_snr_focus=None if log_snr_focus is None else list(log_snr_focus), vlb_weight=vlb_weight,
-            max_weight=max_weight, stratified=stratified, sample_timesteps=sample_timesteps, inpaint=inpaint,
+            max_weight=max_weight, stratified=stratified, sigma_data=sigma_data,
+            sample_timesteps=sample_timesteps, inpaint=inpaint,
         )
         self.image_size, self.inpaint = image_size, inpaint
         self.channels = (unet.in_channels - 1) // 2 if inpaint else unet.in_channels

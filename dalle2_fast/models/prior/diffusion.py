@@ -55,6 +55,7 @@ class DiffusionPrior(EmbeddingPrior):
             paper's choice.
         weighting: weighting of the loss over time, see `GaussianDiffusion`; "uniform" (the plain squared
             error) is the paper's choice.
+        sigma_data: standard deviation of the scaled embeddings, for the prediction "edm".
         sample_clip: while sampling, bound on each entry of a predicted, scaled embedding; None for no bound.
         unit_norm: whether embeddings are L2-normalised when they enter and leave; False for weights that were
             trained on raw projections (Karlo's, with embed_scale=1).
@@ -87,6 +88,7 @@ class DiffusionPrior(EmbeddingPrior):
         schedule: str = "cosine",
         prediction: str = "sample",
         weighting: str = "uniform",
+        sigma_data: float = 1.0,
         sample_clip: float | None = 10.0,
         unit_norm: bool = True,
         analytic_variance: bool = False,
@@ -96,11 +98,13 @@ class DiffusionPrior(EmbeddingPrior):
         )
         self.config |= dict(
             timesteps=timesteps, sample_timesteps=sample_timesteps, schedule=schedule, prediction=prediction,
-            weighting=weighting, sample_clip=sample_clip, analytic_variance=analytic_variance,
+            weighting=weighting, sigma_data=sigma_data, sample_clip=sample_clip,
+            analytic_variance=analytic_variance,
         )
         self.sample_timesteps, self.sample_clip = sample_timesteps, sample_clip
         self.diffusion = GaussianDiffusion(
-            make_schedule(schedule, timesteps), prediction=prediction, weighting=weighting
+            make_schedule(schedule, timesteps), prediction=prediction, weighting=weighting,
+            sigma_data=sigma_data,
         )
         self.register_buffer("clip_mean", torch.zeros(self.image_embed_dim))
         self.register_buffer("clip_std", torch.ones(self.image_embed_dim))

@@ -48,7 +48,7 @@ class Upsampler(Pretrained, nn.Module):
         resize: the filter that enlarges the condition, "bilinear" or "bicubic".
         schedule: the name of a noise schedule, or a dict of arguments of `make_schedule`.
         timesteps: the number of discrete times of a schedule that is given by name.
-        prediction: what the U-Net predicts, see `GaussianDiffusion` for this and the next seven options.
+        prediction: what the U-Net predicts, see `GaussianDiffusion` for this and the next eight options.
         variance: variance of the noise of DDPM; "learned_range" needs a U-Net with twice as many output
             channels.
         weighting: weighting of the loss over time.
@@ -57,6 +57,7 @@ class Upsampler(Pretrained, nn.Module):
         vlb_weight: weight of the variational bound; None is the default of `GaussianDiffusion`.
         max_weight: upper bound on the weights of the loss.
         stratified: whether training times are stratified.
+        sigma_data: standard deviation of the data, for the prediction "edm".
         residual: whether the output of the U-Net is added to the enlarged condition, so that an untrained
             model returns the condition; for prediction "sample".
         sample_timesteps: the default number of steps of `sample`.
@@ -100,6 +101,7 @@ class Upsampler(Pretrained, nn.Module):
         vlb_weight: float | None = None,
         max_weight: float = 100.0,
         stratified: bool = False,
+        sigma_data: float = 0.5,
         residual: bool = False,
         sample_timesteps: int = 7,
         sample_tile: int | None = None,
@@ -160,7 +162,7 @@ class Upsampler(Pretrained, nn.Module):
             schedule=schedule, timesteps=timesteps, prediction=prediction, variance=variance,
             weighting=weighting, min_snr_gamma=min_snr_gamma,
             log_snr_focus=None if log_snr_focus is None else list(log_snr_focus), vlb_weight=vlb_weight,
-            max_weight=max_weight, stratified=stratified, residual=residual,
+            max_weight=max_weight, stratified=stratified, sigma_data=sigma_data, residual=residual,
             sample_timesteps=sample_timesteps, sample_tile=sample_tile,
         )
         self.image_size, self.low_res_size, self.factor = image_size, low_res_size, image_size // low_res_size
