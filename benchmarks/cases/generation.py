@@ -61,8 +61,7 @@ GRAPHS = "graphs" in inspect.signature(DALLE2.generate).parameters
 
 
 def generate_images(impl: str, pipe: DALLE2, images: int, graphs: bool = True) -> Tensor:
-    """graphs: on a GPU, replay the steps as CUDA graphs. The reference may not: the kernels would be replayed.
-    """
+    """graphs: on a GPU, replay the steps as CUDA graphs, except with the reference of the ops."""
     captured = graphs and impl != "reference" and pipe.device.type == "cuda"
     with op_implementation(impl):
         made = pipe.generate(CAPTION, images, seed=0, **(dict(graphs=captured) if GRAPHS else {})).images

@@ -35,7 +35,7 @@ from tests.support.aot.compile import (
     fingerprint,
     function_of,
 )
-from tests.support.launches import recorded
+from tests.support.launches import Launch, recorded
 
 JSON = RESULTS / "compile_resources.json"
 CHUNK = 40  # compilations between two writes of the file
@@ -90,8 +90,8 @@ def update(launches: dict) -> dict:
 # ----------------------------------------------------------------------------------------- launches and bytes
 
 
-def launches_of(case: Case, function: Callable) -> list[tuple[str, int]]:
-    """(kernel, bytes of its tensors) of each launch at the real size. No kernel runs, no data is touched."""
+def launches_of(case: Case, function: Callable) -> list[Launch]:
+    """Each launch at the real size. No kernel runs, no data is touched."""
     inputs = {
         key: None if value is None else torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
         for key, value in case.make("meta", torch.bfloat16, False).items()
@@ -100,7 +100,12 @@ def launches_of(case: Case, function: Callable) -> list[tuple[str, int]]:
         job = timed_job(case, function, *prepare(case, inputs))
         launches.clear()  # of the forward pass, where a row times the gradient alone
         job()
-    return [(launch.name, sum(map(_bytes, (*launch.args, *launch.kwargs.values())))) for launch in launches]
+    return launches
+
+
+def bytes_of(launch: Launch) -> int:
+    """Of its tensors, each of which counts once."""
+    return sum(map(_bytes, (*launch.args, *launch.kwargs.values())))
 
 
 def _bytes(value: object) -> int:
@@ -117,9 +122,9 @@ def count_launches() -> dict[str, dict]:
             with CountLaunches() as mode:
                 job()
         kernels: dict[str, int] = {}
-        for kernel, _ in found:
-            kernels[kernel] = kernels.get(kernel, 0) + 1
-        moved = sum(size for _, size in found)
+        for launch in found:
+            kernels[launch.name] = kernels.get(launch.name, 0) + 1
+        moved = sum(map(bytes_of, found))
         counts[name] = {"kernels": kernels, "bytes": moved, "floor": case.bytes, "eager_ops": mode.op_count}
     return counts
 
