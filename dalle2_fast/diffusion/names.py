@@ -11,8 +11,8 @@ from collections.abc import Sequence
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "edm")
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 WEIGHTINGS = ("uniform", "simple", "x0", "v", "min_snr")
-SAMPLERS = ("ddpm", "ddim", "dpm++")
-SPACINGS = ("time", "log_snr")
+SAMPLERS = ("ddpm", "ddim", "dpm++", "consistency")
+SPACINGS = ("time", "log_snr", "trailing")
 
 
 def check_guidance_interval(interval: Sequence[float] | None, name: str) -> tuple[float, float] | None:

@@ -27,11 +27,14 @@ def step_times(schedule: Schedule, steps: int, spacing: str = "time") -> Tensor:
         steps: the number of steps, >= 1; at most the timesteps of a discrete schedule.
         spacing: "time" spaces the steps evenly in time. "log_snr" spaces them evenly in log-SNR (2206.00927,
             section 3.4), which suits dpm++ and data with fine detail; discrete times are then the nearest
-            ones that differ from each other.
+            ones that differ from each other. "trailing" spaces them evenly from the noisiest time, so that
+            the last step is as long as the others (2305.08891, section 3.3). The times of N steps are then
+            among those of 2 N steps.
 
     Returns:
         [steps]. Discrete: int64 from timesteps - 1 to 0, both included, rounded (2102.09672, section 4); a
-        single step is at timesteps - 1. Continuous: float64 from 1, in equal steps of which the last one ends
+        single step is at timesteps - 1; with "trailing", timesteps - 1 and the last ones before equal
+        fractions of the timesteps. Continuous: float64 from 1, in equal steps of which the last one ends
         at 0.
 
     Raises:
@@ -50,13 +53,16 @@ def step_times(schedule: Schedule, steps: int, spacing: str = "time") -> Tensor:
         raise ValueError(f"steps: expected {expected}, got {steps}")
     if spacing not in SPACINGS:
         raise ValueError(f"spacing: expected one of {', '.join(map(repr, SPACINGS))}, got {spacing!r}")
+    if spacing == "trailing" and limit is not None:
+        left = torch.arange(steps, 0, -1)  # steps from each time to the data
+        return (left * limit + steps - 1) // steps - 1
     if limit is None:
         noisiest, cleanest, points = 1.0, 0.0, steps + 1
     elif steps == 1:
         return torch.tensor([limit - 1])
     else:
         noisiest, cleanest, points = limit - 1, 0, steps
-    if spacing == "time":
+    if spacing != "log_snr":
         times = torch.linspace(noisiest, cleanest, points, dtype=torch.float64)[:steps]
         return times if limit is None else times.round().long()
     low, high = schedule.log_snr(torch.tensor([noisiest, cleanest])).tolist()
@@ -68,6 +74,16 @@ def _distinct(rising: Tensor, limit: int) -> Tensor:
     """Separate equal indices in 0 .. limit - 1: move them up as far as needed, then down from the end."""
     place = torch.arange(len(rising))
     return torch.minimum((rising - place).cummax(0).values + place, limit - len(rising) + place)
+
+
+def spacing_of(sampler: str) -> str:
+    """The spacing with which a sampler is meant: "trailing" for "consistency", whose last step is long.
+
+    Example:
+        >>> spacing_of("ddim"), spacing_of("consistency")
+        ('time', 'trailing')
+    """
+    return "trailing" if sampler == "consistency" else "time"
 
 
 def guided_steps(
@@ -143,8 +159,10 @@ def sampler_table(
     Args:
         schedule: the noise schedule of the process.
         times: where the network is called, strictly falling; see `step_times`.
-        sampler: "ddpm" (2006.11239; strided as in 2102.09672), "ddim" (2010.02502, equations 12 and 16) or
-            "dpm++" (DPM-Solver++(2M), 2211.01095, algorithm 2 with r >= 1: second order, deterministic).
+        sampler: "ddpm" (2006.11239; strided as in 2102.09672), "ddim" (2010.02502, equations 12 and 16),
+            "dpm++" (DPM-Solver++(2M), 2211.01095, algorithm 2 with r >= 1: second order, deterministic), or
+            "consistency" (2303.01469, algorithm 1: x_next = alpha_next x0 + sigma_next noise), for a network
+            that was trained to answer with the end of the deterministic flow.
         variance: variance of the noise of ddpm: "fixed_small" (that of the posterior), "fixed_large" (beta)
             or "learned_range" (std only marks the noisy steps; diffusion_step interpolates between the last
             two columns).
@@ -189,6 +207,8 @@ def sampler_table(
         std[-1] = 0.0
         a = (sigma_after**2 - std**2).clamp(min=0).sqrt() / sigma
         b = alpha_after - a * alpha
+    elif sampler == "consistency":
+        a, b, std = torch.zeros_like(a), alpha_after, sigma_after
     else:
         step = (after - log_snr) / 2  # h of the paper, whose lambda is half the log-SNR
         a = sigma_after / sigma

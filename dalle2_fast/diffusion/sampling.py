@@ -14,7 +14,7 @@ from dalle2_fast.diffusion.graphs.plan import Net, SamplingPlan, StepOptions, ma
 from dalle2_fast.diffusion.inpainting import Inpainting, resampling_order
 from dalle2_fast.diffusion.preconditioning import for_steps
 from dalle2_fast.diffusion.progress import Progress, with_progress
-from dalle2_fast.diffusion.sampler_tables import guided_steps, sampler_table
+from dalle2_fast.diffusion.sampler_tables import guided_steps, sampler_table, spacing_of
 from dalle2_fast.ops import _checks
 from dalle2_fast.ops._dtypes import compute_dtype
 from dalle2_fast.seeds import derived_seeds
@@ -38,7 +38,7 @@ def sample(
     steps: int,
     sampler: str = "ddim",
     eta: float = 0.0,
-    spacing: str = "time",
+    spacing: str | None = None,
     x0_error: Tensor | None = None,  # [timesteps]
     guidance: float | Tensor | None = None,
     guidance_interval: Sequence[float] | None = None,  # (low, high) in log-SNR
@@ -69,10 +69,11 @@ def sample(
         shape: shape of the samples, (B, C, *).
         seeds: seeds of x_T and of the noise of every step.
         steps: the number of steps; at most the timesteps of the schedule.
-        sampler: "ddpm", "ddim" or "dpm++", see `sampler_table`. Only "ddpm" uses a learned variance; the
-            others ignore it.
+        sampler: "ddpm", "ddim", "dpm++" or "consistency", see `sampler_table`. Only "ddpm" uses a learned
+            variance; the others ignore it.
         eta: noise of "ddim" in [0, 1], see `sampler_table`.
-        spacing: "time" or "log_snr", see `step_times`.
+        spacing: "time", "log_snr" or "trailing", see `step_times`; None is "trailing" for "consistency" and
+            "time" for the others.
         x0_error: mean squared error of the network's x0 at every discrete time, for the optimal variance of
             "ddpm", see `sampler_table` and `measure_x0_error`.
         guidance: guidance weight, a number or [B], see `functional.diffusion_step`; None if net returns no
@@ -120,7 +121,7 @@ def sample(
     batch, channels, *_ = shape = check_shape(shape)
     _checks.seeds_and_step(seeds, 0, batch)
     device = seeds.device if device is None else torch.device(device)
-    times = diffusion.times(steps, spacing)
+    times = diffusion.times(steps, spacing_of(sampler) if spacing is None else spacing)
     table = _table(diffusion, times, sampler, eta, x0_error)
     guided = resolve_guidance(diffusion, times, guidance, guidance_interval, conditional_net)
     start = 0 if start is None else start

@@ -11,7 +11,7 @@ from dalle2_fast.diffusion.inpainting import resampling_order
 from dalle2_fast.seeds import derived_seeds
 from tests.support.gaussian_data import DEVIATION, MEAN, exact_net
 
-SAMPLERS = [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 1.0), ("dpm++", 0.0)]
+SAMPLERS = [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 1.0), ("dpm++", 0.0), ("consistency", 0.0)]
 SEEDS = torch.tensor([5, -7, 2**62 + 11])
 SHAPE = (3, 2, 4, 4)
 KNOWN = torch.linspace(-1, 1, 96).reshape(SHAPE)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dalle2_fast.diffusion import inversion_table, make_schedule, sampler_table, step_times
-from tests.support.gaussian_data import DEVIATION, MEAN, best_x0
+from tests.support.gaussian_data import DEVIATION, MEAN, best_x0, end_of_flow
 
 ALPHA, SIGMA, A, B, C, STD, LOG_MIN, LOG_MAX = range(8)
 SCHEDULES = ("cosine", "linear", "continuous_cosine", "continuous_log_linear")
@@ -112,7 +112,7 @@ def test_dpm_is_algorithm_2_of_its_paper(name):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_sampler_lands_on_x0_exactly(name, steps):
     for sampler, options in [("ddpm", {}), ("ddpm", dict(variance="learned_range")), ("ddim", dict(eta=1.0)),
-                             ("ddim", {}), ("dpm++", {})]:  # fmt: skip
+                             ("ddim", {}), ("dpm++", {}), ("consistency", {})]:  # fmt: skip
         table = build(name, steps, sampler, **options)
         assert table.shape == (steps, 8) and table.isfinite().all()
         assert table[-1, [A, B, C, STD]].tolist() == [0, 1, 0, 0]
@@ -121,7 +121,7 @@ def test_every_sampler_lands_on_x0_exactly(name, steps):
 
 def test_the_table_rounds_well_to_float32():
     """Written as 1 - exp or 1 - alpha^2 the coefficients would lose digits near the data."""
-    for sampler in ("ddpm", "ddim", "dpm++"):
+    for sampler in ("ddpm", "ddim", "dpm++", "consistency"):
         table = build("continuous_log_linear", 500, sampler)
         assert ((table.float().double() - table).abs() <= 6e-8 * table.abs()).all()
 
@@ -209,6 +209,38 @@ def test_spacing_in_log_snr(name, steps):
         assert times[-1] == 0 and (schedule.log_snr(times) - wanted).abs().median() < 0.2
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_trailing_times_are_nested(name):
+    """Catches: a last step of no length at time 0, and times of 2 steps at which a network for 4 steps was
+    not trained."""
+    schedule = make_schedule(name)
+    noisiest = 999 if schedule.timesteps else 1.0
+    times = {steps: step_times(schedule, steps, "trailing").tolist() for steps in (1, 2, 4, 7, 999, 1000)}
+    assert times[1] == [noisiest] and times[4] == ([999, 749, 499, 249] if schedule.timesteps else
+                                                   [1.0, 0.75, 0.5, 0.25])  # fmt: skip
+    assert set(times[1]) < set(times[2]) < set(times[4])
+    for steps, found in times.items():
+        assert len(found) == steps and all(a > b for a, b in zip(found, found[1:], strict=False))
+    assert times[1000][-1] == (0 if schedule.timesteps else pytest.approx(0.001))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_consistency_samples_the_data_with_the_exact_function(name, steps):
+    """Catches: noise of the wrong size, and a state that is left in the next one. Its samples are exact for
+    any number of steps, up to what the noisiest time still has of the data."""
+    schedule = make_schedule(name)
+    mean, variance = 0.0, 1.0
+    times = step_times(schedule, steps, "trailing")
+    for alpha, sigma, a, b, c, std, _, _ in sampler_table(schedule, times, "consistency").tolist():
+        offset = end_of_flow(0.0, alpha, sigma)
+        gain = end_of_flow(1.0, alpha, sigma) - offset
+        assert a == c == 0
+        mean, variance = b * (gain * mean + offset), b**2 * gain**2 * variance + std**2
+    assert mean == pytest.approx(MEAN, abs=6e-3)
+    assert math.sqrt(variance) == pytest.approx(DEVIATION, rel=1e-3)
+
+
 def test_inversion_runs_ddim_backwards():
     """With x0 known at every time the two tables are inverse to each other."""
     schedule = make_schedule("cosine")
@@ -223,7 +255,7 @@ def test_inversion_runs_ddim_backwards():
 @pytest.mark.parametrize(
     "arguments, error, words",
     [
-        (dict(sampler="dpm"), ValueError, "sampler: expected one of 'ddpm', 'ddim', 'dpm[+][+]', got 'dpm'"),
+        (dict(sampler="dpm"), ValueError, "sampler: .* 'dpm[+][+]', 'consistency', got 'dpm'"),
         (dict(sampler="ddim", eta=1.5), ValueError, r"eta: expected a number in \[0, 1\], got 1.5"),
         (dict(sampler="ddpm", eta=0.5), ValueError, "eta: expected 0 because sampler 'ddpm' has none"),
         (dict(sampler="ddpm", variance="small"), ValueError, "variance: expected one of .*, got 'small'"),

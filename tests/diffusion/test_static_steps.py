@@ -52,7 +52,7 @@ def wavy(x, time, bias):
     return torch.cat([wave, torch.cos(wave)], dim=1)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++", "consistency"])
 @pytest.mark.parametrize("start", [0, 2])
 @pytest.mark.parametrize("prediction", ["v_prediction", "edm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -26,6 +26,11 @@ def best_x0(x: Tensor | float, alpha: Tensor | float, sigma: Tensor | float) -> 
     return MEAN + gain * (x - alpha * MEAN)
 
 
+def end_of_flow(x: Tensor | float, alpha: Tensor | float, sigma: Tensor | float) -> Tensor | float:
+    """The x0 to which the deterministic flow takes x_t = x, which a consistency network learns."""
+    return MEAN + DEVIATION * (x - alpha * MEAN) / (alpha**2 * DEVIATION**2 + sigma**2) ** 0.5
+
+
 def exact_net(schedule: Schedule, prediction: str) -> Callable[[Tensor, Tensor], Tensor]:
     """The optimal network for this data, in float64, for one of the predictions.
 
