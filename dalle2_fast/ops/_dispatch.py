@@ -63,12 +63,16 @@ def is_native(tensor: Tensor) -> bool:
 
 
 def use_reference_of_cpu_op(impl: str, *tensors: Tensor | None) -> bool:
-    """`use_reference` for an op whose only kernel is for float32 on the CPU, in dalle2_fast._C."""
+    """`use_reference` for conv3x3, whose only kernel is for float32 and bfloat16 on the CPU."""
     if impl not in ("auto", "fused"):
         _check_choice(impl)
         return True
-    reason = _why_dtype_unsupported(*tensors, dtypes=(torch.float32,))
+    reason = _why_dtype_unsupported(*tensors, dtypes=(torch.float32, torch.bfloat16))
     reason = reason or _why_no_cpu_kernels(tensors[0]) or _why_no_rule()
+    if reason is None and tensors[0].dtype == torch.bfloat16:
+        from dalle2_fast.kernels.convolution.native import WHY_NO_BFLOAT16
+
+        reason = WHY_NO_BFLOAT16
     if reason is not None and impl == "fused":
         raise RuntimeError(f'impl="fused": {reason}; use impl="auto" or "reference"')
     return reason is not None
@@ -164,7 +168,7 @@ def load_kernels(device: torch.device) -> str | None:
         if reason is not None:
             return reason
     # torch.compile can trace import statements, but not importlib.
-    import dalle2_fast.kernels.cross_attention.forward
+    import dalle2_fast.kernels.cross_attention.tangent
     import dalle2_fast.kernels.diffusion.noise
     import dalle2_fast.kernels.diffusion.step
     import dalle2_fast.kernels.group_norm_silu.forward  # noqa: F401

@@ -24,9 +24,11 @@ def conv3x3(
 ) -> Tensor:  # [N, C_out, H, W]
     """A 3x3 convolution with padding 1, of the image or of the doubled image, plus a residual.
 
-    The fused form is for float32 on the CPU: Winograd's filtering with 4 multiplications per output and
+    The fused form is for the CPU. In float32 it is Winograd's filtering with 4 multiplications per output and
     channel where the definition has 9, an upsampling that copies nothing, and the residual added where the
-    result is written. Its errors are not larger than those of torch's convolution.
+    result is written. In bfloat16 it is oneDNN's convolution with the residual added before the result is
+    rounded; it needs a processor with instructions for bfloat16. Its errors are not larger than those of
+    torch's convolution.
 
     Args:
         x: images [N, C_in, H, W], floating point. The fused form copies x if it is not channels_last.
@@ -35,8 +37,8 @@ def conv3x3(
         residual: is added to the result, of its shape. None means 0.
         upsample: whether every pixel of x is first repeated in two rows and two columns. H and W of the
             result are then twice those of x.
-        impl: "auto", "reference" or "fused". "auto" is fused for float32 and channels_last on the CPU, from
-            32 channels and 4x4 pixels on.
+        impl: "auto", "reference" or "fused". "auto" is fused for channels_last on the CPU: in float32 from 32
+            channels and 4x4 pixels on, in bfloat16 with a residual and without gradients.
 
     Returns:
         [N, C_out, H, W] in the dtype of x; under autocast in the autocast dtype.
@@ -64,9 +66,12 @@ def _uses_reference(
     impl: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
 ) -> bool:
     if impl == "auto":
-        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return True
-        if min(weight.shape[:2]) < _MIN_CHANNELS or min(x.shape[2:]) < _MIN_SIDE:
+        if x.dtype == torch.bfloat16:
+            if residual is None or _dispatch.needs_gradient(x, weight, bias, residual):
+                return True
+        elif min(weight.shape[:2]) < _MIN_CHANNELS or min(x.shape[2:]) < _MIN_SIDE:
             return True
         if not x.is_contiguous(memory_format=torch.channels_last):
             return True

@@ -15,6 +15,8 @@ from dalle2_fast.ops import _native
 if _native.WHY_ABSENT is not None:
     pytest.skip(_native.WHY_ABSENT, allow_module_level=True)
 
+from dalle2_fast.kernels.convolution.native import WHY_NO_BFLOAT16
+
 NHWC = torch.channels_last
 
 
@@ -59,6 +61,32 @@ def test_close_to_truth(instructions, samples, channels, outputs, height, width,
         assert value.dtype == torch.float32
         error, bound = (value - expected).norm(), 2 * (torchs - expected).norm() + 1e-6 * expected.norm()
         assert error <= bound
+
+
+@pytest.mark.skipif(WHY_NO_BFLOAT16 is not None, reason=str(WHY_NO_BFLOAT16))
+@pytest.mark.parametrize("upsample", [False, True])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_bfloat16_is_rounded_once(upsample, with_residual):
+    """Catches: a residual of another layout, one that is added after the rounding, a wrong gradient."""
+    inputs = [value.detach().bfloat16() for value in make(2, 24, 40, 6, 5, upsample)]
+    inputs[3] = inputs[3].contiguous() if with_residual else None
+
+    def results(impl, dtype):
+        leaves = [None if value is None else value.to(dtype).requires_grad_() for value in inputs]
+        y = functional.conv3x3(*leaves, upsample, impl=impl)
+        gradients = torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], torch.ones_like(y))
+        return [y.detach(), *gradients]
+
+    truth = results("reference", torch.float64)
+    plain, actual = results("reference", torch.bfloat16), results("fused", torch.bfloat16)
+    for value, expected, torchs in zip(actual, truth, plain, strict=True):
+        assert value.dtype == torch.bfloat16
+        assert (value - expected).norm() <= 1.1 * (torchs - expected).norm() + 1e-3 * expected.norm()
+    if with_residual:
+        x, weight, bias, residual = inputs
+        assert (actual[0] - truth[0]).norm() < 0.9 * (plain[0] - truth[0]).norm()
+        with torch.no_grad():
+            assert torch.equal(functional.conv3x3(x, weight, bias, residual, upsample), actual[0])
 
 
 def test_the_number_of_threads_and_the_batch_change_no_bit():
