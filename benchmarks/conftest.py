@@ -7,8 +7,8 @@ import subprocess
 import pytest
 import torch
 
-RIVALS = ("triton", "open_clip_torch", "inf-cl", "liger-kernel", "apex", "diffusers", "transformers",
-          "dalle2-pytorch", "torchvision", "openvino", "onnxruntime")  # fmt: skip
+RIVALS = ("triton", "open_clip_torch", "inf-cl", "liger-kernel", "apex", "sglang", "vllm-omni", "diffusers",
+          "transformers", "dalle2-pytorch", "torchvision", "openvino", "onnxruntime")  # fmt: skip
 
 
 def pytest_addoption(parser):

@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import registry
+from benchmarks.conftest import RIVALS
 from benchmarks.jobs.session_rows import MODULES, serve
 from benchmarks.timing.provenance import commit, machine, versions
 from benchmarks.timing.rows import Row
@@ -55,8 +56,6 @@ STAGES = {
 SECONDS = {"jobs": 240, "ops": 80, "losses": 60}
 # The most that one row may take. torch.compile needs about a minute for a U-Net of Karlo's size.
 ROW_SECONDS, COMPILED_ROW_SECONDS = 45, 110
-RIVALS = ("triton", "open_clip_torch", "inf-cl", "liger-kernel", "apex", "sglang", "vllm-omni", "diffusers",
-          "transformers", "dalle2-pytorch")  # fmt: skip
 
 
 class Worker:
