@@ -120,13 +120,16 @@ def _launch_config(keys: int, width: int, capability: tuple[int, int]) -> dict[s
     # One program of 8 warps uses all registers of a multiprocessor. wgmma needs 16 queries per warp, for
     # which 216 registers (64 + 16 keys) or 255 (64 + 32, masked) are enough, also with a third pipeline stage
     # to prefetch q and g. With 128 keys, and with mma.sync, more than 32 queries spill. With D = 32, whose
-    # products divide badly among warps, more than 16 spill. On sm_100, where the sums are not in registers,
-    # 128 queries spill and 64 do not.
-    rows = 16
+    # products divide badly among warps, more than 16 spill; with a mask on sm_86 and 89 also 8 warps do. On
+    # sm_100, where the sums are not in registers, 128 queries spill and 64 do not. On sm_120 with a mask 32
+    # queries and 64 + 32 keys spill.
+    rows, keys = 16, keys_0 + keys_1
+    warps = 4 if block_d < 64 and capability in ((8, 6), (8, 9)) else 8
     if block_d == 64:
-        rows = {9: 128 if keys_0 + keys_1 <= 96 else 32, 10: 64}.get(capability[0], 32)
+        chosen = {9: 128 if keys <= 96 else 32, 10: 64, 12: 32 if keys <= 80 else 16}
+        rows = chosen.get(capability[0], 32)
     return {"WIDTH": width, "BLOCK_D": block_d, "KEYS_0": keys_0, "KEYS_1": keys_1, "BLOCK_T": rows,
-            "num_warps": 8, "num_stages": 3 if rows == 128 else 2}  # fmt: skip
+            "num_warps": warps, "num_stages": 3 if rows == 128 else 2}  # fmt: skip
 
 
 def short_backward(
