@@ -229,7 +229,8 @@ class DALLE2(nn.Module):
             size: one of `sizes`; None is the largest.
             tile: side in pixels of the tiles in which an upsampler makes a larger image, to save memory, see
                 Upsampler.sample.
-            sampler: "ddpm", "ddim" or "dpm++", for every stage.
+            sampler: "ddpm", "ddim" or "dpm++", for every stage; "consistency" for distilled ones, see
+                SamplingSettings.
             batch_size: at most so many images at a time, to save memory; the images are the same up to
                 rounding.
             progress: True draws one bar per stage on stderr; a callable(stage, iterable, total) -> iterable

@@ -124,8 +124,10 @@ def decode(
     with context.evaluation_mode():
         captions = encode_decoder_captions(context, prompt, inputs, chosen)
         image_embed = context.repeat(image_embed.to(pipe.device))
+        # A distilled decoder has one sampler, which starts from x_T as well.
+        sampler = "ddim" if pipe.decoder.consistency_steps is None else "consistency"
         low_res = sample_decoder(
-            context, image_embed, captions, chosen, sampler="ddim", eta=eta, **decoder_options
+            context, image_embed, captions, chosen, sampler=sampler, eta=eta, **decoder_options
         )
         images = upsample(context, low_res, chosen, size)
     return context.result(images, low_res, image_embed)

@@ -41,6 +41,10 @@ class SamplingSettings:
         upsampler2_steps: diffusion steps of the second upsampler.
         tile: side in pixels of the tiles in which the upsamplers run; None is each one's `sample_tile`.
         sampler: update rule of every diffusion, one of SAMPLERS.
+        prior_sampler: that of the prior, where it differs: a distilled network knows "consistency" alone, and
+            no other one knows it. None is `sampler`, also in the next two.
+        upsampler_sampler: that of the first upsampler.
+        upsampler2_sampler: that of the second upsampler.
 
     Raises:
         TypeError, ValueError: a value of another type or out of range.
@@ -63,6 +67,9 @@ class SamplingSettings:
     upsampler2_steps: int = 15
     tile: int | None = None
     sampler: str = "dpm++"
+    prior_sampler: str | None = None
+    upsampler_sampler: str | None = None
+    upsampler2_sampler: str | None = None
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps)
@@ -79,8 +86,10 @@ class SamplingSettings:
         check_count("upsampler2_steps", self.upsampler2_steps)
         if self.tile is not None:
             check_count("tile", self.tile)
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
+        for name in ("sampler", "prior_sampler", "upsampler_sampler", "upsampler2_sampler"):
+            value = getattr(self, name)
+            if value not in SAMPLERS and (name == "sampler" or value is not None):
+                raise ValueError(f"{name}: expected one of {', '.join(SAMPLERS)}, got {value!r}")
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -101,6 +110,16 @@ class SamplingSettings:
             names = ", ".join(cls.names())
             raise ValueError(f"sampling: expected some of {names}, got {', '.join(sorted(unknown))}")
         return cls(**values)
+
+    def sampler_of(self, stage: str) -> str:
+        """The sampler of a stage: "prior", "decoder", "upsampler" or "upsampler2".
+
+        Example:
+            >>> settings = SamplingSettings(sampler="consistency", prior_sampler="ddim")
+            >>> settings.sampler_of("decoder"), settings.sampler_of("prior")
+            ('consistency', 'ddim')
+        """
+        return getattr(self, f"{stage}_sampler", None) or self.sampler
 
     def to_dict(self) -> dict[str, Any]:
         """All settings by name, in order; JSON can hold them."""

@@ -47,6 +47,15 @@ def encode_captions(
 ) -> EncodedCaptions:
     """Captions -> what the prior and the decoder are conditioned on. ValueError for an unknown word."""
     pipe = context.pipe
+    # A network that takes guidance as an input has learned it with the negative caption of its teacher.
+    leads_away = {
+        name: getattr(getattr(pipe, name), "guidance_input", None) is None for name in ("prior", "decoder")
+    }
+    if negative_prompt is not None and not any(leads_away.values()):
+        raise ValueError(
+            "negative_prompt: expected None, because prior and decoder take guidance as an input, got "
+            f"{negative_prompt!r}"
+        )
     tokens = _tokenize(pipe, prompts)
     negative_tokens = _tokenize(pipe, [] if negative_prompt is None else [negative_prompt])
     # Networks that were trained on CLIP's raw projections need the length of the embedding, too.
@@ -71,8 +80,10 @@ def encode_captions(
         for_prior = {"text_embed": embed, "text_encodings": encodings, "text_mask": mask}
         for_decoder = {"text": context.repeat(tokens)} if reads_tokens else dict(for_prior)
     if negative_tokens is not None:
-        for_prior["negative"] = negative
-        for_decoder["negative"] = context.repeat(negative_tokens) if reads_tokens else negative
+        if leads_away["prior"]:
+            for_prior["negative"] = negative
+        if leads_away["decoder"]:
+            for_decoder["negative"] = context.repeat(negative_tokens) if reads_tokens else negative
     return EncodedCaptions(for_prior, for_decoder)
 
 
@@ -101,7 +112,7 @@ def sample_image_embeddings(
     if prior.diffuses:
         of_diffusion = {
             "steps": settings.prior_steps,
-            "sampler": settings.sampler,
+            "sampler": settings.sampler_of("prior"),
             "guidance_interval": settings.prior_guidance_interval,
         }
     return context.sample(
@@ -142,7 +153,7 @@ def sample_decoder(
         context.pipe.decoder.sample,
         steps=settings.steps,
         image_embed=image_embed,
-        sampler=settings.sampler if sampler is None else sampler,
+        sampler=settings.sampler_of("decoder") if sampler is None else sampler,
         cond_scale=settings.guidance,
         guidance_interval=settings.guidance_interval,
         **captions,
@@ -201,7 +212,7 @@ def upsample(
             upsampler.sample,
             low_res=images,
             steps=steps,
-            sampler=settings.sampler,
+            sampler=settings.sampler_of(stage),
             tile=settings.tile,
             **known,
         )

@@ -153,7 +153,7 @@ def test_drop_takes_embedding_and_encodings_together():
     ]
     assert losses[0] == losses[1]
     keep = torch.tensor([True, False, True, False])
-    seen = prior._condition(Caption(*conditions(caption())), keep)
+    seen = prior.condition(Caption(*conditions(caption())), keep)
     assert not seen.embed[~keep].any() and not seen.mask[~keep].any()
     assert seen.embed[keep].any(dim=1).all() and torch.equal(seen.mask[keep], caption()["text_mask"][keep])
 
@@ -162,7 +162,7 @@ def test_statistics_standardise_and_come_back():
     prior = small_prior()
     narrow = F.normalize(0.1 * torch.randn(500, EMBED) + torch.randn(EMBED), dim=-1)
     prior.fit_statistics(narrow)
-    x = prior._standardised(narrow)
+    x = prior.standardised(narrow)
     torch.testing.assert_close(x.mean(dim=0), torch.zeros(EMBED), rtol=0, atol=1e-4)
     torch.testing.assert_close(x.std(dim=0), torch.ones(EMBED), rtol=0, atol=1e-4)
     torch.testing.assert_close(prior.restore(x), narrow)

@@ -10,6 +10,7 @@ from torch import Tensor
 from dalle2_fast.diffusion.graphs.plan import ConditionedNet
 from dalle2_fast.models.captions import Caption, cat_padded
 from dalle2_fast.models.decoder.encoding import encode_negative
+from dalle2_fast.models.distilled import check_no_unconditional_rows
 from dalle2_fast.models.inputs import check_features
 from dalle2_fast.models.unet.context import ContextCache
 
@@ -94,14 +95,26 @@ def guided_denoiser(
         extra: input channels in addition to x.
 
     Returns:
-        Two functions of (x, t), and the guidance to sample with.
+        Two functions of (x, t), and the guidance to sample with: None if the decoder takes it as an input.
+
+    Raises:
+        ValueError: the decoder takes guidance as an input, and not this weight or no negative captions.
     """
     device = decoder.unet.conv_in.weight.device
-    if not isinstance(guidance, Tensor) and guidance == 1.0:
+    weights = None
+    if decoder.guidance_input is not None:
+        check_no_unconditional_rows(decoder.part, negative=negative)
+        weights = decoder.guidance_input.weights(
+            decoder.part, 1.0 if guidance is None else guidance, batch, device
+        )
+        guidance = None
+    elif not isinstance(guidance, Tensor) and guidance == 1.0:
         guidance = None
     keep_image = torch.full((batch,), image_embed is not None, device=device)
     keep_text = torch.full((batch,), caption is not None, device=device)
     context, mask, classes = condition(decoder, batch, image_embed, caption, keep_image, keep_text)
+    if weights is not None:
+        classes = classes + decoder.guidance_input(weights)
     if guidance is not None:
         nothing = torch.zeros_like(keep_image)
         other = encode_negative(decoder, batch, negative)

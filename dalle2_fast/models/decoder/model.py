@@ -28,6 +28,7 @@ from dalle2_fast.models.decoder.inpainting import (
 )
 from dalle2_fast.models.decoder.masks import draw_masks
 from dalle2_fast.models.diffusion_options import diffusion_of
+from dalle2_fast.models.distilled import GuidanceInput, check_consistency_steps, weight_range
 from dalle2_fast.models.inputs import bernoulli, check_probability
 from dalle2_fast.models.transformer import TextTransformer
 from dalle2_fast.models.unet.model import UNet
@@ -75,6 +76,11 @@ class Decoder(ClipConditioned):
         inpaint: whether the U-Net also receives the kept part of the image and the mask (1 = repaint), as
             C + 1 more input channels (a dict with in_channels = C is widened), and trains on random masks;
             GLIDE, 2112.10741, section 3.3. `for_inpainting` makes such a decoder from a trained one.
+        guidance_input: the smallest and the largest guidance weight of a network that takes the weight as an
+            input, see `GuidanceInput`, and so samples with B rows in place of 2 B. None: guidance takes
+            unconditional rows.
+        consistency_steps: the number of steps for which the network was distilled: it then has the sampler
+            "consistency" alone, with this number of steps or a divisor of it. None: not distilled.
 
     Raises:
         TypeError, ValueError: an option has the wrong type or value, or sizes do not fit each other.
@@ -124,6 +130,8 @@ class Decoder(ClipConditioned):
         sigma_data: float = 0.5,
         sample_timesteps: int = 25,
         inpaint: bool = False,
+        guidance_input: Sequence[float] | None = None,
+        consistency_steps: int | None = None,
     ):
         super().__init__(clip, unit_norm, embed_scale)
         if not isinstance(unet, UNet):
@@ -167,17 +175,22 @@ class Decoder(ClipConditioned):
             log_snr_focus=None if log_snr_focus is None else list(log_snr_focus), vlb_weight=vlb_weight,
             max_weight=max_weight, stratified=stratified, sigma_data=sigma_data,
             sample_timesteps=sample_timesteps, inpaint=inpaint,
+            guidance_input=weight_range("guidance_input", guidance_input),
+            consistency_steps=check_consistency_steps(consistency_steps),
         )
         self.image_size, self.inpaint = image_size, inpaint
         self.channels = (unet.in_channels - 1) // 2 if inpaint else unet.in_channels
         self.image_cond_drop_prob, self.text_cond_drop_prob = image_cond_drop_prob, text_cond_drop_prob
-        self.sample_timesteps = sample_timesteps
+        self.sample_timesteps, self.consistency_steps = sample_timesteps, consistency_steps
         self.unet = unet
         self.text_encoder = text_encoder
         self.text_proj = ConditionProjection(
             self.image_embed_dim, self.text_embed_dim, self.text_encoding_dim, unet.embed_dim, unet.cross_dim,
             num_image_tokens,
         )
+        self.guidance_input = None
+        if guidance_input is not None:
+            self.guidance_input = GuidanceInput(unet.embed_dim, guidance_input)
         self.diffusion = diffusion_of(self.config)
 
     # -- training --------------------------------------------------------------------------------------------

@@ -11,9 +11,11 @@ from torch import Tensor
 from dalle2_fast.data.images import check_images
 from dalle2_fast.diffusion.process import GaussianDiffusion
 from dalle2_fast.diffusion.progress import Progress
+from dalle2_fast.diffusion.sampler_tables import spacing_of
 from dalle2_fast.models.decoder.encoding import encode_captions
 from dalle2_fast.models.decoder.guidance import guided_denoiser
 from dalle2_fast.models.decoder.inpainting import check_inpainting_mask, kept_channels, nothing_kept
+from dalle2_fast.models.distilled import check_no_unconditional_rows, resolve_sampler
 from dalle2_fast.models.inputs import resolve_seeds
 from dalle2_fast.ops._dtypes import compute_dtype
 
@@ -37,7 +39,7 @@ def sample(
     cond_scale: float | Tensor = 1.0,
     guidance: float | Tensor | None = None,
     guidance_interval: Sequence[float] | None = None,  # (low, high) in log-SNR
-    sampler: str = "ddpm",
+    sampler: str | None = None,
     size: int | tuple[int, int] | None = None,
     batch_size: int | None = None,
     image: Tensor | None = None,  # [B, C, H, W] in [0, 1]
@@ -69,7 +71,8 @@ def sample(
         guidance: guidance weight, a number or [B]; 1 is no guidance.
         guidance_interval: (low, high) in log-SNR: only steps at low <= log-SNR < high have guidance, see
             `GaussianDiffusion.sample`. None: all steps.
-        sampler: "ddpm", "ddim" or "dpm++".
+        sampler: "ddpm", "ddim", "dpm++", or "consistency" for a distilled decoder, whose default it is; None
+            is "ddpm" for the others.
         size: side, or height and width, of the images in pixels; None is image_size.
         batch_size: the number of images, needed only if there are no conditions.
         image: images of which a part is kept: inpainting, by any decoder. The noised image replaces the kept
@@ -102,7 +105,9 @@ def sample(
     shape = (batch, decoder.channels, height, width)
     # The state stays in float32 also for half-precision weights, whose rounding would swamp small steps.
     dtype = compute_dtype(weight.dtype)
-    steps = decoder.sample_timesteps if steps is None else steps
+    sampler, steps = resolve_sampler(decoder, sampler, steps, sampler_options.get("spacing"))
+    if decoder.guidance_input is not None:
+        check_no_unconditional_rows(decoder.part, guidance_interval=guidance_interval)
     if (image is None) != (mask is None):
         raise ValueError("image, mask: expected both or neither")
     if mask is not None:
@@ -113,7 +118,8 @@ def sample(
         raise ValueError("init_image, strength: expected both or neither")
     if init_image is not None:
         check_images("init_image", init_image, decoder.channels, (height, width), batch)
-        x0, spacing = init_image.to(device, dtype) * 2 - 1, sampler_options.get("spacing", "time")
+        x0 = init_image.to(device, dtype) * 2 - 1
+        spacing = sampler_options.get("spacing") or spacing_of(sampler)
         sampler_options |= _start_from(decoder.diffusion, x0, strength, steps, seeds, spacing)
     extra = None
     if decoder.inpaint:
@@ -169,8 +175,10 @@ def invert(
         x_T, [B, C, H, W], float32 (float64 for float64 weights).
 
     Raises:
-        TypeError, ValueError: an argument has the wrong dtype, shape or value.
+        TypeError, ValueError: an argument has the wrong dtype, shape or value, or the decoder is distilled.
     """
+    if decoder.consistency_steps is not None:
+        raise ValueError("invert: expected a decoder that was not distilled: DDIM takes many small steps")
     check_images("image", image, decoder.channels)
     weight = decoder.unet.conv_in.weight
     dtype = compute_dtype(weight.dtype)

@@ -204,7 +204,7 @@ class ARPrior(EmbeddingPrior):
         codes, dots = self.quantise(image_embed), self._dots(image_embed, caption.embed)
         dot_codes = torch.bucketize(dots, self.dot_edges.to(dots.dtype), right=True)
         dot_codes = torch.where(keep, dot_codes, self.net.num_dot_buckets)
-        kept = self._condition(caption, keep)
+        kept = self.condition(caption, keep)
         logits = self.net(codes, dot_codes, kept.embed, kept.encodings, kept.mask)
         return F.cross_entropy(logits.to(compute_dtype(logits.dtype)).flatten(0, 1), codes.flatten())
 

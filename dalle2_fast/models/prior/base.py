@@ -124,7 +124,7 @@ class EmbeddingPrior(ClipConditioned):
 
     # ------------------------------------------------------------------------------ what the network receives
 
-    def _condition(self, caption: Caption, keep: Tensor) -> Caption:
+    def condition(self, caption: Caption, keep: Tensor) -> Caption:
         """The conditioning of the network: scaled embedding, encodings and mask.
 
         Where keep [B] is False the caption is dropped: its embedding is zero, so that the projection returns
@@ -147,9 +147,9 @@ class EmbeddingPrior(ClipConditioned):
         The unconditional rows have no caption, or the caption `negative`.
         """
         keep = torch.ones(len(caption.embed), dtype=torch.bool, device=caption.embed.device)
-        condition = self._condition(caption, keep)
+        condition = self.condition(caption, keep)
         if guided:
-            without = self._condition(caption, ~keep) if negative is None else self._condition(negative, keep)
+            without = self.condition(caption, ~keep) if negative is None else self.condition(negative, keep)
             condition = condition.followed_by(without)
         return self.net.encode_prefix(condition.embed, condition.encodings, condition.mask)
 

@@ -21,6 +21,13 @@ from dalle2_fast.diffusion.graphs.plan import ConditionedNet
 from dalle2_fast.diffusion.process import GaussianDiffusion
 from dalle2_fast.diffusion.progress import Progress
 from dalle2_fast.diffusion.schedules import make_schedule
+from dalle2_fast.models.distilled import (
+    GuidanceInput,
+    check_consistency_steps,
+    check_no_unconditional_rows,
+    resolve_sampler,
+    weight_range,
+)
 from dalle2_fast.models.inputs import bernoulli
 from dalle2_fast.models.prior.base import EmbeddingPrior, EncodedText, best_candidate
 from dalle2_fast.models.prior.caption_prefix import PrefixCache
@@ -61,6 +68,11 @@ class DiffusionPrior(EmbeddingPrior):
             trained on raw projections (Karlo's, with embed_scale=1).
         analytic_variance: whether "ddpm" samples with the optimal variance, as unCLIP's prior did. It follows
             from the error of the trained network, which `fit_variance` measures into the buffer x0_error.
+        guidance_input: the smallest and the largest guidance weight of a network that takes the weight as an
+            input, see `GuidanceInput`, and so samples with B rows in place of 2 B. None: guidance takes
+            unconditional rows.
+        consistency_steps: the number of steps for which the network was distilled: it then has the sampler
+            "consistency" alone, with this number of steps or a divisor of it. None: not distilled.
 
     Raises:
         TypeError, ValueError: an option has the wrong type or value.
@@ -92,6 +104,8 @@ class DiffusionPrior(EmbeddingPrior):
         sample_clip: float | None = 10.0,
         unit_norm: bool = True,
         analytic_variance: bool = False,
+        guidance_input: Sequence[float] | None = None,
+        consistency_steps: int | None = None,
     ):
         super().__init__(
             DiffusionPriorNetwork, net, clip, image_embed_dim, cond_drop_prob, embed_scale, unit_norm
@@ -100,8 +114,14 @@ class DiffusionPrior(EmbeddingPrior):
             timesteps=timesteps, sample_timesteps=sample_timesteps, schedule=schedule, prediction=prediction,
             weighting=weighting, sigma_data=sigma_data, sample_clip=sample_clip,
             analytic_variance=analytic_variance,
+            guidance_input=weight_range("guidance_input", guidance_input),
+            consistency_steps=check_consistency_steps(consistency_steps),
         )
         self.sample_timesteps, self.sample_clip = sample_timesteps, sample_clip
+        self.consistency_steps = consistency_steps
+        self.guidance_input = None
+        if guidance_input is not None:
+            self.guidance_input = GuidanceInput(self.net.dim, guidance_input)
         self.diffusion = GaussianDiffusion(
             make_schedule(schedule, timesteps), prediction=prediction, weighting=weighting,
             sigma_data=sigma_data,
@@ -135,7 +155,8 @@ class DiffusionPrior(EmbeddingPrior):
         self.clip_mean.copy_(scaled.mean(dim=0))
         self.clip_std.copy_(scaled.std(dim=0).clamp(min=1e-4))
 
-    def _standardised(self, embed: Tensor) -> Tensor:
+    def standardised(self, embed: Tensor) -> Tensor:
+        """Image embeddings [B, E] -> what the diffusion makes, with mean 0 and deviation 1 per entry."""
         scaled = self.scale_embedding(embed)
         return (scaled - self.clip_mean.to(scaled.dtype)) / self.clip_std.to(scaled.dtype)
 
@@ -177,7 +198,7 @@ class DiffusionPrior(EmbeddingPrior):
         if not self.analytic_variance:
             raise ValueError("fit_variance: expected a prior with analytic_variance=True")
         caption = self._caption(text, text_embed, text_encodings, text_mask)
-        x0 = self._standardised(self._embed_image(image, image_embed, len(caption.embed)))
+        x0 = self.standardised(self._embed_image(image, image_embed, len(caption.embed)))
         prefix = self._encode_prefix(caption)
         error = measure_x0_error(
             self.diffusion, lambda x, t: self.net.denoise(x, t, prefix), x0, points=points,
@@ -214,8 +235,8 @@ class DiffusionPrior(EmbeddingPrior):
         """
         caption = self._caption(text, text_embed, text_encodings, text_mask)
         batch, device = len(caption.embed), caption.embed.device
-        x0 = self._standardised(self._embed_image(image, image_embed, batch))
-        kept = self._condition(caption, ~bernoulli(batch, self.cond_drop_prob, device, generator))
+        x0 = self.standardised(self._embed_image(image, image_embed, batch))
+        kept = self.condition(caption, ~bernoulli(batch, self.cond_drop_prob, device, generator))
         losses = self.diffusion.training_loss(
             lambda x, t: self.net(x, t, kept.embed, kept.encodings, kept.mask), x0, generator=generator
         )
@@ -239,7 +260,7 @@ class DiffusionPrior(EmbeddingPrior):
         cond_scale: float | Tensor = 1.0,
         guidance: float | Tensor | None = None,
         guidance_interval: Sequence[float] | None = None,  # (low, high) in log-SNR
-        sampler: str = "ddpm",
+        sampler: str | None = None,
         progress: Progress = None,
         **sampler_options,
     ) -> Tensor:
@@ -263,7 +284,8 @@ class DiffusionPrior(EmbeddingPrior):
             guidance: guidance weight, a number or [B]; 1 is no guidance.
             guidance_interval: (low, high) in log-SNR: only steps at low <= log-SNR < high have guidance, see
                 `GaussianDiffusion.sample`. None: all steps.
-            sampler: "ddpm", "ddim" or "dpm++".
+            sampler: "ddpm", "ddim", "dpm++", or "consistency" for a distilled prior, whose default it is;
+                None is "ddpm" for the others.
             progress: see `GaussianDiffusion.sample`.
             sampler_options: more keywords of `GaussianDiffusion.sample` (eta, dynamic_threshold, ...).
 
@@ -275,13 +297,20 @@ class DiffusionPrior(EmbeddingPrior):
             RuntimeError: analytic_variance with "ddpm" before `fit_variance`.
         """
         caption = self._caption(text, text_embed, text_encodings, text_mask)
+        sampler, steps = resolve_sampler(self, sampler, steps, sampler_options.get("spacing"))
+        guidance, offset = cond_scale if guidance is None else guidance, ()
+        if self.guidance_input is not None:
+            check_no_unconditional_rows(self.part, negative=negative, guidance_interval=guidance_interval)
+            batch, device = len(caption.embed), caption.embed.device
+            weights = self.guidance_input.weights(self.part, guidance, batch, device)
+            offset = (self.guidance_input(weights).repeat_interleave(num_samples_per_batch, 0),)
+            guidance = 1.0
         seeds, guidance, prefix = self._candidates(
-            caption, negative, num_samples_per_batch, seeds, generator,
-            cond_scale if guidance is None else guidance,
-        )  # fmt: skip
+            caption, negative, num_samples_per_batch, seeds, generator, guidance
+        )
 
         def denoiser(prefix: PrefixCache) -> ConditionedNet:
-            return ConditionedNet(_denoise, (self.net,), (prefix.keys_values, prefix.valid))
+            return ConditionedNet(_denoise, (self.net,), (prefix.keys_values, prefix.valid, *offset))
 
         conditional_net = denoiser(prefix.first(len(seeds)))
         # The state stays in float32 also for half-precision weights, whose rounding would swamp small steps.
@@ -291,7 +320,7 @@ class DiffusionPrior(EmbeddingPrior):
                 raise RuntimeError("DiffusionPrior: analytic_variance needs fit_variance(...) first")
             sampler_options = {"x0_error": self.x0_error} | sampler_options
         options = dict(
-            seeds=seeds, steps=self.sample_timesteps if steps is None else steps, sampler=sampler,
+            seeds=seeds, steps=steps, sampler=sampler,
             guidance=guidance, guidance_interval=guidance_interval, conditional_net=conditional_net,
             clip=self.sample_clip, progress=progress, device=seeds.device,
             dtype=dtype,
@@ -307,9 +336,10 @@ def _denoise(
     t: Tensor,  # [B]
     keys_values: list[tuple[Tensor, Tensor]],
     valid: Tensor,  # bool [B or 2B, P]
+    *time_offset: Tensor,  # [B, dim], where guidance is an input
 ) -> Tensor:
     """The output for each caption: with twice as many, conditional ones first, x counts twice."""
     dtype = x.dtype
     if len(valid) > len(x):
         x, t = torch.cat([x, x]), torch.cat([t, t])
-    return net.denoise(x, t, PrefixCache(keys_values, valid)).to(dtype)
+    return net.denoise(x, t, PrefixCache(keys_values, valid), *time_offset).to(dtype)

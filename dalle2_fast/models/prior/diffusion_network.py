@@ -84,10 +84,12 @@ class DiffusionPriorNetwork(nn.Module):
         proj_embedding: Tensor,  # [B, E] text embedding
         encoder_hidden_states: Tensor | None = None,  # [B, L, text_dim]
         attention_mask: Tensor | None = None,  # bool [B, L], True = attend
+        time_offset: Tensor | None = None,  # [B, dim]
     ) -> Tensor:
-        """Predict the image embedding [B, E]. The arguments are those of diffusers' PriorTransformer."""
+        """Predict the image embedding [B, E]. The arguments are those of diffusers' PriorTransformer, and
+        time_offset, which is added to the token of the time."""
         prefix, valid = embed_caption(self, proj_embedding, encoder_hidden_states, attention_mask)
-        tail = self._embed_tail(hidden_states, timestep)
+        tail = self._embed_tail(hidden_states, timestep, time_offset)
         tokens = torch.cat([prefix, tail], dim=1)
         valid = F.pad(valid, (0, TAIL), value=True)
         tokens, lengths = pack(tokens, valid)
@@ -97,15 +99,22 @@ class DiffusionPriorNetwork(nn.Module):
 
     encode_prefix = encode_prefix
 
-    def denoise(self, hidden_states: Tensor, timestep: Tensor, prefix: PrefixCache) -> Tensor:
+    def denoise(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        prefix: PrefixCache,
+        time_offset: Tensor | None = None,
+    ) -> Tensor:
         """Predict the image embedding [B, E] as `forward` does, from a cached prefix of the captions.
 
         Args:
             hidden_states: noised image embedding [B, E].
             timestep: times [B].
             prefix: the captions' part of the sequence, from `encode_prefix`.
+            time_offset: is added to the token of the time, [B, dim].
         """
-        tail = self._embed_tail(hidden_states, timestep)
+        tail = self._embed_tail(hidden_states, timestep, time_offset)
         batch = tail.shape[0]  # not len(tail), which is a constant in an exported program
         causal = torch.ones(TAIL, TAIL, dtype=torch.bool, device=tail.device).tril()
         valid = prefix.valid[:, None, None, :].expand(batch, 1, TAIL, -1)
@@ -113,10 +122,14 @@ class DiffusionPriorNetwork(nn.Module):
         x = self.transformer.extend(tail, prefix.keys_values, mask)
         return self.proj_out(self.ln_final(x[:, -1]))
 
-    def _embed_tail(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
+    def _embed_tail(
+        self, hidden_states: Tensor, timestep: Tensor, time_offset: Tensor | None = None
+    ) -> Tensor:
         """The tokens [B, 3, dim] of time, noised image embedding and query."""
         weight = self.proj_in.weight
         time = self.time_embedding(sinusoidal_embedding(timestep, self.dim).to(weight.dtype))
+        if time_offset is not None:
+            time = time + time_offset
         noised = self.proj_in(hidden_states.to(weight.dtype))
         query = self.query.to(noised.dtype).expand_as(noised)
         tail = torch.stack([time.to(noised.dtype), noised, query], dim=1)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dalle2_fast.checkpoints import Pretrained
 from dalle2_fast.data.images import check_images
 from dalle2_fast.models.diffusion_options import diffusion_of
+from dalle2_fast.models.distilled import check_consistency_steps
 from dalle2_fast.models.inputs import bernoulli, check_probability
 from dalle2_fast.models.time_embedding import sinusoidal_embedding
 from dalle2_fast.models.unet.model import UNet
@@ -62,6 +63,8 @@ class Upsampler(Pretrained, nn.Module):
             model returns the condition; for prediction "sample".
         sample_timesteps: the default number of steps of `sample`.
         sample_tile: the default tile of `sample`; None for one pass.
+        consistency_steps: the number of steps for which the network was distilled: it then has the sampler
+            "consistency" alone, with this number of steps or a divisor of it. None: not distilled.
 
     Raises:
         TypeError, ValueError: an option has the wrong type or value, or sizes do not fit each other.
@@ -105,6 +108,7 @@ class Upsampler(Pretrained, nn.Module):
         residual: bool = False,
         sample_timesteps: int = 7,
         sample_tile: int | None = None,
+        consistency_steps: int | None = None,
     ):
         super().__init__()
         if unet is None:
@@ -164,10 +168,12 @@ class Upsampler(Pretrained, nn.Module):
             log_snr_focus=None if log_snr_focus is None else list(log_snr_focus), vlb_weight=vlb_weight,
             max_weight=max_weight, stratified=stratified, sigma_data=sigma_data, residual=residual,
             sample_timesteps=sample_timesteps, sample_tile=sample_tile,
+            consistency_steps=check_consistency_steps(consistency_steps),
         )
         self.image_size, self.low_res_size, self.factor = image_size, low_res_size, image_size // low_res_size
         self.channels, self.resize = channels, resize
         self.sample_timesteps, self.sample_tile = sample_timesteps, sample_tile
+        self.consistency_steps = consistency_steps
         self.degradation, self.degradation_prob = degradation, degradation_prob
         self.max_noise_level = max_noise_level
         self.residual = residual
@@ -203,6 +209,34 @@ class Upsampler(Pretrained, nn.Module):
         Raises:
             TypeError, ValueError: an argument has the wrong dtype, shape or values.
         """
+        target, condition, level, pixel_weight = self.training_pair(
+            image, low_res, crop=crop, generator=generator, pixel_weight=pixel_weight,
+            check_range=check_range,
+        )  # fmt: skip
+        losses = self.diffusion.training_loss(
+            lambda x, t: self.predict(self.unet, x, t, condition, level),
+            target,
+            generator=generator,
+            pixel_weight=pixel_weight,
+        )
+        return losses.mean()
+
+    def training_pair(
+        self,
+        image: Tensor,  # [B, C, H, W] in [0, 1]
+        low_res: Tensor | None = None,  # [B, C, H / factor, W / factor] in [0, 1]
+        *,
+        crop: int | float | None = None,
+        generator: torch.Generator | None = None,
+        pixel_weight: Tensor | None = None,  # [B, 1, H, W]
+        check_range: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What `forward`, whose arguments these are, trains on.
+
+        Returns:
+            The target in [-1, 1], the enlarged condition, its noise level [B] or None, and the weight of the
+            pixels.
+        """
         check_images("image", image, self.channels, check_range=check_range)
         batch, _, height, width = image.shape
         self.check_size("image", height, width)
@@ -229,13 +263,7 @@ class Upsampler(Pretrained, nn.Module):
             target, condition, pixel_weight = random_crops(
                 crop, self.unet.size_multiple, generator, target, condition, pixel_weight
             )
-        losses = self.diffusion.training_loss(
-            lambda x, t: self.predict(self.unet, x, t, condition, level),
-            target,
-            generator=generator,
-            pixel_weight=pixel_weight,
-        )
-        return losses.mean()
+        return target, condition, level, pixel_weight
 
     def predict(self, unet: UNet, x: Tensor, t: Tensor, condition: Tensor, level: Tensor | None) -> Tensor:
         """The output of `unet` at x_t [B, C, H, W], given the enlarged condition and its noise level [B]."""

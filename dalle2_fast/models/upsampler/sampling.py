@@ -11,6 +11,7 @@ from dalle2_fast.data.images import check_images
 from dalle2_fast.diffusion.graphs.plan import ConditionedNet, Net
 from dalle2_fast.diffusion.progress import Progress
 from dalle2_fast.functional import sample_noise
+from dalle2_fast.models.distilled import resolve_sampler
 from dalle2_fast.models.inputs import resolve_seeds
 from dalle2_fast.models.unet.model import UNet
 from dalle2_fast.models.upsampler.condition import enlarged, noised
@@ -32,7 +33,7 @@ def sample(
     seeds: Tensor | None = None,  # int64 [B]
     generator: torch.Generator | None = None,
     steps: int | None = None,
-    sampler: str = "ddpm",
+    sampler: str | None = None,
     noise_level: float = 0.0,
     tile: int | None = None,
     overlap: int | None = None,
@@ -48,7 +49,8 @@ def sample(
             `generator`.
         generator: source of the seeds; None is torch's default generator.
         steps: the number of steps; None is sample_timesteps.
-        sampler: "ddpm", "ddim" or "dpm++".
+        sampler: "ddpm", "ddim", "dpm++", or "consistency" for a distilled upsampler, whose default it is;
+            None is "ddpm" for the others.
         noise_level: noise on the condition, 0 .. max_noise_level; the more noise, the more new detail.
         tile: side in pixels of the windows of the large image in which the U-Net runs, one window of one
             image at a time. None is sample_tile; a side that holds the whole image is one pass. The memory of
@@ -67,6 +69,7 @@ def sample(
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape or value.
     """
+    sampler, steps = resolve_sampler(upsampler, sampler, steps, sampler_options.get("spacing"))
     check_images("low_res", low_res, upsampler.channels)
     if not 0.0 <= noise_level <= upsampler.max_noise_level:
         raise ValueError(
@@ -100,8 +103,8 @@ def sample(
     images = upsampler.diffusion.sample(
         denoiser(upsampler.unet), (batch, upsampler.channels, height, width),
         last_net=None if upsampler.last_unet is None else denoiser(upsampler.last_unet), seeds=seeds,
-        sampler=sampler, steps=upsampler.sample_timesteps if steps is None else steps, progress=progress,
-        device=weight.device, dtype=dtype, **sampler_options,
+        sampler=sampler, steps=steps, progress=progress, device=weight.device, dtype=dtype,
+        **sampler_options,
     )  # fmt: skip
     return ((images + 1) / 2).clamp(0, 1)
 

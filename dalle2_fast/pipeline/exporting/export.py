@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from dalle2_fast.diffusion.preconditioning import precondition
-from dalle2_fast.diffusion.sampler_tables import sampler_table
+from dalle2_fast.diffusion.sampler_tables import sampler_table, spacing_of
 from dalle2_fast.models.implementation import implementation
 from dalle2_fast.pipeline.exporting.networks import ExportedNetwork, networks_of
 from dalle2_fast.pipeline.exporting.runtimes import Runtime, find_runtime
+from dalle2_fast.pipeline.settings import SamplingSettings
 
 if TYPE_CHECKING:
     from dalle2_fast.pipeline.dalle2 import DALLE2
@@ -60,6 +61,11 @@ def export_networks(
     runtime, folder = find_runtime(format), check_folder(path)
     if pipe.device.type != "cpu" or pipe.dtype != torch.float32:
         raise ValueError(f"pipe: expected float32 on the CPU, got {pipe.dtype} on {pipe.device}")
+    for name in ("prior", "decoder"):
+        if getattr(getattr(pipe, name), "guidance_input", None) is not None:
+            raise ValueError(
+                f"{name}: expected a network without guidance as an input, which the files do not have"
+            )
     return _export(pipe, folder, format, runtime)
 
 
@@ -117,7 +123,7 @@ def _described(tensor: Tensor) -> dict[str, Any]:
 
 def _about(pipe: DALLE2) -> dict[str, Any]:
     """The tokenizer, the settings, and the steps of each diffusion."""
-    settings = pipe.sampling
+    settings, chosen = pipe.sampling, SamplingSettings.from_dict(pipe.sampling)
     diffusions = {"decoder": (pipe.decoder, settings["steps"])}
     if pipe.prior is not None and pipe.prior.diffuses:
         diffusions["prior"] = (pipe.prior, settings["prior_steps"])
@@ -129,7 +135,7 @@ def _about(pipe: DALLE2) -> dict[str, Any]:
         "tokenizer": pipe.tokenizer.to_config(),
         "unit_norm": pipe.decoder.unit_norm,
         "diffusions": {
-            name: _steps(part, steps, settings["sampler"]) for name, (part, steps) in diffusions.items()
+            name: _steps(part, steps, chosen.sampler_of(name)) for name, (part, steps) in diffusions.items()
         },
     }
 
@@ -137,7 +143,7 @@ def _about(pipe: DALLE2) -> dict[str, Any]:
 def _steps(part: Any, steps: int, sampler: str) -> dict[str, Any]:
     """One row of coefficients per step, see `sampler_table`, and the time that the network is given."""
     diffusion = part.diffusion
-    times = diffusion.times(steps)
+    times = diffusion.times(steps, spacing_of(sampler))
     error = {}
     if sampler == "ddpm" and getattr(part, "analytic_variance", False):
         error["x0_error"] = part.x0_error.cpu()[times]
