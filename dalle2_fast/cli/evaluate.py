@@ -44,7 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pictures",
         type=int,
         metavar="N",
-        help=f"images for the upsampler's PSNR (default {FULL.pictures})",
+        help=f"images for the PSNR of the upsampler and of denoising (default {FULL.pictures})",
+    )
+    add(
+        "--outlines",
+        type=int,
+        metavar="N",
+        help=f"images of each shape for the outline scores (default {FULL.outlines})",
     )
     add(
         "--splits",

@@ -21,6 +21,8 @@ from dalle2_fast.data.text.tokenizer import WordTokenizer
 from dalle2_fast.evaluation.amounts import FULL, PARTS, SETTINGS, SPLITS, Amounts
 from dalle2_fast.evaluation.baselines import nearest_training_scenes, shuffle_images
 from dalle2_fast.evaluation.clip_scores import score_clip
+from dalle2_fast.evaluation.denoising import score_denoising
+from dalle2_fast.evaluation.outlines import score_outlines
 from dalle2_fast.evaluation.reading.reader import Reader
 from dalle2_fast.evaluation.scores import ATTRIBUTES, Tally, score_captions
 from dalle2_fast.evaluation.upsampling import score_upsampler
@@ -40,7 +42,7 @@ def evaluate(
     batch_size: int = 16,
     progress: bool = True,
 ) -> dict:
-    """Measure a pipeline: its CLIP, what its images show of their captions, and its upsampler.
+    """Measure a pipeline: its CLIP, what its images show of their captions, its upsampler and its decoder.
 
     Args:
         pipe: to be measured.
@@ -56,7 +58,7 @@ def evaluate(
 
     Returns:
         JSON-able: what was measured, on what and how, and "clip" and "caption_accuracy" by split,
-        "upsampler", "seconds" by part.
+        "upsampler", "outline_scores", "denoising", "seconds" by part.
     """
     sampling = pipe.sampling | (settings or {})
     generate = partial(_generate, pipe, sampling=sampling, batch_size=batch_size, progress=progress)
@@ -74,6 +76,8 @@ def evaluate(
         "clip": {},
         "caption_accuracy": {},
         "upsampler": None,
+        "outline_scores": None,
+        "denoising": None,
         "seconds": {},
     }
     for split in splits:
@@ -87,6 +91,19 @@ def evaluate(
     if "upsampler" in parts and pipe.upsampler is not None:
         with _timed(report, "upsampler"):
             report["upsampler"] = _score_upsampler(pipe, world, amounts, seed, sampling)
+    if "outlines" in parts:
+        with _timed(report, "outlines"):
+            report["outline_scores"] = score_outlines(
+                generate,
+                world,
+                per_shape=amounts.outlines,
+                resolution=pipe.decoder.image_size,
+                generator=_generator(seed, "iid", "outlines"),
+                seed=mix_seed(seed, len(SPLITS)),
+            )
+    if "denoising" in parts:
+        with _timed(report, "denoising"):
+            report["denoising"] = _score_denoising(pipe, world, amounts, seed)
     return report
 
 
@@ -179,6 +196,21 @@ def _score_upsampler(pipe: DALLE2, world: World, amounts: Amounts, seed: int, sa
     low, high = pipe.sizes[:2]
     scenes = sample_scenes(amounts.pictures, _generator(seed, "iid", "upsampler"), "iid", world)
     return score_upsampler(upsample, scenes, low=low, high=high)
+
+
+def _score_denoising(pipe: DALLE2, world: World, amounts: Amounts, seed: int) -> dict:
+    """{"psnr": {log-SNR: dB}, "pictures": their number}, see `score_denoising`."""
+    generator = _generator(seed, "iid", "denoising")
+    scenes = sample_scenes(amounts.pictures, generator, "iid", world)
+    tokens, _ = make_captions(scenes, generator)
+    scores = score_denoising(
+        pipe.decoder,
+        render(scenes, pipe.decoder.image_size).to(pipe.device),
+        pipe.clip.encode_image(render(scenes, pipe.clip.image_size).to(pipe.device, pipe.dtype)),
+        pipe.tokenizer.encode(_texts(tokens)).to(pipe.device),
+        torch.arange(amounts.pictures, device=pipe.device),
+    )
+    return {"psnr": scores, "pictures": amounts.pictures}
 
 
 # ------------------------------------------------------------------------------------------------ their needs

@@ -36,6 +36,15 @@ def print_report(report: dict) -> None:
             f"\nupsampler: PSNR {scores['psnr']:.2f} dB, bicubic {scores['psnr_bicubic']:.2f} dB "
             f"({scores['pictures']} images, compared with their large renders)"
         )
+    if report["outline_scores"]:
+        scores = report["outline_scores"]
+        print(f"\nOutlines of one large object: IoU with the ideal shape, {scores['captions']} images")
+        _print_outlines(scores["generated"], scores["renders"])
+    if report["denoising"]:
+        values, number = report["denoising"]["psnr"], report["denoising"]["pictures"]
+        print(f"\nDenoising: PSNR of the decoder's x0 from {number} true images with noise")
+        print("log-SNR" + "".join(f"{name:>8}" for name in values))
+        print("dB     " + "".join(f"{value:8.2f}" for value in values.values()))
     print(f"\nseconds: {', '.join(f'{name} {value}' for name, value in report['seconds'].items())}")
 
 
@@ -57,6 +66,14 @@ def _caption_rows(accuracy: dict, splits: list[str]) -> dict[str, list[dict | No
                 accuracy[split][source].get(kind, {}).get(name) for split in splits for source in COLUMNS
             ]
     return rows
+
+
+def _print_outlines(generated: dict, renders: dict) -> None:
+    print(f"{'':12}{'generated':>10}{'renders':>10}")
+    rows = {shape: (value, renders["by_shape"][shape]) for shape, value in generated["by_shape"].items()}
+    rows |= {name: (generated[name], renders[name]) for name in ("mean", "worst")}
+    for name, (value, ceiling) in rows.items():
+        print(f"{name:12}{value:10.3f}{ceiling:10.3f}")
 
 
 def _print_rows(rows: dict[str, list[dict | None]], heads: list[tuple[str, str]]) -> None:

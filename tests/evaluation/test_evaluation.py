@@ -140,7 +140,7 @@ def checkpoint(tmp_path_factory):
     return pipeline().save_pretrained(tmp_path_factory.mktemp("checkpoint"))
 
 
-SMALL = "--captions 8 --clip-captions 20 --training-captions 100 --pictures 2 --quiet".split()
+SMALL = "--captions 8 --clip-captions 20 --training-captions 100 --pictures 2 --outlines 1 --quiet".split()
 
 
 # Catches: a pipeline with a second upsampler that cannot be scored; the first one is.
@@ -159,6 +159,7 @@ def test_the_command_writes_a_complete_report(checkpoint, tmp_path, capsys):
     assert cli.main(command) == 0
     table = capsys.readouterr().out
     assert "one object: color" in table and "two-way binding" in table and "PSNR" in table
+    assert "IoU with the ideal shape, 3 images" in table and "log-SNR" in table
     report = json.loads(output.read_text(), parse_constant=pytest.fail)  # NaN is no JSON
     assert report["captions"] == 8 and report["seed"] == 3
     assert report["versions"]["torch"] == torch.__version__
@@ -172,12 +173,17 @@ def test_the_command_writes_a_complete_report(checkpoint, tmp_path, capsys):
         assert "fill" not in accuracy["renders"].get("one", {})  # one fill: nothing to get right
         assert report["clip"][split]["retrieval"]["full"]["of"] == 20
     assert all(math.isfinite(report["upsampler"][name]) for name in ("psnr", "psnr_bicubic"))
+    outlines, denoising = report["outline_scores"], report["denoising"]
+    assert set(outlines["generated"]["by_shape"]) == {"circle", "square", "ring"} and outlines["captions"] == 3
+    assert outlines["renders"]["worst"] > 0.5  # 16 pixels are few
+    assert list(denoising["psnr"]) == ["-2", "0", "2", "4", "6", "8"] and denoising["pictures"] == 2
+    assert all(math.isfinite(value) for value in denoising["psnr"].values())
     assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]
 
 
 # Catches: scores that change from run to run, or with the order in which things are scored.
 def test_the_same_seed_gives_the_same_scores():
-    pipe, small = pipeline().eval(), Amounts(6, 10, 50, 1)
+    pipe, small = pipeline().eval(), Amounts(6, 10, 50, 1, 1)
     options = dict(amounts=small, parts=("captions",), progress=False, batch_size=3)
     both = evaluate(pipe, WORLD, **options)["caption_accuracy"]
     again = evaluate(pipe, WORLD, splits=("comp",), **options)["caption_accuracy"]

@@ -24,7 +24,7 @@ TEXTURE_PERIOD = 0.125  # in units of the canvas
 CPU_CHUNK_PIXELS, DEVICE_CHUNK_PIXELS = 2**20, 2**25
 
 
-class _Layers(NamedTuple):
+class ObjectLayers(NamedTuple):
     """What m objects do to the image below them; float32 planes [m, R, R]."""
 
     coverage: Tensor  # 1 inside, 0 outside
@@ -74,7 +74,7 @@ def _render(scenes: Scenes, resolution: int) -> Tensor:
         return torch.cat([scenes[key][:count, slot] for slot, count in enumerate(users)])
 
     objects = {key: flat(key) for key in ("shape", "color", "fill", "cx", "cy", "r", "rot", "cj")}
-    layers, row = _object_layers(objects, resolution)
+    layers, row = _sorted_layers(objects, resolution)
     tone, tone_row = _tones(objects, resolution)
     colors = palette(images.device)
     first = colors.color[objects["color"]] + objects["cj"]
@@ -95,14 +95,31 @@ def _render(scenes: Scenes, resolution: int) -> Tensor:
     return images.clamp_(0, 1)
 
 
-def _object_layers(objects: Scenes, resolution: int) -> tuple[_Layers, Tensor]:
+def object_layers(objects: Scenes, resolution: int) -> ObjectLayers:
+    """What m objects do to the image below them.
+
+    Args:
+        objects: their shape, int64 [m], and cx, cy, r, rot, float32 [m], as scenes have them.
+        resolution: height and width, in pixels.
+
+    Example:
+        >>> place = dict(cx=torch.tensor([0.5]), cy=torch.tensor([0.5]), r=torch.tensor([0.2]))
+        >>> layers = object_layers(dict(shape=torch.tensor([0]), rot=torch.zeros(1), **place), 8)
+        >>> layers.coverage[0, 4]
+        tensor([0.0000, 0.0000, 0.5212, 1.0000, 1.0000, 0.5212, 0.0000, 0.0000])
+    """
+    layers, row = _sorted_layers(objects, resolution)
+    return ObjectLayers(*(layer[row] for layer in layers))
+
+
+def _sorted_layers(objects: Scenes, resolution: int) -> tuple[ObjectLayers, Tensor]:
     """The layers [N, R, R] of all objects, sorted by shape, and the row of each object in them, int64 [N]."""
     shape = objects["shape"]
     device, table = shape.device, geometry(shape.device)
     order = torch.argsort(shape, stable=True)
     numbers = torch.bincount(shape, minlength=len(SIGNED_DISTANCES)).tolist()
     planes = len(shape), resolution, resolution
-    layers = _Layers(*(torch.empty(planes, device=device) for _ in _Layers._fields))
+    layers = ObjectLayers(*(torch.empty(planes, device=device) for _ in ObjectLayers._fields))
     pixel, one = _pixel_centres(resolution, device), torch.ones((), device=device)
 
     def column(values: Tensor) -> Tensor:
