@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the words; the exit code."""
     from dalle2_fast.checkpoints import construct, embedded_path, load_config
     from dalle2_fast.data import BPETokenizer, tokenizer_from_config
-    from dalle2_fast.data.synthetic.grammar import EXAMPLES, word_groups
+    from dalle2_fast.data.synthetic.grammar import EXAMPLES, LIMITS, word_groups
 
     path = args.checkpoint or embedded_path()
     tokenizer = construct(tokenizer_from_config, load_config(path), "tokenizer", path)
@@ -42,10 +42,17 @@ def run(args: argparse.Namespace) -> int:
         print("For example:")
         for sentence in examples:
             print(f"  {sentence}")
+    print("Refused, because no scene of the training shows it otherwise:")
+    for sentence in LIMITS:
+        print(textwrap.fill(f"- {sentence}", width=_width(), initial_indent="  ", subsequent_indent="    "))
     return 0
 
 
+def _width() -> int:
+    return min(100, shutil.get_terminal_size().columns)
+
+
 def _print_words(heading: str, words: Sequence[str]) -> None:
-    width = min(100, shutil.get_terminal_size().columns)
     text = heading + " ".join(words)
-    print(textwrap.fill(text, width=width, subsequent_indent="  " if heading else "", break_on_hyphens=False))
+    indent = "  " if heading else ""
+    print(textwrap.fill(text, width=_width(), subsequent_indent=indent, break_on_hyphens=False))

@@ -1,8 +1,8 @@
-"""What the words of the scenes are said of: groups for a reader, and a check of captions from people."""
+"""What the words of the scenes are said of, for a reader. `meaning` checks the captions that people write."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 
 from dalle2_fast.data.synthetic import vocabulary as v
 
@@ -15,52 +15,27 @@ def _with_synonyms(names: Collection[str], *synonyms: dict[str, tuple[str, ...]]
 _COLORS = _with_synonyms(v.COLORS, v.COLOR_SYNONYMS)
 _FILLS = _with_synonyms(v.FILLS, v.FILL_SYNONYMS)
 _SIZES = _with_synonyms(v.SIZES, v.SIZE_SYNONYMS)
-_OF_OBJECTS = frozenset(_COLORS + _FILLS + _SIZES)
-_OF_BACKGROUNDS = frozenset(_with_synonyms(v.BACKGROUNDS + v.TEXTURES, v.COLOR_SYNONYMS, v.FILL_SYNONYMS))
-_OBJECTS = frozenset(
-    _with_synonyms(v.SHAPES, v.SHAPE_SYNONYMS) + _with_synonyms(v.PLURALS, v.PLURAL_SYNONYMS)
-)
-_BACKGROUND_NOUNS = frozenset(after for _, after in v.BACKGROUND_PHRASES)
 
 # Sentences that show how words are put together, for a reader of the vocabulary.
 EXAMPLES = (
     "a large red circle above a small blue square on a navy background",
     "three green stars",
     "a yellow heart with stripes in the top left corner",
-    "a dotted purple ring on a checkered mint background",
+    "a dotted purple hexagon on a checkered mint background",
+    "a small white star inside a large blue circle",
     "a red circle and a blue square against a black backdrop",
     "a red circle on a gray background",
 )
 
-
-def check_meaning(words: Sequence[str]) -> None:
-    """Raise ValueError if a word stands where the scenes never have it, and would be taken for another part.
-
-    Args:
-        words: those of a caption, in lower case.
-
-    Example:
-        >>> check_meaning("a cyan square on a checkered navy background".split())
-    """
-    adjectives: list[str] = []
-    for word in words:
-        if word in _OF_OBJECTS or word in _OF_BACKGROUNDS:
-            adjectives.append(word)
-            continue
-        if word in _OBJECTS:
-            _refuse_others(adjectives, _OF_OBJECTS, word, "a background", "an object")
-        elif word in _BACKGROUND_NOUNS:
-            _refuse_others(adjectives, _OF_BACKGROUNDS, word, "an object", "a background")
-        adjectives = []
-
-
-def _refuse_others(adjectives: list[str], allowed: Collection[str], noun: str, only: str, never: str) -> None:
-    wrong = [f'"{word}"' for word in adjectives if word not in allowed]
-    if wrong:
-        raise ValueError(
-            f'{", ".join(wrong)} before "{noun}": in the captions that this checkpoint knows, only {only} is '
-            f"said to be that, never {never} (`dalle2-fast vocabulary` lists the words of each)"
-        )
+# What no scene shows, and why, for a reader of the vocabulary.
+LIMITS = (
+    "an object is never what only backgrounds are, such as checkered; stripes and dots have no colour named",
+    "rings and crescents, and small triangles, diamonds, stars, crosses and drops, are too thin for a fill",
+    "a caption counts two to five equal objects, or names one, two or three",
+    "one of two objects may be large; three, or several equal ones, are small or medium, and five are small",
+    "only a circle, square, pentagon or hexagon holds another object; both are solid",
+    "no object has a colour that its background hides",
+)
 
 
 def word_groups(words: Collection[str]) -> dict[str, tuple[str, ...]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from dalle2_fast.data.synthetic.grammar import check_meaning
+from dalle2_fast.data.synthetic.meaning import check_meaning
 from dalle2_fast.data.synthetic.vocabulary import BOS, EOS, MAX_LENGTH, PAD, SPECIALS, UNK, WORDS
 from dalle2_fast.data.synthetic.words import scene_words
 from dalle2_fast.data.synthetic.world import World
@@ -84,8 +84,7 @@ class WordTokenizer:
         Raises:
             TypeError: a caption is not a str.
             ValueError: a caption is empty, too long, has unknown words, which the message names with the
-                nearest known ones, or, for scenes, says of an object what only backgrounds are, or the
-                reverse.
+                nearest known ones, or, for scenes, asks for what no scene shows (see `check_meaning`).
         """
         return encode_rows(
             captions, lambda caption: self._encode(caption, unknown, truncate), self.context_length, unknown
