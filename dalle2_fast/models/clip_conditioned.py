@@ -33,12 +33,20 @@ class ClipConditioned(Pretrained, nn.Module):
         tensor([[2., 0., 0., 0.]])
     """
 
+    consistency_steps: int | None = None  # of the class, because pickles of version 0.1.0 do not have it
+
     def __init__(self, clip: CLIP | None, unit_norm: bool, embed_scale: float | None):
         super().__init__()
         # The tuple hides CLIP from nn.Module, so that it is no submodule: a checkpoint then holds its weights
         # only once, under "clip.".
         self._clip = (None if clip is None else clip.eval(),)
         self.unit_norm, self.embed_scale = unit_norm, embed_scale
+        self.guidance_input: nn.Module | None = None
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if "guidance_input" not in self._modules:  # a pickle of version 0.1.0 has none
+            self.__dict__.setdefault("guidance_input", None)
 
     @property
     def clip(self) -> CLIP | None:

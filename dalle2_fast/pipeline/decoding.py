@@ -79,7 +79,8 @@ def decode(
         num_images: images of each embedding.
         prompt: a caption for the decoder, or one for each embedding; None leaves the caption out.
         x_T: [P, C, S, S], the noise to start from, of the decoder's size S; None is noise from the seed.
-        eta: of DDIM, in [0, 1]: 0 is deterministic given (z, x_T), 1 as random as DDPM.
+        eta: of DDIM, in [0, 1]: 0 is deterministic given (z, x_T), 1 as random as DDPM. A distilled decoder
+            has no DDIM: its steps after the first one have noise of the seed.
         seed: as in `generate`.
         generator: as in `generate`.
         size: as in `generate`.
@@ -124,11 +125,12 @@ def decode(
     with context.evaluation_mode():
         captions = encode_decoder_captions(context, prompt, inputs, chosen)
         image_embed = context.repeat(image_embed.to(pipe.device))
-        # A distilled decoder has one sampler, which starts from x_T as well.
-        sampler = "ddim" if pipe.decoder.consistency_steps is None else "consistency"
-        low_res = sample_decoder(
-            context, image_embed, captions, chosen, sampler=sampler, eta=eta, **decoder_options
-        )
+        # A distilled decoder has one sampler, which starts from x_T as well and has no eta.
+        if pipe.decoder.consistency_steps is None:
+            decoder_options |= {"sampler": "ddim", "eta": eta}
+        else:
+            decoder_options |= {"sampler": "consistency"}
+        low_res = sample_decoder(context, image_embed, captions, chosen, **decoder_options)
         images = upsample(context, low_res, chosen, size)
     return context.result(images, low_res, image_embed)
 

@@ -49,7 +49,8 @@ def encode_captions(
     pipe = context.pipe
     # A network that takes guidance as an input has learned it with the negative caption of its teacher.
     leads_away = {
-        name: getattr(getattr(pipe, name), "guidance_input", None) is None for name in ("prior", "decoder")
+        name: network is None or network.guidance_input is None
+        for name, network in (("prior", pipe.prior), ("decoder", pipe.decoder))
     }
     if negative_prompt is not None and not any(leads_away.values()):
         raise ValueError(

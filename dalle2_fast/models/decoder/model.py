@@ -188,7 +188,6 @@ class Decoder(ClipConditioned):
             self.image_embed_dim, self.text_embed_dim, self.text_encoding_dim, unet.embed_dim, unet.cross_dim,
             num_image_tokens,
         )
-        self.guidance_input = None
         if guidance_input is not None:
             self.guidance_input = GuidanceInput(unet.embed_dim, guidance_input)
         self.diffusion = diffusion_of(self.config)

@@ -119,7 +119,6 @@ class DiffusionPrior(EmbeddingPrior):
         )
         self.sample_timesteps, self.sample_clip = sample_timesteps, sample_clip
         self.consistency_steps = consistency_steps
-        self.guidance_input = None
         if guidance_input is not None:
             self.guidance_input = GuidanceInput(self.net.dim, guidance_input)
         self.diffusion = GaussianDiffusion(

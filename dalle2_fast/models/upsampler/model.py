@@ -82,6 +82,7 @@ class Upsampler(Pretrained, nn.Module):
     """
 
     part = "upsampler"
+    consistency_steps: int | None = None  # of the class, because pickles of version 0.1.0 do not have it
 
     def __init__(
         self,

@@ -62,7 +62,7 @@ def export_networks(
     if pipe.device.type != "cpu" or pipe.dtype != torch.float32:
         raise ValueError(f"pipe: expected float32 on the CPU, got {pipe.dtype} on {pipe.device}")
     for name in ("prior", "decoder"):
-        if getattr(getattr(pipe, name), "guidance_input", None) is not None:
+        if (network := getattr(pipe, name)) is not None and network.guidance_input is not None:
             raise ValueError(
                 f"{name}: expected a network without guidance as an input, which the files do not have"
             )
