@@ -62,6 +62,8 @@ class GaussianDiffusion:
         torch.Size([2, 3, 8, 8])
     """
 
+    sigma_data: float = 0.5  # of the class, because pickles of version 0.1.0 do not have it
+
     def __init__(
         self,
         schedule: Schedule,
