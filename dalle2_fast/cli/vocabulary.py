@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         print("For example:")
         for sentence in examples:
             print(f"  {sentence}")
-    print("Refused, because no scene of the training shows it otherwise:")
+    print("Captions keep to these rules, and are refused otherwise:")
     for sentence in LIMITS:
         print(textwrap.fill(f"- {sentence}", width=_width(), initial_indent="  ", subsequent_indent="    "))
     return 0

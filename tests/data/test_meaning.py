@@ -31,19 +31,10 @@ def test_no_caption_of_a_scene_is_refused():
         ("a red square checkered", '"checkered" after an object: .* only a background'),
         ("the square is mint on a white background", '"mint" after an object'),
         ("a red square with blue stripes", '"blue" before "stripes": stripes have a tone of the object'),
-        ("a red square on a white background with dots", 'say "dotted" before the colour of the background'),
-        ("a striped ring", '"striped" for "ring": a ring is too thin for it'),
-        ("a moon with dots", '"dotted" for "moon": a crescent is too thin'),
-        ("a tiny striped star", '"striped" for "star": a small star is too thin'),
-        ("a circle inside a star", 'inside "star": only circle, square, pentagon, hexagon'),
-        ("a red circle in a heart", 'inside "heart"'),
-        ("a striped square within a circle", "both are solid"),
+        ("a red square on a white background with dots", 'say "dotted" before its colour'),
         ("a circle and a square and a star and a heart", "up to 3 objects, got 4"),
         ("two circles and a square", '"circles" and another object: a caption either counts'),
-        ("a large circle above a big square", '"large" for "square": there is no room'),
-        ("four huge stars", '"large" for "stars"'),
         ("a white circle on a white background", '"white" for "circle": it would hardly be visible'),
-        ("a striped black star against a white backdrop", '"striped black" for "star"'),
     ],
 )
 def test_what_no_scene_shows_is_refused_with_the_reason(caption, reason):
@@ -64,6 +55,9 @@ def test_what_no_scene_shows_is_refused_with_the_reason(caption, reason):
         "a circle in the center on a background of beige",
         "a red square with stripes",
         "a black star on a white background",
+        "a striped crescent",
+        "a small white circle inside a large blue star",
+        "four large stars",
     ],
 )
 def test_free_wording_is_accepted(caption):

@@ -30,11 +30,9 @@ EXAMPLES = (
 # What no scene shows, and why, for a reader of the vocabulary.
 LIMITS = (
     "an object is never what only backgrounds are, such as checkered; stripes and dots have no colour named",
-    "rings and crescents, and small triangles, diamonds, stars, crosses and drops, are too thin for a fill",
-    "a caption counts two to five equal objects, or names one, two or three",
-    "one of two objects may be large; three, or several equal ones, are small or medium, and five are small",
-    "only a circle, square, pentagon or hexagon holds another object; both are solid",
-    "no object has a colour that its background hides",
+    "stripes and dots of a background stand before its colour: on a striped white background",
+    "a caption either counts two to five equal objects, or names one, two or three",
+    "no object has a colour that its background hides, such as white on white or gray on sky",
 )
 
 
