@@ -86,3 +86,27 @@ def test_world_without_scenes_in_a_split():
     world = World(shapes=["circle"], colors=["red", "blue"])  # held out is the green circle
     with pytest.raises(ValueError, match="no scene .*in the split 'comp'"):
         sample_scenes(4, generator(0), "comp", world)
+
+
+def test_a_reweighted_world_shows_the_same_more_or_less_often():
+    """Catches: weights that change what scenes may show, are not applied, or change other worlds."""
+    world = World(kinds=["one", "three"], textures=["plain"])
+    plain = sample_scenes(400, generator(5), "all", world)
+    more = world.reweighted({"shapes": {"square": 4.0}, "kinds": {"three": 6.0}})
+    scenes = sample_scenes(2000, generator(5), "all", more)
+    assert more == world and more.to_config() == world.to_config()
+    used = valid_slots(scenes)
+    squares = (scenes["shape"][used] == v.SHAPES.index("square")).float().mean()
+    assert 0.2 < squares < 0.33  # 4 / 15
+    assert (scenes["kind"] == v.THREE).float().mean() > 0.6  # 3 / 4, but a third of them is rejected
+    again = sample_scenes(400, generator(5), "all", world)
+    assert all(torch.equal(again[key], plain[key]) for key in plain)
+    unchanged = sample_scenes(400, generator(5), "all", world.reweighted({}))
+    assert all(torch.equal(unchanged[key], plain[key]) for key in plain)
+    for factors, message in (
+        ({"colors": {"red": 2.0}}, "factors: expected keys of shapes, .*, got 'colors'"),
+        ({"kinds": {"two": 2.0}}, "factors: expected kinds of one, three; got 'two'"),
+        ({"kinds": {"one": 0.0}}, "factors: expected numbers > 0, got 0.0 for 'one'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            world.reweighted(factors)

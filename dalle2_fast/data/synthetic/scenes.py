@@ -170,7 +170,10 @@ def _propose(
 
     slots, shape_table, colors = MAX_OBJECTS, geometry(device), palette(device)
     kind = weighted("kinds", n)
-    shape = world.ids("shapes", device)[integers(len(world.shapes), n, slots)]
+    if "shapes" in world.factors:
+        shape = weighted("shapes", n * slots).view(n, slots)
+    else:
+        shape = world.ids("shapes", device)[integers(len(world.shapes), n, slots)]
     color = world.ids("colors", device)[integers(len(world.colors), n, slots)]
     fill = weighted("fills", n * slots).view(n, slots)
     size = weighted("sizes", n * slots).view(n, slots)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -22,6 +23,7 @@ RELATION_WEIGHTS = (1.0, 1.0, 1.0, 1.0, 0.6)
 TEXTURE_WEIGHTS = (0.4, 0.15, 0.15, 0.15, 0.15)
 KIND_WEIGHTS = (0.30, 0.35, 0.20, 0.15)
 
+REWEIGHTED = ("shapes", "fills", "sizes", "textures", "kinds", "relations")
 OUTER_SHAPES = ("circle", "square", "pentagon", "hexagon")  # large enough inside for another object
 
 
@@ -64,6 +66,7 @@ class World:
         relations: Sequence[str] | None = None,
     ) -> None:
         self._on_devices: dict[tuple[str, str, str], torch.Tensor] = {}
+        self.factors: dict[str, dict[str, float]] = {}  # see `reweighted`
         self.shapes = _choice("shapes", shapes, SHAPES)
         self.colors = _choice("colors", colors, COLORS)
         self.fills = _choice("fills", fills, FILLS)
@@ -84,6 +87,36 @@ class World:
         if not {"small", "large"} <= set(self.sizes):
             return 'it needs the sizes "small" and "large"'
         return None if "solid" in self.fills else 'it needs the fill "solid"'
+
+    def reweighted(self, factors: Mapping[str, Mapping[str, float]]) -> World:
+        """The same world, of which some names are sampled more often, or less often, in training.
+
+        What scenes may show stays: the two worlds are equal and have the same config.
+
+        Args:
+            factors: attribute -> name -> factor on its weight, > 0. Of "shapes", "fills", "sizes",
+                "textures", "kinds" and "relations".
+
+        Raises:
+            ValueError: an attribute has no weights, a name is not one of the world's, or a factor is not > 0.
+
+        Example:
+            >>> world = World().reweighted({"kinds": {"three": 2.0}})
+            >>> world == World(), world.weights("kinds")[-1].item() / World().weights("kinds")[-1].item()
+            (True, 2.0)
+        """
+        for attribute, names in factors.items():
+            if attribute not in REWEIGHTED:
+                raise ValueError(f"factors: expected keys of {', '.join(REWEIGHTED)}, got {attribute!r}")
+            for name, factor in names.items():
+                if name not in getattr(self, attribute):
+                    known = ", ".join(getattr(self, attribute))
+                    raise ValueError(f"factors: expected {attribute} of {known}; got {name!r}")
+                if not factor > 0:
+                    raise ValueError(f"factors: expected numbers > 0, got {factor!r} for {name!r}")
+        other = copy.copy(self)
+        other._on_devices, other.factors = {}, {key: dict(names) for key, names in factors.items()}
+        return other
 
     def ids(self, attribute: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """The chosen names of an attribute ("shapes", "colors", ...) as indices into its table, int64."""
@@ -106,7 +139,8 @@ class World:
         return torch.tensor([_TABLES[attribute].index(name) for name in getattr(self, attribute)])
 
     def _weights(self, attribute: str) -> torch.Tensor:
-        chosen = torch.tensor([float(name in getattr(self, attribute)) for name in _TABLES[attribute]])
+        factors = dict.fromkeys(getattr(self, attribute), 1.0) | self.factors.get(attribute, {})
+        chosen = torch.tensor([factors.get(name, 0.0) for name in _TABLES[attribute]])
         return chosen * torch.tensor(_WEIGHTS.get(attribute, (1.0,) * len(chosen)))
 
     def to_config(self) -> dict[str, list[str]]:

@@ -43,7 +43,12 @@ class SceneStage:
         self.model = self.build_model().to(self.device)
         self.config = {"model": self.model.config}
         self.stream = source.stream(
-            self.stream_number, self.scenes_per_batch(), self.resolutions, self.negatives, split="train"
+            self.stream_number,
+            self.scenes_per_batch(),
+            self.resolutions,
+            self.negatives,
+            split="train",
+            factors=self.recipe.data.get("factors"),
         )
         self.held_out = source.held_out(
             HELD_OUT_STREAM, self.held_out_size, self.resolutions, self.negatives

@@ -59,7 +59,14 @@ class Source:
         return batch
 
     def stream(
-        self, number: int, batch_size: int, resolutions: tuple[int, ...], negatives: int, *, split: str
+        self,
+        number: int,
+        batch_size: int,
+        resolutions: tuple[int, ...],
+        negatives: int,
+        *,
+        split: str,
+        factors: dict | None = None,
     ) -> SceneStream | WebDatasetStream:
         """A stream whose `batch(step)` depends on the run's seed, on `number` and on the step.
 
@@ -70,6 +77,7 @@ class Source:
             resolutions: of the images; the same scenes are rendered at each of them.
             negatives: hard-negative captions for each image.
             split: of the scenes, "train" or "iid" (held out).
+            factors: on how often scenes have which names, see `World.reweighted`; shards have none.
         """
         seed = seed_of(self.seed, number)
         if self.shards is not None:
@@ -82,7 +90,7 @@ class Source:
             scenes = min(SCENES_AT_ONCE, PIXELS_AT_ONCE // max(resolutions) ** 2)
             at_once = max(1, scenes // batch_size)
         return SceneStream(
-            self.world,
+            self.world.reweighted(factors or {}),
             batch_size,
             resolutions,
             seed,
