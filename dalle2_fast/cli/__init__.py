@@ -32,6 +32,7 @@ COMMANDS = {
     "export": ("dalle2_fast.cli.export", "write the networks as files for ONNX or OpenVINO"),
     "info": ("dalle2_fast.cli.info", "show versions, backends and the checkpoint"),
     "train": ("dalle2_fast.cli.train", "train CLIP, prior, decoder and upsampler"),
+    "distill": ("dalle2_fast.cli.distill", "train a network that needs one to four steps from one of many"),
     "evaluate": ("dalle2_fast.cli.evaluate", "score a checkpoint against captions and baselines"),
 }
 # TypeError is not among them: from a command line it is a fault of the program.

@@ -10,11 +10,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dalle2_fast.cli.arguments import DEVICE_HELP
 from dalle2_fast.pipeline.device import choose_device, choose_dtype
 from dalle2_fast.training.presets import PRESETS, get_preset
 from dalle2_fast.training.recipes import EXTRA_STAGES, PRIORS, STAGES, Preset, adjust, choose_prior
+
+if TYPE_CHECKING:
+    import torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,29 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--minutes", type=float, help="wall-clock budget of all stages, divided as in the preset")
     add("--steps", type=int, help="length of each stage in steps instead (repeatable bit for bit on the CPU)")
-    add(
-        "--pause-after",
-        type=float,
-        metavar="MINUTES",
-        help="save and stop after this time; --resume then continues on the same schedule",
-    )
-    add("--batch-size", type=int, help="samples per step (default: the preset's)")
-    add("--lr", type=float, help="peak learning rate (default: the preset's)")
-    add("--seed", type=int, help="of weights, scenes and noise (default: the run's, or else 0)")
-    add("--device", default="auto", help=DEVICE_HELP)
-    add(
-        "--dtype",
-        default="auto",
-        choices=("auto", "fp32", "bf16"),
-        help="bf16: autocast, fp32 weights; auto (default): the run's, or else bf16 on a device that has it",
-    )
+    add_run_options(parser)
     add(
         "--graphs",
         action="store_true",
         help="replay the training step as a CUDA graph, on a GPU; the learning rate is then rounded to "
         "float32, so that a resumed run repeats bit for bit only with the same choice",
     )
-    add("--threads", type=int, help="CPU threads (default: torch's)")
     add(
         "--data",
         metavar="SHARDS",
@@ -93,6 +81,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="bfloat16",
         help="dtype of the weights of the pipeline (default bfloat16)",
     )
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of every command that trains."""
+    add = parser.add_argument
+    add(
+        "--pause-after",
+        type=float,
+        metavar="MINUTES",
+        help="save and stop after this time; --resume then continues on the same schedule",
+    )
+    add("--batch-size", type=int, help="samples per step (default: the recipe's)")
+    add("--lr", type=float, help="peak learning rate (default: the recipe's)")
+    add("--seed", type=int, help="of weights, scenes and noise (default: the run's, or else 0)")
+    add("--device", default="auto", help=DEVICE_HELP)
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", "fp32", "bf16"),
+        help="bf16: autocast, fp32 weights; auto (default): the run's, or else bf16 on a device that has it",
+    )
+    add("--threads", type=int, help="CPU threads (default: torch's)")
     add("--quiet", action="store_true", help="no progress bar, no warnings about samples that are skipped")
 
 
@@ -105,12 +115,12 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         TrainingError, ValueError: what the user can correct.
     """
-    with _warnings_of_samples(shown=not args.quiet):
+    with warnings_of_samples(shown=not args.quiet):
         return _train(args)
 
 
 @contextmanager
-def _warnings_of_samples(*, shown: bool) -> Iterator[None]:
+def warnings_of_samples(*, shown: bool) -> Iterator[None]:
     """Print each warning about a skipped sample as one line, without a place in the code, or not at all."""
     from dalle2_fast.data.shards import SkippedSample
 
@@ -133,15 +143,7 @@ def _train(args: argparse.Namespace) -> int:
 
     from dalle2_fast.training.run import export_pipeline, train_stages
 
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ValueError("train is one process on one device: start it without torchrun")
-    device = choose_device(args.device, ("cpu", "cuda"))
-    if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"--threads: expected at least 1, got {args.threads}")
-        torch.set_num_threads(args.threads)
-    if args.pause_after is not None and not args.pause_after >= 0:
-        raise ValueError(f"--pause-after: expected at least 0, got {args.pause_after}")
+    device = choose_run_device(args)
     stages = STAGES if args.stage == "all" else (args.stage,)
     if args.stage == "all" and (args.init or args.freeze):
         raise ValueError("--init, --freeze: expected one stage, got all")
@@ -166,12 +168,33 @@ def _train(args: argparse.Namespace) -> int:
             graphs=args.graphs,
         )
         if outcome != "finished":
-            print(f"{name}: {outcome}; the state is saved, continue with --resume")
-            return 0 if outcome == "paused" else 128 + signal.Signals[outcome.split()[-1]]
+            return exit_code(name, outcome)
     if args.stage == "all" or args.export:
         path = export_pipeline(preset, args.out, dtype=getattr(torch, args.export_dtype))
         print(f"pipeline: {path}")
     return 0
+
+
+def choose_run_device(args: argparse.Namespace) -> torch.device:
+    """The device of a command that trains, whose threads are set. ValueError for a wrong option."""
+    import torch
+
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(f"{args.command} is one process on one device: start it without torchrun")
+    device = choose_device(args.device, ("cpu", "cuda"))
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads: expected at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    if args.pause_after is not None and not args.pause_after >= 0:
+        raise ValueError(f"--pause-after: expected at least 0, got {args.pause_after}")
+    return device
+
+
+def exit_code(name: str, outcome: str) -> int:
+    """Say why the training of a stage stopped before its end; the exit code."""
+    print(f"{name}: {outcome}; the state is saved, continue with --resume")
+    return 0 if outcome == "paused" else 128 + signal.Signals[outcome.split()[-1]]
 
 
 def _preset(args: argparse.Namespace, stages: tuple[str, ...]) -> Preset:

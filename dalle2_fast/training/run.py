@@ -16,6 +16,7 @@ from dalle2_fast.data import World
 from dalle2_fast.pipeline.compilation.graphs import check_graphs
 from dalle2_fast.pipeline.dalle2 import DALLE2
 from dalle2_fast.pipeline.device import choose_dtype
+from dalle2_fast.training.distillation.student import teacher_tokenizer
 from dalle2_fast.training.errors import TrainingError
 from dalle2_fast.training.folder import StageFolder, delete_leftovers, reason, write_file
 from dalle2_fast.training.recipes import EXTRA_STAGES, STAGES, Preset
@@ -159,7 +160,11 @@ def _train(
 
     # A tokenizer without a record may be the user's; with one that is not resumed, it is a killed run's.
     is_left_behind = record is None and (out / RECORD).exists()
-    reads = run_tokenizer(preset, out, shards, tokenizer, use_file=not is_left_behind)
+    teacher = preset.recipe(name).data.get("teacher")
+    if teacher is None:
+        reads = run_tokenizer(preset, out, shards, tokenizer, use_file=not is_left_behind)
+    else:
+        reads = teacher_tokenizer(teacher)
     shared = agree_on_data(record, preset, out, shards, val_shards, reads, override)
     stage = make_stage(
         name, preset, out=out, seed=seed, device=device, shards=shards, val_shards=val_shards, tokenizer=reads

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dalle2_fast.data import Tokenizer, WordTokenizer, World
+from dalle2_fast.training.distillation.stages import DISTILLED
 from dalle2_fast.training.recipes import Preset
 from dalle2_fast.training.stages.base import SceneStage
 from dalle2_fast.training.stages.clip import ClipStage
@@ -51,7 +52,9 @@ def make_stage(
         ValueError: the preset has no recipe for this stage.
     """
     stage = STAGE_CLASSES[name]
-    if stage is PriorStage and preset.prior_kind == "autoregressive":
+    if "teacher" in preset.recipe(name).data:
+        stage = DISTILLED[name]
+    elif stage is PriorStage and preset.prior_kind == "autoregressive":
         stage = ARPriorStage
     world = World(**preset.world)
     source = Source(world, tokenizer or WordTokenizer.scenes(world), shards, seed, device, val_shards)

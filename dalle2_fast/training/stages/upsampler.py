@@ -24,6 +24,7 @@ class UpsamplerStage(SceneStage):
     model_classes = (Upsampler,)
     stream_number = 4
     held_out_size = 4
+    sampling_steps: int | None = 5  # of validation
 
     def build_model(self) -> Upsampler:
         model = Upsampler(**self.recipe.model)
@@ -63,7 +64,9 @@ class UpsamplerStage(SceneStage):
         Rows of images: bicubic, sampled, render.
         """
         low, high = self.held_out["images"][self.low], self.held_out["images"][self.high]
-        sampled = self.model.sample(low, seeds=self.fixed_seeds(len(low)), steps=5, progress=False)
+        sampled = self.model.sample(
+            low, seeds=self.fixed_seeds(len(low)), steps=self.sampling_steps, progress=False
+        )
         bicubic = F.interpolate(low, size=high.shape[-2:], mode="bicubic").clamp(0, 1)
         metrics = {
             "psnr": psnr(sampled, high).mean().item(),
