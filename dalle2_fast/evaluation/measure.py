@@ -190,7 +190,7 @@ def _score_upsampler(pipe: DALLE2, world: World, amounts: Amounts, seed: int, sa
             images.to(pipe.device),
             seeds=torch.tensor(seeds, device=pipe.device),
             steps=sampling["upsampler_steps"],
-            sampler=sampling["sampler"],
+            sampler=sampling.get("upsampler_sampler") or sampling["sampler"],
         )
 
     low, high = pipe.sizes[:2]
