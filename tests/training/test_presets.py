@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from dalle2_fast.data import World
 from dalle2_fast.models import CLIP, ARPrior, Decoder, DiffusionPrior, Upsampler
 from dalle2_fast.training.presets import PRESETS, get_preset
 from dalle2_fast.training.recipes import STAGES, adjust, choose_prior
@@ -64,3 +65,11 @@ def test_the_other_recipes_build(name):
         Upsampler(**preset.upsampler2.model)
     scenes = preset.ar_prior.optimisation.batch_size * preset.ar_prior.data["statistics_batches"]
     assert scenes > 20 * prior.net.num_components
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_data_of_every_recipe_exists_in_its_world(name):
+    """Catches: a factor on a shape, kind or relation that the preset's world does not have."""
+    preset = PRESETS[name]
+    for stage in STAGES:
+        World(**preset.world).reweighted(preset.recipe(stage).data.get("factors", {}))
