@@ -114,7 +114,7 @@ SCENES_GPU = Preset(
         # (`loss_weight`): at log-SNR 4 it is 20 times that at low SNR, with "v" up to 5 it was 5 times. The
         # earlier focus on log-SNR -8 to 1 left 1.7 % of the times above 1, where outlines are made; up to 6
         # they are 30 %, and those below -2, which decide the layout, 47 % instead of 66 %.
-        # Witness: a small unconditional net at 32 px, 900 steps of Muon; x0 at log-SNR -2, 0, 2, 4, 6, 8 in dB:
+        # Witness: a small unconditional net, 32 px, 900 steps of Muon; x0 at log-SNR -2, 0, 2, 4, 6, 8 in dB:
         # earlier recipe 20.7 24.4 26.1 26.4 26.4 26.2, this one 19.6 21.1 23.1 28.5 34.7 41.4, this one with
         # sigma_data 0.2 20.4 23.2 24.1 26.1 32.3 37.9. The standard deviation of the renders is 0.6.
         model=dict(image_size=64, num_image_tokens=4, image_cond_drop_prob=0.4, text_cond_drop_prob=0.15,
