@@ -174,7 +174,8 @@ def test_the_command_writes_a_complete_report(checkpoint, tmp_path, capsys):
         assert report["clip"][split]["retrieval"]["full"]["of"] == 20
     assert all(math.isfinite(report["upsampler"][name]) for name in ("psnr", "psnr_bicubic"))
     outlines, denoising = report["outline_scores"], report["denoising"]
-    assert set(outlines["generated"]["by_shape"]) == {"circle", "square", "ring"} and outlines["captions"] == 3
+    assert set(outlines["generated"]["by_shape"]) == {"circle", "square", "ring"}
+    assert outlines["captions"] == 3
     assert outlines["renders"]["worst"] > 0.5  # 16 pixels are few
     assert list(denoising["psnr"]) == ["-2", "0", "2", "4", "6", "8"] and denoising["pictures"] == 2
     assert all(math.isfinite(value) for value in denoising["psnr"].values())
