@@ -26,7 +26,7 @@ pytest.importorskip("pytest_benchmark", reason='pytest-benchmark is not installe
 from benchmarks.cases import registry
 from benchmarks.timing.agreement import check, ours
 from benchmarks.timing.clock import NotTimed, ceilings, cpu_round, gpu_round, kernel_count, peak_bytes
-from benchmarks.timing.rows import ROWS, Row
+from benchmarks.timing.rows import ROWS, Row, number
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -89,12 +89,9 @@ def test_time(name, kind, benchmark, best, request):
     benchmark.pedantic(run, rounds=rounds, **({"setup": time_ours} if compared else {}))
 
     times = benchmark.stats.stats
-    row = Row(
-        name, kind, seconds=times.median / calls, spread=times.iqr / times.median, rounds=rounds,
-        peak_bytes=memory, launches=kernels, target_us=case.target_us,
-        wanted_factor=case.target_factors.get(kind), wanted_share=case.target_share,
-        wanted_peak=case.target_peak_bytes, wanted_launches=case.target_launches,
-        shape=next((list(value.shape) for value in inputs.values() if isinstance(value, torch.Tensor)), None),
+    row = Row.of(
+        case, kind, inputs, seconds=times.median / calls, spread=times.iqr / times.median, rounds=rounds,
+        peak_bytes=memory, launches=kernels,
     )  # fmt: skip
     row.set_rates(number(case.bytes), number(case.flops), case.images, best)
     if compared:
@@ -147,6 +144,3 @@ def number_of_rounds(seconds: float, quick: bool) -> int:
     """As many rounds as fit into 4 seconds, 3 to 30; with --quick into 1 second, 3 to 10."""
     return max(3, min(10 if quick else 30, int((1 if quick else 4) / max(seconds, 1e-9))))
 
-
-def number(value) -> int:
-    return value() if callable(value) else value

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.cases import group_norm_silu
 from benchmarks.cases.cross_attention import attention_inputs, attention_ours, attention_sdpa
 from benchmarks.cases.diffusion_step import step_eager, step_inputs, step_ours
 from benchmarks.cases.networks import forward, unet_loss
@@ -52,13 +53,8 @@ def title(name: str, dtype: str) -> str:
 
 
 def norm_inputs(shape, groups, gradient, dtype, device, _, tiny):
-    n, c, h, w = (1, 6, 5, 4) if tiny else shape
-    randn = rounded_randn(device, dtype)
-    x = randn(n, c, h, w).contiguous(memory_format=torch.channels_last)
-    scale, shift = randn(n, 2 * c).chunk(2, dim=1)  # as the FiLM projection returns them
-    grad = randn(n, c, h, w).contiguous(memory_format=torch.channels_last) if gradient else None
-    return dict(x=x, weight=randn(c), bias=randn(c), scale=scale, shift=shift, grad=grad,
-                groups=2 if tiny else groups)  # fmt: skip
+    made = group_norm_silu.norm_inputs(shape, True, True, gradient, device, dtype, tiny)
+    return made | dict(groups=2 if tiny else groups)
 
 
 def norm_ours(impl, x, weight, bias, scale, shift, groups):
@@ -66,8 +62,7 @@ def norm_ours(impl, x, weight, bias, scale, shift, groups):
 
 
 def norm_of_torch(x, weight, bias, scale, shift, groups):
-    return F.silu(F.group_norm(x, groups, weight, bias, 1e-5) * (1 + scale[:, :, None, None])
-                  + shift[:, :, None, None])  # fmt: skip
+    return F.silu(group_norm_silu.film_eager(F.group_norm(x, groups, weight, bias, 1e-5), scale, shift))
 
 
 def conv_inputs(shape, channels_out, upsample, dtype, device, _, tiny):

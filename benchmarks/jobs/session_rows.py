@@ -14,7 +14,7 @@ import torch
 from benchmarks.cases import registry
 from benchmarks.timing.agreement import check, ours
 from benchmarks.timing.clock import ceilings, cpu_round, gpu_round, kernel_count, peak_bytes
-from benchmarks.timing.rows import Row
+from benchmarks.timing.rows import Row, number
 
 MODULES = tuple(module for module in registry.MODULES if module != "cpu")
 # Without a GPU these rivals cannot run; the tests call them with stand-ins for their packages.
@@ -103,23 +103,15 @@ class RowTimer:
             times.append(seconds_of(run) / calls)
             pairs += [times[-1] / before] if compared else []
         quarters = statistics.quantiles(times, n=4)
-        tensors = [value for value in self.inputs.values() if isinstance(value, torch.Tensor)]
-        row = Row(
-            case.name, kind, seconds=statistics.median(times), rounds=len(times), peak_bytes=memory,
+        row = Row.of(
+            case, kind, self.inputs, seconds=statistics.median(times), rounds=len(times), peak_bytes=memory,
             spread=(quarters[2] - quarters[0]) / statistics.median(times), launches=kernels,
-            target_us=case.target_us, wanted_factor=case.target_factors.get(kind),
-            wanted_share=case.target_share, wanted_peak=case.target_peak_bytes,
-            wanted_launches=case.target_launches, shape=list(tensors[0].shape) if tensors else None,
         )  # fmt: skip
         # Those of a dry run would be of other sizes; to count the operations of a network takes seconds.
         moved, flops = (0, 0) if self.dry_run else (number(case.bytes), number(case.flops))
         row.set_rates(moved, flops, case.images, self.best)
         row.ours_is_faster = statistics.median(pairs) if pairs and kind != "ours" else None
         return row
-
-
-def number(value) -> int:
-    return value() if callable(value) else value
 
 
 def seconds_of(run: Callable) -> float:

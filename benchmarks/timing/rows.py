@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from torch import Tensor
+
+from benchmarks.cases.registry import Case, Inputs
 
 
 @dataclass
@@ -38,6 +43,17 @@ class Row:
     wanted_launches: int | None = None
     shape: list[int] | None = None  # of the first input
 
+    @classmethod
+    def of(cls, case: Case, implementation: str, inputs: Inputs, **measured) -> Row:
+        """The row of a case with its goals; measured: the other fields."""
+        tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
+        return cls(
+            case.name, implementation, target_us=case.target_us,
+            wanted_factor=case.target_factors.get(implementation), wanted_share=case.target_share,
+            wanted_peak=case.target_peak_bytes, wanted_launches=case.target_launches,
+            shape=list(tensors[0].shape) if tensors else None, **measured,
+        )  # fmt: skip
+
     def set_rates(self, moved: int, flops: int, images: int, best: dict[str, float]) -> None:
         self.bytes_per_second, self.flops_per_second = moved / self.seconds, flops / self.seconds
         self.images_per_second = images / self.seconds
@@ -67,6 +83,11 @@ class Row:
 
     def to_json(self) -> dict:
         return asdict(self)
+
+
+def number(value: int | Callable[[], int]) -> int:
+    """The bytes or FLOPs of a case, which may be a function that computes them."""
+    return value() if callable(value) else value
 
 
 ROWS: list[Row] = []  # of this run

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dalle2_fast.diffusion.preconditioning import precondition
+from dalle2_fast.diffusion.preconditioning import for_steps
 from dalle2_fast.diffusion.sampler_tables import sampler_table, spacing_of
 from dalle2_fast.models.implementation import implementation
 from dalle2_fast.pipeline.exporting.networks import ExportedNetwork, networks_of
@@ -148,9 +148,7 @@ def _steps(part: Any, steps: int, sampler: str) -> dict[str, Any]:
     if sampler == "ddpm" and getattr(part, "analytic_variance", False):
         error["x0_error"] = part.x0_error.cpu()[times]
     table = sampler_table(diffusion.schedule, times, sampler, variance=diffusion.variance, **error)
-    scales = None
-    if diffusion.prediction == "edm":
-        scales = precondition(diffusion.schedule.log_snr(times), diffusion.sigma_data).scale
+    _, _, scales = for_steps(diffusion, table, times)
     return {
         "schedule": part.config["schedule"],
         "prediction": diffusion.prediction,
