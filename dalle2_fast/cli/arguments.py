@@ -110,7 +110,7 @@ def add_output(parser: argparse.ArgumentParser, default: str) -> None:
         "--dtype",
         default="auto",
         choices=("auto", *DTYPES),
-        help="auto (default): bf16 on a device that computes in it, fp32 elsewhere",
+        help="auto (default): bf16 on a device that is fast in it (a CPU with AMX, a GPU), else fp32",
     )
     parser.add_argument(
         "--compile",

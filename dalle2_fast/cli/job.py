@@ -61,12 +61,12 @@ class Job:
 
     def load(self) -> DALLE2:
         """Read the checkpoint."""
-        from dalle2_fast.ops._build_info import cpu_has_bfloat16
+        from dalle2_fast.ops._build_info import cpu_has_bfloat16_units
         from dalle2_fast.pipeline.dalle2 import DALLE2
 
-        emulated = self.device.type == "cpu" and not cpu_has_bfloat16()
-        if self.args.dtype in ("bf16", "fp16") and emulated:
-            print(f"note: this CPU computes {self.args.dtype} in software; fp32 is faster", file=sys.stderr)
+        slower = self.device.type == "cpu" and not cpu_has_bfloat16_units()
+        if self.args.dtype in ("bf16", "fp16") and slower:
+            print(f"note: this CPU has no matrix units for {self.args.dtype}; fp32 is faster", file=sys.stderr)
         self.pipe = DALLE2.from_pretrained(self.args.checkpoint, device=self.device, dtype=self.dtype)
         if self.args.compile is not None:
             self.pipe.compile(self.args.compile)

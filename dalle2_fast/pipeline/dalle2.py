@@ -356,8 +356,8 @@ class DALLE2(nn.Module):
                 package.
             device: of the weights. "auto" is a GPU if there is one, else the CPU, as for the command line.
             dtype: of the weights and of the computation, regardless of what the file stores: a floating-point
-                torch.dtype, "fp32", "bf16", "fp16", or "auto", which is bfloat16 on a device that has
-                instructions for it, else float32, as for the command line.
+                torch.dtype, "fp32", "bf16", "fp16", or "auto", which is bfloat16 on a device that is
+                fast in it (a CPU with AMX, a GPU since Ampere), else float32, as for the command line.
             revision: a branch, tag or commit of the hub.
 
         Raises:

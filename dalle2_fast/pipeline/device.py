@@ -65,8 +65,8 @@ def choose_dtype(
     """The dtype that `name` stands for.
 
     Args:
-        name: a key of DTYPES; or "auto": bfloat16 where the device has instructions for it, else float32; or
-            a floating-point torch.dtype.
+        name: a key of DTYPES; or "auto": bfloat16 where the device is fast in it (a CPU with AMX, a GPU since
+            Ampere), else float32; or a floating-point torch.dtype.
         device: where it is to be used, not necessarily the current GPU.
         argument: what an error message calls it.
 
@@ -80,7 +80,7 @@ def choose_dtype(
     """
     import torch
 
-    from dalle2_fast.ops._build_info import cpu_has_bfloat16
+    from dalle2_fast.ops._build_info import cpu_has_bfloat16_units
 
     wrong = f"{argument}: expected auto, {', '.join(DTYPES)} or a floating-point torch.dtype, got {name!r}"
     if isinstance(name, torch.dtype):
@@ -97,5 +97,5 @@ def choose_dtype(
     if device.type == "cuda":  # CUDA GPUs before Ampere (8.0) compute bfloat16 in software
         fast = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        fast = device.type == "cpu" and cpu_has_bfloat16()
+        fast = device.type == "cpu" and cpu_has_bfloat16_units()
     return torch.bfloat16 if fast else torch.float32

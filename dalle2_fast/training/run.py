@@ -74,7 +74,7 @@ def train_stage(name: str, preset: Preset, out: Path, **options) -> str:
             - seed: of weights, scenes and noise. None: the stage's when it is resumed, else 0.
             - device: where it is trained.
             - dtype: torch.bfloat16 for autocast, with float32 weights. None: the stage's when it is resumed,
-              else bfloat16 where the device computes in it.
+              else bfloat16 where the device is fast in it.
             - shards: WebDataset shards to train on. None: those of the run, or scenes in a new run.
             - val_shards: shards for the metrics. None: those of the run, or a part of `shards`, which is then
               not trained on.

@@ -220,11 +220,11 @@ def test_damaged_checkpoint(generate, checkpoint, tmp_path):
     assert code == 2 and err.count("\n") == 1 and str(damaged) in err
 
 
-def test_emulated_dtype_is_said(generate, monkeypatch):
-    monkeypatch.setattr(_build_info, "cpu_has_bfloat16", lambda: False)
+def test_a_slower_dtype_is_said(generate, monkeypatch):
+    monkeypatch.setattr(_build_info, "cpu_has_bfloat16_units", lambda: False)
     code, printed, err = generate("--dtype", "bf16", "--quiet", "--num-images", "1")
     assert code == 0 and "bfloat16" in printed["device"]
-    assert err == "note: this CPU computes bf16 in software; fp32 is faster\n"
+    assert err == "note: this CPU has no matrix units for bf16; fp32 is faster\n"
 
 
 def test_an_interrupt_leaves_nothing(generate, monkeypatch):
