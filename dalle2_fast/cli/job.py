@@ -66,7 +66,8 @@ class Job:
 
         slower = self.device.type == "cpu" and not cpu_has_bfloat16_units()
         if self.args.dtype in ("bf16", "fp16") and slower:
-            print(f"note: this CPU has no matrix units for {self.args.dtype}; fp32 is faster", file=sys.stderr)
+            dtype = self.args.dtype
+            print(f"note: this CPU has no matrix units for {dtype}; fp32 is faster", file=sys.stderr)
         self.pipe = DALLE2.from_pretrained(self.args.checkpoint, device=self.device, dtype=self.dtype)
         if self.args.compile is not None:
             self.pipe.compile(self.args.compile)

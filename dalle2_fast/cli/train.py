@@ -100,7 +100,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         default="auto",
         choices=("auto", "fp32", "bf16"),
-        help="bf16: autocast, fp32 weights; auto (default): the run's, or else bf16 on a device that is fast in it",
+        help="bf16: autocast, fp32 weights; auto (default): the run's, or else bf16 where that is fast",
     )
     add("--threads", type=int, help="CPU threads (default: torch's)")
     add("--quiet", action="store_true", help="no progress bar, no warnings about samples that are skipped")

@@ -96,8 +96,8 @@ def cpu_has_bfloat16_units() -> bool:
     """Whether this CPU has matrix units for bfloat16 (AMX), as torch reports it.
 
     Without them the networks are slower in bfloat16 than in float32, whose convolutions need fewer products
-    (Winograd): caption to four images took 2.0 times as long on an Intel Xeon with AVX512-BF16, and a training
-    step of the decoder as well. An AVX2 machine, which emulates bfloat16, was 50 times slower.
+    (Winograd): caption to four images took 2.0 times as long on an Intel Xeon with AVX512-BF16, and so did a
+    training step of the decoder. An AVX2 machine, which emulates bfloat16, was 50 times slower.
     """
     if hasattr(torch.cpu, "get_capabilities"):  # public in newer versions of torch
         return bool(torch.cpu.get_capabilities().get("amx_bf16"))
