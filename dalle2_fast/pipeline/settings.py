@@ -174,7 +174,8 @@ def resolve_settings(pipe: DALLE2, size: int, **given: Any) -> SamplingSettings:
 
     Raises:
         TypeError, ValueError: as SamplingSettings does; also for a setting of an upsampler that does not run
-            for images of `size`, because it would change nothing.
+            for images of `size`, because it would change nothing, and for one that a distilled network does
+            not know.
     """
     given = {name: value for name, value in given.items() if value is not None}
     settings = SamplingSettings.from_dict({**pipe.sampling, **given})
@@ -184,7 +185,28 @@ def resolve_settings(pipe: DALLE2, size: int, **given: Any) -> SamplingSettings:
     for name, stage in unused:
         if name in given:
             raise ValueError(f"{name}: no {stage} runs for images of {size} x {size}, got {given[name]}")
+    _check_distilled(pipe, settings, UPSAMPLERS[:running])
     return settings
+
+
+def _check_distilled(pipe: DALLE2, settings: SamplingSettings, upsamplers: Sequence[str]) -> None:
+    """ValueError for what a network does not know, before the stages in front of it run."""
+    import torch
+
+    from dalle2_fast.models.distilled import resolve_sampler
+
+    stages = ["decoder", *upsamplers]
+    if pipe.prior is not None and pipe.prior.diffuses:
+        stages.append("prior")
+    for stage in stages:
+        network, prefix = getattr(pipe, stage), "" if stage == "decoder" else f"{stage}_"
+        try:
+            resolve_sampler(network, settings.sampler_of(stage), getattr(settings, f"{prefix}steps"))
+            if (guidance := getattr(network, "guidance_input", None)) is not None:
+                weight = getattr(settings, f"{prefix}guidance")
+                guidance.weights(network.part, weight, 1, torch.device("cpu"))
+        except ValueError as error:  # begins with the name of the network's argument
+            raise ValueError(f"{prefix}{error}") from None
 
 
 def check_count(name: str, value: Any) -> int:

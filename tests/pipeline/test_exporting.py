@@ -12,9 +12,11 @@ import torch
 from benchmarks.cases.sizes import fill_zeros
 from dalle2_fast import CLIP, DALLE2, ARPrior, Decoder, DiffusionPrior, Upsampler, cli
 from dalle2_fast.data.text.tokenizer import WordTokenizer
+from dalle2_fast.diffusion import GaussianDiffusion
 from dalle2_fast.functional import sample_noise
 from dalle2_fast.pipeline.exporting import FORMATS, export, runtimes
 from dalle2_fast.pipeline.exporting.export import export_networks
+from dalle2_fast.training.distillation.student import make_student
 
 WORDS = ("a", "red", "ring")
 PREDICTION, EMBEDDING = ["prediction"], ["image_embed"]
@@ -115,6 +117,50 @@ def test_the_index_names_files_inputs_and_steps(exported):
     assert networks["clip_text"]["inputs"] == {"tokens": {"dtype": "int64", "shape": ["batch", 5]}}
     steps = {name: len(about["table"]) for name, about in index["diffusions"].items()}
     assert steps == {"decoder": 4, "prior": 25, "upsampler": 10}
+
+
+def test_networks_that_take_guidance_as_an_input(tmp_path, torch_format):
+    """Catches: a distilled network whose files ignore the guidance weight."""
+    pipe = smallest_pipeline()
+    prior, decoder = (make_student(each, 2, (1.0, 4.0)) for each in (pipe.prior, pipe.decoder))
+    sampling = dict(steps=2, prior_steps=2, sampler="consistency", upsampler_sampler="ddim")
+    pipe = DALLE2(pipe.clip, prior, decoder, pipe.upsampler, pipe.tokenizer, sampling=sampling)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        fill_zeros(pipe)
+    assert max(dict(export_networks(pipe.eval(), tmp_path / "new", torch_format)).values()) < 1e-5
+    index = read_index(tmp_path / "new")
+    for name in ("prior", "decoder_condition"):
+        described = index["networks"][name]["inputs"]["guidance"]
+        assert described == {"dtype": "float32", "shape": ["batch"]}
+
+    def classes(weight):
+        _, _, found = Torch().run(tmp_path / "new" / "decoder_condition.pt2", inputs | {"guidance": weight})
+        return found
+
+    text = pipe.clip.encode_text(pipe.tokenizer.encode(["a red ring"]), normalize=decoder.unit_norm)
+    inputs = dict(zip(OUTPUTS["clip_text"], text, strict=True))
+    keep = torch.tensor([True])
+    inputs |= dict(image_embed=torch.zeros(1, 6), keep_image=keep, keep_text=keep)
+    assert not torch.equal(classes(torch.tensor([1.0])), classes(torch.tensor([4.0])))
+    steps = index["diffusions"]["decoder"]
+    assert (steps["sampler"], len(steps["times"])) == ("consistency", 2)
+
+
+def test_the_index_says_how_x0_follows_from_a_preconditioned_network(tmp_path, torch_format):
+    """Catches: an index of an "edm" network from which no sampler can be written."""
+    pipe = smallest_pipeline()
+    pipe.decoder.diffusion = GaussianDiffusion(
+        pipe.decoder.diffusion.schedule, prediction="edm", sigma_data=0.5, variance="fixed_small"
+    )
+    list(export_networks(pipe, tmp_path / "new", torch_format))
+    steps = read_index(tmp_path / "new")["diffusions"]["decoder"]
+    alpha, sigma = torch.tensor(steps["table"], dtype=torch.float64)[:, :2].T
+    variance = sigma**2 + 0.25 * alpha**2
+    torch.testing.assert_close(torch.tensor(steps["scale"], dtype=torch.float64), variance.rsqrt())
+    torch.testing.assert_close(torch.tensor(steps["skip"], dtype=torch.float64), 0.25 * alpha / variance)
+    gain = torch.tensor(steps["gain"], dtype=torch.float64)
+    torch.testing.assert_close(gain, 0.5 * sigma * variance.rsqrt())
 
 
 def test_what_the_package_does_not_ship_is_exported_too(tmp_path, torch_format):

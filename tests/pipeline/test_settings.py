@@ -11,6 +11,7 @@ import torch
 
 from dalle2_fast import DALLE2
 from dalle2_fast.pipeline.settings import GenerateOptions, SamplingSettings, resolve_settings
+from dalle2_fast.training.distillation.student import make_student
 from tests.support.tiny_pipeline import tiny_pipeline
 
 
@@ -83,3 +84,26 @@ def test_the_options_of_a_call_are_those_of_generate():
     keywords = [name for name, parameter in inspect.signature(DALLE2.generate).parameters.items()
                 if parameter.kind is inspect.Parameter.KEYWORD_ONLY]  # fmt: skip
     assert list(GenerateOptions.__annotations__) == keywords
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (dict(steps=3), "^steps: expected 1 or 2, for which this decoder was distilled, got 3"),
+        (dict(guidance=9.0), "^guidance: expected 1 to 4, for which this decoder was distilled, got 9"),
+        (dict(prior_steps=3), "^prior_steps: expected 1 or 2, for which this prior was distilled, got 3"),
+        (dict(prior_guidance=0.5), "^prior_guidance: expected 1 to 4, for which this prior was distilled"),
+        (dict(sampler="ddim"), "^sampler: expected 'consistency', for which this decoder was distilled"),
+    ],
+)
+def test_what_a_distilled_network_does_not_know_is_said_at_once(monkeypatch, given, says):
+    """Catches: an error of the decoder that comes after the prior has run."""
+    pipe = tiny_pipeline()
+    prior, decoder = (make_student(each, 2, (1.0, 4.0)) for each in (pipe.prior, pipe.decoder))
+    sampling = dict(steps=2, prior_steps=1, upsampler_steps=1)
+    sampling |= dict(sampler="consistency", upsampler_sampler="ddim")
+    pipe = DALLE2(pipe.clip, prior, decoder, pipe.upsampler, pipe.tokenizer, sampling=sampling).eval()
+    assert pipe.generate("a red ring", 1, seed=0).images.shape == (1, 3, 32, 32)
+    monkeypatch.setattr(type(pipe.clip), "encode_text", None)  # nothing may be computed before the error
+    with pytest.raises(ValueError, match=says):
+        pipe.generate("a red ring", 1, seed=0, **given)

@@ -61,11 +61,6 @@ def export_networks(
     runtime, folder = find_runtime(format), check_folder(path)
     if pipe.device.type != "cpu" or pipe.dtype != torch.float32:
         raise ValueError(f"pipe: expected float32 on the CPU, got {pipe.dtype} on {pipe.device}")
-    for name in ("prior", "decoder"):
-        if (network := getattr(pipe, name)) is not None and network.guidance_input is not None:
-            raise ValueError(
-                f"{name}: expected a network without guidance as an input, which the files do not have"
-            )
     return _export(pipe, folder, format, runtime)
 
 
@@ -148,11 +143,17 @@ def _steps(part: Any, steps: int, sampler: str) -> dict[str, Any]:
     if sampler == "ddpm" and getattr(part, "analytic_variance", False):
         error["x0_error"] = part.x0_error.cpu()[times]
     table = sampler_table(diffusion.schedule, times, sampler, variance=diffusion.variance, **error)
-    _, _, scales = for_steps(diffusion, table, times)
+    changed, _, scales = for_steps(diffusion, table, times)
+    preconditioned = {}
+    if scales is not None:
+        preconditioned = {
+            "x0": "x0 = skip x + gain network(scale x)",
+            "scale": scales.tolist(), "skip": changed[:, 0].tolist(), "gain": (-changed[:, 1]).tolist(),
+        }  # fmt: skip
     return {
         "schedule": part.config["schedule"],
         "prediction": diffusion.prediction,
-        **({} if scales is None else {"input_scales": scales.tolist()}),
+        **preconditioned,
         "variance": diffusion.variance,
         "sampler": sampler,
         "step": "x = a x + b x0 + c previous_x0 + std noise; x_t = alpha x0 + sigma epsilon",

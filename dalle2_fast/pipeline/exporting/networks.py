@@ -77,10 +77,11 @@ class _Prior(nn.Module):
         text_encodings: Tensor,
         text_mask: Tensor,
         keep_text: Tensor,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         embed, mask = _condition(self.prior, text_embed, text_mask, keep_text)
-        net = self.prior.net
-        return net.denoise(x, time, net.encode_prefix(embed, text_encodings, mask))
+        net, offset = self.prior.net, None if guidance is None else self.prior.guidance_input(guidance)
+        return net.denoise(x, time, net.encode_prefix(embed, text_encodings, mask), offset)
 
 
 class _PriorEmbedding(nn.Module):
@@ -137,10 +138,14 @@ class _DecoderCondition(nn.Module):
         text_embed: Tensor | None = None,
         text_encodings: Tensor | None = None,
         text_mask: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch = image_embed.shape[0]
         caption = encode_captions(self.decoder, batch, tokens, text_encodings, text_mask, text_embed)
-        return condition(self.decoder, batch, image_embed, caption, keep_image, keep_text)
+        context, mask, classes = condition(self.decoder, batch, image_embed, caption, keep_image, keep_text)
+        if guidance is not None:
+            classes = classes + self.decoder.guidance_input(guidance)
+        return context, mask, classes
 
 
 class _Decoder(nn.Module):
@@ -183,6 +188,11 @@ def networks_of(pipe: DALLE2) -> Iterator[ExportedNetwork]:
     def keep(rows: int, *names: str) -> dict[str, Tensor]:
         return {name: torch.rand(rows) < 0.7 for name in names}
 
+    def weights(rows: int, network: DiffusionPrior | Decoder) -> dict[str, Tensor]:
+        if (guidance := network.guidance_input) is None:
+            return {}
+        return {"guidance": guidance.low + (guidance.high - guidance.low) * torch.rand(rows)}
+
     if clip.config["text_enc_depth"] is not None:
         outputs = ("text_embed", "text_encodings", "text_mask")
         yield ExportedNetwork("clip_text", _ClipText(clip, unit_norm), tokens, outputs)
@@ -197,8 +207,8 @@ def networks_of(pipe: DALLE2) -> Iterator[ExportedNetwork]:
 
         yield ExportedNetwork(
             "prior", _Prior(prior),
-            lambda rows: noised(rows) | _times(rows) | caption(rows) | keep(rows, "keep_text"),
-            ("prediction",),
+            lambda rows: noised(rows) | _times(rows) | caption(rows) | keep(rows, "keep_text")
+            | weights(rows, prior), ("prediction",),
         )  # fmt: skip
         yield ExportedNetwork("prior_embedding", _PriorEmbedding(prior), noised, ("image_embed",))
     elif isinstance(prior, ARPrior):
@@ -219,7 +229,8 @@ def networks_of(pipe: DALLE2) -> Iterator[ExportedNetwork]:
     def conditions(rows: int) -> dict[str, Tensor]:
         given = tokens(rows) if decoder.text_encoder is not None else caption(rows)
         image_embed = F.normalize(torch.randn(rows, embed), dim=-1)
-        return {"image_embed": image_embed} | keep(rows, "keep_image", "keep_text") | given
+        kept = keep(rows, "keep_image", "keep_text")
+        return {"image_embed": image_embed} | kept | given | weights(rows, decoder)
 
     unet = decoder.unet
     positions = length + decoder.config["num_image_tokens"]
