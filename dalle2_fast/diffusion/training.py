@@ -11,6 +11,7 @@ from dalle2_fast import functional
 from dalle2_fast.diffusion._checks import check_data
 from dalle2_fast.diffusion.preconditioning import precondition
 from dalle2_fast.diffusion.vlb import vlb_term
+from dalle2_fast.draws import batch_rows, draw
 from dalle2_fast.ops._dtypes import compute_dtype, per_sample
 
 if TYPE_CHECKING:
@@ -42,10 +43,11 @@ def sample_times(
     """
     # A generator can only draw on its device, which need not be the device of the data.
     drawn_on = generator.device if generator is not None else device
-    u = torch.rand(batch, generator=generator, device=drawn_on, dtype=torch.float64)
+    u = draw(torch.rand, (batch,), generator, device=drawn_on, dtype=torch.float64)
     u = u.to(device if device is not None else u.device)
     if diffusion.stratified:
-        u = (torch.arange(batch, device=u.device) + u) / max(batch, 1)
+        first, total = batch_rows(batch, generator)
+        u = (torch.arange(first, first + batch, device=u.device) + u) / max(total, 1)
     schedule = diffusion.schedule
     if diffusion.log_snr_focus is None:
         return schedule.uniform_time(u)
@@ -107,7 +109,7 @@ def training_loss(
         t = t.to(x0.device)
     if noise is None:
         drawn_on = generator.device if generator is not None else x0.device
-        noise = torch.randn(x0.shape, generator=generator, device=drawn_on, dtype=x0.dtype).to(x0.device)
+        noise = draw(torch.randn, x0.shape, generator, device=drawn_on, dtype=x0.dtype).to(x0.device)
     alpha, sigma = diffusion.alpha_sigma(t, x0)
     x_t, noise = functional.add_noise(x0, alpha, sigma, noise)
     output = net(diffusion.network_input(x_t, t), diffusion.schedule.net_time(t))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dalle2_fast.draws import draw
+
 
 def resolve_seeds(
     seeds: Tensor | None,  # int64 [B]
@@ -53,7 +55,7 @@ def bernoulli(
     """
     # A generator can only draw on its device, which need not be the device of the data.
     drawn_on = generator.device if generator is not None else device
-    return torch.rand(batch, generator=generator, device=drawn_on).to(device) < probability
+    return draw(torch.rand, (batch,), generator, device=drawn_on).to(device) < probability
 
 
 def check_probability(name: str, value: float) -> None:

@@ -43,7 +43,7 @@ def draw_masks(
     """
     # A generator can only draw on its device, which need not be the device of the data.
     drawn_on = generator.device if generator is not None else device
-    u = torch.rand(batch, 2 + 4 * _BOXES, generator=generator, device=drawn_on).to(device)
+    u = draw(torch.rand, (batch, 2 + 4 * _BOXES), generator, device=drawn_on).to(device)
     kind, count = u[:, 0], 1 + (u[:, 1] * _BOXES).long().clamp(max=_BOXES - 1)
     where = u[:, 2:].unflatten(1, (_BOXES, 4))
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
+
+from dalle2_fast.draws import draw
 
 
 def random_crops(
@@ -46,7 +50,8 @@ def random_crops(
     drawn_on = generator.device if generator is not None else "cpu"
 
     def window(length: int) -> Tensor:
-        start = torch.randint(length - crop + 1, (batch, 1), generator=generator, device=drawn_on)
+        integers = partial(torch.randint, length - crop + 1)
+        start = draw(integers, (batch, 1), generator, device=drawn_on)
         return start.to(device) + torch.arange(crop, device=device)
 
     rows, columns = window(height)[:, None, :, None], window(width)[:, None, None, :]

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dalle2_fast.draws import batch_rows, batch_rows_are, draw
 from dalle2_fast.models.upsampler.jpeg import jpeg
 from dalle2_fast.ops._dtypes import compute_dtype
 
@@ -77,15 +78,24 @@ def bsr(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     images = images.to(compute_dtype(dtype))  # half precision has not even 256 levels
     steps = (_random_blur, _random_blur, _random_noise, _sometimes(_random_sensor, 0.25),
              _sometimes(_random_jpeg, 0.75))
-    parts = images.split(max(1, math.ceil(len(images) / _PARTS)))
+    first, total = batch_rows(len(images), generator)
+    size = max(1, math.ceil(total / _PARTS))
+    begins = range(0, total, size)
     # One copy to the host for all choices, so that the host waits for the device only once.
-    draws = torch.rand(len(parts), 3 + len(steps) + 1, generator=generator, device=_device(images, generator))
+    choices = torch.rand(
+        len(begins), 3 + len(steps) + 1, generator=generator, device=_device(images, generator)
+    )
     results = []
-    for part, draw in zip(parts, draws.tolist(), strict=True):
-        resample = _resampling(0.5 + 0.5 * draw[0], *draw[1:3])
-        ranks = zip(draw[3:], (resample, *steps), strict=True)
-        for _, step in sorted(ranks, key=lambda rank: rank[0]):
-            part = step(part, generator)
+    for begin, choice in zip(begins, choices.tolist(), strict=True):
+        # Of the rows of this part, those that are here: perhaps none, but its numbers are drawn anyway.
+        end = min(begin + size, total)
+        low, high = (min(max(row - first, 0), len(images)) for row in (begin, end))
+        part = images[low:high]
+        resample = _resampling(0.5 + 0.5 * choice[0], *choice[1:3])
+        ranks = zip(choice[3:], (resample, *steps), strict=True)
+        with batch_rows_are(max(first, begin) - begin, end - begin, generator):
+            for _, step in sorted(ranks, key=lambda rank: rank[0]):
+                part = step(part, generator)
         results.append(part)
     return torch.cat(results).clamp(0, 1).to(dtype)
 
@@ -96,12 +106,12 @@ def _device(images: Tensor, generator: torch.Generator | None) -> torch.device:
 
 def _uniform(low: float, high: float, images: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draw one number in [low, high) per image: [B, 1, 1, 1]."""
-    draw = torch.rand(len(images), 1, 1, 1, generator=generator, device=_device(images, generator))
-    return (low + (high - low) * draw).to(images)
+    uniform = draw(torch.rand, (len(images), 1, 1, 1), generator, device=_device(images, generator))
+    return (low + (high - low) * uniform).to(images)
 
 
 def _normal(shape: tuple[int, ...], images: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(shape, generator=generator, device=_device(images, generator)).to(images)
+    return draw(torch.randn, shape, generator, device=_device(images, generator)).to(images)
 
 
 def _sometimes(step: Callable[..., Tensor], probability: float) -> Callable[..., Tensor]:

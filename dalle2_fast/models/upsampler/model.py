@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dalle2_fast.checkpoints import Pretrained
 from dalle2_fast.data.images import check_images
+from dalle2_fast.draws import draw
 from dalle2_fast.models.diffusion_options import diffusion_of
 from dalle2_fast.models.distilled import check_consistency_steps
 from dalle2_fast.models.inputs import bernoulli, check_probability
@@ -254,9 +255,9 @@ class Upsampler(Pretrained, nn.Module):
         low_res, level = low_res * 2 - 1, None
         if self.max_noise_level > 0:
             drawn_on = generator.device if generator is not None else image.device
-            draws = torch.rand(batch, generator=generator, device=drawn_on).to(image.device)
+            draws = draw(torch.rand, (batch,), generator, device=drawn_on).to(image.device)
             level = draws * self.max_noise_level
-            noise = torch.randn(low_res.shape, generator=generator, device=drawn_on).to(low_res)
+            noise = draw(torch.randn, low_res.shape, generator, device=drawn_on).to(low_res)
             low_res = noised(low_res, level, noise)
         condition = enlarged(low_res, self.factor, self.resize)
         target = image * 2 - 1

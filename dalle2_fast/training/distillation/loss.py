@@ -188,6 +188,7 @@ def training_times(
         True
     """
     times = diffusion.sample_times(batch, generator, device)
-    places = torch.randint(steps, (batch,), generator=generator, device=generator.device).to(device)
+    places = draw(partial(torch.randint, steps), (batch,), generator, device=generator.device).to(device)
     sampled = diffusion.times(steps, "trailing").to(device)[places]
-    return torch.where(torch.arange(batch, device=device) % 4 == 0, sampled, times)
+    first, _ = batch_rows(batch, generator)
+    return torch.where(torch.arange(first, first + batch, device=device) % 4 == 0, sampled, times)

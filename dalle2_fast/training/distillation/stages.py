@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle2_fast.data import WordTokenizer
+from dalle2_fast.draws import draw
 from dalle2_fast.models.captions import Caption, cat_padded
 from dalle2_fast.models.decoder.encoding import encode_captions
 from dalle2_fast.models.decoder.guidance import condition
@@ -80,7 +81,7 @@ class DistilledStage(SceneStage):
         x0, student, teacher = self.denoisers(batch, generator)
         diffusion, steps = self.model.diffusion, self.model.consistency_steps
         t = training_times(diffusion, len(x0), steps, generator, x0.device)
-        noise = torch.randn(x0.shape, generator=generator, device=x0.device)
+        noise = draw(torch.randn, x0.shape, generator, device=x0.device)
         return distillation_loss(
             diffusion, student, teacher, x0, t=t, noise=noise, g=batch["gap"], clip=self.clip_x0
         ).mean()
@@ -92,7 +93,7 @@ class DistilledStage(SceneStage):
     def draw_weights(self, batch: int, generator: torch.Generator) -> Tensor:
         """Guidance weights [batch], uniform in their range."""
         low, high = self.guidance
-        return low + (high - low) * torch.rand(batch, generator=generator, device=self.device)
+        return low + (high - low) * draw(torch.rand, (batch,), generator, device=self.device)
 
     def x0_of(self, network: nn.Module, net: Callable[[Tensor, Tensor], Tensor]) -> Denoiser:
         """net(x, time), called as a network of this process, as a function to x0."""

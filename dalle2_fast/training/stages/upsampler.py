@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dalle2_fast.draws import draw
 from dalle2_fast.evaluation.psnr import psnr
 from dalle2_fast.models.upsampler.model import Upsampler
 from dalle2_fast.training.errors import TrainingError
@@ -92,7 +95,8 @@ def random_crops(
     """Random crops of low and high at the same positions."""
     scale = high.shape[-1] // low.shape[-1]
     side, room = crop // scale, low.shape[-1] - crop // scale
-    corners = torch.randint(0, room + 1, (len(low) * crops, 2), generator=generator, device=low.device)
+    integers = partial(torch.randint, 0, room + 1)
+    corners = draw(integers, (len(low) * crops, 2), generator, device=low.device)
 
     def cut(images: Tensor, size: int, factor: int) -> Tensor:
         inside = torch.arange(size, device=images.device)
