@@ -59,3 +59,33 @@ def test_stream_of_a_world_and_split():
         SceneStream(world, 0)
     with pytest.raises(ValueError, match="at_once: expected an int >= 1, got 0"):
         SceneStream(world, at_once=0)
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_the_rows_of_all_ranks_are_the_batch(at_once):
+    """Catches: ranks that see the same scenes, rows in another order, or draws that depend on their number."""
+    options = dict(batch_size=8, resolutions=(8,), seed=3, negatives=2, at_once=at_once)
+    whole = SceneStream(**options)
+    parts = [SceneStream(**options, rank=rank, world_size=4) for rank in range(4)]
+    for step in (0, 1, 4):
+        batch, rows = whole.batch(step), [part.batch(step) for part in parts]
+        assert [len(each["tokens"]) for each in rows] == [2] * 4
+        for name in ("tokens", "negatives", "negative_mask"):
+            assert torch.equal(torch.cat([each[name] for each in rows]), batch[name]), (step, name)
+        for name in batch["scenes"]:
+            assert torch.equal(torch.cat([each["scenes"][name] for each in rows]), batch["scenes"][name])
+        images = torch.cat([each["images"][8] for each in rows])
+        torch.testing.assert_close(images, batch["images"][8], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(world_size=3), "world_size: expected an int >= 1 that divides batch_size = 8, got 3"),
+        (dict(world_size=0), "world_size: .*got 0"),
+        (dict(rank=2, world_size=2), "rank: expected an int, 0 <= rank < 2, got 2"),
+    ],
+)
+def test_ranks_that_do_not_exist(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        SceneStream(batch_size=8, **wrong)

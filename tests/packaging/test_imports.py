@@ -22,6 +22,7 @@ PACKAGE = ROOT / "dalle2_fast"
 ARROWS = {
     "_lazy": set(),
     "seeds": set(),
+    "draws": set(),
     "memory": set(),
     "cuda_graphs": set(),
     "_C": set(),
@@ -31,14 +32,14 @@ ARROWS = {
     "functional": {"ops"},
     "modules": {"functional", "ops"},
     "losses": {"functional", "ops"},
-    "diffusion": {"functional", "seeds", "ops", "_lazy"},
+    "diffusion": {"functional", "seeds", "draws", "ops", "_lazy"},
     "data": {"seeds", "ops", "_lazy"},
     "checkpoints": {"ops", "data"},
-    "models": {"seeds", "modules", "functional", "ops", "diffusion", "data", "checkpoints", "_lazy"},
+    "models": {"seeds", "draws", "modules", "functional", "ops", "diffusion", "data", "checkpoints", "_lazy"},
     "pipeline": {"seeds", "models", "diffusion", "ops", "data", "checkpoints", "cuda_graphs", "_lazy"},
     "evaluation": {"seeds", "pipeline", "models", "diffusion", "data", "checkpoints"},
-    "training": {"evaluation", "pipeline", "models", "diffusion", "data", "checkpoints", "functional",
-                 "seeds", "cuda_graphs"},  # fmt: skip
+    "training": {"evaluation", "pipeline", "models", "losses", "diffusion", "data", "checkpoints",
+                 "functional", "seeds", "draws", "cuda_graphs"},  # fmt: skip
     "adapters": {"losses", "models", "modules", "functional", "ops"},
     "cli": {"training", "evaluation", "pipeline", "models", "data", "checkpoints", "ops", "memory",
             "__init__"},  # fmt: skip

@@ -18,7 +18,8 @@ from dalle2_fast.seeds import mix_seed
 class SceneStream:
     """Batches of a world, a pure function of (seed, step): a resumed run sees the same batches.
 
-    The same seed gives other batches on another kind of device, and with another `at_once`.
+    The same seed gives other batches on another kind of device, and with another `at_once`. A process of many
+    gets its rows of the same batches: it samples all of their scenes, and renders and captions its own.
 
     Args:
         world: what scenes may show; None takes the whole world.
@@ -32,9 +33,12 @@ class SceneStream:
         drop: 1 leaves attributes out of captions at random, 0 states all of them.
         at_once: consecutive batches that are made together. A batch takes about a thousand kernel launches
             regardless of its size, and a GPU should not wait for them at every step.
+        rank: the number of this process, 0 <= rank < world_size.
+        world_size: the number of processes, which divides batch_size. `batch` returns the rows of this
+            process: batch_size / world_size, from the row rank * batch_size / world_size.
 
     Raises:
-        ValueError: batch_size or at_once is no int >= 1.
+        ValueError: batch_size or at_once is no int >= 1, or rank or world_size is out of range.
 
     Example:
         >>> batch = SceneStream(batch_size=2, resolutions=(8, 16)).batch(0)
@@ -55,11 +59,20 @@ class SceneStream:
         canonical: bool = False,
         drop: float = 1.0,
         at_once: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("at_once", at_once)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
+        if not isinstance(world_size, int) or world_size < 1 or batch_size % world_size:
+            raise ValueError(
+                f"world_size: expected an int >= 1 that divides batch_size = {batch_size}, got {world_size!r}"
+            )
+        if not isinstance(rank, int) or not 0 <= rank < world_size:
+            raise ValueError(f"rank: expected an int, 0 <= rank < {world_size}, got {rank!r}")
         self.world, self.batch_size = world or World(), batch_size
+        self.rank, self.world_size = rank, world_size
         self.resolutions, self.seed, self.split = tuple(resolutions), seed, split
         self.device = torch.device(device)
         self.negatives = 3 if negatives is True else int(negatives)
@@ -69,7 +82,7 @@ class SceneStream:
         self._block: tuple[int, dict] | None = None  # the number of the last block of batches, and the block
 
     def batch(self, step: int) -> dict:
-        """The batch of a step, which is an int from 0.
+        """The batch of a step, which is an int from 0; of many processes, the B rows of this one.
 
         Returns:
             images: {resolution: float32 [B, 3, R, R] in [0, 1]}.
@@ -83,11 +96,12 @@ class SceneStream:
         """
         number, position = divmod(step, self.at_once)
         if self.at_once == 1:
-            return self._make(number, self.batch_size)
+            return self._make(number)
         if self._block is None or self._block[0] != number:
             self._block = None  # frees its memory before the next block is made
-            self._block = number, self._make(number, self.at_once * self.batch_size)
-        rows = slice(position * self.batch_size, (position + 1) * self.batch_size)
+            self._block = number, self._make(number)
+        length = self.batch_size // self.world_size
+        rows = slice(position * length, (position + 1) * length)
 
         def part(value):
             if isinstance(value, dict):
@@ -96,17 +110,28 @@ class SceneStream:
 
         return part(self._block[1])
 
-    def _make(self, number: int, size: int) -> dict:
+    def _make(self, number: int) -> dict:
+        """The rows of this process of the batches of a block, batch after batch."""
+        size = self.at_once * self.batch_size
         generator = torch.Generator(self.device).manual_seed(mix_seed(self.seed, number))
         scenes = sample_scenes(size, generator, self.split, self.world, self.device)
         phrasing = draw_phrasing(size, generator, self.device, drop=self.drop, canonical=self.canonical)
+        negatives = None
+        if self.negatives:
+            negatives = sample_negatives(
+                scenes, phrasing, generator, count=self.negatives, split=self.split, world=self.world
+            )
+        if self.world_size > 1:
+            rows = torch.arange(size, device=self.device).view(self.at_once, self.world_size, -1)
+            rows = rows[:, self.rank].flatten()
+            scenes = {key: value[rows] for key, value in scenes.items()}
+            phrasing = phrasing.rows(rows)
+            negatives = negatives and [value[rows] for value in negatives]
         batch = dict(
             images={resolution: render(scenes, resolution) for resolution in self.resolutions},
             tokens=compose(scenes, phrasing),
             scenes=scenes,
         )
-        if self.negatives:
-            batch["negatives"], batch["negative_mask"], _ = sample_negatives(
-                scenes, phrasing, generator, count=self.negatives, split=self.split, world=self.world
-            )
+        if negatives:
+            batch["negatives"], batch["negative_mask"], _ = negatives
         return batch

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dalle2_fast.draws import draw
+
 _EVERYTHING, _OUTSIDE = 0.2, 0.2  # fractions of the masks; the others are boxes
 _BOXES = 4  # the largest number of boxes
 

@@ -125,6 +125,8 @@ def _sometimes(step: Callable[..., Tensor], probability: float) -> Callable[...,
 def _filter(images: Tensor, kernels: Tensor) -> Tensor:
     """Filter image b with kernels[b], kernels [B, K, K], with reflected edges."""
     batch, channels, height, width = images.shape
+    if not batch:
+        return images
     size = kernels.shape[-1]
     padded = F.pad(images, (size // 2,) * 4, mode="reflect").reshape(
         1, batch * channels, *(side + size - 1 for side in (height, width))

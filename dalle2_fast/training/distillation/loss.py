@@ -34,11 +34,13 @@ sqrt(1 + SNR) turns an error of x0 into one of v.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from dalle2_fast.diffusion.process import GaussianDiffusion
+from dalle2_fast.draws import batch_rows, draw
 
 # x_t [B, C, *] and times t [B] -> x0 [B, C, *]; conditions and guidance weights are part of the function.
 Denoiser = Callable[[Tensor, Tensor], Tensor]
