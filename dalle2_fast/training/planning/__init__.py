@@ -1,0 +1,1 @@
+"""What is decided before a run starts: its configuration, what it needs, its learning rate."""
