@@ -1,4 +1,7 @@
-"""`dalle2-fast generate CAPTION`: images of a caption as a PNG grid, and the seconds of each stage."""
+"""`dalle2-fast generate CAPTION`: images of a caption as a PNG grid, and the seconds of each stage.
+
+With --prompts FILE in place of the caption, pictures of many captions: see bulk/generation.py.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,33 @@ from dalle2_fast.cli.job import Job
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `dalle2-fast generate`."""
-    parser.add_argument(
-        "caption", type=arguments.caption, help='e.g. "a large red circle above a small blue square"'
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "caption",
+        nargs="?",
+        type=arguments.caption,
+        help='e.g. "a large red circle above a small blue square"',
     )
-    arguments.add_num_images(parser)
+    what.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="many captions instead: one per line (- for standard input), or .csv, .tsv, .jsonl, .parquet "
+        "with a column caption or text; --output is then the folder of the pictures, which the same command "
+        "continues; torchrun may start it as several processes",
+    )
+    parser.add_argument(
+        "--num-images",
+        type=arguments.positive_int,
+        metavar="N",
+        help="images (default 4; 1 of each caption of --prompts)",
+    )
+    parser.add_argument(
+        "--shard-size",
+        type=arguments.positive_int,
+        metavar="N",
+        help="with --prompts: write WebDataset shards of N pictures instead of plain files",
+    )
     arguments.add_seed(parser)
     parser.add_argument(
         "--init-image", type=Path, metavar="FILE", help="an image for the decoder to start from; shown first"
@@ -37,6 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate and write; the exit code."""
+    if args.prompts is not None:
+        from dalle2_fast.cli.bulk.generation import run as run_all
+
+        return run_all(args)
+    args.num_images = 4 if args.num_images is None else args.num_images
+    if args.shard_size is not None:
+        raise ValueError("--shard-size: expected together with --prompts FILE")
     if not args.caption.strip():
         raise ValueError("caption: expected words, got an empty caption")
     if args.strength is not None and args.init_image is None:

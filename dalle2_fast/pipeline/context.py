@@ -30,7 +30,7 @@ class Generation:
         images: float32 [B, 3, size, size] in [0, 1].
         low_res: float32 [B, 3, S, S] in [0, 1], the decoder's output.
         image_embed: [B, D], the prior's output, or what the decoder was given.
-        seed: the seed of the call.
+        seed: the seed of the call, or one of each prompt.
         sample_seeds: int64 [B], the seed of each row.
         seconds: stage -> wall-clock seconds.
         graphs: stage -> "captured" or "replayed", or why its steps ran without CUDA graphs; empty where there
@@ -40,7 +40,7 @@ class Generation:
     images: Tensor
     low_res: Tensor
     image_embed: Tensor
-    seed: int
+    seed: int | tuple[int, ...]
     sample_seeds: Tensor
     seconds: dict[str, float] = field(default_factory=dict)
     graphs: dict[str, str] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class GenerationContext:
 
     Args:
         pipe: the pipeline.
-        seed: the seed of the call, for its result.
+        seed: the seed of the call, or one of each input, for its result.
         sample_seeds: one seed per row; rows of one input are next to each other.
         batch_size: at most so many rows run at a time; None is all of them.
         progress: see StageTimer.
@@ -65,7 +65,7 @@ class GenerationContext:
     def __init__(
         self,
         pipe: DALLE2,
-        seed: int,
+        seed: int | tuple[int, ...],
         sample_seeds: Sequence[int],
         *,
         batch_size: int | None = None,
@@ -86,7 +86,7 @@ class GenerationContext:
         num_images: int,
         *,
         candidates: int = 1,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         generator: torch.Generator | None = None,
         batch_size: int | None = None,
         progress: Progress = False,
@@ -94,15 +94,16 @@ class GenerationContext:
     ) -> GenerationContext:
         """`num_images` images of each input, and `candidates` rows for each image.
 
-        Image i of every input has the same seed, which depends on (seed, i) only.
+        Image i of an input has a seed that depends on (seed of the input, i) only. A single seed is that of
+        every input.
         """
         check_count("num_images", num_images)
-        seed = resolve_seed(seed, generator)
+        seed = resolve_seeds(seed, inputs, generator)
         rows: list[int] = []
-        for index in range(num_images):
-            rows += candidate_seeds(sample_seed(seed, index), candidates)
-        options = dict(batch_size=batch_size, progress=progress, graphs=graphs)
-        return cls(pipe, seed, rows * inputs, **options)
+        for of_input in seed if isinstance(seed, tuple) else (seed,) * inputs:
+            for index in range(num_images):
+                rows += candidate_seeds(sample_seed(of_input, index), candidates)
+        return cls(pipe, seed, rows, batch_size=batch_size, progress=progress, graphs=graphs)
 
     @property
     def batches(self) -> list[slice]:
@@ -194,6 +195,24 @@ def resolve_seed(seed: int | None, generator: torch.Generator | None = None) -> 
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed: expected 0 ... 2^63 - 1, got {seed}")
     return seed
+
+
+def resolve_seeds(
+    seed: int | Sequence[int] | None, inputs: int, generator: torch.Generator | None = None
+) -> int | tuple[int, ...]:
+    """`resolve_seed` of one seed, or of one for each input.
+
+    Raises:
+        TypeError, ValueError: as `resolve_seed`; and if there is another number of seeds than of inputs.
+    """
+    if not isinstance(seed, (list, tuple)):
+        return resolve_seed(seed, generator)
+    if len(seed) != inputs:
+        raise ValueError(f"seed: expected one, or one per prompt = {inputs}, got {len(seed)}")
+    for each in seed:
+        if each is None:
+            raise TypeError("seed: expected ints, got None among them")
+    return tuple(resolve_seed(each, generator) for each in seed)
 
 
 def candidate_seeds(seed: int, count: int) -> list[int]:

@@ -179,7 +179,7 @@ class DALLE2(nn.Module):
         prompt: str | Sequence[str],
         num_images: int = 4,
         *,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         generator: torch.Generator | None = None,
         steps: int | None = None,
         guidance: float | None = None,
@@ -208,8 +208,8 @@ class DALLE2(nn.Module):
             prompt: one caption or several; every word must be known to the tokenizer.
             num_images: images of each caption.
             seed: 0 ... 2^63 - 1. Image i of a prompt depends on (seed, i) only, not on num_images or on the
-                other prompts. None draws it from `generator`, or from torch's global generator
-                (torch.manual_seed).
+                other prompts; a list has one seed for each prompt. None draws it from `generator`, or from
+                torch's global generator (torch.manual_seed).
             generator: see seed.
             steps: diffusion steps of the decoder.
             guidance: guidance scale of the decoder; 1 is no guidance, more follows the caption more closely.

@@ -129,7 +129,7 @@ class SamplingSettings:
 class GenerateOptions(TypedDict, total=False):
     """The keyword arguments of `DALLE2.generate`, for `DALLE2.__call__`, which passes them on."""
 
-    seed: int | None
+    seed: int | Sequence[int] | None
     generator: torch.Generator | None
     steps: int | None
     guidance: float | None

@@ -44,6 +44,20 @@ def test_several_prompts_are_sampled_as_if_alone(pipe):
     assert both.sample_seeds.tolist() == [sample_seed(3, 0), sample_seed(3, 1)] * 2
 
 
+def test_one_seed_for_each_prompt(pipe):
+    """Catches: seeds that reach another prompt's rows, and a list of another length that is cut or repeated."""
+    made = pipe.generate(["a red ring", "a blue ring"], 2, seed=[3, 8], size=16)
+    assert made.seed == (3, 8)
+    for rows, prompt, seed in ((slice(2), "a red ring", 3), (slice(2, 4), "a blue ring", 8)):
+        alone = pipe.generate(prompt, 2, seed=seed, size=16)
+        assert made.sample_seeds[rows].tolist() == alone.sample_seeds.tolist()
+        assert torch.allclose(made.images[rows], alone.images, atol=1e-4)
+    with pytest.raises(ValueError, match="seed: expected one, or one per prompt = 2, got 3"):
+        pipe.generate(["a ring", "a square"], 1, seed=[1, 2, 3])
+    with pytest.raises(TypeError, match="seed: expected ints"):
+        pipe.generate(["a ring"], 1, seed=[None])
+
+
 def test_seed_from_a_generator_and_from_torch(pipe):
     made = [pipe.generate("a ring", 1, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
     assert made[0].seed == made[1].seed and torch.equal(made[0].images, made[1].images)

@@ -1,0 +1,1 @@
+"""Commands over many samples, which torchrun may start as several processes: generate --prompts, embed."""
