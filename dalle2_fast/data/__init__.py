@@ -10,6 +10,7 @@ __path__.append(str(Path(__file__).parents[1] / "previous_paths" / __name__.rpar
 
 if TYPE_CHECKING:  # for editors and type checkers, which cannot follow `attach`
     from dalle2_fast.data.shards import WebDatasetStream as WebDatasetStream
+    from dalle2_fast.data.stream import PairStream as PairStream
     from dalle2_fast.data.synthetic.captions import (
         compose as compose,
     )
@@ -52,6 +53,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "dalle2_fast.data.shards": ["WebDatasetStream"],
+        "dalle2_fast.data.stream": ["PairStream"],
         "dalle2_fast.data.synthetic.captions": ["compose", "draw_phrasing", "make_captions", "stated"],
         "dalle2_fast.data.synthetic.negatives": ["NEGATIVE_KINDS", "hard_negatives", "sample_negatives"],
         "dalle2_fast.data.synthetic.rendering": ["render"],

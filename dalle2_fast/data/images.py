@@ -245,3 +245,32 @@ def resized_mask(mask: Tensor, side: int) -> Tensor:
     if size == side:
         return mask
     return F.adaptive_max_pool2d(mask.float(), side) > 0  # also for a larger side: each cell sees its source
+
+
+def to_square(image: Image, resolution: int) -> Tensor:
+    """The central square of an image, reduced by area, or enlarged bicubically, to `resolution` pixels.
+
+    Args:
+        image: of any mode; see `canonical`.
+        resolution: the side of the result, in pixels.
+
+    Returns:
+        uint8 [3, resolution, resolution].
+
+    Example:
+        >>> from PIL import Image
+        >>> to_square(Image.new("RGB", (40, 30), "red"), 2)[:, 0, 0]
+        tensor([255,   0,   0], dtype=torch.uint8)
+    """
+    from PIL import Image
+
+    image = canonical(image)
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    # The box does not depend on the resolution, so that images of different sizes stay aligned.
+    method = Image.Resampling.BOX if side >= resolution else Image.Resampling.BICUBIC
+    image = image.resize((resolution, resolution), method, box=(left, top, left + side, top + side))
+    pixels = torch.from_numpy(np.array(image))
+    if image.mode == "F":  # in [0, 1] except for bicubic overshoot
+        return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).expand(3, -1, -1)
+    return pixels.permute(2, 0, 1)

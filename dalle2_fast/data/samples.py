@@ -62,7 +62,17 @@ def caption_of(sample: dict[str, Any]) -> str | None:
             except (ValueError, RecursionError):  # of Unicode, of numbers, of lists nested a thousand deep
                 return ""
             text = (record.get("caption") or record.get("text") or "") if isinstance(record, dict) else record
-            if isinstance(text, list):
-                text = next((entry for entry in text if isinstance(entry, str) and entry.strip()), None)
-        return text.strip() if isinstance(text, str) else None
+        return text_of(text)
     return ""
+
+
+def text_of(value: object) -> str | None:
+    """A caption as text: the first one that is not blank of a list; None for what is no text.
+
+    Example:
+        >>> text_of([" ", "a star "])
+        'a star'
+    """
+    if isinstance(value, list):
+        value = next((entry for entry in value if isinstance(entry, str) and entry.strip()), None)
+    return value.strip() if isinstance(value, str) else None

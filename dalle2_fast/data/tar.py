@@ -1,4 +1,4 @@
-"""The files in a tar archive that is read as a stream; damage costs only the files that it hits.
+"""The files in a tar archive, read as a stream or only listed; damage costs only the files that it hits.
 
 Python's tarfile takes a damaged header for the end of the archive or, with ignore_zeros=True, skips it in
 silence. Here the next valid header is searched for, and what is lost is reported.
@@ -48,10 +48,47 @@ def read_tar(stream: BinaryIO, report: Callable[[str, str], object]) -> Iterator
         >>> list(read_tar(io.BytesIO(file.getvalue()), print))
         [('a.txt', b'')]
     """
-    reader = _decompressed(stream)
-    last, searched, is_lost = None, 0, False
+    return ((name, data) for name, _, _, data in _walk(_decompressed(stream), report))
+
+
+def list_tar(file: BinaryIO, report: Callable[[str, str], object]) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The places of the regular files of an archive, in order; only headers are read.
+
+    Args:
+        file: the archive, open for reading in binary mode, seekable, and not compressed.
+        report: as of `read_tar`.
+
+    Yields:
+        (name, (offset, size)): the content is `size` bytes from `offset` on.
+
+    Raises:
+        ValueError: the file is empty, or holds no tar archive.
+        OSError: it cannot be read.
+
+    Example:
+        >>> file = io.BytesIO()
+        >>> with tarfile.open(fileobj=file, mode="w") as tar:
+        ...     tar.addfile(tarfile.TarInfo("a.txt"))
+        >>> list(list_tar(file, print))
+        [('a.txt', (512, 0))]
+    """
+    return ((name, (offset, size)) for name, offset, size, _ in _walk(_Seeking(file), report))
+
+
+def is_compressed(begin: bytes) -> bool:
+    """Whether a file that begins with these bytes (at least 6) is compressed by gzip, bzip2 or xz."""
+    return any(begin.startswith(magic) for magic in COMPRESSIONS)
+
+
+def _walk(
+    reader: BinaryIO | _Seeking, report: Callable[[str, str], object]
+) -> Iterator[tuple[str, int, int, bytes | None]]:
+    """(name, offset, size, content) of the regular files; a _Seeking reader passes over the contents."""
+    is_listed = isinstance(reader, _Seeking)
+    last, searched, is_lost, place = None, 0, False, 0
     records: dict[str, str] = {}  # name and size of the next file, where they do not fit into its header
     while searched <= SEARCH and (block := reader.read(BLOCK)):
+        place += len(block)
         if (info := _header(block)) is None:
             is_lost |= block != ZEROS
             searched, records = searched + BLOCK, {}
@@ -65,7 +102,10 @@ def read_tar(stream: BinaryIO, report: Callable[[str, str], object]) -> Iterator
             records = {}
             continue
         is_small = size <= (LARGEST_FILE if info.isreg() else LARGEST_RECORDS)
-        data = _read(reader, size) if is_small else _skip(reader, size)
+        if is_listed and info.isreg():
+            data = reader.skip(size)
+        else:
+            data = _read(reader, size) if is_small else _skip(reader, size)
         if data is None:
             report("shard is cut short", f"in {name}")
             return
@@ -77,7 +117,8 @@ def read_tar(stream: BinaryIO, report: Callable[[str, str], object]) -> Iterator
         if info.isreg() and not is_small:
             report("file is too large", f"{name}: {size:,} bytes")
         elif info.isreg() and info.type != tarfile.GNUTYPE_SPARSE:
-            yield name, data
+            yield name, place, size, data
+        place += size + -size % BLOCK
     if last is None and (is_lost or not searched):
         raise ValueError("it is not a tar archive" if is_lost else "it is empty")
     if is_lost:
@@ -152,3 +193,23 @@ class _Rejoined(io.RawIOBase):
         self._begin = self._begin[len(buffer) :]
         buffer[: len(data)] = data
         return len(data)
+
+
+class _Seeking:
+    """A seekable archive, of which whole files can be passed over without reading them."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._end = file.seek(0, io.SEEK_END)
+        file.seek(0)
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(size)
+
+    def skip(self, size: int) -> bytes | None:
+        """Pass over a file: b"", or None if the archive ends before."""
+        begin = self._file.tell()
+        if begin + size > self._end:
+            return None
+        self._file.seek(min(begin + size + -size % BLOCK, self._end))
+        return b""

@@ -62,7 +62,7 @@ def read_shard(path: Path) -> str:
 
     words = ["image", "number", "in", "red", *map(str, range(SAMPLES))]
     stream = WebDatasetStream(
-        str(path), batch_size=4, resolutions=(8,), tokenizer=WordTokenizer(words, 8), shuffle=0, workers=1
+        str(path), batch_size=4, resolutions=(8,), tokenizer=WordTokenizer(words, 8), shuffle=0
     )
     seen = set()
     with warnings.catch_warnings():

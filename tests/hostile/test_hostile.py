@@ -78,7 +78,7 @@ def test_a_shard_on_the_command_line(name, tmp_path, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         code = cli.main(["train", "clip", *options, "--device", "cpu", "--quiet"])
-    assert_refused(code, capsys, "shards: ")
+    assert_refused(code, capsys, "data: ")
 
 
 def assert_refused(code: int, capsys, words: str) -> None:

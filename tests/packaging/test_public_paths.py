@@ -33,9 +33,9 @@ PUBLIC = {
     "dalle2_fast.models.unet": "UNet",
     "dalle2_fast.models.upsampler": "Upsampler",
     "dalle2_fast.pipeline": "DALLE2",
-    "dalle2_fast.data": "BPETokenizer NEGATIVE_KINDS SPLITS SceneStream Tokenizer WebDatasetStream "
-    "WordTokenizer World compose draw_phrasing hard_negatives make_captions render sample_negatives "
-    "sample_scenes scene_words stated tokenizer_from_config",
+    "dalle2_fast.data": "BPETokenizer NEGATIVE_KINDS PairStream SPLITS SceneStream Tokenizer "
+    "WebDatasetStream WordTokenizer World compose draw_phrasing hard_negatives make_captions render "
+    "sample_negatives sample_scenes scene_words stated tokenizer_from_config",
     "dalle2_fast.checkpoints": "FORMAT_VERSION Checkpoint CheckpointError Pretrained construct embedded_path "
     "join_states load_config load_folder load_state open_checkpoint reject_leftovers save_folder",
     "dalle2_fast.adapters.patch": "patch unpatch",

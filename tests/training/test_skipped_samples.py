@@ -35,6 +35,6 @@ def test_lines_on_skipped_samples(tmp_path, capfd, quiet):
         assert said == ""
     else:
         reason = "it is no image that Pillow can read"
-        assert f"dalle2-fast: shards: image cannot be decoded: {shard}, sample 2: {reason}" in said
+        assert f"dalle2-fast: data: image cannot be decoded: {shard}, sample 2: {reason}" in said
         assert "clip: skipped" in said and "samples or parts of shards" in said
         assert " at 0x" not in said and "SkippedSample" not in said and ".py:" not in said
