@@ -10,6 +10,7 @@ from dalle2_fast.training.folder import StageFolder
 from dalle2_fast.training.recipes import Preset
 from dalle2_fast.training.run_folder import tokenizer as tokenizer_file
 from dalle2_fast.training.run_folder.record import (
+    ORDER,
     RunRecord,
     describe_shards,
     describe_tokenizer,
@@ -57,6 +58,7 @@ def agree_on_run(
                 "expected --data"
             )
     else:
+        _accept_order(record)
         given = {"preset": preset.name}
         if shards is not None:
             given["data"] = describe_shards(shards)
@@ -73,6 +75,19 @@ def agree_on_run(
     if val_shards is not None and shards is None:
         raise ValueError("--val-data: is for a run on shards, expected --data")
     return shards, val_shards
+
+
+def _accept_order(record: RunRecord) -> None:
+    """Go on with a run whose samples came in another order, and say so."""
+    for name in ("data", "val_data"):
+        data = record.run[name]
+        if data is not None and data.get("order") != ORDER:
+            if name == "data":
+                print(
+                    "--data: another release began this run, with the samples in another order: a stage that "
+                    "has begun goes on with other batches than without the interruption"
+                )
+            data["order"] = ORDER
 
 
 def agree_on_data(

@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 
 from dalle2_fast.data import Tokenizer
+from dalle2_fast.data.order import VERSION as ORDER
+from dalle2_fast.data.sources import data_files
 from dalle2_fast.training.errors import TrainingError
 from dalle2_fast.training.folder import StageFolder, reason, write_file
 from dalle2_fast.training.recipes import EXTRA_STAGES, STAGES, Preset, Recipe
@@ -128,22 +130,22 @@ def stage_settings(
 
 
 def describe_shards(shards: str | None) -> dict | None:
-    """The shards of a run: their pattern as an absolute path, their number, and a hash of names and sizes.
+    """The data of a run: where they are as an absolute path, the number of files, a hash of names and sizes,
+    and the version of the order of their samples.
 
     Raises:
-        FileNotFoundError: a local shard does not exist.
-        ImportError: the library of shards is not installed.
+        FileNotFoundError: there is no file.
+        ValueError: it is no kind of data that is read here.
+        ImportError: a library that reads them is not installed.
     """
     if shards is None:
         return None
-    from dalle2_fast.data.shards import expand_shards  # needs the extra "train"
-
     is_local = "://" not in shards and not shards.startswith("pipe:")
     pattern = os.path.abspath(shards) if is_local else shards
-    names = expand_shards(pattern)
+    names = data_files(pattern)
     sizes = [os.path.getsize(name) if os.path.exists(name) else None for name in names]
     digest = hashlib.sha256(json.dumps([names, sizes]).encode()).hexdigest()
-    return {"shards": pattern, "files": len(names), "sha256": digest}
+    return {"shards": pattern, "files": len(names), "sha256": digest, "order": ORDER}
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict:
