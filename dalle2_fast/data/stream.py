@@ -211,7 +211,7 @@ class PairStream:
             size = SHUFFLED_IN_MEMORY if self._shuffle is None else max(1, self._shuffle)
             pairs = StreamedShards(
                 self._source.names, self.seed, size, self._shuffle != 0, self.split,
-                self.tokenizer.has_text, self.rank, self.world_size, self._skip,
+                self.tokenizer.has_text, self.rank, self.world_size,
             )  # fmt: skip
             workers, threads = min(1, self._workers), max(1, self._workers)
         else:
@@ -252,7 +252,7 @@ class PairStream:
         """The pairs that have a caption, once, in the order of the data; nothing is counted."""
         if self.is_streamed:
             shards = StreamedShards(
-                self._source.names, self.seed, 1, False, self.split, has_text, 0, 1, lambda complaint: None
+                self._source.names, self.seed, 1, False, self.split, has_text, 0, 1
             )
             found = itertools.chain.from_iterable(map(shards.pairs, self._source.names))
             yield from (pair for pair in found if pair is not None)

@@ -131,10 +131,9 @@ def _recognise_folder(folder: Path) -> tuple[str, list[str]]:
         return "arrow", files
     if files := sorted(map(str, folder.glob("*.tar"))):
         return "tar", files
-    # imagefolder has its metadata at the top or in the folder of each split.
-    places = [folder, *sorted(each for each in folder.iterdir() if each.is_dir())]
-    if files := [str(place / name) for place in places for name in METADATA if (place / name).is_file()]:
-        return "list", files
+    for place in (folder, folder / "train"):  # imagefolder has its metadata there
+        if files := [str(place / name) for name in METADATA if (place / name).is_file()]:
+            return "list", files[:1]
     if any(sample.image is not None for sample in walk(folder)):
         return "folder", [str(folder)]
     for ending in LISTS:  # also those that lie next to the folders of a download

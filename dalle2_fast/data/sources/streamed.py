@@ -38,7 +38,6 @@ class StreamedShards:
         split: as of PairStream.
         has_text: whether a caption is not empty.
         rank, world_size: this process among those that share the shards.
-        report: called with each complaint.
 
     Raises:
         ValueError: there are fewer shards than processes.
@@ -47,7 +46,6 @@ class StreamedShards:
     def __init__(
         self, names: list[str], seed: int, size: int, shuffle: bool, split: str | None,
         has_text: Callable[[str], object], rank: int, world_size: int,
-        report: Callable[[Complaint], object],
     ) -> None:  # fmt: skip
         if len(names) < world_size:
             raise ValueError(
@@ -56,7 +54,8 @@ class StreamedShards:
             )
         self._names, self._seed, self._size, self._shuffle = names, seed, size, shuffle
         self._split, self._has_text = split, has_text
-        self._rank, self._world_size, self.report = rank, world_size, report
+        self._rank, self._world_size = rank, world_size
+        self.report: Callable[[Complaint], object] = _ignore  # called with what is lost
         self._begin, self._block = 0, []  # the position of a block's first pair, and the block
         self._reader: Iterator[tuple[Pair | None, Place]] | None = None
         rule = getattr(has_text, "__qualname__", "")
@@ -156,6 +155,10 @@ class StreamedShards:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with open(self._file, "a", encoding="utf-8") as file:
                 file.write(f"\n{json.dumps([begin, *place])}")
+
+
+def _ignore(complaint: Complaint) -> None:
+    pass
 
 
 def read_shard(shard: str, report: Callable[[Complaint], object]) -> Iterator[dict]:
