@@ -31,6 +31,7 @@ COMMANDS = {
     "vocabulary": ("dalle2_fast.cli.vocabulary", "list the words that a checkpoint knows"),
     "export": ("dalle2_fast.cli.export", "write the networks as files for ONNX or OpenVINO"),
     "info": ("dalle2_fast.cli.info", "show versions, backends and the checkpoint"),
+    "data": ("dalle2_fast.cli.data", "check own data, or write them as WebDataset shards"),
     "train": ("dalle2_fast.cli.train", "train CLIP, prior, decoder and upsampler"),
     "distill": ("dalle2_fast.cli.distill", "train a network that needs one to four steps from one of many"),
     "evaluate": ("dalle2_fast.cli.evaluate", "score a checkpoint against captions and baselines"),
