@@ -45,7 +45,7 @@ def test_several_prompts_are_sampled_as_if_alone(pipe):
 
 
 def test_one_seed_for_each_prompt(pipe):
-    """Catches: seeds that reach another prompt's rows, and a list of another length that is cut or repeated."""
+    """Catches: seeds that reach the rows of another prompt, and a list of another length that is repeated."""
     made = pipe.generate(["a red ring", "a blue ring"], 2, seed=[3, 8], size=16)
     assert made.seed == (3, 8)
     for rows, prompt, seed in ((slice(2), "a red ring", 3), (slice(2, 4), "a blue ring", 8)):
