@@ -86,7 +86,8 @@ SCENES_CPU = Preset(
 # ------------------- scenes-gpu: the full world, ten minutes on one Hopper GPU; 40 MB in bf16 in total
 # The checkpoint in the package was trained with it on an H200 (pretrained/scenes/training): clip and, at the
 # same time, upsampler; then decoder and prior. Its decoder has an earlier recipe, which config.json states
-# (prediction "sample", weighting "v" up to 5, focus on -8 to 1, no factors on the data), and had two more
+# (prediction "sample", weighting "v" up to 5, focus on -8 to 1, no factors on the data), its upsampler had no
+# sampled images, and the decoder had two more
 # rounds with batches of 768, the last one after a part of the weights had been lost: 9.6 minutes and 1.5
 # million images in total. One run should see as many in five minutes, because scenes are made several batches
 # at once. Optimiser, decay and dropped conditions are those of scenes-cpu. Averages cover the last 3 to 5 %
@@ -137,7 +138,10 @@ SCENES_GPU = Preset(
                              layers_per_block=2, attention_levels=(), cross_dim=None, num_groups=8),
                    schedule=dict(name="continuous_cosine", shift=-2.0), prediction="sample", residual=True,
                    weighting="v", max_weight=5.0, stratified=True, variance="fixed_small"),
-        data=dict(crop=128, crops_per_image=2),
+        # Of the decoder's own small images the outlines of large objects have an IoU of 0.931; the upsampler,
+        # trained on renders alone, makes 0.940 of them, and 0.986 of renders. Not trained yet.
+        data=dict(crop=128, crops_per_image=2,
+                  sampled=dict(fraction=0.75, strength=(0.2, 0.5), steps=12, guidance=(1.0, 3.0))),
         optimisation=Optimisation(batch_size=256, minutes=1.5, optimizer="muon", learning_rate=1.5e-3,
                                   betas=(0.9, 0.99), weight_decay=0.01, warmup_steps=100, hold=0.4,
                                   decay="linear", ema_decay=0.99)),

@@ -71,6 +71,25 @@ def test_crops_show_the_same_place():
     assert len(small[:, :2, 0, 0].unique(dim=0)) > 5
 
 
+def test_the_upsampler_learns_to_correct_its_decoder(trained):
+    """Catches: low images without the decoder's errors, of other scenes, or the same errors in every step."""
+    sampled = dict(fraction=0.5, strength=(0.2, 0.4), steps=5, guidance=(1.0, 2.0))
+    preset = PRESETS["tiny"]
+    recipe = dataclasses.replace(preset.upsampler, data=preset.upsampler.data | dict(sampled=sampled))
+    preset = dataclasses.replace(preset, upsampler=recipe)
+    stage = make_stage("upsampler", preset, out=trained, seed=0, device=torch.device("cpu"))
+    batch, lows = stage.batch(0), []
+    for seed in (0, 0, 1):
+        lows.append(stage.sample_low(batch, torch.Generator().manual_seed(seed)))
+    truth = batch["images"][16]
+    assert lows[0].shape == truth.shape and not torch.equal(lows[0], truth)
+    assert torch.equal(lows[0], lows[1]) and not torch.equal(lows[0], lows[2])
+    stage.loss(batch, torch.Generator().manual_seed(0)).backward()
+    assert all(parameter.grad is None for parameter in stage.decoder.parameters())
+    assert "samples a part" in stage.why_not_captured()
+    assert set(stage.measure().metrics) == {"psnr", "psnr_bicubic"}
+
+
 def test_a_decoder_can_start_from_clips_text_tower(trained):
     """Catches: a tower that is shared with the frozen CLIP, frozen like it, or not CLIP's at all."""
     preset = PRESETS["tiny"]

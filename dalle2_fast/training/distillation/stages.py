@@ -278,6 +278,7 @@ class UpsamplerDistillation(DistilledStage):
     name, model_classes = UpsamplerStage.name, (Upsampler,)
     stream_number, held_out_size = UpsamplerStage.stream_number, UpsamplerStage.held_out_size
     sampling_steps = None  # those of the student
+    sampled = None
     measure = UpsamplerStage.measure
 
     def build_model(self) -> nn.Module:

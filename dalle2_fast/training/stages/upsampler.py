@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -10,17 +11,29 @@ from torch import Tensor
 
 from dalle2_fast.draws import draw
 from dalle2_fast.evaluation.psnr import psnr
+from dalle2_fast.models.clip.model import CLIP
+from dalle2_fast.models.decoder.model import Decoder
+from dalle2_fast.models.inputs import bernoulli
 from dalle2_fast.models.upsampler.model import Upsampler
 from dalle2_fast.training.errors import TrainingError
+from dalle2_fast.training.recipes import Preset
 from dalle2_fast.training.stages.base import SceneStage
+from dalle2_fast.training.stages.finished import load_finished
 from dalle2_fast.training.stages.protocol import Validation
+from dalle2_fast.training.stages.source import Source
 
 
 class UpsamplerStage(SceneStage):
     """The upsampler on aligned crops, which is possible because it is fully convolutional.
 
     In the recipe, data["crop"] is their side in pixels of the large image; data["crops_per_image"] is the
-    number of crops from each rendered scene.
+    number of crops from each scene.
+
+    With data["sampled"], a part of the small images has the errors of the run's decoder, so that the
+    upsampler learns to correct them: the decoder samples them, from the true image with noise on it. This is
+    the conditioning augmentation of Ho et al., 2106.15282, section 4, with the real errors in place of noise.
+    It is a dict: fraction (of the scenes), strength (low, high: how far back the decoder starts, drawn anew
+    for each batch), steps (of a whole sample) and guidance (the weights, of which each batch takes one).
     """
 
     name = "upsampler"
@@ -28,6 +41,18 @@ class UpsamplerStage(SceneStage):
     stream_number = 4
     held_out_size = 4
     sampling_steps: int | None = 5  # of validation
+
+    def __init__(self, preset: Preset, source: Source, *, out: Path) -> None:
+        self.sampled = preset.recipe(self.name).data.get("sampled")
+        if self.sampled is not None:
+            self.clip = load_finished(out, "clip", (CLIP,), source.device)
+            self.decoder = load_finished(out, "decoder", (Decoder,), source.device)
+        super().__init__(preset, source, out=out)
+        if self.sampled is not None and self.decoder.image_size != self.low:
+            raise TrainingError(
+                f"{self.name}: sampled: expected a decoder of {self.low} pixels, "
+                f"got {self.decoder.image_size}"
+            )
 
     def build_model(self) -> Upsampler:
         model = Upsampler(**self.recipe.model)
@@ -45,28 +70,64 @@ class UpsamplerStage(SceneStage):
 
     @property
     def resolutions(self) -> tuple[int, ...]:
-        return self.low, self.high
+        clip = () if self.sampled is None else (self.clip.image_size,)
+        return tuple(dict.fromkeys((self.low, self.high, *clip)))
 
     def scenes_per_batch(self) -> int:
         return self.recipe.optimisation.batch_size // self.crops
 
     def why_not_captured(self) -> str | None:
+        if self.sampled is not None:
+            return "the decoder samples a part of its images"
         if self.model.degradation == "bsr" and self.model.degradation_prob > 0:
             return "the degradation bsr chooses its steps on the host"
         return None
 
     def loss(self, batch: dict, generator: torch.Generator) -> Tensor:
         low, high = batch["images"][self.low], batch["images"][self.high]
+        if self.sampled is not None:
+            chosen = bernoulli(len(low), self.sampled["fraction"], low.device, generator)
+            low = torch.where(chosen[:, None, None, None], self.sample_low(batch, generator), low)
         if self.crop < self.high:
             low, high = random_crops(low, high, self.crop, self.crops, generator)
         return self.model(high, low, generator=generator, check_range=self.device.type == "cpu")
 
+    @torch.no_grad()
+    def sample_low(self, batch: dict, generator: torch.Generator) -> Tensor:
+        """What the decoder makes of the small images, [B, 3, h, w] in [0, 1]."""
+        options, low = self.sampled, batch["images"][self.low]
+
+        def uniform() -> float:
+            return torch.rand((), generator=generator, device=generator.device).item()
+
+        (least, most), weights, tokens = options["strength"], options["guidance"], batch["tokens"]
+        with torch.autocast(low.device.type, enabled=False):
+            normalize = self.decoder.unit_norm
+            embed = self.clip.encode_image(batch["images"][self.clip.image_size], normalize=normalize)
+            captions: dict = {"text": tokens}
+            if self.decoder.text_encoder is None:
+                names = ("text_embed", "text_encodings", "text_mask")
+                captions = dict(zip(names, self.clip.encode_text(tokens, normalize=normalize), strict=True))
+            return self.decoder.sample(
+                embed,
+                **captions,
+                seeds=draw_seeds(len(low), generator).to(low.device),
+                init_image=low,
+                strength=least + (most - least) * uniform(),
+                steps=options["steps"],
+                guidance=weights[int(len(weights) * uniform())],
+                sampler="dpm++",
+                progress=False,
+            ).to(low.dtype)
+
     def measure(self) -> Validation:
         """PSNR in dB of the upsampler and of bicubic interpolation, compared with the render.
 
-        Rows of images: bicubic, sampled, render.
+        Rows of images: bicubic, sampled, render. With data["sampled"], the small images are the decoder's.
         """
         low, high = self.held_out["images"][self.low], self.held_out["images"][self.high]
+        if self.sampled is not None:
+            low = self.sample_low(self.held_out, torch.Generator(self.device).manual_seed(0))
         sampled = self.model.sample(
             low, seeds=self.fixed_seeds(len(low)), steps=self.sampling_steps, progress=False
         )
@@ -83,6 +144,16 @@ class SecondUpsamplerStage(UpsamplerStage):
 
     name = "upsampler2"
     stream_number = 6
+
+
+def draw_seeds(count: int, generator: torch.Generator) -> Tensor:
+    """Seeds of images, int64 [count].
+
+    Example:
+        >>> draw_seeds(2, torch.Generator()).shape
+        torch.Size([2])
+    """
+    return draw(partial(torch.randint, 0, 2**62), (count,), generator, device=generator.device)
 
 
 def random_crops(
