@@ -84,14 +84,14 @@ SCENES_CPU = Preset(
 )
 
 # ------------------- scenes-gpu: the full world, ten minutes on one Hopper GPU; 40 MB in bf16 in total
-# The checkpoint in the package was trained with it on an H200 (pretrained/scenes/training): clip and, at the
-# same time, upsampler; then decoder and prior. Its decoder has an earlier recipe, which config.json states
-# (prediction "sample", weighting "v" up to 5, focus on -8 to 1, no factors on the data), its upsampler had no
-# sampled images, and the decoder had two more
-# rounds with batches of 768, the last one after a part of the weights had been lost: 9.6 minutes and 1.5
-# million images in total. One run should see as many in five minutes, because scenes are made several batches
-# at once. Optimiser, decay and dropped conditions are those of scenes-cpu. Averages cover the last 3 to 5 %
-# of the steps. The recipe of the decoder below has not been trained yet.
+# The checkpoint in the package was trained with it on an H200 (pretrained/scenes/training): clip and, at
+# the same time, upsampler; then decoder and prior. Its decoder has an earlier recipe, which config.json
+# states (prediction "sample", weighting "v" up to 5, focus on -8 to 1, no factors on the data), its
+# upsampler had no sampled images, and the decoder had two more rounds with batches of 768, the last one
+# after a part of the weights had been lost: 9.6 minutes and 1.5 million images in total. One run should see
+# as many in five minutes, because scenes are made several batches at once. Optimiser, decay and dropped
+# conditions are those of scenes-cpu. Averages cover the last 3 to 5 % of the steps. The recipe of the
+# decoder below has not been trained yet.
 SCENES_GPU = Preset(
     name="scenes-gpu",
     world={},
