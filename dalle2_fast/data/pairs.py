@@ -31,17 +31,20 @@ class Rows:
         tokens: int64 [rows, L].
         captions: of the rows.
         complaints: about what was skipped for them.
+        embeds: of the images [rows, E], if the source has them.
     """
 
     images: list[Tensor]
     tokens: Tensor
     captions: list[str]
     complaints: list[Complaint] = field(default_factory=list)
+    embeds: Tensor | None = None
 
     def pin_memory(self) -> Rows:
         """The same rows in page-locked memory, from which a GPU copies while other work goes on."""
         images = [image.pin_memory() for image in self.images]
-        return Rows(images, self.tokens.pin_memory(), self.captions, self.complaints)
+        embeds = None if self.embeds is None else self.embeds.pin_memory()
+        return Rows(images, self.tokens.pin_memory(), self.captions, self.complaints, embeds)
 
 
 class IndexedPairs:
@@ -157,6 +160,8 @@ class RowMaker:
 
     def decode(self, data: bytes) -> list[Tensor] | Exception:
         """The square image at each resolution, uint8 [3, R, R]; what Pillow raised if it cannot decode it."""
+        if not self.resolutions:  # only the caption, and the embedding, are wanted
+            return []
         try:
             with open_image(io.BytesIO(data)) as image:
                 return [to_square(image, resolution) for resolution in self.resolutions]
@@ -168,7 +173,10 @@ class RowMaker:
         captions = [pair.caption for pair in pairs]
         stacked = [torch.stack([each[column] for each in images]) for column in range(len(self.resolutions))]
         tokens = self.tokenizer.encode(captions, unknown="token", truncate=True)
-        return Rows(stacked, tokens, captions, complaints)
+        embeds = None
+        if pairs[0].embed is not None:
+            embeds = torch.from_numpy(np.stack([pair.embed for pair in pairs]))
+        return Rows(stacked, tokens, captions, complaints, embeds)
 
     def _map(self, function: Callable, items: Iterable) -> list:
         if self.threads <= 1:

@@ -8,13 +8,14 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from dalle2_fast.data.pairs import IndexedPairs, RowMaker, Rows
 from dalle2_fast.data.prefetch import Prefetcher, Span, parts
 from dalle2_fast.data.sources import StreamedNames, open_source
-from dalle2_fast.data.sources.base import SPLITS, Complaint, Pair
+from dalle2_fast.data.sources.base import SPLITS, Complaint, Pair, PairSource
 from dalle2_fast.data.sources.streamed import StreamedShards, no_pair
 from dalle2_fast.data.text.tokenizer import Tokenizer, WordTokenizer, split_words
 
@@ -22,6 +23,14 @@ SHUFFLED = 100_000  # samples that are shuffled together, where reading is possi
 SHUFFLED_IN_MEMORY = 1000  # where it is not
 VOCABULARY_CAPTIONS = 50_000
 MET = 2**20  # complaints that are remembered, in order to count each once
+
+
+class Embeddings(Protocol):
+    """What a stream needs to know of precomputed embeddings."""
+
+    def attached_to(self, source: PairSource | StreamedNames, *, images: bool) -> PairSource:
+        """The source whose pairs have embeddings; images: whether their images are wanted, too."""
+        ...
 
 
 class SkippedSample(UserWarning):
@@ -65,6 +74,8 @@ class PairStream:
         rank, world_size: this process and the number of processes that share each batch: it gets the rows
             rank * batch_size / world_size and following.
         allow_pipe: run the commands of shards that begin with "pipe:".
+        embeddings: precomputed embeddings of the images of `data`, an `embeddings.folder.EmbeddingFolder`:
+            batches then have them, and without `resolutions` no image is read.
 
     Raises:
         ImportError: a library that this kind of data needs is not installed.
@@ -100,6 +111,7 @@ class PairStream:
         rank: int = 0,
         world_size: int = 1,
         allow_pipe: bool = False,
+        embeddings: Embeddings | None = None,
     ) -> None:
         for name, value, least in (
             ("batch_size", batch_size, 1), ("world_size", world_size, 1), ("workers", workers, 0),
@@ -125,6 +137,8 @@ class PairStream:
         )
         self._shuffle = shuffle
         self.tokenizer = tokenizer or self._build_tokenizer(vocab_size)
+        if embeddings is not None:  # after the tokenizer, which does not depend on them
+            self._source = embeddings.attached_to(self._source, images=bool(self.resolutions))
         self._rows = batch_size // world_size
         self._row_bytes = sum(3 * resolution**2 for resolution in self.resolutions)
         self._maker: RowMaker | None = None
@@ -146,6 +160,7 @@ class PairStream:
                 world_size.
             tokens: int64 [B, L].
             captions: B strings.
+            image_embed: with `embeddings`, float32 [B, E].
 
         Raises:
             ValueError: the step is no int >= 0, or no image of the data can be decoded.
@@ -246,7 +261,10 @@ class PairStream:
             for column, resolution in enumerate(self.resolutions)
         }
         captions = list(itertools.chain.from_iterable(part.captions for part in rows))
-        return dict(images=images, tokens=joined([part.tokens for part in rows]), captions=captions)
+        batch = dict(images=images, tokens=joined([part.tokens for part in rows]), captions=captions)
+        if rows[0].embeds is not None:
+            batch["image_embed"] = joined([part.embeds for part in rows]).float()
+        return batch
 
     def _in_order(self, has_text, *, image: bool = True) -> Iterator[Pair]:
         """The pairs that have a caption, once, in the order of the data; nothing is counted."""

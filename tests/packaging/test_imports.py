@@ -38,11 +38,12 @@ ARROWS = {
     "models": {"seeds", "draws", "modules", "functional", "ops", "diffusion", "data", "checkpoints", "_lazy"},
     "pipeline": {"seeds", "models", "diffusion", "ops", "data", "checkpoints", "cuda_graphs", "_lazy"},
     "evaluation": {"seeds", "pipeline", "models", "diffusion", "data", "checkpoints"},
-    "training": {"evaluation", "pipeline", "models", "losses", "diffusion", "data", "checkpoints",
-                 "functional", "seeds", "draws", "cuda_graphs"},  # fmt: skip
+    "embeddings": {"models", "data", "checkpoints"},
+    "training": {"embeddings", "evaluation", "pipeline", "models", "losses", "diffusion", "data",
+                 "checkpoints", "functional", "seeds", "draws", "cuda_graphs"},  # fmt: skip
     "adapters": {"losses", "models", "modules", "functional", "ops"},
-    "cli": {"training", "evaluation", "pipeline", "models", "data", "checkpoints", "ops", "memory",
-            "__init__"},  # fmt: skip
+    "cli": {"training", "embeddings", "evaluation", "pipeline", "models", "data", "checkpoints", "ops",
+            "memory", "seeds", "__init__"},  # fmt: skip
     "__main__": {"cli"},
     "previous_paths": {"pipeline", "models", "data", "adapters"},
     "__init__": {"pipeline", "models", "modules", "losses", "functional", "diffusion", "data", "checkpoints",

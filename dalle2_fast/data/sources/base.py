@@ -24,12 +24,14 @@ class Pair(NamedTuple):
         caption: as text; "" if there is none, None if it is something else than text.
         shard: where it comes from, as messages call it.
         key: the name of the sample.
+        embed: the embedding of the image [E], from a source that has them.
     """
 
     image: bytes | None
     caption: str | None
     shard: str
     key: str
+    embed: np.ndarray | None = None
 
 
 class Complaint(NamedTuple):
