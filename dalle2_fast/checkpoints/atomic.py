@@ -43,7 +43,7 @@ def atomic_write(path: str | os.PathLike, *, backup: str | os.PathLike | None = 
         if backup is not None and path.exists():
             os.replace(path, backup)
         os.replace(temporary, path)
-        _flush_names(path.parent)
+        flush_names(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno is not None:  # else it has a message of its own
@@ -51,7 +51,7 @@ def atomic_write(path: str | os.PathLike, *, backup: str | os.PathLike | None = 
         raise
 
 
-def _flush_names(folder: Path) -> None:
+def flush_names(folder: Path) -> None:
     """Flush the names in a folder to the disk: until then a power cut may undo a rename.
 
     Windows opens no folders, and some network file systems flush none; there the rename is as durable as the

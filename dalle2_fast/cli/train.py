@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING
 
 from dalle2_fast.cli.arguments import DEVICE_HELP
 from dalle2_fast.pipeline.device import choose_device, choose_dtype
+from dalle2_fast.training.parallel.execution import PARALLEL, Execution
 from dalle2_fast.training.presets import PRESETS, get_preset
 from dalle2_fast.training.recipes import EXTRA_STAGES, PRIORS, STAGES, Preset, adjust, choose_prior
 
 if TYPE_CHECKING:
     import torch
+
+    from dalle2_fast.training.parallel.processes import Processes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,12 +77,63 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("words", "clip"),
         help="for --data: the commonest words of the captions (default), or CLIP's byte pairs, for any text",
     )
+    add_execution_options(parser)
     add("--export", action="store_true", help="train nothing: only assemble the finished stages in DIR")
     add(
         "--export-dtype",
         choices=("bfloat16", "float32"),
         default="bfloat16",
         help="dtype of the weights of the pipeline (default bfloat16)",
+    )
+
+
+def add_execution_options(parser: argparse.ArgumentParser) -> None:
+    """Declare how a step is carried out, on one or, started by `torchrun`, on many processes."""
+    add = parser.add_argument
+    add(
+        "--parallel",
+        choices=PARALLEL,
+        default="ddp",
+        help="of many processes (torchrun): ddp (default), each has the whole model; fsdp, each a part of it",
+    )
+    add(
+        "--shard-size",
+        type=int,
+        metavar="N",
+        help="of fsdp: divide each copy of the model over N processes (default: all of them)",
+    )
+    add(
+        "--accumulate",
+        type=int,
+        default=1,
+        metavar="K",
+        help="compute the batch of a process in K parts, with the activations of one at a time; for clip the "
+        "same as --clip-chunk",
+    )
+    add(
+        "--clip-chunk",
+        type=int,
+        metavar="N",
+        help="of clip: compute the batch of a process in two passes over chunks of N pairs, with the "
+        "activations of one at a time (GradCache)",
+    )
+    add(
+        "--checkpoint-activations",
+        action="store_true",
+        help="compute the activations of each block again in the backward pass instead of keeping them",
+    )
+    add("--compile", action="store_true", help="compile each block with torch.compile")
+    add("--save-steps", type=int, metavar="N", help="also save the state every N steps")
+    add(
+        "--keep", type=int, default=2, metavar="K",
+        help="how many states of many processes to keep (default 2)",
+    )  # fmt: skip
+    add(
+        "--timeout",
+        type=float,
+        default=1800.0,
+        metavar="SECONDS",
+        help="how long a process waits for the others before it gives up (default 1800)",
     )
 
 
@@ -99,8 +153,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--dtype",
         default="auto",
-        choices=("auto", "fp32", "bf16"),
-        help="bf16: autocast, fp32 weights; auto (default): the run's, or else bf16 where that is fast",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        help="bf16, fp16: autocast, fp32 weights (fp16: a scaled loss); auto (default): the run's, or else "
+        "bf16 where that is fast",
     )
     add("--threads", type=int, help="CPU threads (default: torch's)")
     add("--quiet", action="store_true", help="no progress bar, no warnings about samples that are skipped")
@@ -116,7 +171,14 @@ def run(args: argparse.Namespace) -> int:
         TrainingError, ValueError: what the user can correct.
     """
     with warnings_of_samples(shown=not args.quiet):
-        return _train(args)
+        try:
+            return _train(args)
+        except Exception:
+            # The first process shows the error of any process, see `Processes.ending_together`.
+            is_other = os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
+            if not is_other or args.traceback:
+                raise
+            return 2
 
 
 @contextmanager
@@ -139,15 +201,38 @@ def warnings_of_samples(*, shown: bool) -> Iterator[None]:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from dalle2_fast.training.parallel.identity import facts_of
+    from dalle2_fast.training.parallel.processes import is_restarted, joined, silent_unless
+
+    device = choose_run_device(args)
+    if args.stage == "all" and (args.init or args.freeze):
+        raise ValueError("--init, --freeze: expected one stage, got all")
+    if not args.timeout > 0:
+        raise ValueError(f"--timeout: expected a number of seconds above 0, got {args.timeout}")
+    with joined(device, timeout=args.timeout) as processes, silent_unless(processes.is_first):
+        processes.agree(facts_of(vars(args), device))
+        args.resume = args.resume or is_restarted(processes)
+        return _train_together(args, device, processes)
+
+
+def _train_together(args: argparse.Namespace, device: torch.device, processes: Processes) -> int:
+    """Train on this process, which has met the others."""
     import torch
 
     from dalle2_fast.training.run import export_pipeline, train_stages
 
-    device = choose_run_device(args)
     stages = STAGES if args.stage == "all" else (args.stage,)
-    if args.stage == "all" and (args.init or args.freeze):
-        raise ValueError("--init, --freeze: expected one stage, got all")
-    preset = _preset(args, stages)
+    with processes.together():
+        preset = _preset(args, stages)
+        execution = Execution(
+            parallel=args.parallel,
+            shard_size=args.shard_size,
+            accumulate=args.accumulate,
+            clip_chunk=args.clip_chunk,
+            checkpoint_activations=args.checkpoint_activations,
+            compile=args.compile,
+            keep=args.keep,
+        )
     if not args.export:
         name, outcome = train_stages(
             stages,
@@ -166,12 +251,16 @@ def _train(args: argparse.Namespace) -> int:
             freeze=args.freeze,
             show_progress=not args.quiet,
             graphs=args.graphs,
+            processes=processes,
+            execution=execution,
         )
         if outcome != "finished":
             return exit_code(name, outcome)
     if args.stage == "all" or args.export:
-        path = export_pipeline(preset, args.out, dtype=getattr(torch, args.export_dtype))
-        print(f"pipeline: {path}")
+        with processes.together():
+            if processes.is_first:
+                path = export_pipeline(preset, args.out, dtype=getattr(torch, args.export_dtype))
+                print(f"pipeline: {path}")
     return 0
 
 
@@ -179,9 +268,13 @@ def choose_run_device(args: argparse.Namespace) -> torch.device:
     """The device of a command that trains, whose threads are set. ValueError for a wrong option."""
     import torch
 
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    from dalle2_fast.training.parallel.processes import world_size
+
+    if world_size() > 1 and args.command != "train":
         raise ValueError(f"{args.command} is one process on one device: start it without torchrun")
     device = choose_device(args.device, ("cpu", "cuda"))
+    if device.type == "cuda" and world_size() > 1:  # torchrun gives each process of a host its number
+        device = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}", ("cuda",))
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f"--threads: expected at least 1, got {args.threads}")
@@ -208,8 +301,9 @@ def _preset(args: argparse.Namespace, stages: tuple[str, ...]) -> Preset:
         raise ValueError(f"--preset: expected one of {', '.join(PRESETS)}, got none")
     prior = args.prior or (saved_prior_kind(args.out) if args.resume else None) or PRIORS[0]
     options = dict(
-        minutes=args.minutes, steps=args.steps, batch_size=args.batch_size, learning_rate=args.lr
-    )
+        minutes=args.minutes, steps=args.steps, batch_size=args.batch_size, learning_rate=args.lr,
+        save_steps=args.save_steps,
+    )  # fmt: skip
     preset = adjust(choose_prior(get_preset(name), prior), stages, **options)
     given = {option for option, value in options.items() if value is not None}
     return with_recorded(preset, record, given) if args.resume else preset

@@ -8,13 +8,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from dalle2_fast.training.parallel.shards import local
+
 
 class ExponentialMovingAverage:
     """Average of a model's weights, used for sampling and for the weights that are published.
 
     The decay warms up, because with a constant 0.999 the average of a run of a few thousand steps would still
     contain its random start. Floating-point buffers are averaged like parameters; integer buffers (counters)
-    are copied.
+    are copied. Of a sharded model every process averages its shards.
 
     torch.optim.swa_utils.AveragedModel is not used: its first update copies the weights, its decay does not
     warm up, and its state has other names than those that saved states have. (With this decay in a
@@ -67,8 +69,8 @@ class ExponentialMovingAverage:
         averages, values = [], []
         for name, average in self.average.items():
             if average.is_floating_point():
-                averages.append(average)
-                values.append(current[name].detach())
+                averages.append(local(average))
+                values.append(local(current[name].detach()))
             else:
                 average.copy_(current[name])
         if isinstance(weight, Tensor):  # which torch._foreach_lerp_ does not take

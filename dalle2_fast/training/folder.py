@@ -2,6 +2,7 @@
 
     state.pt            model, EMA, optimisers, step, elapsed seconds (loaded with weights_only=True)
     state.previous.pt   the state saved before it
+    checkpoints/        states of many processes in place of these two, see parallel/checkpoints.py
     model.safetensors   averaged weights of the finished stage, with the configuration in the header
     log.jsonl           one JSON object per line
     samples/            image grids
@@ -13,6 +14,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import zipfile
 import zlib
 from pathlib import Path
@@ -86,6 +88,7 @@ class StageFolder:
         self.previous_path = self.path / "state.previous.pt"
         self.weights_path = self.path / "model.safetensors"
         self.log_path = self.path / "log.jsonl"
+        self.checkpoints_path = self.path / "checkpoints"
 
     def prepare(self) -> None:
         """Create the folder and delete temporary files of killed runs.
@@ -95,8 +98,11 @@ class StageFolder:
         """
         try:
             (self.path / "samples").mkdir(parents=True, exist_ok=True)
-            for leftover in self.path.rglob(f"*{SUFFIX}"):
-                leftover.unlink()
+            for leftover in list(self.path.rglob(f"*{SUFFIX}")):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink(missing_ok=True)
             probe = self.path / f"probe{SUFFIX}"
             probe.write_bytes(b"")
             probe.unlink()
@@ -104,7 +110,15 @@ class StageFolder:
             raise TrainingError(f"--out: cannot write to {self.path}: {reason(error)}") from error
 
     def has_state(self) -> bool:
-        return self.state_path.exists() or self.previous_path.exists()
+        return self.state_path.exists() or self.previous_path.exists() or bool(self.checkpoints())
+
+    def checkpoints(self) -> list[Path]:
+        """The states of many processes that are complete, newest first."""
+        return sorted(self.checkpoints_path.glob("step-" + "[0-9]" * 9), reverse=True)
+
+    def newest_path(self) -> Path:
+        """The newest state of many processes, or the file of one."""
+        return next(iter(self.checkpoints()), self.state_path)
 
     def has_begun(self) -> bool:
         """Whether there is a state, or the weights of a finished stage."""

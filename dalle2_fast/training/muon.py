@@ -11,10 +11,13 @@ kernels, of which a UNet is made; here a kernel [out, in, kh, kw] is the matrix 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from dalle2_fast.training.parallel.shards import like_shard, local, whole
 
 # p(s) = a s + b s^3 + c s^5: five rounds take singular values in (0.01, 1) to about (0.7, 1.2).
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -54,6 +57,9 @@ def polar_factor(matrix: Tensor, rounds: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Optimiser of hidden weights; embeddings and heads are better left to AdamW.
 
+    Of sharded weights (FSDP) every process has a part of the momentum. The matrix of an update is gathered,
+    and every process orthogonalises all of it: each element of the factor depends on the whole matrix.
+
     Args:
         params: parameters, each with two or more dimensions, or groups of them.
         lr: learning rate, of AdamW's size; a number, or a scalar tensor on the device of the parameters.
@@ -91,14 +97,18 @@ class Muon(torch.optim.Optimizer):
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-        averages = [self.state[parameter]["momentum"] for parameter in parameters]
-        gradients = [parameter.grad for parameter in parameters]
+        averages = [local(self.state[parameter]["momentum"]) for parameter in parameters]
+        gradients = [local(parameter.grad) for parameter in parameters]
         torch._foreach_lerp_(averages, gradients, 1 - momentum)
-        matrices = [matrix.flatten(1) for matrix in torch._foreach_lerp(gradients, averages, momentum)]
+        matrices = torch._foreach_lerp(gradients, averages, momentum)
+        matrices = [whole(part, p).flatten(1) for part, p in zip(matrices, parameters, strict=True)]
         updates = polar_factors(matrices)
         size = 0.2 * max(matrices[0].shape) ** 0.5
+        updates = [
+            local(like_shard(update.view(p.shape), p)) for update, p in zip(updates, parameters, strict=True)
+        ]
+        parameters = [local(parameter) for parameter in parameters]
         torch._foreach_mul_(parameters, 1 - lr * weight_decay)
-        updates = [update.view_as(p) for update, p in zip(updates, parameters, strict=True)]
         if isinstance(lr, Tensor):  # alpha has to be a number, for which the host would wait
             torch._foreach_mul_(updates, lr * size)
             torch._foreach_sub_(parameters, updates)
@@ -110,7 +120,7 @@ def stacked_by_shape(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
     """Lists of parameters that are updated together: their matrices have one shape or its transpose."""
     together: dict[tuple, list[Tensor]] = {}
     for index, parameter in enumerate(parameters):
-        rows, columns = len(parameter), parameter[0].numel()
+        rows, columns = len(parameter), math.prod(parameter.shape[1:])
         sides = min(rows, columns), max(rows, columns)
         key = index if updated_alone(parameter) else -1, parameter.device, parameter.dtype, *sides
         together.setdefault(key, []).append(parameter)

@@ -63,7 +63,8 @@ class Optimisation:
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
             raise ValueError("length of training: expected steps or minutes, got neither")
-        for name in ("batch_size", "learning_rate", "clip_norm", "log_steps", "steps", "minutes"):
+        positive = ("batch_size", "learning_rate", "clip_norm", "log_steps", "save_steps", "steps", "minutes")
+        for name in positive:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: expected a number above 0, got {value}")
@@ -164,6 +165,7 @@ def adjust(
     steps: int | None = None,
     batch_size: int | None = None,
     learning_rate: float | None = None,
+    save_steps: int | None = None,
 ) -> Preset:
     """The preset with what the command line overrides for `stages`.
 
@@ -174,12 +176,15 @@ def adjust(
         steps: length of each stage; it takes precedence over minutes.
         batch_size: of each stage.
         learning_rate: peak of each stage.
+        save_steps: also save the state of each stage at multiples of this step.
     """
     total = sum(preset.recipe(stage).optimisation.minutes or 1.0 for stage in stages)
     changed = {}
     for stage in stages:
         before = preset.recipe(stage).optimisation
-        overrides = dict(steps=steps, batch_size=batch_size, learning_rate=learning_rate)
+        overrides = dict(
+            steps=steps, batch_size=batch_size, learning_rate=learning_rate, save_steps=save_steps
+        )
         overrides = {name: value for name, value in overrides.items() if value is not None}
         if minutes is not None:
             overrides = dict(minutes=minutes * (before.minutes or 1.0) / total, steps=None) | overrides

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -19,6 +19,8 @@ from dalle2_fast.pipeline.device import choose_dtype
 from dalle2_fast.training.distillation.student import teacher_tokenizer
 from dalle2_fast.training.errors import TrainingError
 from dalle2_fast.training.folder import StageFolder, delete_leftovers, reason, write_file
+from dalle2_fast.training.parallel.execution import PLAIN, Execution
+from dalle2_fast.training.parallel.processes import ALONE, Processes, mark_as_begun, silent_unless
 from dalle2_fast.training.recipes import EXTRA_STAGES, STAGES, Preset
 from dalle2_fast.training.run_folder.agreement import agree_on_data, agree_on_run, is_to_be_extended, refuse
 from dalle2_fast.training.run_folder.lock import run_lock
@@ -49,11 +51,18 @@ def train_stages(
     Raises:
         TrainingError, ValueError: what the user can correct.
     """
-    begin = time.monotonic()
-    with run_lock(out):
-        delete_leftovers(Path(out))
+    processes = options.get("processes", ALONE)
+    begin, _ = processes.tick([])
+    with ExitStack() as stack:
+        stack.enter_context(processes.ending_together())
+        stack.enter_context(silent_unless(processes.is_first))
+        with processes.together():
+            if processes.is_first:
+                stack.enter_context(run_lock(out))
+                delete_leftovers(Path(out))
         for name in names:
-            left = None if pause_after is None else pause_after - (time.monotonic() - begin) / 60
+            now, _ = processes.tick([])
+            left = None if pause_after is None else pause_after - (now - begin) / 60
             outcome = _train(name, preset, Path(out), pause_after=left, planned=names, **options)
             if outcome != "finished":
                 break
@@ -87,6 +96,9 @@ def train_stage(name: str, preset: Preset, out: Path, **options) -> str:
             - show_progress: draw a progress bar.
             - graphs: replay the training step as a CUDA graph. A stage that cannot says why, and trains
               without.
+            - processes: of the training, see `Processes`; every one of them calls this with the same
+              arguments but its device.
+            - execution: how a step is divided, see `Execution`.
 
     Returns:
         "finished", "paused" or "interrupted by SIGINT" (or SIGTERM).
@@ -116,81 +128,93 @@ def _train(
     override: bool = False,
     show_progress: bool = True,
     graphs: bool = False,
+    processes: Processes = ALONE,
+    execution: Execution = PLAIN,
 ) -> str:
     """`train_stage` in a locked folder. planned: stages of this command, which are recorded with this one."""
     device, folder = torch.device(device), StageFolder(out / name)
-    check_graphs(graphs, device, "--graphs")
-    if folder.has_state() and not resume:
-        raise TrainingError(f"--out: {folder.path} already holds a training state: add --resume to continue")
-    if folder.weights_path.exists() and not resume:  # a resumed run would take them for its own
-        raise TrainingError(f"--out: {folder.path} already holds a finished stage: choose another folder")
-    record = RunRecord.read(out, resume=resume)
-    shards, val_shards = agree_on_run(record, preset, out, shards, val_shards, override)
+    check_execution(graphs, device, dtype, processes, execution)
+    with processes.together():  # nothing in this block waits for another process, or writes
+        if folder.has_state() and not resume:
+            raise TrainingError(
+                f"--out: {folder.path} already holds a training state: add --resume to continue"
+            )
+        if folder.weights_path.exists() and not resume:  # a resumed run would take them for its own
+            raise TrainingError(f"--out: {folder.path} already holds a finished stage: choose another folder")
+        record = RunRecord.read(out, resume=resume)
+        shards, val_shards = agree_on_run(record, preset, out, shards, val_shards, override)
 
-    # The settings of the stage: as given, else as recorded, else the defaults.
-    finished = resume and folder.weights_path.exists()
-    begun = folder.has_begun()
-    recorded = record.stages.get(name) if record is not None and resume else None
-    if dtype is None and recorded:
-        dtype = getattr(torch, recorded["dtype"])
-    dtype = choose_dtype("auto", device) if dtype is None else dtype
-    seed = (recorded["seed"] if recorded else 0) if seed is None else seed
-    if init is None and recorded and not begun and recorded["init"] is not None:
-        init = Path(recorded["init"])
-    freeze = tuple((recorded["freeze"] if recorded else ()) if freeze is None else freeze)
+        # The settings of the stage: as given, else as recorded, else the defaults.
+        finished = resume and folder.weights_path.exists()
+        begun = folder.has_begun()
+        recorded = record.stages.get(name) if record is not None and resume else None
+        if dtype is None and recorded:
+            dtype = getattr(torch, recorded["dtype"])
+        dtype = choose_dtype("auto", device) if dtype is None else dtype
+        seed = (recorded["seed"] if recorded else 0) if seed is None else seed
+        if init is None and recorded and not begun and recorded["init"] is not None:
+            init = Path(recorded["init"])
+        freeze = tuple((recorded["freeze"] if recorded else ()) if freeze is None else freeze)
 
-    def settings_of(stage: str, **others) -> dict:
-        return stage_settings(stage, preset, seed=seed, dtype=dtype, **others)
+        def settings_of(stage: str, **others) -> dict:
+            return stage_settings(stage, preset, seed=seed, dtype=dtype, **others)
 
-    settings = settings_of(name, freeze=freeze, init=init)
-    if begun and init is None:
-        settings["init"] = recorded["init"] if recorded else None
-    if begun and init is not None and not recorded:
-        raise TrainingError(
-            f"--init: {folder.path} has begun, without a record of its initial weights (older release): "
-            "expected no --init"
-        )
-    found = differences(recorded, settings) if begun and recorded else {}
-    refuse(folder.path, found, override)
-    if finished and not is_to_be_extended(folder, preset, settings["length"], recorded, override):
-        print(f"{name}: already finished, skipped ({folder.weights_path})")
-        return "finished"
-    if begun and not recorded:
-        print(f"{name}: its state has no record of settings (older release): those of this command are taken")
+        settings = settings_of(name, freeze=freeze, init=init)
+        if begun and init is None:
+            settings["init"] = recorded["init"] if recorded else None
+        if begun and init is not None and not recorded:
+            raise TrainingError(
+                f"--init: {folder.path} has begun, without a record of its initial weights (older release): "
+                "expected no --init"
+            )
+        found = differences(recorded, settings) if begun and recorded else {}
+        refuse(folder.path, found, override)
+        if finished and not is_to_be_extended(folder, preset, settings["length"], recorded, override):
+            print(f"{name}: already finished, skipped ({folder.weights_path})")
+            return "finished"
+        if begun and not recorded:
+            print(
+                f"{name}: its state has no record of settings (older release): those of this command are "
+                "taken"
+            )
 
-    # A tokenizer without a record may be the user's; with one that is not resumed, it is a killed run's.
-    is_left_behind = record is None and (out / RECORD).exists()
-    teacher = preset.recipe(name).data.get("teacher")
-    if teacher is None:
-        reads = run_tokenizer(preset, out, shards, tokenizer, use_file=not is_left_behind)
-    else:
-        reads = teacher_tokenizer(teacher)
-    shared = agree_on_data(record, preset, out, shards, val_shards, reads, override)
-    stage = make_stage(
-        name, preset, out=out, seed=seed, device=device, shards=shards, val_shards=val_shards, tokenizer=reads
-    )
-    if init is not None and not begun:
-        load_initial(stage.model, init)
+        # A tokenizer without a record may be the user's; with one that is not resumed, it is a killed run's.
+        is_left_behind = record is None and (out / RECORD).exists()
+        teacher = preset.recipe(name).data.get("teacher")
+        if teacher is None:
+            reads = run_tokenizer(preset, out, shards, tokenizer, use_file=not is_left_behind)
+        else:
+            reads = teacher_tokenizer(teacher)
+        shared = agree_on_data(record, preset, out, shards, val_shards, reads, override)
+        stage = make_stage(
+            name, preset, out=out, seed=seed, device=device, shards=shards, val_shards=val_shards,
+            tokenizer=reads, processes=processes,
+        )  # fmt: skip
+        if init is not None and not begun:
+            load_initial(stage.model, init)
     stage.fit()
-    freeze_weights(stage.model, freeze)
-    folder.prepare()
-    later = [other for other in planned if other != name and not StageFolder(out / other).has_begun()]
-    stages = {other: settings_of(other, freeze=(), init=None) for other in later} | {name: settings}
-    RunRecord(shared, (record.stages if record else {}) | stages).write(out)
-    if shards is not None:
-        write_file(out / TOKENIZER, json.dumps(reads.to_config()).encode())
+    with processes.together():
+        freeze_weights(stage.model, freeze)
+        if processes.is_first:
+            folder.prepare()
+            later = [each for each in planned if each != name and not StageFolder(out / each).has_begun()]
+            stages = {each: settings_of(each, freeze=(), init=None) for each in later} | {name: settings}
+            RunRecord(shared, (record.stages if record else {}) | stages).write(out)
+            if shards is not None:
+                write_file(out / TOKENIZER, json.dumps(reads.to_config()).encode())
     options = preset.recipe(name).optimisation
     if graphs and (reason := stage.why_not_captured()):
         print(f"{name}: without graphs: {reason}")
         graphs = False
     trainer = Trainer(
         stage, options, folder, seed=seed, device=device, dtype=dtype, show_progress=show_progress,
-        graphs=CudaGraphs(device) if graphs else None,
+        graphs=CudaGraphs(device) if graphs else None, processes=processes, execution=execution,
     )  # fmt: skip
     if folder.has_state():
         trainer.resume(fresh_optimizers="--freeze" in found)
+    mark_as_begun(processes)
     outcome = trainer.train(pause_after)
-    if shards is not None and show_progress and (skipped := stage.stream.summary()):
+    if shards is not None and show_progress and processes.is_first and (skipped := stage.stream.summary()):
         print(f"{name}: {skipped}", file=sys.stderr)
     if outcome == "finished":
         facts = {
@@ -201,8 +225,28 @@ def _train(
             "length": settings["length"],
             "tokenizer": shared["tokenizer"],
         }
-        save_weights(folder.weights_path, stage.config | facts, trainer.state.ema.average)
+        average = trainer.averaged_weights()
+        with processes.together():  # the next stage reads the file on every process
+            if processes.is_first:
+                save_weights(folder.weights_path, stage.config | facts, average)
     return outcome
+
+
+def check_execution(
+    graphs: bool, device: torch.device, dtype: torch.dtype | None, processes: Processes, execution: Execution
+) -> None:
+    """Raise ValueError if CUDA graphs are asked for where a step cannot be captured as one."""
+    check_graphs(graphs, device, "--graphs")
+    others = {
+        f"{processes.world_size} processes": processes.world_size > 1,
+        "--accumulate": execution.accumulate > 1,
+        "--clip-chunk": execution.clip_chunk is not None,
+        "--compile": execution.compile,
+        "--dtype fp16, whose scale the host decides": dtype == torch.float16,
+    }
+    if graphs and any(others.values()):
+        got = ", ".join(name for name, given in others.items() if given)
+        raise ValueError(f"--graphs: captures the plain step of one process, got {got}")
 
 
 def saved_prior_kind(out: Path) -> str | None:

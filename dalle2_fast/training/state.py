@@ -10,6 +10,7 @@ from torch import nn
 from dalle2_fast.training.ema import ExponentialMovingAverage
 from dalle2_fast.training.errors import TrainingError
 from dalle2_fast.training.optimisers import make_optimizers
+from dalle2_fast.training.parallel.loss_scale import LossScale
 from dalle2_fast.training.recipes import Optimisation
 from dalle2_fast.training.stages.protocol import Stage
 from dalle2_fast.training.window import Window
@@ -28,6 +29,7 @@ class TrainingState:
         seed: with the step it determines everything random; a state of another seed is not resumed.
         device: where model, average and optimisers are.
         graphs: whether an update may be captured as a CUDA graph: learning rate and decay are then tensors.
+        loss_scale: of float16, which is saved with the rest; None for none.
     """
 
     def __init__(
@@ -38,13 +40,14 @@ class TrainingState:
         seed: int = 0,
         device: torch.device | str = "cpu",
         graphs: bool = False,
+        loss_scale: LossScale | None = None,
     ) -> None:
         self.model = stage.model.to(device).train()
         self.ema = ExponentialMovingAverage(self.model, options.ema_decay)
         self._rate = torch.zeros((), device=device) if graphs else None
         self._average_weight = torch.zeros((), device=device) if graphs else None
         self.optimizers = make_optimizers(self.model, options, self._rate)
-        self.options = options
+        self.options, self.loss_scale = options, loss_scale
         self.step = 0
         self.samples = 0  # that were trained on; the batch size may change when a run is resumed
         self.elapsed = 0.0
@@ -60,6 +63,10 @@ class TrainingState:
                 group["lr"] = rate
             optimizer.step()
         self.ema.update(self.model)
+        self._count()
+
+    def skip(self) -> None:
+        """Count a step whose gradient overflowed: it changes no weight."""
         self._count()
 
     def set_update(self, rate: float) -> None:
@@ -80,6 +87,7 @@ class TrainingState:
 
     def state_dict(self) -> dict:
         """What state.pt holds: tensors and plain values, which load with weights_only=True."""
+        scale = {} if self.loss_scale is None else {"loss_scale": self.loss_scale.state_dict()}
         return {
             "format_version": FORMAT_VERSION,
             **self._origin,
@@ -87,10 +95,23 @@ class TrainingState:
             "samples": self.samples,
             "elapsed": self.elapsed,
             "window": self.window.state_dict(),
+            **scale,
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
+
+    def check_origin(self, saved: dict, path: Path) -> None:
+        """Raise unless a saved state, or its plain values, is of this stage, seed, model and optimiser.
+
+        Raises:
+            TrainingError: it is not; the message says what differs.
+        """
+        saved["config"] = completed(saved.get("config"), type(self.model))
+        for name in ("stage", "seed", "config", "optimizer"):
+            if saved.get(name) != self._origin[name]:
+                differs = difference(self._origin[name], saved.get(name))
+                raise TrainingError(f"{path}: cannot resume: its {name} differs: {differs}")
 
     def load_state_dict(self, saved: dict, path: Path, *, fresh_optimizers: bool = False) -> None:
         """Continue from `saved`, which was read from `path`.
@@ -104,11 +125,7 @@ class TrainingState:
             TrainingError: it is not whole, or it has another stage, seed, model or optimiser; the message
                 says what differs.
         """
-        saved["config"] = completed(saved.get("config"), type(self.model))
-        for name in ("stage", "seed", "config", "optimizer"):
-            if saved.get(name) != self._origin[name]:
-                differs = difference(self._origin[name], saved.get(name))
-                raise TrainingError(f"{path}: cannot resume: its {name} differs: {differs}")
+        self.check_origin(saved, path)
         for name in ("model", "ema", "optimizers", "step", "elapsed"):
             if name not in saved:
                 raise TrainingError(f"{path}: cannot resume: it has no {name!r}")
@@ -120,6 +137,8 @@ class TrainingState:
             self.step, self.elapsed = int(saved["step"]), float(saved["elapsed"])
             if "window" in saved:  # not in states of the previous release
                 self.window.load_state_dict(saved["window"])
+            if self.loss_scale is not None and "loss_scale" in saved:
+                self.loss_scale.load_state_dict(saved["loss_scale"])
             self.samples = int(saved.get("samples", self.step * self.options.batch_size))
         except torch.OutOfMemoryError:  # a RuntimeError, but the state is good
             raise

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dalle2_fast.data import Tokenizer
 from dalle2_fast.models.clip.model import CLIP
 from dalle2_fast.training.errors import TrainingError
+from dalle2_fast.training.parallel.processes import check_division
 from dalle2_fast.training.recipes import Preset
 from dalle2_fast.training.run_folder.record import describe_tokenizer
 from dalle2_fast.training.stages.finished import load_finished
@@ -39,9 +40,10 @@ class SceneStage:
 
     def __init__(self, preset: Preset, source: Source, *, out: Path) -> None:
         self.recipe = preset.recipe(self.name)
-        self.device, self.tokenizer = source.device, source.tokenizer
+        self.device, self.tokenizer, self.processes = source.device, source.tokenizer, source.processes
         self.model = self.build_model().to(self.device)
         self.config = {"model": self.model.config}
+        check_division(self.name, self.scenes_per_batch(), source.processes)
         self.stream = source.stream(
             self.stream_number,
             self.scenes_per_batch(),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dalle2_fast.models.clip.model import CLIP
+from dalle2_fast.models.clip.model import CLIP, LARGEST_LOGIT_SCALE
 from dalle2_fast.training.errors import TrainingError
+from dalle2_fast.training.parallel.contrastive import Features, contrastive_loss
 from dalle2_fast.training.stages.base import SceneStage
 from dalle2_fast.training.stages.protocol import Validation
 
@@ -45,12 +46,34 @@ class ClipStage(SceneStage):
         return batch
 
     def loss(self, batch: dict, generator: torch.Generator) -> Tensor:
+        if self.processes.world_size > 1:
+            self.limit_scale()
+            return self.contrast(self.features(batch), batch, self.model.logit_scale.exp())
         return self.model(
             batch["tokens"],
             batch["images"][self.model.image_size],
             negative_text=batch.get("negatives"),
             negative_mask=batch.get("negative_mask"),
         )
+
+    @torch.no_grad()
+    def limit_scale(self) -> None:
+        """Clamp the learned scale, as the model's forward pass does."""
+        self.model.logit_scale.clamp_(max=LARGEST_LOGIT_SCALE)
+
+    def features(self, batch: dict) -> Features:
+        """Embeddings of images, captions and hard negatives, on which the loss depends alone."""
+        images = self.model.encode_image(batch["images"][self.model.image_size])
+        tokens, negatives = batch["tokens"], batch.get("negatives")
+        if negatives is None:
+            return images, self.model.encode_text(tokens)[0], None
+        texts = self.model.encode_text(torch.cat([tokens, negatives.flatten(0, 1)]))[0]
+        rows = len(tokens)
+        return images, texts[:rows], texts[rows:].unflatten(0, (rows, -1))
+
+    def contrast(self, features: Features, batch: dict, scale: Tensor) -> Tensor:
+        """The loss of `features`, which are those of all rows of the batch."""
+        return contrastive_loss(features, batch.get("negative_mask"), scale, self.processes)
 
     def measure(self) -> Validation:
         """top1: the nearest held-out caption is the right one. two_way: it is nearer than a hard negative."""

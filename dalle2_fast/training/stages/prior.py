@@ -40,7 +40,7 @@ class PriorStage(ClipGuidedStage):
     def fit(self) -> None:
         """Mean and standard deviation of the image embeddings."""
         images = [self.image_embed(batch).float() for batch in self.statistics_batches()]
-        self.model.fit_statistics(torch.cat(images))
+        self.model.fit_statistics(torch.cat([self.processes.gather(rows) for rows in images]))
 
     def statistics_batches(self) -> Iterator[dict]:
         return (self.stream.batch(step) for step in range(self.recipe.data.get("statistics_batches", 8)))
@@ -88,4 +88,5 @@ class ARPriorStage(PriorStage):
             (self.image_embed(batch).float(), self.conditioning(batch)["text_embed"].float())
             for batch in self.statistics_batches()
         ]
-        self.model.fit(*(torch.cat(embeds) for embeds in zip(*pairs, strict=True)))
+        gather = self.processes.gather
+        self.model.fit(*(torch.cat([gather(rows) for rows in embeds]) for embeds in zip(*pairs, strict=True)))

@@ -9,6 +9,7 @@ from torch import nn
 
 from dalle2_fast.data import Tokenizer, WordTokenizer, World
 from dalle2_fast.training.distillation.stages import DISTILLED
+from dalle2_fast.training.parallel.processes import ALONE, Processes
 from dalle2_fast.training.recipes import Preset
 from dalle2_fast.training.stages.base import SceneStage
 from dalle2_fast.training.stages.clip import ClipStage
@@ -34,6 +35,7 @@ def make_stage(
     shards: str | None = None,
     val_shards: str | None = None,
     tokenizer: Tokenizer | None = None,
+    processes: Processes = ALONE,
 ) -> SceneStage:
     """Stage `name` of `preset`; its initial weights depend on (seed, name) only.
 
@@ -46,6 +48,7 @@ def make_stage(
         shards: WebDataset shards to train on instead of scenes.
         val_shards: shards for the metrics. None: a part of `shards`, which is then not trained on.
         tokenizer: of the captions. None: that of the scenes.
+        processes: of the training.
 
     Raises:
         TrainingError: the stage needs a CLIP that is not finished, or that was trained on other captions.
@@ -57,7 +60,8 @@ def make_stage(
     elif stage is PriorStage and preset.prior_kind == "autoregressive":
         stage = ARPriorStage
     world = World(**preset.world)
-    source = Source(world, tokenizer or WordTokenizer.scenes(world), shards, seed, device, val_shards)
+    tokenizer = tokenizer or WordTokenizer.scenes(world)
+    source = Source(world, tokenizer, shards, seed, device, val_shards, processes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, stage.stream_number))
         return stage(preset, source, out=out)

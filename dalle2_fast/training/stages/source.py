@@ -8,6 +8,7 @@ import torch
 
 from dalle2_fast.data import SceneStream, Tokenizer, WebDatasetStream, World
 from dalle2_fast.data.shards import HELD_OUT
+from dalle2_fast.training.parallel.processes import ALONE, Processes
 
 # Scenes that a GPU makes together: 0.8 GB of images. When each step made its scenes, a step of 384 of the
 # decoder of scenes-gpu took 135 ms on an H200, and one of 1024 of its prior, a tenth of the work, 70 ms.
@@ -25,6 +26,7 @@ class Source:
         seed: of the run.
         device: where batches are made, and where models are trained.
         val_shards: shards of the held-out pairs. None holds out a part of `shards`.
+        processes: of the training; each gets its rows of every batch for training.
     """
 
     world: World
@@ -33,6 +35,7 @@ class Source:
     seed: int
     device: torch.device
     val_shards: str | None = None
+    processes: Processes = ALONE
 
     def held_out(
         self, number: int, batch_size: int, resolutions: tuple[int, ...], negatives: int
@@ -44,8 +47,11 @@ class Source:
             batch_size: the largest number of scenes, or pairs.
 
         Returns:
-            The batch. None, and a line says so, if no pair of the shards is held out.
+            The batch. None, and a line says so, if no pair of the shards is held out; None on all processes
+            but the first, which measures alone.
         """
+        if not self.processes.is_first:
+            return None
         if self.shards is None:
             return self.stream(number, batch_size, resolutions, negatives, split="iid").batch(0)
         shards, split = (self.val_shards, None) if self.val_shards else (self.shards, "held_out")
@@ -79,11 +85,13 @@ class Source:
             split: of the scenes, "train" or "iid" (held out).
             factors: on how often scenes have which names, see `World.reweighted`; shards have none.
         """
-        seed = seed_of(self.seed, number)
+        seed, ranks = seed_of(self.seed, number), {}
+        if self.processes.world_size > 1 and split == "train":
+            ranks = dict(rank=self.processes.rank, world_size=self.processes.world_size)
         if self.shards is not None:
             return WebDatasetStream(
                 self.shards, batch_size, resolutions, seed, self.device, tokenizer=self.tokenizer,
-                split=None if self.val_shards else "train",
+                split=None if self.val_shards else "train", **ranks,
             )  # fmt: skip
         at_once = 1
         if self.device.type != "cpu" and split == "train":
@@ -98,6 +106,7 @@ class Source:
             self.device,
             negatives=negatives,
             at_once=at_once,
+            **ranks,
         )
 
 
