@@ -61,7 +61,12 @@ class IndexedPairs:
     def __init__(self, source: PairSource, seed: int, shuffle: int, split: str | None) -> None:
         self._source, self._split = source, split
         self._rows = Remembered(self._rows_of)
-        counts = source.counts if split is None else [len(self._rows(n)) for n in range(len(source.counts))]
+        counts = source.counts
+        if split is not None:
+            held_out = [source.count_held_out(shard) for shard in range(len(counts))]
+            trained = [count - held for count, held in zip(counts, held_out, strict=True)]
+            counts = held_out if split == "held_out" else trained
+        self._counts = counts
         if source.near is not None:
             shuffle = min(shuffle, source.near)
         self._order = Order(counts, seed, shuffle)
@@ -87,8 +92,7 @@ class IndexedPairs:
     def in_order(self, report: Callable[[Complaint], object], *, image: bool = True) -> Iterator[Pair]:
         """All pairs once, in the order of the shards; unreadable ones are reported."""
         for shard in range(len(self._source.names)):
-            count = self._source.counts[shard] if self._split is None else len(self._rows(shard))
-            for row in range(count):
+            for row in range(self._counts[shard]):
                 try:
                     yield self.at(shard, row, image=image)
                 except SampleError as error:

@@ -12,8 +12,9 @@ import io
 import lzma
 import re
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 BLOCK = 512
 ZEROS = bytes(BLOCK)
@@ -125,17 +126,49 @@ def _walk(
         report("tar header is damaged", f"after {last}")
 
 
-def _header(block: bytes) -> tarfile.TarInfo | None:
+class Header(NamedTuple):
+    """What a header says about the next file."""
+
+    name: str
+    size: int
+    type: bytes
+
+    def isreg(self) -> bool:
+        return self.type in tarfile.REGULAR_TYPES
+
+
+def _header(block: bytes) -> Header | None:
     if block == ZEROS:  # the end of an archive, after which another one may follow
         return None
+    if (header := _usual_header(block)) is not None:
+        return header
     try:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
         return None
-    return info if info.size >= 0 else None
+    return Header(info.name, info.size, info.type) if info.size >= 0 else None
 
 
-def _size(records: dict[str, str], info: tarfile.TarInfo) -> int:
+def _usual_header(block: bytes) -> Header | None:
+    """The header of a regular file as most programs write it, five times as fast as tarfile reads it; None
+    for any other, also for a damaged one."""
+    if len(block) != BLOCK or block[156:157] != tarfile.REGTYPE or block[257:262] != b"ustar":
+        return None
+    found, size = block[148:156].strip(b"\0 "), block[124:136].strip(b"\0 ")
+    if not found.isdigit() or not size.isdigit():
+        return None
+    try:
+        total, length = int(found, 8) - 256 + sum(block[148:156]), int(size, 8)
+    except ValueError:  # 8 or 9
+        return None
+    # The lower half of Adler-32 is 1 + the sum of all bytes, modulo 65521.
+    if zlib.adler32(block) & 0xFFFF != (1 + total) % 65521:
+        return None
+    name, prefix = (block[begin:end].partition(b"\0")[0] for begin, end in ((0, 100), (345, 500)))
+    return Header(_text(prefix + b"/" + name if prefix else name), length, tarfile.REGTYPE)
+
+
+def _size(records: dict[str, str], info: Header) -> int:
     size = records.get("size", "")
     return int(size) if size.isdecimal() and len(size) < 20 else info.size
 

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import io
 import lzma
+import random
 import tarfile
 
 import pytest
@@ -102,3 +103,23 @@ def test_the_search_for_a_header_ends(monkeypatch):
     """Gigabytes of zeros, a few kilobytes when compressed, would be searched for minutes."""
     monkeypatch.setattr(module, "SEARCH", 10 * BLOCK)
     assert read(archive() + bytes(30 * BLOCK) + archive())[0] == FILES
+
+
+def test_usual_headers_are_read_as_tarfile_reads_them():
+    """Catches: a name, a size or a damaged header that the fast reader takes for another one."""
+    draw = random.Random(0)
+    usual = 0
+    for _ in range(3000):
+        folders = ("".join(draw.choices("aé.b ", k=20)) for _ in range(draw.randint(1, 5)))
+        info = tarfile.TarInfo("/".join(folders))
+        info.size = draw.choice([0, 5, 511, 512, 10**6, 2**33 + 1])
+        info.type = draw.choice([tarfile.REGTYPE, tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.AREGTYPE])
+        header = bytearray(info.tobuf(tarfile.GNU_FORMAT)[-BLOCK:])
+        if draw.random() < 0.5:
+            header[draw.randrange(BLOCK)] ^= 1 << draw.randrange(8)
+        if (found := module._usual_header(bytes(header))) is None:
+            continue
+        usual += 1
+        expected = tarfile.TarInfo.frombuf(bytes(header), "utf-8", "surrogateescape")
+        assert found == (expected.name, expected.size, expected.type)
+    assert usual > 500

@@ -70,6 +70,9 @@ class ArrowRows:
             keys = (str(value) for value in values)
         return held_out_mask(self.names[shard], keys)
 
+    def count_held_out(self, shard: int) -> int:
+        return int(self.held_out(shard).sum())
+
     def read(self, shard: int, row: int, *, image: bool = True) -> Pair:
         name = self.names[shard]
         image_column, caption_column, key_column = self._columns[self._parts[shard][0]]

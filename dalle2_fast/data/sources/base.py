@@ -72,6 +72,10 @@ class PairSource(Protocol):
         """bool [counts[shard]]: which samples are in the split "held_out"."""
         ...
 
+    def count_held_out(self, shard: int) -> int:
+        """How many they are."""
+        ...
+
     def read(self, shard: int, row: int, *, image: bool = True) -> Pair:
         """A sample. OSError or SampleError if it cannot be read."""
         ...
@@ -129,10 +133,13 @@ class Remembered:
 def is_held_out(shard: str, key: str) -> bool:
     """Whether a sample is in the split "held_out". It depends on the file name of its shard ("" for what has
     no shards) and on its key, not on the folder, so that data may be moved."""
-    name = f"{PurePosixPath(shard).name}/{key}".encode(errors="surrogateescape")
-    return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") % HELD_OUT == 0
+    return bool(held_out_mask(shard, [key])[0])
 
 
 def held_out_mask(shard: str, keys: Iterable[str]) -> np.ndarray:
     """bool [N]: `is_held_out` of each key."""
-    return np.fromiter((is_held_out(shard, key) for key in keys), dtype=bool)
+    name = PurePosixPath(shard).name
+    hashes = (
+        hashlib.sha256(f"{name}/{key}".encode(errors="surrogateescape")).digest()[:8] for key in keys
+    )
+    return np.fromiter((int.from_bytes(each, "big") % HELD_OUT == 0 for each in hashes), dtype=bool)

@@ -59,6 +59,9 @@ class PictureFolder:
         begin = shard * ROWS
         return held_out_mask("", (self._keys[begin + row] for row in range(self.counts[shard])))
 
+    def count_held_out(self, shard: int) -> int:
+        return int(self.held_out(shard).sum())
+
     def read(self, shard: int, row: int, *, image: bool = True) -> Pair:
         number = shard * ROWS + row
         key = self._keys[number]
@@ -90,6 +93,9 @@ class FileList:
     def held_out(self, shard: int) -> np.ndarray:
         begin = shard * ROWS
         return held_out_mask("", (self._keys[begin + row] for row in range(self.counts[shard])))
+
+    def count_held_out(self, shard: int) -> int:
+        return int(self.held_out(shard).sum())
 
     def read(self, shard: int, row: int, *, image: bool = True) -> Pair:
         number = shard * ROWS + row

@@ -1,7 +1,8 @@
 """Local, uncompressed tar shards: headers are read once, then every sample is read in one place of its file.
 
-The list of a shard (offsets, sizes, keys) is kept in the user's cache folder (~/.cache/dalle2_fast, or in
-XDG_CACHE_HOME), never next to the data, and is made anew if size or time of the shard has changed.
+The list of a shard (offsets, sizes, keys), and the counts of all shards together, are kept in the user's
+cache folder (~/.cache/dalle2_fast, or in XDG_CACHE_HOME), never next to the data. They are made anew if size
+or time of a shard has changed. A list is read when a sample of its shard is.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -63,19 +65,29 @@ class TarShards:
     def __init__(self, paths: Sequence[str], first: int = 0) -> None:
         self.names = list(paths)
         self._index = Remembered(self._load)
-        counts, complaints = {}, {}
-        for number in range(len(self.names)):
-            shard = (first + number) % len(self.names)
-            index = self._index(shard)
-            counts[shard], complaints[shard] = len(index), index.complaints
-        self.counts = [counts[shard] for shard in range(len(self.names))]
+        stamps = json.dumps([_stamp(name) for name in self.names])
+        cached = cache_folder() / "counts" / f"{hashlib.sha256(stamps.encode()).hexdigest()[:32]}.json"
+        rows = _read_counts(cached, len(self.names))
+        if rows is None:
+            found = {}
+            for number in range(len(self.names)):
+                shard = (first + number) % len(self.names)
+                index = self._index(shard)
+                found[shard] = [len(index), int(index.held_out.sum()), index.complaints]
+            rows = [found[shard] for shard in range(len(self.names))]
+            if sum(row[0] for row in rows) >= CACHED_FROM:
+                write_cached(cached, lambda file: file.write(json.dumps(rows).encode()))
+        self.counts, self._held_out_counts, complaints = map(list, zip(*rows, strict=True))
         self.complaints = [
             Complaint(reason, name, where)
-            for shard, name in enumerate(self.names) for reason, where in complaints[shard]
+            for name, found in zip(self.names, complaints, strict=True) for reason, where in found
         ]  # fmt: skip
 
     def held_out(self, shard: int) -> np.ndarray:
         return self._index(shard).held_out
+
+    def count_held_out(self, shard: int) -> int:
+        return self._held_out_counts[shard]
 
     def read(self, shard: int, row: int, *, image: bool = True) -> Pair:
         index, name = self._index(shard), self.names[shard]
@@ -91,17 +103,13 @@ class TarShards:
 
     def _load(self, shard: int) -> TarIndex:
         path = self.names[shard]
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            return make_index([], path, [("shard cannot be read", error.strerror or str(error))])
-        stamp = [FORMAT, os.path.abspath(path), status.st_size, status.st_mtime_ns]
+        stamp = _stamp(path)
         cached = cache_folder() / "shards" / (hashlib.sha256(stamp[1].encode()).hexdigest()[:32] + ".npz")
         index = _read_cached(cached, stamp)
         if index is None:
             index = index_of(path)
             if len(index) >= CACHED_FROM:
-                _write_cached(cached, stamp, index)
+                write_cached(cached, lambda file: _save(file, stamp, index))
         return index
 
 
@@ -176,18 +184,40 @@ def _read_cached(path: Path, stamp: list) -> TarIndex | None:
     return index if shapes == ((count, 2), (count, 2), (count,), (count,)) else None
 
 
-def _write_cached(path: Path, stamp: list, index: TarIndex) -> None:
-    """Keep an index. Nothing happens if the folder cannot be written: it only saves time."""
+def _save(file: BinaryIO, stamp: list, index: TarIndex) -> None:
+    np.savez(
+        file, stamp=json.dumps([stamp, index.complaints]), keys=index.keys.data, ends=index.keys.ends,
+        images=index.images, captions=index.captions, endings=index.endings, held_out=index.held_out,
+    )  # fmt: skip
+
+
+def _read_counts(path: Path, shards: int) -> list | None:
+    """[samples, held-out samples, complaints] of each shard; None if they are not in the cache."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        checked = [[int(count), int(held), list(map(tuple, found))] for count, held, found in rows]
+    except (OSError, ValueError, TypeError):
+        return None
+    return checked if len(checked) == shards else None
+
+
+def _stamp(path: str) -> list:
+    """What identifies the state of a shard; one that does not exist has one, too."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return [FORMAT, os.path.abspath(path), None, None]
+    return [FORMAT, os.path.abspath(path), status.st_size, status.st_mtime_ns]
+
+
+def write_cached(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Put a file into the cache. Nothing happens if it cannot be written: it only saves time."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
-                np.savez(
-                    file, stamp=json.dumps([stamp, index.complaints]), keys=index.keys.data,
-                    ends=index.keys.ends, images=index.images, captions=index.captions,
-                    endings=index.endings, held_out=index.held_out,
-                )  # fmt: skip
+                write(file)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
