@@ -7,8 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from dalle2_fast.cli import arguments
-from dalle2_fast.cli.train import add_run_options, choose_run_device, exit_code, warnings_of_samples
+from dalle2_fast.cli.train import (
+    add_data_options,
+    add_run_options,
+    choose_run_device,
+    exit_code,
+    warnings_of_samples,
+)
 from dalle2_fast.pipeline.device import choose_dtype
+from dalle2_fast.training.parallel.execution import Execution
 from dalle2_fast.training.recipes import Preset, adjust
 
 
@@ -39,8 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="let options that differ from the run's take their place; a greater length trains further",
     )  # fmt: skip
     add_run_options(parser)
-    add("--data", metavar="SHARDS", help="WebDataset shards of image-caption pairs instead of the scenes")
-    add("--val-data", metavar="SHARDS", help="shards for the images of the log (default: a part of --data)")
+    add("--data", metavar="DATA", help="images with captions instead of the scenes, see docs/data.md")
+    add("--val-data", metavar="DATA", help="those for the images of the log (default: a part of --data)")
+    add_data_options(parser)
     add(
         "--export-dtype", choices=("bfloat16", "float32"), default="bfloat16",
         help="dtype of the weights of the pipeline (default bfloat16)",
@@ -73,6 +81,7 @@ def _distill(args: argparse.Namespace) -> int:
         override=args.override, seed=args.seed, device=device,
         dtype=None if args.dtype == "auto" else choose_dtype(args.dtype, device), shards=args.data,
         val_shards=args.val_data, show_progress=not args.quiet,
+        execution=Execution(workers=args.workers, allow_pipe=args.allow_pipe),
     )  # fmt: skip
     if outcome != "finished":
         return exit_code(args.stage, outcome)

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 from dalle2_fast.cli.arguments import DEVICE_HELP
 from dalle2_fast.pipeline.device import choose_device, choose_dtype
 from dalle2_fast.training.parallel.execution import PARALLEL, Execution
-from dalle2_fast.training.presets import PRESETS, get_preset
+from dalle2_fast.training.planning.config_file import change, dump_preset, load_preset
+from dalle2_fast.training.presets import PRESETS
 from dalle2_fast.training.recipes import EXTRA_STAGES, PRIORS, STAGES, Preset, adjust, choose_prior
+from dalle2_fast.training.run_folder.reports import REPORTS, choose_reports
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +34,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=(*STAGES, *EXTRA_STAGES, "all"),
         help="what to train; all: the first four in order, then the pipeline",
     )
-    add("--preset", help=f"one of {', '.join(PRESETS)} (default: that of the run in DIR)")
+    add(
+        "--preset",
+        metavar="NAME|FILE",
+        help=f"one of {', '.join(PRESETS)}, or a .yaml file as --print-config writes it (default: that of the "
+        "run in DIR)",
+    )
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="replace a value of the preset, as decoder.optimisation.ema_decay=0.99; may be repeated",
+    )
     add("--prior", choices=PRIORS, help="which prior (default: the one in DIR, or else diffusion)")
     add("--out", required=True, type=Path, metavar="DIR", help="folder of the run: one sub-folder per stage")
     add(
@@ -64,20 +78,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--data",
-        metavar="SHARDS",
-        help="WebDataset shards of image-caption pairs instead of the scenes (default: the run's)",
+        metavar="DATA",
+        help="images with captions instead of the scenes: tar shards, a folder, a list, a saved dataset, see "
+        "docs/data.md (default: the run's)",
     )
     add(
         "--val-data",
-        metavar="SHARDS",
-        help="shards for the metrics (default: one sample in 25 of --data, which is then not trained on)",
+        metavar="DATA",
+        help="data for the metrics (default: one sample in 25 of --data, which is then not trained on)",
     )
     add(
         "--tokenizer",
         choices=("words", "clip"),
         help="for --data: the commonest words of the captions (default), or CLIP's byte pairs, for any text",
     )
+    add_data_options(parser)
     add_execution_options(parser)
+    add(
+        "--report-to",
+        nargs="+",
+        metavar="NAME",
+        help=f"where the log also goes: some of {', '.join(REPORTS)}, or none (default: tensorboard where it is "
+        "installed)",
+    )
+    add("--print-config", action="store_true", help="train nothing: print the preset with all options as YAML")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="train nothing: take four steps of each stage in a temporary folder, and print parameters, "
+        "memory, and steps per hour",
+    )
+    add(
+        "--find-lr",
+        action="store_true",
+        help="train nothing: let the learning rate of one stage rise from 1e-6 to 1 over 100 steps, and print "
+        "the loss at each and where it falls fastest",
+    )
     add("--export", action="store_true", help="train nothing: only assemble the finished stages in DIR")
     add(
         "--export-dtype",
@@ -85,6 +121,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="bfloat16",
         help="dtype of the weights of the pipeline (default bfloat16)",
     )
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Declare how --data are read."""
+    add = parser.add_argument
+    add(
+        "--workers",
+        type=int,
+        default=2,
+        metavar="N",
+        help="processes that read and decode --data in advance; they change no batch (default 2)",
+    )
+    add("--allow-pipe", action="store_true", help="run the commands of --data that begin with pipe:")
 
 
 def add_execution_options(parser: argparse.ArgumentParser) -> None:
@@ -232,7 +281,26 @@ def _train_together(args: argparse.Namespace, device: torch.device, processes: P
             checkpoint_activations=args.checkpoint_activations,
             compile=args.compile,
             keep=args.keep,
+            workers=args.workers,
+            allow_pipe=args.allow_pipe,
         )
+        reports = choose_reports(args.report_to)
+        if args.print_config:
+            print(dump_preset(preset), end="")
+            return 0
+    options = dict(
+        seed=args.seed,
+        device=device,
+        dtype=None if args.dtype == "auto" else choose_dtype(args.dtype, device),
+        shards=args.data,
+        val_shards=args.val_data,
+        tokenizer=args.tokenizer,
+        freeze=args.freeze,
+        processes=processes,
+        execution=execution,
+    )
+    if args.dry_run or args.find_lr:
+        return _rehearse(args, stages, preset, options)
     if not args.export:
         name, outcome = train_stages(
             stages,
@@ -241,18 +309,11 @@ def _train_together(args: argparse.Namespace, device: torch.device, processes: P
             pause_after=args.pause_after,
             resume=args.resume,
             override=args.override,
-            seed=args.seed,
-            device=device,
-            dtype=None if args.dtype == "auto" else choose_dtype(args.dtype, device),
-            shards=args.data,
-            val_shards=args.val_data,
-            tokenizer=args.tokenizer,
             init=args.init,
-            freeze=args.freeze,
             show_progress=not args.quiet,
             graphs=args.graphs,
-            processes=processes,
-            execution=execution,
+            reports=reports,
+            **options,
         )
         if outcome != "finished":
             return exit_code(name, outcome)
@@ -261,6 +322,27 @@ def _train_together(args: argparse.Namespace, device: torch.device, processes: P
             if processes.is_first:
                 path = export_pipeline(preset, args.out, dtype=getattr(torch, args.export_dtype))
                 print(f"pipeline: {path}")
+    return 0
+
+
+def _rehearse(args: argparse.Namespace, stages: tuple[str, ...], preset: Preset, options: dict) -> int:
+    """`--dry-run` and `--find-lr`."""
+    from dalle2_fast.training.planning.rehearsal import find_learning_rate, rehearse
+
+    if not args.find_lr:
+        for needs in rehearse(stages, preset, args.out, **options):
+            print(needs, flush=True)
+        return 0
+    if len(stages) > 1:
+        raise ValueError("--find-lr: expected one stage, got all")
+    found = find_learning_rate(stages[0], preset, args.out, **options)
+    for rate, loss in list(zip(found.rates, found.losses, strict=True))[:: max(1, len(found.rates) // 25)]:
+        print(f"{rate:<10.2e}{loss:.5g}")
+    if found.suggested is None:
+        print("the loss did not fall at any learning rate")
+    else:
+        print(f"falls fastest at {found.suggested:.2g}; the recipe has "
+              f"{preset.recipe(stages[0]).optimisation.learning_rate:.2g}")
     return 0
 
 
@@ -296,7 +378,10 @@ def _preset(args: argparse.Namespace, stages: tuple[str, ...]) -> Preset:
     from dalle2_fast.training.run_folder.record import RunRecord, with_recorded
 
     record = RunRecord.read(args.out, resume=args.resume)
+    written = args.out / CONFIG
     name = args.preset or (record.run["preset"] if record is not None else None)
+    if args.preset is None and args.resume and written.exists():
+        name = str(written)
     if name is None:
         raise ValueError(f"--preset: expected one of {', '.join(PRESETS)}, got none")
     prior = args.prior or (saved_prior_kind(args.out) if args.resume else None) or PRIORS[0]
@@ -304,6 +389,7 @@ def _preset(args: argparse.Namespace, stages: tuple[str, ...]) -> Preset:
         minutes=args.minutes, steps=args.steps, batch_size=args.batch_size, learning_rate=args.lr,
         save_steps=args.save_steps,
     )  # fmt: skip
-    preset = adjust(choose_prior(get_preset(name), prior), stages, **options)
+    preset = adjust(choose_prior(load_preset(name), prior), stages, **options)
     given = {option for option, value in options.items() if value is not None}
-    return with_recorded(preset, record, given) if args.resume else preset
+    preset = with_recorded(preset, record, given) if args.resume else preset
+    return change(preset, args.set)

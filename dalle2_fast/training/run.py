@@ -21,11 +21,13 @@ from dalle2_fast.training.errors import TrainingError
 from dalle2_fast.training.folder import StageFolder, delete_leftovers, reason, write_file
 from dalle2_fast.training.parallel.execution import PLAIN, Execution
 from dalle2_fast.training.parallel.processes import ALONE, Processes, mark_as_begun, silent_unless
+from dalle2_fast.training.planning.utilisation import watch_utilisation
 from dalle2_fast.training.recipes import EXTRA_STAGES, STAGES, Preset
 from dalle2_fast.training.run_folder.agreement import agree_on_data, agree_on_run, is_to_be_extended, refuse
 from dalle2_fast.training.run_folder.lock import run_lock
 from dalle2_fast.training.run_folder.record import FILE as RECORD
 from dalle2_fast.training.run_folder.record import RunRecord, differences, stage_settings
+from dalle2_fast.training.run_folder.reports import open_reports
 from dalle2_fast.training.run_folder.tokenizer import FILE as TOKENIZER
 from dalle2_fast.training.run_folder.tokenizer import run_tokenizer
 from dalle2_fast.training.stages.registry import load_stage, make_stage
@@ -98,6 +100,7 @@ def train_stage(name: str, preset: Preset, out: Path, **options) -> str:
               without.
             - processes: of the training, see `Processes`; every one of them calls this with the same
               arguments but its device.
+            - reports: where the lines of the log also go, see `choose_reports`.
             - execution: how a step is divided, see `Execution`.
 
     Returns:
@@ -130,6 +133,7 @@ def _train(
     graphs: bool = False,
     processes: Processes = ALONE,
     execution: Execution = PLAIN,
+    reports: Sequence[str] = (),
 ) -> str:
     """`train_stage` in a locked folder. planned: stages of this command, which are recorded with this one."""
     device, folder = torch.device(device), StageFolder(out / name)
@@ -182,13 +186,16 @@ def _train(
         is_left_behind = record is None and (out / RECORD).exists()
         teacher = preset.recipe(name).data.get("teacher")
         if teacher is None:
-            reads = run_tokenizer(preset, out, shards, tokenizer, use_file=not is_left_behind)
+            reads = run_tokenizer(
+                preset, out, shards, tokenizer, use_file=not is_left_behind,
+                allow_pipe=execution.allow_pipe,
+            )  # fmt: skip
         else:
             reads = teacher_tokenizer(teacher)
         shared = agree_on_data(record, preset, out, shards, val_shards, reads, override)
         stage = make_stage(
             name, preset, out=out, seed=seed, device=device, shards=shards, val_shards=val_shards,
-            tokenizer=reads, processes=processes,
+            tokenizer=reads, processes=processes, execution=execution,
         )  # fmt: skip
         if init is not None and not begun:
             load_initial(stage.model, init)
@@ -212,10 +219,20 @@ def _train(
     )  # fmt: skip
     if folder.has_state():
         trainer.resume(fresh_optimizers="--freeze" in found)
-    mark_as_begun(processes)
-    outcome = trainer.train(pause_after)
-    if shards is not None and show_progress and processes.is_first and (skipped := stage.stream.summary()):
-        print(f"{name}: {skipped}", file=sys.stderr)
+    watch_utilisation(trainer)
+    with ExitStack() as stack:
+        if processes.is_first:
+            trainer.reports = open_reports(
+                reports, folder.path, stage=name, settings=settings, step=trainer.state.step
+            )
+            for report in trainer.reports:
+                stack.callback(report.close)
+        mark_as_begun(processes)
+        outcome = trainer.train(pause_after)
+    if shards is not None:
+        stage.stream.close()
+        if show_progress and processes.is_first and (skipped := stage.stream.summary()):
+            print(f"{name}: {skipped}", file=sys.stderr)
     if outcome == "finished":
         facts = {
             "preset": preset.name,

@@ -25,6 +25,8 @@ class Execution:
             keeping them.
         compile: compile each block with torch.compile.
         keep: how many states of many processes are kept.
+        workers: processes, for each process of the training, that read and decode data in advance.
+        allow_pipe: whether data may be the output of commands (pipe:).
 
     Raises:
         ValueError: an option is out of range, or does not fit another one.
@@ -37,6 +39,8 @@ class Execution:
     checkpoint_activations: bool = False
     compile: bool = False
     keep: int = 2
+    workers: int = 0
+    allow_pipe: bool = False
 
     def __post_init__(self) -> None:
         if self.parallel not in PARALLEL:
@@ -45,6 +49,8 @@ class Execution:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+        if self.workers < 0:
+            raise ValueError(f"--workers: expected at least 0, got {self.workers}")
         if self.shard_size is not None and self.parallel != "fsdp":
             raise ValueError(f"--shard-size: is for --parallel fsdp, got {self.parallel}")
 

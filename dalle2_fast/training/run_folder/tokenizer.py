@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dalle2_fast.data import BPETokenizer, Tokenizer, WordTokenizer, World, tokenizer_from_config
+from dalle2_fast.data import BPETokenizer, PairStream, Tokenizer, WordTokenizer, World, tokenizer_from_config
 from dalle2_fast.training.errors import TrainingError
 from dalle2_fast.training.recipes import Preset
 
@@ -13,8 +13,9 @@ FILE = "tokenizer.json"  # in the folder of a run on shards
 
 
 def run_tokenizer(
-    preset: Preset, out: Path, shards: str | None, kind: str | None = None, *, use_file: bool = True
-) -> Tokenizer:
+    preset: Preset, out: Path, shards: str | None, kind: str | None = None, *, use_file: bool = True,
+    allow_pipe: bool = False,
+) -> Tokenizer:  # fmt: skip
     """The tokenizer of all stages of a run: that of the scenes, or that of the shards (out/tokenizer.json).
 
     Args:
@@ -23,6 +24,7 @@ def run_tokenizer(
         shards: what it is trained on instead of scenes.
         kind: "words" or "clip", as asked for. None: what the run has, else words.
         use_file: take out/tokenizer.json if it exists.
+        allow_pipe: run the commands of shards that begin with "pipe:".
 
     Raises:
         ValueError: "clip" without shards, or another kind than the run has.
@@ -41,9 +43,7 @@ def run_tokenizer(
         return WordTokenizer.scenes(World(**preset.world))
     if kind == "clip":
         return BPETokenizer()
-    from dalle2_fast.data.shards import WebDatasetStream  # needs the extra "train"
-
-    return WebDatasetStream(shards, 1).tokenizer
+    return PairStream(shards, 1, allow_pipe=allow_pipe).tokenizer
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

@@ -9,6 +9,7 @@ from torch import nn
 
 from dalle2_fast.data import Tokenizer, WordTokenizer, World
 from dalle2_fast.training.distillation.stages import DISTILLED
+from dalle2_fast.training.parallel.execution import PLAIN, Execution
 from dalle2_fast.training.parallel.processes import ALONE, Processes
 from dalle2_fast.training.recipes import Preset
 from dalle2_fast.training.stages.base import SceneStage
@@ -36,6 +37,7 @@ def make_stage(
     val_shards: str | None = None,
     tokenizer: Tokenizer | None = None,
     processes: Processes = ALONE,
+    execution: Execution = PLAIN,
 ) -> SceneStage:
     """Stage `name` of `preset`; its initial weights depend on (seed, name) only.
 
@@ -49,6 +51,7 @@ def make_stage(
         val_shards: shards for the metrics. None: a part of `shards`, which is then not trained on.
         tokenizer: of the captions. None: that of the scenes.
         processes: of the training.
+        execution: says how data are read.
 
     Raises:
         TrainingError: the stage needs a CLIP that is not finished, or that was trained on other captions.
@@ -61,7 +64,7 @@ def make_stage(
         stage = ARPriorStage
     world = World(**preset.world)
     tokenizer = tokenizer or WordTokenizer.scenes(world)
-    source = Source(world, tokenizer, shards, seed, device, val_shards, processes)
+    source = Source(world, tokenizer, shards, seed, device, val_shards, processes, execution)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, stage.stream_number))
         return stage(preset, source, out=out)

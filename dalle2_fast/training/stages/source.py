@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from dalle2_fast.data import SceneStream, Tokenizer, WebDatasetStream, World
-from dalle2_fast.data.shards import HELD_OUT
+from dalle2_fast.data import PairStream, SceneStream, Tokenizer, World
+from dalle2_fast.data.sources.base import HELD_OUT
+from dalle2_fast.training.parallel.execution import PLAIN, Execution
 from dalle2_fast.training.parallel.processes import ALONE, Processes
 
 # Scenes that a GPU makes together: 0.8 GB of images. When each step made its scenes, a step of 384 of the
@@ -22,11 +23,12 @@ class Source:
     Args:
         world: of the rendered scenes.
         tokenizer: of the captions; it sizes the text towers.
-        shards: WebDataset shards to read instead of rendering scenes, or None.
+        shards: data of the user to read instead of rendering scenes, see `PairStream`, or None.
         seed: of the run.
         device: where batches are made, and where models are trained.
         val_shards: shards of the held-out pairs. None holds out a part of `shards`.
         processes: of the training; each gets its rows of every batch for training.
+        execution: says how data are read.
     """
 
     world: World
@@ -36,6 +38,7 @@ class Source:
     device: torch.device
     val_shards: str | None = None
     processes: Processes = ALONE
+    execution: Execution = PLAIN
 
     def held_out(
         self, number: int, batch_size: int, resolutions: tuple[int, ...], negatives: int
@@ -55,9 +58,10 @@ class Source:
         if self.shards is None:
             return self.stream(number, batch_size, resolutions, negatives, split="iid").batch(0)
         shards, split = (self.val_shards, None) if self.val_shards else (self.shards, "held_out")
-        stream = WebDatasetStream(
-            shards, batch_size, resolutions, device=self.device, tokenizer=self.tokenizer, split=split
-        )
+        stream = PairStream(
+            shards, batch_size, resolutions, device=self.device, tokenizer=self.tokenizer, split=split,
+            allow_pipe=self.execution.allow_pipe,
+        )  # fmt: skip
         batch = stream.first(batch_size)
         if batch is None:
             advice = "" if self.val_shards else f" (a hash holds out one in {HELD_OUT}): give --val-data"
@@ -73,7 +77,7 @@ class Source:
         *,
         split: str,
         factors: dict | None = None,
-    ) -> SceneStream | WebDatasetStream:
+    ) -> SceneStream | PairStream:
         """A stream whose `batch(step)` depends on the run's seed, on `number` and on the step.
 
         Args:
@@ -89,9 +93,10 @@ class Source:
         if self.processes.world_size > 1 and split == "train":
             ranks = dict(rank=self.processes.rank, world_size=self.processes.world_size)
         if self.shards is not None:
-            return WebDatasetStream(
+            return PairStream(
                 self.shards, batch_size, resolutions, seed, self.device, tokenizer=self.tokenizer,
-                split=None if self.val_shards else "train", **ranks,
+                split=None if self.val_shards else "train", workers=self.execution.workers,
+                allow_pipe=self.execution.allow_pipe, **ranks,
             )  # fmt: skip
         at_once = 1
         if self.device.type != "cpu" and split == "train":
