@@ -33,6 +33,7 @@ COMMANDS = {
     "info": ("dalle2_fast.cli.info", "show versions, backends and the checkpoint"),
     "data": ("dalle2_fast.cli.data", "check own data, or write them as WebDataset shards"),
     "train": ("dalle2_fast.cli.train", "train CLIP, prior, decoder and upsampler"),
+    "embed": ("dalle2_fast.cli.bulk.embed", "compute CLIP's embeddings of image-caption pairs, for training"),
     "distill": ("dalle2_fast.cli.distill", "train a network that needs one to four steps from one of many"),
     "evaluate": ("dalle2_fast.cli.evaluate", "score a checkpoint against captions and baselines"),
 }

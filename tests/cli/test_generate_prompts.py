@@ -250,6 +250,8 @@ def test_wrong_processes_are_refused(generate, monkeypatch):
     code, err = generate("out")
     assert code == 2 and "expected RANK and WORLD_SIZE" in err and "RANK=2" in err
     monkeypatch.setenv("RANK", "1")
+    code, err = generate("out")
+    assert code == 2 and "--seed: expected one, because 2 processes share it" in err
     code, err = generate("out", prompts="-")
     assert code == 2 and "expected a file" in err
 

@@ -22,16 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 from dalle2_fast import __version__
 from dalle2_fast.cli.arguments import given_settings
+from dalle2_fast.cli.bulk.agreement import agree_on_record
 from dalle2_fast.cli.bulk.processes import Process
 from dalle2_fast.cli.bulk.prompts import check_prompts, read_prompts
-from dalle2_fast.cli.bulk.results import (
-    Files,
-    Picture,
-    agree_on_folder,
-    key_of,
-    open_shard,
-    recorded_seed,
-)
+from dalle2_fast.cli.bulk.results import RECORD, Files, Picture, key_of, open_shard, recorded_seed
 from dalle2_fast.cli.image_files import check_writable
 from dalle2_fast.pipeline.device import choose_dtype
 from dalle2_fast.seeds import mix_seed
@@ -70,24 +64,20 @@ def run(args: argparse.Namespace) -> int:
     check_prior(pipe, **{name: given[name] for name in ("prior_steps", "prior_guidance_interval")})
     check_candidates(pipe, settings.candidates)
     count = args.num_images or 1
-    seed = args.seed
-    if seed is None:
-        seed = recorded_seed(folder)
-    record = agree_on_folder(
-        folder,
-        {
-            "checkpoint": checkpoint,
-            "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
-            "captions": len(prompts),
-            "num_images": count,
-            "shard_size": args.shard_size,
-            "seed": secrets.randbelow(2**32) if seed is None else seed,
-            "size": size,
-            "dtype": str(dtype).removeprefix("torch."),
-            "compile": args.compile,
-            "settings": settings.to_dict(),
-        },
-    )
+    seed = _seed(args.seed, folder, process)
+    record = {
+        "checkpoint": checkpoint,
+        "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+        "captions": len(prompts),
+        "num_images": count,
+        "shard_size": args.shard_size,
+        "seed": seed,
+        "size": size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "compile": args.compile,
+        "settings": settings.to_dict(),
+    }
+    agree_on_record(folder / RECORD, record, "--output")
     job = Generation(
         pipe, prompts, count, record,
         batch_size=args.batch_size or BATCH_SIZE, options=given | {"size": size, "graphs": graphs},
@@ -121,6 +111,14 @@ def _check(args: argparse.Namespace, process: Process) -> Path:
     return args.output
 
 
+def _seed(given: int | None, folder: Path, process: Process) -> int:
+    """The seed as given, else the recorded one, else a random one, which one process alone can draw."""
+    seed = recorded_seed(folder) if given is None else given
+    if seed is None and process.count > 1:
+        raise ValueError(f"--seed: expected one, because {process.count} processes share it, got none")
+    return secrets.randbelow(2**32) if seed is None else seed
+
+
 def _read_tokenizer(path: Path | None) -> tuple[str, Tokenizer]:
     """What identifies the checkpoint, and its tokenizer, of which the weights are not needed."""
     from dalle2_fast.checkpoints import construct, embedded_path, load_config, open_checkpoint
@@ -143,7 +141,7 @@ class Generation:
         pipe: the pipeline.
         prompts: the captions.
         count: images of each caption.
-        record: what all pictures have in common, see `agree_on_folder`.
+        record: what all pictures have in common.
         batch_size: images at a time, candidates included.
         options: of DALLE2.generate.
     """

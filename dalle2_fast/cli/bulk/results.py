@@ -15,7 +15,7 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from dalle2_fast.checkpoints.atomic import SUFFIX, atomic_write
 
@@ -35,58 +35,11 @@ def key_of(number: int) -> str:
     return f"{number:09d}"
 
 
-def agree_on_folder(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Record in a folder what its pictures have in common, or compare it with what the folder has.
-
-    The first of several processes writes the record, and the others compare theirs with it.
-
-    Args:
-        folder: of the results; it is made if it does not exist.
-        settings: JSON-able; a seed of None takes the recorded one.
-
-    Returns:
-        The record.
-
-    Raises:
-        ValueError: the folder has pictures of other settings, or a damaged record.
-        OSError: it cannot be written.
-    """
-    path = folder / RECORD
-    folder.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        temporary = folder / f".{RECORD}.{os.getpid()}{SUFFIX}"
-        try:
-            temporary.write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")
-            os.link(temporary, path)  # a rename would replace the record of another process
-        except FileExistsError:
-            pass
-        finally:
-            temporary.unlink(missing_ok=True)
-    try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(recorded, dict):
-            raise ValueError("expected an object")
-    except ValueError as error:
-        raise ValueError(f"--output: {path}: damaged record ({error})") from None
-    expected = json.loads(json.dumps(settings))
-    differing = [
-        f"{name}: the folder has {recorded.get(name)}, got {expected.get(name)}"
-        for name in dict.fromkeys((*recorded, *expected))
-        if recorded.get(name) != expected.get(name)
-    ]
-    if differing:
-        raise ValueError(
-            f"--output: {folder} holds pictures of another command ({'; '.join(differing)}): choose another "
-            "folder"
-        )
-    return recorded
-
-
 def recorded_seed(folder: Path) -> int | None:
     """The seed of the pictures in a folder; None if it has none."""
     try:
         seed = json.loads((folder / RECORD).read_text(encoding="utf-8")).get("seed")
-    except (OSError, ValueError, AttributeError):  # `agree_on_folder` says what is wrong
+    except (OSError, ValueError, AttributeError):  # `agree_on_record` says what is wrong
         return None
     return seed if isinstance(seed, int) else None
 
