@@ -6,6 +6,7 @@ Nothing here imports torch, so that `dalle2-fast train --help` answers at once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 PARALLEL = ("ddp", "fsdp")
 
@@ -27,6 +28,8 @@ class Execution:
         keep: how many states of many processes are kept.
         workers: processes, for each process of the training, that read and decode data in advance.
         allow_pipe: whether data may be the output of commands (pipe:).
+        embeddings: folder of embeddings of the images, which prior and decoder read instead of computing them
+            in every step. None: they compute them.
 
     Raises:
         ValueError: an option is out of range, or does not fit another one.
@@ -41,6 +44,7 @@ class Execution:
     keep: int = 2
     workers: int = 0
     allow_pipe: bool = False
+    embeddings: Path | None = None
 
     def __post_init__(self) -> None:
         if self.parallel not in PARALLEL:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dalle2_fast.data import Tokenizer
+from dalle2_fast.embeddings.fingerprint import fingerprint
+from dalle2_fast.embeddings.folder import EmbeddingFolder
 from dalle2_fast.models.clip.model import CLIP
 from dalle2_fast.training.errors import TrainingError
 from dalle2_fast.training.parallel.processes import check_division
@@ -37,6 +39,7 @@ class SceneStage:
     stream_number: int  # of the training batches; different for each stage, and not HELD_OUT_STREAM
     held_out_size = 64
     negatives = 0  # hard-negative captions for each image
+    embeddings: EmbeddingFolder | None = None  # of the images that are trained on
 
     def __init__(self, preset: Preset, source: Source, *, out: Path) -> None:
         self.recipe = preset.recipe(self.name)
@@ -47,10 +50,11 @@ class SceneStage:
         self.stream = source.stream(
             self.stream_number,
             self.scenes_per_batch(),
-            self.resolutions,
+            self.training_resolutions,
             self.negatives,
             split="train",
             factors=self.recipe.data.get("factors"),
+            embeddings=self.embeddings,
         )
         self.held_out = source.held_out(
             HELD_OUT_STREAM, self.held_out_size, self.resolutions, self.negatives
@@ -64,6 +68,11 @@ class SceneStage:
     def resolutions(self) -> tuple[int, ...]:
         """Of the images of a batch."""
         raise NotImplementedError
+
+    @property
+    def training_resolutions(self) -> tuple[int, ...]:
+        """Of the images of a batch that is trained on."""
+        return self.resolutions
 
     def fit(self) -> None:
         """Compute from data what is not learned; called after the initial weights are set."""
@@ -106,6 +115,7 @@ class ClipGuidedStage(SceneStage):
                 "give every stage the same --data"
             )
         self._check_tokenizer(out, source.tokenizer)
+        self.embeddings = open_embeddings(source, self.clip, out)
         super().__init__(preset, source, out=out)
 
     @staticmethod
@@ -118,6 +128,38 @@ class ClipGuidedStage(SceneStage):
                 "same --data and --tokenizer"
             )
 
+    @property
+    def training_resolutions(self) -> tuple[int, ...]:
+        """Without the size of CLIP's images where their embeddings are known."""
+        return self.resolutions if self.embeddings is None else self.unembedded_resolutions
+
+    @property
+    def unembedded_resolutions(self) -> tuple[int, ...]:
+        """Of the images that the stage itself is trained on."""
+        return ()
+
     @torch.no_grad()
     def image_embed(self, batch: dict) -> Tensor:  # [B, D]
+        if "image_embed" in batch:
+            return batch["image_embed"]
         return self.clip.encode_image(batch["images"][self.clip.image_size])
+
+
+def open_embeddings(source: Source, clip: CLIP, out: Path) -> EmbeddingFolder | None:
+    """The precomputed embeddings of a run, or None.
+
+    Args:
+        source: says where they are.
+        clip: of the run, which must have computed them.
+        out: folder of the run.
+
+    Raises:
+        ValueError, FileNotFoundError: they are not complete, of another CLIP, or the run is not on shards.
+    """
+    if source.execution.embeddings is None:
+        return None
+    if source.shards is None:
+        raise ValueError("--embeddings: is for a run on --data, got rendered scenes")
+    embeddings = EmbeddingFolder(source.execution.embeddings)
+    embeddings.check_clip(fingerprint(clip), clip.dim_latent, out / "clip")
+    return embeddings

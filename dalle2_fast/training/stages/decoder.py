@@ -56,6 +56,10 @@ class DecoderStage(ClipGuidedStage):
     def resolutions(self) -> tuple[int, ...]:
         return tuple(dict.fromkeys((self.model.image_size, self.clip.image_size)))
 
+    @property
+    def unembedded_resolutions(self) -> tuple[int, ...]:
+        return (self.model.image_size,)
+
     def batch(self, step: int) -> dict:
         """The batch of the stream, and pixel_weight where objects have more weight."""
         batch = super().batch(step)

@@ -8,6 +8,7 @@ import torch
 
 from dalle2_fast.data import PairStream, SceneStream, Tokenizer, World
 from dalle2_fast.data.sources.base import HELD_OUT
+from dalle2_fast.embeddings.folder import EmbeddingFolder
 from dalle2_fast.training.parallel.execution import PLAIN, Execution
 from dalle2_fast.training.parallel.processes import ALONE, Processes
 
@@ -77,6 +78,7 @@ class Source:
         *,
         split: str,
         factors: dict | None = None,
+        embeddings: EmbeddingFolder | None = None,
     ) -> SceneStream | PairStream:
         """A stream whose `batch(step)` depends on the run's seed, on `number` and on the step.
 
@@ -88,6 +90,7 @@ class Source:
             negatives: hard-negative captions for each image.
             split: of the scenes, "train" or "iid" (held out).
             factors: on how often scenes have which names, see `World.reweighted`; shards have none.
+            embeddings: of the images of the shards, which batches then have.
         """
         seed, ranks = seed_of(self.seed, number), {}
         if self.processes.world_size > 1 and split == "train":
@@ -96,7 +99,7 @@ class Source:
             return PairStream(
                 self.shards, batch_size, resolutions, seed, self.device, tokenizer=self.tokenizer,
                 split=None if self.val_shards else "train", workers=self.execution.workers,
-                allow_pipe=self.execution.allow_pipe, **ranks,
+                allow_pipe=self.execution.allow_pipe, embeddings=embeddings, **ranks,
             )  # fmt: skip
         at_once = 1
         if self.device.type != "cpu" and split == "train":
