@@ -35,8 +35,8 @@ def parts(begin: int, end: int, row_bytes: int) -> list[Span]:
 class Prefetcher:
     """Makes the rows of consecutive steps in `workers` processes.
 
-    At most `workers` parts and one batch, or two parts for each process, wait in memory. The processes end
-    when the Prefetcher is closed or deleted, and with the process that started them, however that ends.
+    At most one batch and two parts for each process wait in memory. The processes end when the Prefetcher is
+    closed or deleted, and with the process that started them, however that ends.
 
     Args:
         maker: of the rows.

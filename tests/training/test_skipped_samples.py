@@ -28,7 +28,7 @@ def test_lines_on_skipped_samples(tmp_path, capfd, quiet):
     pytest.importorskip("webdataset", reason="webdataset is not installed")
     shard = shard_with_a_bad_sample(tmp_path / "a.tar")
     options = ["--preset", "tiny", "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "run")]
-    options += ["--data", str(shard)]
+    options += ["--data", str(shard), "--batch-size", "16"]  # each sample is met
     assert main(["train", "clip", *options, *(["--quiet"] if quiet else [])]) == 0
     said = capfd.readouterr().err
     if quiet:
