@@ -57,8 +57,8 @@ def as_utf8(key: str) -> str:
     """A key that is no valid text as one that a Parquet file can hold.
 
     Example:
-        >>> as_utf8("caf\udce9")
-        'caf\\\\udce9'
+        >>> as_utf8("0001" + chr(0xDCE9)).isascii()
+        True
     """
     return key.encode("utf-8", "backslashreplace").decode()
 
@@ -231,6 +231,9 @@ class EmbeddedSource:
 
     def held_out(self, shard: int) -> np.ndarray:
         return self._source.held_out(shard)
+
+    def count_held_out(self, shard: int) -> int:
+        return self._source.count_held_out(shard)
 
     def read(self, shard: int, row: int, *, image: bool = True) -> Pair:
         """A sample. SampleError if it has no embedding, because its image could not be decoded.
