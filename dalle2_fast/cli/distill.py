@@ -7,13 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from dalle2_fast.cli import arguments
-from dalle2_fast.cli.train import (
-    add_data_options,
-    add_run_options,
-    choose_run_device,
-    exit_code,
-    warnings_of_samples,
-)
+from dalle2_fast.cli.train import choose_run_device, exit_code, warnings_of_samples
+from dalle2_fast.cli.train_options import add_data_options, add_run_options
 from dalle2_fast.pipeline.device import choose_dtype
 from dalle2_fast.training.parallel.execution import Execution
 from dalle2_fast.training.recipes import Preset, adjust

@@ -9,205 +9,21 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dalle2_fast.cli.arguments import DEVICE_HELP
+from dalle2_fast.cli.train_options import add_arguments as add_arguments
 from dalle2_fast.pipeline.device import choose_device, choose_dtype
-from dalle2_fast.training.parallel.execution import PARALLEL, Execution
-from dalle2_fast.training.planning.config_file import change, dump_preset, load_preset
+from dalle2_fast.training.parallel.execution import Execution
+from dalle2_fast.training.planning.config_file import FILE as CONFIGURATION
+from dalle2_fast.training.planning.config_file import change, dump_preset, is_file, load_preset
 from dalle2_fast.training.presets import PRESETS
-from dalle2_fast.training.recipes import EXTRA_STAGES, PRIORS, STAGES, Preset, adjust, choose_prior
-from dalle2_fast.training.run_folder.reports import REPORTS, choose_reports
+from dalle2_fast.training.recipes import PRIORS, STAGES, Preset, adjust, choose_prior
+from dalle2_fast.training.run_folder.reports import choose_reports
 
 if TYPE_CHECKING:
     import torch
 
     from dalle2_fast.training.parallel.processes import Processes
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `dalle2-fast train`."""
-    add = parser.add_argument
-    add(
-        "stage",
-        choices=(*STAGES, *EXTRA_STAGES, "all"),
-        help="what to train; all: the first four in order, then the pipeline",
-    )
-    add(
-        "--preset",
-        metavar="NAME|FILE",
-        help=f"one of {', '.join(PRESETS)}, or a .yaml file as --print-config writes it (default: that of the "
-        "run in DIR)",
-    )
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="replace a value of the preset, as decoder.optimisation.ema_decay=0.99; may be repeated",
-    )
-    add("--prior", choices=PRIORS, help="which prior (default: the one in DIR, or else diffusion)")
-    add("--out", required=True, type=Path, metavar="DIR", help="folder of the run: one sub-folder per stage")
-    add(
-        "--resume",
-        action="store_true",
-        help="continue the run in DIR with its settings; finished stages are skipped",
-    )
-    add(
-        "--override",
-        action="store_true",
-        help="let options that differ from the run's settings take their place; with a greater length, also "
-        "train finished stages further",
-    )
-    add("--init", type=Path, metavar="FILE", help="start from these STAGE/model.safetensors weights")
-    add(
-        "--freeze",
-        nargs="+",
-        metavar="PREFIX",
-        help="do not train weights whose names begin with PREFIX; visual: tune CLIP's text tower alone",
-    )
-    add("--minutes", type=float, help="wall-clock budget of all stages, divided as in the preset")
-    add("--steps", type=int, help="length of each stage in steps instead (repeatable bit for bit on the CPU)")
-    add_run_options(parser)
-    add(
-        "--graphs",
-        action="store_true",
-        help="replay the training step as a CUDA graph, on a GPU; the learning rate is then rounded to "
-        "float32, so that a resumed run repeats bit for bit only with the same choice",
-    )
-    add(
-        "--data",
-        metavar="DATA",
-        help="images with captions instead of the scenes: tar shards, a folder, a list, a saved dataset, see "
-        "docs/data.md (default: the run's)",
-    )
-    add(
-        "--val-data",
-        metavar="DATA",
-        help="data for the metrics (default: one sample in 25 of --data, which is then not trained on)",
-    )
-    add(
-        "--tokenizer",
-        choices=("words", "clip"),
-        help="for --data: the commonest words of the captions (default), or CLIP's byte pairs, for any text",
-    )
-    add_data_options(parser)
-    add_execution_options(parser)
-    add(
-        "--report-to",
-        nargs="+",
-        metavar="NAME",
-        help=f"where the log also goes: some of {', '.join(REPORTS)}, or none (default: tensorboard where it is "
-        "installed)",
-    )
-    add("--print-config", action="store_true", help="train nothing: print the preset with all options as YAML")
-    add(
-        "--dry-run",
-        action="store_true",
-        help="train nothing: take four steps of each stage in a temporary folder, and print parameters, "
-        "memory, and steps per hour",
-    )
-    add(
-        "--find-lr",
-        action="store_true",
-        help="train nothing: let the learning rate of one stage rise from 1e-6 to 1 over 100 steps, and print "
-        "the loss at each and where it falls fastest",
-    )
-    add("--export", action="store_true", help="train nothing: only assemble the finished stages in DIR")
-    add(
-        "--export-dtype",
-        choices=("bfloat16", "float32"),
-        default="bfloat16",
-        help="dtype of the weights of the pipeline (default bfloat16)",
-    )
-
-
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Declare how --data are read."""
-    add = parser.add_argument
-    add(
-        "--workers",
-        type=int,
-        default=2,
-        metavar="N",
-        help="processes that read and decode --data in advance; they change no batch (default 2)",
-    )
-    add("--allow-pipe", action="store_true", help="run the commands of --data that begin with pipe:")
-
-
-def add_execution_options(parser: argparse.ArgumentParser) -> None:
-    """Declare how a step is carried out, on one or, started by `torchrun`, on many processes."""
-    add = parser.add_argument
-    add(
-        "--parallel",
-        choices=PARALLEL,
-        default="ddp",
-        help="of many processes (torchrun): ddp (default), each has the whole model; fsdp, each a part of it",
-    )
-    add(
-        "--shard-size",
-        type=int,
-        metavar="N",
-        help="of fsdp: divide each copy of the model over N processes (default: all of them)",
-    )
-    add(
-        "--accumulate",
-        type=int,
-        default=1,
-        metavar="K",
-        help="compute the batch of a process in K parts, with the activations of one at a time; for clip the "
-        "same as --clip-chunk",
-    )
-    add(
-        "--clip-chunk",
-        type=int,
-        metavar="N",
-        help="of clip: compute the batch of a process in two passes over chunks of N pairs, with the "
-        "activations of one at a time (GradCache)",
-    )
-    add(
-        "--checkpoint-activations",
-        action="store_true",
-        help="compute the activations of each block again in the backward pass instead of keeping them",
-    )
-    add("--compile", action="store_true", help="compile each block with torch.compile")
-    add("--save-steps", type=int, metavar="N", help="also save the state every N steps")
-    add(
-        "--keep", type=int, default=2, metavar="K",
-        help="how many states of many processes to keep (default 2)",
-    )  # fmt: skip
-    add(
-        "--timeout",
-        type=float,
-        default=1800.0,
-        metavar="SECONDS",
-        help="how long a process waits for the others before it gives up (default 1800)",
-    )
-
-
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of every command that trains."""
-    add = parser.add_argument
-    add(
-        "--pause-after",
-        type=float,
-        metavar="MINUTES",
-        help="save and stop after this time; --resume then continues on the same schedule",
-    )
-    add("--batch-size", type=int, help="samples per step (default: the recipe's)")
-    add("--lr", type=float, help="peak learning rate (default: the recipe's)")
-    add("--seed", type=int, help="of weights, scenes and noise (default: the run's, or else 0)")
-    add("--device", default="auto", help=DEVICE_HELP)
-    add(
-        "--dtype",
-        default="auto",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        help="bf16, fp16: autocast, fp32 weights (fp16: a scaled loss); auto (default): the run's, or else "
-        "bf16 where that is fast",
-    )
-    add("--threads", type=int, help="CPU threads (default: torch's)")
-    add("--quiet", action="store_true", help="no progress bar, no warnings about samples that are skipped")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -256,6 +72,8 @@ def _train(args: argparse.Namespace) -> int:
     device = choose_run_device(args)
     if args.stage == "all" and (args.init or args.freeze):
         raise ValueError("--init, --freeze: expected one stage, got all")
+    if args.embeddings is not None and args.stage not in ("prior", "decoder"):
+        raise ValueError(f"--embeddings: is for prior and decoder, got {args.stage}")
     if not args.timeout > 0:
         raise ValueError(f"--timeout: expected a number of seconds above 0, got {args.timeout}")
     with joined(device, timeout=args.timeout) as processes, silent_unless(processes.is_first):
@@ -283,6 +101,7 @@ def _train_together(args: argparse.Namespace, device: torch.device, processes: P
             keep=args.keep,
             workers=args.workers,
             allow_pipe=args.allow_pipe,
+            embeddings=args.embeddings,
         )
         reports = choose_reports(args.report_to)
         if args.print_config:
@@ -313,6 +132,7 @@ def _train_together(args: argparse.Namespace, device: torch.device, processes: P
             show_progress=not args.quiet,
             graphs=args.graphs,
             reports=reports,
+            configuration=dump_preset(preset) if _is_changed(args) else None,
             **options,
         )
         if outcome != "finished":
@@ -344,6 +164,12 @@ def _rehearse(args: argparse.Namespace, stages: tuple[str, ...], preset: Preset,
         print(f"falls fastest at {found.suggested:.2g}; the recipe has "
               f"{preset.recipe(stages[0]).optimisation.learning_rate:.2g}")
     return 0
+
+
+def _is_changed(args: argparse.Namespace) -> bool:
+    """Whether the preset is none of PRESETS, so that the run has to keep it."""
+    kept = args.resume and (args.out / CONFIGURATION).exists()
+    return bool(args.set) or kept or (args.preset is not None and is_file(args.preset))
 
 
 def choose_run_device(args: argparse.Namespace) -> torch.device:
@@ -378,10 +204,9 @@ def _preset(args: argparse.Namespace, stages: tuple[str, ...]) -> Preset:
     from dalle2_fast.training.run_folder.record import RunRecord, with_recorded
 
     record = RunRecord.read(args.out, resume=args.resume)
-    written = args.out / CONFIG
     name = args.preset or (record.run["preset"] if record is not None else None)
-    if args.preset is None and args.resume and written.exists():
-        name = str(written)
+    if args.preset is None and args.resume and (args.out / CONFIGURATION).exists():
+        name = str(args.out / CONFIGURATION)
     if name is None:
         raise ValueError(f"--preset: expected one of {', '.join(PRESETS)}, got none")
     prior = args.prior or (saved_prior_kind(args.out) if args.resume else None) or PRIORS[0]

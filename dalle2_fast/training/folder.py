@@ -14,6 +14,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import zipfile
 import zlib
@@ -75,6 +76,15 @@ def delete_leftovers(folder: Path) -> None:
         raise TrainingError(f"--out: cannot write to {folder}: {reason(error)}") from error
 
 
+CHECKPOINT = re.compile(r"step-(\d{9})(?:\.(\d+))?")
+
+
+def checkpoint_number(path: Path) -> tuple[int, int]:
+    """The step of a state of many processes, and its number among the states of this step."""
+    step, number = CHECKPOINT.fullmatch(path.name).groups()
+    return int(step), int(number or 0)
+
+
 class StageFolder:
     """Reads and writes the files of one stage.
 
@@ -114,7 +124,8 @@ class StageFolder:
 
     def checkpoints(self) -> list[Path]:
         """The states of many processes that are complete, newest first."""
-        return sorted(self.checkpoints_path.glob("step-" + "[0-9]" * 9), reverse=True)
+        names = [path for path in self.checkpoints_path.glob("step-*") if CHECKPOINT.fullmatch(path.name)]
+        return sorted(names, key=checkpoint_number, reverse=True)
 
     def newest_path(self) -> Path:
         """The newest state of many processes, or the file of one."""
@@ -184,8 +195,10 @@ class StageFolder:
         lines = self.log_path.read_text(encoding="utf-8").splitlines()
         return json.loads(lines[-1])["step"] if lines else None
 
-    def save_images(self, name: str, images: Tensor, columns: int) -> None:
-        """Write images, float [N, 3, H, W] in [0, 1], as a grid with `columns` to samples/`name`."""
+    def save_images(self, name: str, images: Tensor, columns: int) -> Path:
+        """Write images, float [N, 3, H, W] in [0, 1], as a grid to samples/`name`; return its path."""
         png = io.BytesIO()
         image_grid(to_pil(images), columns=columns).save(png, format="PNG")
-        write_file(self.path / "samples" / name, png.getbuffer())
+        path = self.path / "samples" / name
+        write_file(path, png.getbuffer())
+        return path

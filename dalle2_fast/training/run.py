@@ -21,6 +21,7 @@ from dalle2_fast.training.errors import TrainingError
 from dalle2_fast.training.folder import StageFolder, delete_leftovers, reason, write_file
 from dalle2_fast.training.parallel.execution import PLAIN, Execution
 from dalle2_fast.training.parallel.processes import ALONE, Processes, mark_as_begun, silent_unless
+from dalle2_fast.training.planning.config_file import FILE as CONFIGURATION
 from dalle2_fast.training.planning.utilisation import watch_utilisation
 from dalle2_fast.training.recipes import EXTRA_STAGES, STAGES, Preset
 from dalle2_fast.training.run_folder.agreement import agree_on_data, agree_on_run, is_to_be_extended, refuse
@@ -100,6 +101,8 @@ def train_stage(name: str, preset: Preset, out: Path, **options) -> str:
               without.
             - processes: of the training, see `Processes`; every one of them calls this with the same
               arguments but its device.
+            - configuration: the preset in YAML, written into the run as preset.yaml: of one that is not
+              among PRESETS, which a resumed run reads there. None for none.
             - reports: where the lines of the log also go, see `choose_reports`.
             - execution: how a step is divided, see `Execution`.
 
@@ -133,6 +136,7 @@ def _train(
     graphs: bool = False,
     processes: Processes = ALONE,
     execution: Execution = PLAIN,
+    configuration: str | None = None,
     reports: Sequence[str] = (),
 ) -> str:
     """`train_stage` in a locked folder. planned: stages of this command, which are recorded with this one."""
@@ -207,6 +211,8 @@ def _train(
             later = [each for each in planned if each != name and not StageFolder(out / each).has_begun()]
             stages = {each: settings_of(each, freeze=(), init=None) for each in later} | {name: settings}
             RunRecord(shared, (record.stages if record else {}) | stages).write(out)
+            if configuration is not None:
+                write_file(out / CONFIGURATION, configuration.encode())
             if shards is not None:
                 write_file(out / TOKENIZER, json.dumps(reads.to_config()).encode())
     options = preset.recipe(name).optimisation

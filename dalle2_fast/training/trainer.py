@@ -12,6 +12,7 @@ from __future__ import annotations
 import signal
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -29,9 +30,10 @@ from dalle2_fast.training.parallel.loss_scale import LossScale
 from dalle2_fast.training.parallel.processes import ALONE, Processes
 from dalle2_fast.training.parallel.strategies import make_strategy
 from dalle2_fast.training.recipes import Optimisation
+from dalle2_fast.training.run_folder.reports import Report
 from dalle2_fast.training.stages.protocol import Stage
 from dalle2_fast.training.state import TrainingState
-from dalle2_fast.training.window import Window
+from dalle2_fast.training.window import Window, used_memory
 
 SMALLEST_SCALE = 2.0**-10  # of a float16 loss: below it the gradient does not overflow, it is not finite
 
@@ -85,6 +87,9 @@ class Trainer:
             stage, self.strategy, processes, execution,
             device=self.device, dtype=dtype, loss_scale=loss_scale,
         )  # fmt: skip
+        self.reports: list[Report] = []  # where the lines of the log also go
+        self.flops_per_image: float | None = None  # for the model FLOPs utilisation in the log
+        self.peak_flops = 0.0  # of all processes together
         self._graphed = None
         if graphs is not None:
             self._graphed = GraphedStep(self._whole_step, graphs, self.gradient.generator)
@@ -154,7 +159,7 @@ class Trainer:
 
             # Batch, loss, gradient, clipping; then the weights and their average.
             rate = options.rate(state.step, progress)
-            self._step(rate)
+            self.step(rate)
 
             # The log: numbers often, metrics and images now and then.
             doubled = state.step >= options.first_validation and state.step & (state.step - 1) == 0
@@ -175,8 +180,8 @@ class Trainer:
                 self.save(wait=False)
                 saved = now
 
-    def _step(self, rate: float) -> None:
-        """One step: loss, gradient, clipping, weights and their average."""
+    def step(self, rate: float) -> None:
+        """One step with this learning rate: loss, gradient, clipping, weights and their average."""
         state = self.state
         if self._graphed is not None:
             batch = self._batch()
@@ -233,14 +238,19 @@ class Trainer:
     def _log(self, bar: tqdm, validate: bool) -> None:
         """One line of log.jsonl: means over the window; with `validate` metrics and images, too."""
         batch_size, step, window = self.options.batch_size, self.state.step, self.state.window
-        metrics = self._validate() if validate else {}
+        metrics, picture = self._validate() if validate else ({}, None)
         if not self.processes.is_first:
             return
         row = {"step": step, "seconds": round(self.state.elapsed, 2), "samples": self.state.samples}
         if window.steps:
-            row |= window.summary(batch_size)
+            row |= window.summary(batch_size) | used_memory(self.device)
+            if self.flops_per_image is not None:
+                row["mfu"] = round(self.flops_per_image * row["images_per_s"] / self.peak_flops, 4)
             bar.set_postfix(loss=f"{row['loss']:.4f}", images=f"{row['images_per_s']:.0f}/s", refresh=False)
-        self.folder.append_log([row | metrics])
+        row |= metrics
+        self.folder.append_log([row])
+        for report in self.reports:
+            report.add(row, picture)
 
     def _average(self) -> dict[str, Tensor]:
         """The whole averaged weights, on the first process; every process takes part."""
@@ -252,16 +262,16 @@ class Trainer:
         return self._average()
 
     @torch.no_grad()
-    def _validate(self) -> dict[str, float]:
-        """Metrics of the averaged weights, on the first process; saves their images."""
-        average = self._average()
+    def _validate(self) -> tuple[dict[str, float], Path | None]:
+        """Metrics of the averaged weights, on the first process, and the file of their images, if any."""
+        average, picture = self._average(), None
         if not self.processes.is_first:
-            return {}
+            return {}, None
         with self.strategy.averaged(self.state.ema, average, self.stage):
             metrics, images, columns = self.stage.validate()
         if images is not None:
-            self.folder.save_images(f"step-{self.state.step:07d}.png", images, columns)
-        return {name: round(value, 5) for name, value in metrics.items()}
+            picture = self.folder.save_images(f"step-{self.state.step:07d}.png", images, columns)
+        return {name: round(value, 5) for name, value in metrics.items()}, picture
 
     def _bar(self) -> tqdm:
         options, common = self.options, dict(desc=self.stage.name, disable=not self.show_progress)

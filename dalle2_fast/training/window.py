@@ -64,3 +64,15 @@ class Window:
             "grad_norm": self.norm.item() / self.steps,
             "lr": self.rate,
         }
+
+
+def used_memory(device: torch.device) -> dict[str, float]:
+    """The column memory_gb of a log line: the most that torch has allocated on a GPU; nothing on a CPU.
+
+    Example:
+        >>> used_memory(torch.device("cpu"))
+        {}
+    """
+    if device.type != "cuda":
+        return {}
+    return {"memory_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 2)}

@@ -20,6 +20,7 @@ from typing import Any
 from dalle2_fast.training.presets import PRESETS, get_preset
 from dalle2_fast.training.recipes import EXTRA_STAGES, STAGES, Optimisation, Preset, Recipe
 
+FILE = "preset.yaml"  # in the folder of a run whose preset is none of PRESETS
 RECIPES = (*STAGES, "ar_prior", *EXTRA_STAGES)
 SUFFIXES = (".yaml", ".yml")
 _OPTIONAL = ("ar_prior", *EXTRA_STAGES)
@@ -42,9 +43,9 @@ def load_preset(name: str) -> Preset:
         >>> load_preset("tiny").decoder.optimisation.batch_size
         4
     """
-    path = Path(name)
-    if path.suffix not in SUFFIXES:
+    if not is_file(name):
         return get_preset(name)
+    path = Path(name)
     try:
         content = _parse(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
@@ -54,6 +55,16 @@ def load_preset(name: str) -> Preset:
     if not isinstance(content, dict):
         raise ValueError(f"--preset: {path}: expected a mapping with base, name and stages, got {content!r}")
     return _preset(content, str(path), default_name=path.stem)
+
+
+def is_file(name: str) -> bool:
+    """Whether the name of a preset is the path of a file.
+
+    Example:
+        >>> is_file("tiny"), is_file("runs/mine.yaml")
+        (False, True)
+    """
+    return Path(name).suffix in SUFFIXES
 
 
 def change(preset: Preset, assignments: Sequence[str]) -> Preset:
