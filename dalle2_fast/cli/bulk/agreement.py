@@ -7,8 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dalle2_fast.checkpoints.atomic import SUFFIX
-
 
 def agree_on_record(path: Path, settings: dict[str, Any], option: str) -> None:
     """Write a record, or compare the settings with the one that is there.
@@ -30,6 +28,8 @@ def agree_on_record(path: Path, settings: dict[str, Any], option: str) -> None:
         >>> agree_on_record(path, {"seed": 1}, "--output")
         >>> agree_on_record(path, {"seed": 1}, "--output")
     """
+    from dalle2_fast.checkpoints.atomic import SUFFIX  # here, because it imports torch
+
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         temporary = path.with_name(f".{path.name}.{os.getpid()}{SUFFIX}")
