@@ -91,7 +91,7 @@ def _pack(args: argparse.Namespace) -> int:
     packed = pack(args.data, args.out, shard_size=size, progress=_bar("packing", "shard", args.quiet))
     kept = len(packed.shards) - packed.written
     print(
-        f"{packed.written} shards with {packed.samples:,} samples written to {args.out}"
+        f"shards written to {args.out}: {packed.written}, with {packed.samples:,} samples"
         f"{f', {kept} were there' if kept else ''}; left out: {len(packed.left_out)}"
     )
     for complaint in packed.left_out[:10]:

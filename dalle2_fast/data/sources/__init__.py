@@ -43,7 +43,8 @@ def open_source(
 
     Raises:
         FileNotFoundError: there is no file at `data`.
-        ValueError: it is none of KINDS, or its files are damaged.
+        ValueError: it is none of KINDS, or its files are damaged; or there are fewer shards that can only be
+            streamed than processes.
         ImportError: a library that reads this kind is not installed.
     """
     kind, files = recognise(data)
@@ -64,6 +65,11 @@ def open_source(
     if any(map(_is_remote, files)):
         import_webdataset()
     if any(map(is_streamed, files)):
+        if len(files) < world_size:
+            raise ValueError(
+                f"data: each of {world_size} processes streams shards of its own: expected at least "
+                f"{world_size}, got {len(files)} (local, uncompressed ones are shared sample by sample)"
+            )
         return StreamedNames(files)
     return TarShards(files, first=rank * len(files) // world_size)
 

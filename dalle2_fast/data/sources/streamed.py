@@ -38,20 +38,12 @@ class StreamedShards:
         split: as of PairStream.
         has_text: whether a caption is not empty.
         rank, world_size: this process among those that share the shards.
-
-    Raises:
-        ValueError: there are fewer shards than processes.
     """
 
     def __init__(
         self, names: list[str], seed: int, size: int, shuffle: bool, split: str | None,
         has_text: Callable[[str], object], rank: int, world_size: int,
     ) -> None:  # fmt: skip
-        if len(names) < world_size:
-            raise ValueError(
-                f"data: each of {world_size} processes streams its own: expected at least {world_size} "
-                f"shards, got {len(names)} (local, uncompressed ones are shared sample by sample)"
-            )
         self._names, self._seed, self._size, self._shuffle = names, seed, size, shuffle
         self._split, self._has_text = split, has_text
         self._rank, self._world_size = rank, world_size

@@ -131,7 +131,7 @@ def test_an_interrupted_pack_goes_on_and_others_are_refused(tmp_path, capsys, mo
     assert sorted(path.name for path in out.iterdir()) == ["00000.tar", "00002.tar", "pack.json"]
     monkeypatch.undo()
     assert run("pack", data, out, "--shard-size", 5) == 0
-    assert "1 shards with 5 samples written" in capsys.readouterr().out
+    assert ": 1, with 5 samples, 2 were there" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
     assert run("pack", data, out, "--shard-size", 6) == 2
     assert "has shards of other data or with another --shard-size" in capsys.readouterr().err
