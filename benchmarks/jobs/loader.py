@@ -63,8 +63,11 @@ def stream(data: Path, workers: int) -> PairStream:
 
 def ours(data: Path, workers: int, begin: int) -> Iterator[int]:
     pairs = stream(data, workers)
-    for step in itertools.count(begin):
-        yield len(pairs.batch(step)["tokens"])
+    try:
+        for step in itertools.count(begin):
+            yield len(pairs.batch(step)["tokens"])
+    finally:
+        pairs.close()
 
 
 def ours_in_threads(data: Path, workers: int, begin: int) -> Iterator[int]:
@@ -140,21 +143,31 @@ LOADERS: dict[str, tuple[Callable, bool]] = {  # and whether it has workers
 
 
 def measure_rate(name: str, data: Path, workers: int, samples: int, begin: int) -> dict:
-    """Seconds to the first batch and, unless it begins in the middle, samples per second after it."""
+    """Seconds to the first batch and, unless it begins in the middle, samples per second after it, and CPU
+    time of all processes for each sample, which other load on the machine changes less."""
     torch.set_num_threads(1)
     loader, has_workers = LOADERS[name]
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), cpu_seconds()
     batches = loader(data, workers if has_workers else 0, begin)
     next(batches)
     first = time.perf_counter() - started
     if begin:
         return {"first_batch_s": first}
-    for _ in range(4):  # those that were prepared meanwhile
-        next(batches)
+    before = BATCH + sum(next(batches) for _ in range(4))  # those that were prepared meanwhile
     started, found = time.perf_counter(), 0
     while found < samples:
         found += next(batches)
-    return {"first_batch_s": first, "samples_per_s": found / (time.perf_counter() - started)}
+    seconds = time.perf_counter() - started
+    batches.close()  # ends the processes, whose time is then known; what they have prepared is not counted
+    cpu = cpu_seconds() - cpu
+    rates = {"samples_per_s": found / seconds, "cpu_ms_per_sample": 1000 * cpu / (before + found)}
+    return {"first_batch_s": first, **rates}
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those that it has started and that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def measure_step(name: str, data: Path, workers: int, steps: int) -> dict:

@@ -94,10 +94,12 @@ def canonical(image: Image) -> Image:
 
     The orientation follows EXIF, and transparency is laid on white. Grey images of more than 8 bits become
     "F", because convert("RGB") cuts their values at 255: "I" and "I;16" hold 0 to 65535, "F" holds 0 to 1.
+    An image that is already so is returned itself.
     """
-    from PIL import Image, ImageOps
+    from PIL import ExifTags, Image, ImageOps
 
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # exif_transpose copies the others, too
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         top = 65535.0 if image.mode.startswith("I") else 1.0
         grey = torch.from_numpy(np.array(image.convert("F"))) / top
@@ -105,7 +107,7 @@ def canonical(image: Image) -> Image:
     if is_transparent(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def is_transparent(image: Image) -> bool:
