@@ -1,6 +1,7 @@
 """The states of many processes, in checkpoints/ of a stage's folder, by torch.distributed.checkpoint.
 
-    step-000000120/         a whole state: every tensor once, divided over the files of the processes
+    step-000000120/         a whole state: every tensor once, divided over the files of the processes;
+                            another one of the same step is step-000000120.1
         state.json          plain values: step, seconds, configuration, sums of the log
         .metadata, *.distcp what torch.distributed.checkpoint writes
     step-000000240.partial  a state that is being written; it is renamed when it is complete
@@ -14,8 +15,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
+import warnings
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from dalle2_fast.checkpoints.atomic import SUFFIX, flush_names
 from dalle2_fast.training.errors import TrainingError
-from dalle2_fast.training.folder import StageFolder, reason, write_file
+from dalle2_fast.training.folder import StageFolder, checkpoint_number, reason, write_file
 from dalle2_fast.training.optimisers import parameter_names
 from dalle2_fast.training.parallel.processes import Processes
 from dalle2_fast.training.parallel.shards import like_shard
@@ -65,7 +66,7 @@ class Checkpoints:
             shutil.rmtree(self.folder.checkpoints_path, ignore_errors=True)  # they are older
             return
         self.finish()
-        path = self.folder.checkpoints_path / f"{step_name(state.step)}{SUFFIX}"
+        path = self.folder.checkpoints_path / f"{self.processes.from_first(self._name(state.step))}{SUFFIX}"
         saved = state.state_dict()
         facts = {name: value for name, value in saved.items() if name not in TENSORS}
         facts["window"] = {name: plain(value) for name, value in facts["window"].items()}
@@ -78,6 +79,12 @@ class Checkpoints:
         self._writing = future, path, facts
         if wait:
             self.finish()
+
+    def _name(self, step: int) -> str:
+        """The name of the next state of a step, which may have been saved before."""
+        saved = map(checkpoint_number, self.folder.checkpoints())
+        same = [number for other, number in saved if other == step]
+        return f"step-{step:09d}" + (f".{max(same) + 1}" if same else "")
 
     def poll(self) -> None:
         """Complete a state that has been written. TrainingError if it could not be written."""
@@ -93,7 +100,7 @@ class Checkpoints:
             future.result()
             if self.processes.is_first:  # its future is done after the files of all processes are
                 write_file(path / FACTS, json.dumps(facts).encode())
-                os.replace(path, path.with_suffix(""))
+                os.replace(path, complete(path))
                 flush_names(path.parent)
                 self._delete_older()
 
@@ -127,7 +134,7 @@ class Checkpoints:
         found = self.folder.checkpoints()
         if found and self.folder.state_path.exists():
             # One of the two was not deleted yet when a kill came.
-            if self.folder.load_state()[0].get("step", -1) >= step_of(found[0]):
+            if self.folder.load_state()[0].get("step", -1) >= checkpoint_number(found[0])[0]:
                 return None
         return found[0] if found else None
 
@@ -140,10 +147,14 @@ class Checkpoints:
             places, live = reader.read_metadata().state_dict_metadata, places_of(state)
             tensors = {name: place_for(name, entry, live) for name, entry in places.items()}
             alone = self.processes.world_size == 1
-            dcp.load(tensors, storage_reader=reader, process_group=self.processes.control, no_dist=alone)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.load(
+                    tensors, storage_reader=reader, process_group=self.processes.control, no_dist=alone
+                )
         except TrainingError:
             raise
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # torch's is a BaseException
             text = reasons(error) or " ".join(str(error).split()) or type(error).__name__
             raise TrainingError(f"{path}: damaged training state ({text[:300]}){advice}") from error
         window = facts["window"]
@@ -176,7 +187,7 @@ class _WriteErrors:
             return
         if self.processes.is_first:
             shutil.rmtree(self.path, ignore_errors=True)
-        raise TrainingError(f"cannot write {self.path.with_suffix('')}: {text or error}") from error
+        raise TrainingError(f"cannot write {complete(self.path)}: {text or error}") from error
 
 
 def reasons(error: BaseException) -> str | None:
@@ -195,12 +206,9 @@ def reasons(error: BaseException) -> str | None:
     return " ".join(text.split())[:300] if "write" in text or "No space" in text else None
 
 
-def step_name(step: int) -> str:
-    return f"step-{step:09d}"
-
-
-def step_of(path: Path) -> int:
-    return int(re.sub(r"\D", "", path.name))
+def complete(path: Path) -> Path:
+    """The folder of a state that is complete, from that of one that is being written."""
+    return path.with_name(path.name.removesuffix(SUFFIX))
 
 
 def plain(value):

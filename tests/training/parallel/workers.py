@@ -23,7 +23,7 @@ from dalle2_fast.training.parallel.processes import joined
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
-    ["torch.distributed", "torch.distributed.fsdp", "torch.distributed.checkpoint",
+    ["torch._dynamo", "torch.distributed", "torch.distributed.fsdp", "torch.distributed.checkpoint",
      "dalle2_fast.training.run",
      "dalle2_fast.cli.train", "dalle2_fast.losses", "tests.support.losses.distributed_cases"]
 )  # fmt: skip

@@ -1,0 +1,129 @@
+"""States of many processes: resumed bit for bit, at another number of processes, and with other shards."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dalle2_fast.training.errors import TrainingError
+from dalle2_fast.training.folder import StageFolder
+from dalle2_fast.training.parallel.execution import Execution
+from dalle2_fast.training.parallel.processes import ALONE
+from dalle2_fast.training.presets import PRESETS
+from dalle2_fast.training.recipes import adjust
+from dalle2_fast.training.run import train_stage
+from dalle2_fast.training.trainer import Trainer
+from tests.training.parallel.workers import Launch, run
+
+
+def train(out: str, parallel: str, broken: int | None, processes) -> str:
+    """CLIP with Muon, six steps, a state every second one. broken: the last process raises at this step."""
+    preset = adjust(PRESETS["tiny"], ("clip",), batch_size=8, steps=6, save_steps=2)
+    optimisation = replace(preset.clip.optimisation, log_steps=1, optimizer="muon")
+    preset = replace(preset, clip=replace(preset.clip, optimisation=optimisation))
+    whole = Trainer._backward
+
+    def breaking(trainer):
+        if trainer.state.step == broken and processes.rank == processes.world_size - 1:
+            raise ValueError("a sample is broken")
+        return whole(trainer)
+
+    Trainer._backward = breaking
+    options = dict(dtype=torch.float32, show_progress=False, processes=processes)
+    try:
+        return train_stage(
+            "clip", preset, Path(out), resume=True, execution=Execution(parallel=parallel), **options
+        )
+    finally:
+        Trainer._backward = whole
+
+
+def weights(out: Path) -> dict:
+    return load_file(out / "clip" / "model.safetensors")
+
+
+def assert_same(out: Path, expected: dict, *, exactly: bool) -> None:
+    tensors = weights(out)
+    assert tensors.keys() == expected.keys()
+    for name, value in expected.items():
+        tolerance = dict(rtol=0, atol=0) if exactly else dict(rtol=1e-3, atol=3e-4)
+        torch.testing.assert_close(tensors[name], value, **tolerance, msg=name)
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """Runs of two processes: a whole one, and those of ddp and of fsdp that end in the fifth step."""
+    folder = tmp_path_factory.mktemp("states")
+    outcomes = {}
+    for parallel in ("ddp", "fsdp"):
+        run(train, 2, folder / "results", str(folder / f"whole-{parallel}"), parallel, None)
+        broken = Launch(train, 2, folder / "results", str(folder / parallel), parallel, 4)
+        outcomes[parallel] = broken.wait()
+    return folder, outcomes
+
+
+def copy_of(source: Path, out: Path) -> Path:
+    shutil.copytree(source, out)
+    return out
+
+
+def test_an_error_on_one_process_ends_all_with_its_message(broken):
+    """Catches: processes that wait for one that has failed, and an error that only its own process shows."""
+    _, outcomes = broken
+    for first, second in outcomes.values():
+        assert first.code == second.code == 1
+        assert first.stderr.strip().splitlines()[-1].endswith("TrainingError: process 1: a sample is broken")
+        assert second.stderr.strip().splitlines()[-1] == "ValueError: a sample is broken"
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_the_same_processes_go_on_bit_for_bit(broken, tmp_path, parallel):
+    """Catches: a part of the state that is not saved, buckets of gradients that change after the first step,
+    a state that the training changes while it is written."""
+    folder, _ = broken
+    out = copy_of(folder / parallel, tmp_path / "out")
+    assert StageFolder(out / "clip").checkpoints()[0].name in ("step-000000002", "step-000000004")
+    assert run(train, 2, tmp_path / "results", str(out), parallel, None) == ["finished"] * 2
+    assert_same(out, weights(folder / f"whole-{parallel}"), exactly=True)
+    assert len(StageFolder(out / "clip").checkpoints()) == 2  # --keep
+    assert not list(out.rglob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    "saved, parallel, count", [("ddp", "fsdp", 4), ("fsdp", "ddp", 1), ("fsdp", "fsdp", 4)]
+)
+def test_another_number_of_processes_goes_on(broken, tmp_path, saved, parallel, count):
+    """Catches: a state that only the processes that saved it can read, or moments of another parameter."""
+    folder, _ = broken
+    out = copy_of(folder / saved, tmp_path / "out")
+    assert run(train, count, tmp_path / "results", str(out), parallel, None) == ["finished"] * count
+    assert_same(out, weights(folder / "whole-ddp"), exactly=False)
+    # The states of the other form are older, and gone.
+    stage = StageFolder(out / "clip")
+    assert stage.state_path.exists() == (count == 1) and bool(stage.checkpoints()) == (count > 1)
+
+
+def test_many_processes_go_on_from_the_state_of_one(broken, tmp_path):
+    """Catches: moments of the optimiser that are numbered in another order under fsdp."""
+    folder, _ = broken
+    with pytest.raises(ValueError, match="a sample is broken"):
+        train(str(tmp_path / "out"), "ddp", 4, ALONE)
+    assert (tmp_path / "out" / "clip" / "state.pt").exists()
+    assert run(train, 2, tmp_path / "results", str(tmp_path / "out"), "fsdp", None) == ["finished"] * 2
+    assert_same(tmp_path / "out", weights(folder / "whole-ddp"), exactly=False)
+
+
+def test_a_damaged_state_is_named(broken, tmp_path):
+    """Catches: a traceback of torch for half of a file, or another seed's state that is taken."""
+    folder, _ = broken
+    out = copy_of(folder / "ddp", tmp_path / "out")
+    newest = StageFolder(out / "clip").checkpoints()[0]
+    largest = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+    with pytest.raises(TrainingError, match=f"{newest}: damaged training state .*; delete"):
+        train(str(out), "ddp", None, ALONE)
