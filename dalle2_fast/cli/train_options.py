@@ -46,7 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="let options that differ from the run's settings take their place; with a greater length, also "
         "train finished stages further",
     )
-    add("--init", type=Path, metavar="FILE", help="start from these STAGE/model.safetensors weights")
+    add(
+        "--init",
+        type=Path,
+        metavar="PATH",
+        help="start from a STAGE/model.safetensors file, or from a pipeline's folder, whose CLIP the run then "
+        "takes",
+    )
     add(
         "--freeze",
         nargs="+",

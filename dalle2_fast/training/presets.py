@@ -208,7 +208,60 @@ TINY = Preset(
         optimisation=_BRIEF),
 )
 
-PRESETS: dict[str, Preset] = {preset.name: preset for preset in (SCENES_CPU, SCENES_GPU, TINY)}
+# ---------------------------- photos-64 and karlo: for images of the user (--data), at real sizes. Not trained.
+# Optimisation of both is unCLIP's (2204.06125, appendix C, table 3), with batches of photos-64 for eight GPUs
+# and not for hundreds: as many samples in all would take years. docs/distributed.md says what they need.
+def _adam(batch_size: int, steps: int, rate: float, beta: float, decay: float) -> Optimisation:
+    return Optimisation(
+        batch_size=batch_size, steps=steps, learning_rate=rate, betas=(0.9, beta), weight_decay=decay,
+        warmup_steps=1000, ema_decay=0.9999, log_steps=100, save_minutes=20.0, validation_minutes=60.0,
+    )  # fmt: skip
+
+
+PHOTOS_64 = Preset(
+    name="photos-64",
+    world={},
+    scenes=False,
+    clip=Recipe(
+        model=dict(dim_text=512, text_enc_depth=12, text_heads=8, dim_image=512, visual_enc_depth=12,
+                   visual_heads=8, visual_kind="conv_vit", visual_image_size=64, visual_patch_size=4,
+                   dim_latent=512),
+        optimisation=_adam(4096, 100_000, 5e-4, 0.98, 0.2)),
+    prior=Recipe(
+        model=dict(net=dict(dim=768, depth=12, heads=12, dim_head=64)),
+        data=dict(statistics_batches=16),
+        optimisation=_adam(1024, 200_000, 1.1e-4, 0.96, 0.06)),
+    decoder=Recipe(
+        model=dict(image_size=64, text_encoder="clip",
+                   unet=dict(in_channels=3, out_channels=3, channels=(192, 384, 576, 768),
+                             layers_per_block=2, attention_levels=(1, 2, 3), head_dim=64, cross_dim=512,
+                             embed_dim=768),
+                   prediction="v_prediction", variance="fixed_small", stratified=True),
+        optimisation=_adam(512, 300_000, 1.2e-4, 0.999, 0.0)),
+    upsampler=Recipe(
+        model=dict(image_size=256, low_res_size=64, degradation="blur",
+                   unet=dict(in_channels=6, out_channels=3, channels=(128, 256, 384, 512),
+                             layers_per_block=2, attention_levels=(), cross_dim=None),
+                   prediction="v_prediction", variance="fixed_small", stratified=True),
+        data=dict(crop=64),
+        optimisation=_adam(256, 300_000, 1.2e-4, 0.999, 0.0)),
+)
+# The defaults of the classes are Karlo's sizes: 0.43, 1.02, 0.89 and 0.69 billion parameters.
+KARLO = Preset(
+    name="karlo",
+    world={},
+    scenes=False,
+    clip=Recipe(model={}, optimisation=_adam(32768, 400_000, 5e-4, 0.98, 0.2)),
+    prior=Recipe(model=dict(net={}), data=dict(statistics_batches=16),
+                 optimisation=_adam(4096, 600_000, 1.1e-4, 0.96, 0.06)),
+    decoder=Recipe(model=dict(text_encoder=None), optimisation=_adam(2048, 800_000, 1.2e-4, 0.999, 0.0)),
+    upsampler=Recipe(model={}, data=dict(crop=64),
+                     optimisation=_adam(1024, 1_000_000, 1.2e-4, 0.999, 0.0)),
+)
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset for preset in (SCENES_CPU, SCENES_GPU, TINY, PHOTOS_64, KARLO)
+}
 
 
 def get_preset(name: str) -> Preset:

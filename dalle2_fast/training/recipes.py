@@ -123,6 +123,7 @@ class Preset:
         prior_kind: what `prior` is a recipe of, one of PRIORS.
         ar_prior: recipe of an autoregressive prior, see `choose_prior`, or None.
         upsampler2: recipe of a second upsampler, or None.
+        scenes: whether rendered scenes are enough for it; False needs images of the user.
     """
 
     name: str
@@ -135,6 +136,7 @@ class Preset:
     prior_kind: str = "diffusion"
     ar_prior: Recipe | None = None
     upsampler2: Recipe | None = None
+    scenes: bool = True
 
     def recipe(self, stage: str) -> Recipe:
         """The recipe of `stage` (or "ar_prior"). ValueError if this preset has none."""

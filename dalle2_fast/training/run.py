@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from dalle2_fast.cuda_graphs import CudaGraphs
 from dalle2_fast.data import World
@@ -25,6 +24,7 @@ from dalle2_fast.training.planning.config_file import FILE as CONFIGURATION
 from dalle2_fast.training.planning.utilisation import watch_utilisation
 from dalle2_fast.training.recipes import EXTRA_STAGES, STAGES, Preset
 from dalle2_fast.training.run_folder.agreement import agree_on_data, agree_on_run, is_to_be_extended, refuse
+from dalle2_fast.training.run_folder.initial import freeze_weights, load_initial, take_clip
 from dalle2_fast.training.run_folder.lock import run_lock
 from dalle2_fast.training.run_folder.record import FILE as RECORD
 from dalle2_fast.training.run_folder.record import RunRecord, differences, stage_settings
@@ -33,7 +33,7 @@ from dalle2_fast.training.run_folder.tokenizer import FILE as TOKENIZER
 from dalle2_fast.training.run_folder.tokenizer import run_tokenizer
 from dalle2_fast.training.stages.registry import load_stage, make_stage
 from dalle2_fast.training.trainer import Trainer
-from dalle2_fast.training.weights import load_weights, save_weights
+from dalle2_fast.training.weights import save_weights
 
 
 def train_stages(
@@ -142,6 +142,9 @@ def _train(
     """`train_stage` in a locked folder. planned: stages of this command, which are recorded with this one."""
     device, folder = torch.device(device), StageFolder(out / name)
     check_execution(graphs, device, dtype, processes, execution)
+    with processes.together():
+        if processes.is_first:
+            take_clip(init, name, out, on_shards=shards is not None)
     with processes.together():  # nothing in this block waits for another process, or writes
         if folder.has_state() and not resume:
             raise TrainingError(
@@ -202,7 +205,7 @@ def _train(
             tokenizer=reads, processes=processes, execution=execution,
         )  # fmt: skip
         if init is not None and not begun:
-            load_initial(stage.model, init)
+            load_initial(stage.model, init, name)
     stage.fit()
     with processes.together():
         freeze_weights(stage.model, freeze)
@@ -282,44 +285,6 @@ def saved_prior_kind(out: Path) -> str | None:
         return None
     kind = folder.load_state()[0].get("config", {}).get("class")
     return "autoregressive" if kind == "ARPrior" else "diffusion"
-
-
-def load_initial(model: nn.Module, path: Path) -> None:
-    """Copy the weights of an earlier run of the same stage into `model`.
-
-    A fine level that the earlier U-Net did not have keeps its initial weights, and a line says so.
-
-    Raises:
-        TrainingError: no such file, or weights that do not fit.
-    """
-    if not path.exists():
-        raise TrainingError(f"--init: {path} not found")
-    weights = load_weights(path)[1]
-    fine = {name: value for name, value in model.state_dict().items() if name.startswith("unet.fine.")}
-    if fine and not fine.keys() & weights.keys():
-        print(f"--init: {path} has no unet.fine, which starts from initial weights")
-        weights |= fine
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:  # torch names the keys that are missing, left over or of another shape
-        raise TrainingError(f"--init: {path} does not fit this stage and preset: {error}") from error
-
-
-def freeze_weights(model: nn.Module, prefixes: Sequence[str]) -> None:
-    """Exclude from training every parameter whose name begins with one of `prefixes`.
-
-    Raises:
-        ValueError: a prefix with which no parameter begins, or nothing is left to train.
-    """
-    for prefix in prefixes:
-        chosen = [parameter for name, parameter in model.named_parameters() if name.startswith(prefix)]
-        if not chosen:
-            known = sorted({name.split(".")[0] for name, _ in model.named_parameters()})
-            raise ValueError(f"--freeze: no weight begins with {prefix!r}; they are {', '.join(known)}")
-        for parameter in chosen:
-            parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"--freeze: {', '.join(prefixes)} leaves no weight to train")
 
 
 def export_pipeline(preset: Preset, out: Path, *, dtype: torch.dtype = torch.bfloat16) -> Path:

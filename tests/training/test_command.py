@@ -13,7 +13,7 @@ from dalle2_fast.data import World
 from dalle2_fast.models import DALLE2, ARPrior, Decoder
 from dalle2_fast.training.errors import TrainingError
 from dalle2_fast.training.recipes import STAGES
-from dalle2_fast.training.run import load_initial
+from dalle2_fast.training.run_folder.initial import load_initial
 from dalle2_fast.training.weights import load_weights, save_weights
 from tests.support.tiny_pipeline import load_on_cpu
 
@@ -62,7 +62,7 @@ def test_decoder_and_prior_need_clip(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "huge"], "--preset: expected one of scenes-cpu, scenes-gpu, tiny, got 'huge'"),
+        (["--preset", "huge"], "--preset: expected one of scenes-cpu, scenes-gpu, tiny"),
         (
             ["--preset", "tiny", "--device", "cuda:99"],
             "--device: expected a device of this machine, got cuda:99",
@@ -129,6 +129,32 @@ def test_init_gives_a_trained_decoder_a_fine_level(trained, tmp_path, capsys):
     save_weights(tmp_path / "part.safetensors", config, weights)
     with pytest.raises(TrainingError, match="unet.conv_in.bias"):
         load_initial(grown, tmp_path / "part.safetensors")
+
+
+def test_init_from_a_pipeline(trained, tmp_path, capsys):
+    """Catches: a stage that ignores the pipeline, a CLIP of another one, a network that does not fit."""
+    args = ["train", "decoder", "--preset", "tiny", "--out", str(tmp_path), "--quiet", "--device", "cpu"]
+    args += ["--init", str(trained), "--lr", "1e-30", "--set", "decoder.optimisation.weight_decay=0"]
+    assert main(args) == 0
+    assert f"clip: that of {trained}" in capsys.readouterr().out
+    for name, where in (("clip", trained / "clip"), ("decoder", trained / "decoder")):
+        before = load_weights(where / "model.safetensors")[1]
+        after = load_weights(tmp_path / name / "model.safetensors")[1]
+        for key, value in before.items():  # the pipeline has bfloat16
+            torch.testing.assert_close(after[key], value, rtol=2**-8, atol=1e-6)
+    other = ["--init", str(trained), "--out", str(tmp_path / "other")]
+    other += ["--set", "decoder.model.num_image_tokens=3"]
+    assert main([*args[:4], "--quiet", *other]) == 2
+    assert "does not fit this stage and preset: its decoder: num_image_tokens" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main([*args[:4], "--init", str(tmp_path / "empty"), "--out", str(tmp_path / "third")]) == 2
+    assert "expected a file of weights or a pipeline" in capsys.readouterr().err
+
+
+def test_presets_for_own_data_ask_for_it(tmp_path, capsys):
+    """Catches: a network of a billion weights on rendered circles."""
+    assert main(["train", "clip", "--preset", "photos-64", "--out", str(tmp_path / "run")]) == 2
+    assert "--data: expected images with captions for the preset photos-64" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from dalle2_fast.training.recipes import STAGES, adjust, choose_prior
 def test_presets():
     """Catches: an unknown name that is not answered with the known ones, and wishes that are dropped."""
     with pytest.raises(
-        ValueError, match="--preset: expected one of scenes-cpu, scenes-gpu, tiny, got 'scenes'"
+        ValueError,
+        match="--preset: expected one of scenes-cpu, scenes-gpu, tiny, photos-64, karlo, got 'scenes'",
     ):
         get_preset("scenes")
     preset = PRESETS["scenes-cpu"]
@@ -53,6 +54,25 @@ def test_preset_models_build_and_fit_the_size(name):
         decoder = Decoder(**decoder, image_embed_dim=clip.dim_latent)
         models = [clip, DiffusionPrior(**prior), decoder, Upsampler(**preset.upsampler.model)]
     assert 2 * sum(p.numel() for model in models for p in model.parameters()) < 40e6
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("photos-64", (103, 88, 304, 91)), ("karlo", (428, 1022, 893, 692))]
+)
+def test_presets_for_own_data_build(name, sizes):
+    """Catches: arguments that no model takes, sizes that are not those that the documents state."""
+    preset, words = PRESETS[name], dict(num_text_tokens=49408, text_seq_len=77)
+    assert not preset.scenes
+    with torch.device("meta"):
+        clip = CLIP(**preset.clip.model, **words)
+        widths = dict(embed_dim=clip.dim_latent, text_dim=clip.config["dim_text"], context_length=77)
+        prior = preset.prior.model | dict(net=preset.prior.model["net"] | widths)
+        options = dict(preset.decoder.model)
+        tower = clip.text_tower() if options.pop("text_encoder") == "clip" else None
+        decoder = Decoder(**options, text_encoder=tower, image_embed_dim=clip.dim_latent)
+        models = [clip, DiffusionPrior(**prior), decoder, Upsampler(**preset.upsampler.model)]
+    millions = [round(sum(each.numel() for each in model.parameters()) / 1e6) for model in models]
+    assert tuple(millions) == sizes
 
 
 @pytest.mark.parametrize("name", ["scenes-cpu", "scenes-gpu"])

@@ -104,6 +104,19 @@ def test_a_decoder_can_start_from_clips_text_tower(trained):
         assert parameter.grad is not None and parameter.data_ptr() != clip.state_dict()[name].data_ptr()
 
 
+def test_a_decoder_without_a_text_tower_reads_clips_encodings(trained):
+    """Catches: Karlo's kind of decoder, which no recipe could describe."""
+    preset = PRESETS["tiny"]
+    recipe = dataclasses.replace(preset.decoder, model=preset.decoder.model | dict(text_encoder=None))
+    preset = dataclasses.replace(preset, decoder=recipe)
+    stage = make_stage("decoder", preset, out=trained, seed=0, device=torch.device("cpu"))
+    loss = stage.loss(stage.batch(0), torch.Generator().manual_seed(0))
+    loss.backward()
+    assert stage.model.text_encoder is None and loss.isfinite()
+    assert all(parameter.grad is None for parameter in stage.clip.parameters())
+    assert stage.measure().images.shape[0] == 2 * stage.held_out_size
+
+
 def test_own_data(tmp_path, capsys):
     """Catches: text towers of the wrong size, a tokenizer that is not kept, stages on different captions."""
     pytest.importorskip("webdataset")

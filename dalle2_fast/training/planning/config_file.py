@@ -141,10 +141,11 @@ def _merge(preset: Preset, changes: Mapping[str, Any], where: str) -> Preset:
             changed[name] = _merge_recipe(getattr(preset, name), value, f"{where}: {name}")
         elif name in ("world", "sampling"):
             changed[name] = _merge_dict(getattr(preset, name), value, f"{where}: {name}")
-        elif isinstance(value, str):
-            changed[name] = value
         else:
-            raise ValueError(f"{where}: {name}: expected a string, got {value!r}")
+            kind = bool if name == "scenes" else str
+            if not isinstance(value, kind):
+                raise ValueError(f"{where}: {name}: expected a {kind.__name__}, got {value!r}")
+            changed[name] = value
     return dataclasses.replace(preset, **changed)
 
 

@@ -19,7 +19,7 @@ from dalle2_fast.training.folder import StageFolder
 from dalle2_fast.training.parallel.execution import PLAIN, Execution
 from dalle2_fast.training.parallel.processes import ALONE, Processes
 from dalle2_fast.training.recipes import Preset
-from dalle2_fast.training.run import freeze_weights
+from dalle2_fast.training.run_folder.initial import freeze_weights
 from dalle2_fast.training.stages.base import SceneStage
 from dalle2_fast.training.stages.registry import make_stage
 from dalle2_fast.training.trainer import Trainer

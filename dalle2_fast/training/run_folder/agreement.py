@@ -74,6 +74,8 @@ def agree_on_run(
             val_shards = record.run["val_data"]["shards"]
     if val_shards is not None and shards is None:
         raise ValueError("--val-data: is for a run on shards, expected --data")
+    if shards is None and not preset.scenes:
+        raise ValueError(f"--data: expected images with captions for the preset {preset.name}, got none")
     return shards, val_shards
 
 

@@ -142,7 +142,9 @@ class ClipGuidedStage(SceneStage):
     def image_embed(self, batch: dict) -> Tensor:  # [B, D]
         if "image_embed" in batch:
             return batch["image_embed"]
-        return self.clip.encode_image(batch["images"][self.clip.image_size])
+        return self.clip.encode_image(
+            batch["images"][self.clip.image_size], normalize=self.model.unit_norm
+        )
 
 
 def open_embeddings(source: Source, clip: CLIP, out: Path) -> EmbeddingFolder | None:

@@ -20,10 +20,11 @@ from dalle2_fast.training.stages.source import Source
 class DecoderStage(ClipGuidedStage):
     """The decoder on images, captions and image embeddings.
 
-    In the recipe, model["text_encoder"] is the configuration of a text tower that is trained from scratch, or
-    "clip" for one that starts as CLIP's. data["foreground_weight"] is the weight of the error on objects,
-    which have few of the pixels, but all of the shapes. Where objects are is known of rendered scenes only;
-    with the user's images the weight is 1, and a line says so.
+    In the recipe, model["text_encoder"] is the configuration of a text tower that is trained from scratch,
+    "clip" for one that starts as CLIP's, or None for the encodings of the frozen CLIP, as Karlo has them.
+    data["foreground_weight"] is the weight of the error on objects, which have few of the pixels, but all of
+    the shapes. Where objects are is known of rendered scenes only; with the user's images the weight is 1,
+    and a line says so.
     """
 
     name = "decoder"
@@ -47,10 +48,13 @@ class DecoderStage(ClipGuidedStage):
         tower = options.pop("text_encoder")
         if tower == "clip":
             tower = self.clip.text_tower()
-        else:
+        elif tower is not None:
             words = dict(num_tokens=self.tokenizer.vocab_size, context_length=self.tokenizer.context_length)
             tower = tower | words
-        return Decoder(**options, text_encoder=tower, image_embed_dim=self.clip.dim_latent)
+        clip = self.clip
+        if tower is None:
+            options |= dict(text_embed_dim=clip.dim_latent, text_encoding_dim=clip.config["dim_text"])
+        return Decoder(**options, text_encoder=tower, image_embed_dim=clip.dim_latent)
 
     @property
     def resolutions(self) -> tuple[int, ...]:
@@ -70,19 +74,28 @@ class DecoderStage(ClipGuidedStage):
     def loss(self, batch: dict, generator: torch.Generator) -> Tensor:
         return self.model(
             batch["images"][self.size],
-            text=batch["tokens"],
+            **self.captions(batch),
             image_embed=self.image_embed(batch),
             generator=generator,
             pixel_weight=batch.get("pixel_weight"),
             check_range=self.device.type == "cpu",
         )
 
+    @torch.no_grad()
+    def captions(self, batch: dict) -> dict[str, Tensor]:
+        """The captions of a batch, as arguments of the decoder."""
+        if self.model.text_encoder is not None:
+            return {"text": batch["tokens"]}
+        names = ("text_embed", "text_encodings", "text_mask")
+        encoded = self.clip.encode_text(batch["tokens"], normalize=self.model.unit_norm)
+        return dict(zip(names, encoded, strict=True))
+
     def measure(self) -> Validation:
         """Upper row: held-out scenes. Lower row: sampled from their captions and embeddings."""
         truth = self.held_out["images"][self.size]
         sampled = self.model.sample(
             self.image_embed(self.held_out),
-            text=self.held_out["tokens"],
+            **self.captions(self.held_out),
             seeds=self.fixed_seeds(len(truth)),
             steps=20,
             cond_scale=2.0,

@@ -49,7 +49,8 @@ class PriorStage(ClipGuidedStage):
     def conditioning(self, batch: dict) -> dict[str, Tensor]:
         """CLIP's embeddings of the captions, as arguments of the prior."""
         names = ("text_embed", "text_encodings", "text_mask")
-        return dict(zip(names, self.clip.encode_text(batch["tokens"]), strict=True))
+        encoded = self.clip.encode_text(batch["tokens"], normalize=self.model.unit_norm)
+        return dict(zip(names, encoded, strict=True))
 
     def loss(self, batch: dict, generator: torch.Generator) -> Tensor:
         return self.model(

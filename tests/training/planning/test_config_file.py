@@ -50,7 +50,7 @@ def test_every_option_can_be_set():
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("base: huge", "base: expected one of scenes-cpu, scenes-gpu, tiny, got 'huge'"),
+        ("base: huge", "base: expected one of scenes-cpu, .*, got 'huge'"),
         ("[1, 2]", "expected a mapping with base, name and stages, got"),
         ("base: tiny\ndecodr: {}", "expected some of name, world, .*, got 'decodr'"),
         ("base: tiny\ndecoder: {modle: {}}", "decoder: expected some of model, .*, got 'modle'"),
