@@ -78,7 +78,7 @@ def _train(args: argparse.Namespace) -> int:
         raise ValueError(f"--timeout: expected a number of seconds above 0, got {args.timeout}")
     with joined(device, timeout=args.timeout) as processes, silent_unless(processes.is_first):
         processes.agree(facts_of(vars(args), device))
-        args.resume = args.resume or is_restarted(processes)
+        args.resume = args.resume or is_restarted(processes, args.out)
         return _train_together(args, device, processes)
 
 

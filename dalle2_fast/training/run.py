@@ -236,7 +236,7 @@ def _train(
             )
             for report in trainer.reports:
                 stack.callback(report.close)
-        mark_as_begun(processes)
+        mark_as_begun(processes, out)
         outcome = trainer.train(pause_after)
     if shards is not None:
         stage.stream.close()

@@ -8,11 +8,13 @@ torch.distributed's default, for gradients, and one of gloo on the host, for eve
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from dalle2_fast.training.errors import TrainingError
 
 TIMEOUT = 1800.0  # seconds; also the validation by the first process has to end within this time
 GRACE = 1.0  # seconds in which a process looks for the reason that another one left before it went
+ATTEMPT = ".attempt"  # file in the folder of a run, see `mark_as_begun`
 SPEAKS = "speaks"  # key of the store: the first process is about to show an error
 FAILURE = "failure"  # key of the store: the first error of a process
 
@@ -265,18 +268,19 @@ def joined(device: torch.device, *, timeout: float = TIMEOUT) -> Iterator[Proces
         yield ALONE
         return
     wait = timedelta(seconds=timeout)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store may be that of the last one
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=wait))
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=wait,
+            store=dist.PrefixStore(f"group {attempt}", store), rank=rank, world_size=size, timeout=wait,
         )  # fmt: skip
         groups = [dist.new_group(backend="gloo", timeout=wait) for _ in range(2)]
     except (RuntimeError, ValueError, OSError) as error:
         raise TrainingError(f"torchrun: the processes did not meet: {describe(error)}") from error
-    processes = Processes(rank, size, groups[0], dist.PrefixStore("training", store), groups[1])
+    processes = Processes(rank, size, groups[0], dist.PrefixStore(f"training {attempt}", store), groups[1])
     failed = True
     try:
         yield processes
@@ -288,31 +292,31 @@ def joined(device: torch.device, *, timeout: float = TIMEOUT) -> Iterator[Proces
             dist.destroy_process_group()
 
 
-def is_restarted(processes: Processes) -> bool:
+def is_restarted(processes: Processes, out: Path) -> bool:
     """Whether `torchrun` has started these processes again after an attempt that had begun to train.
 
-    `torchrun --max-restarts` starts all processes again if one ends. The store of its agent outlives them, so
-    the first attempt leaves a mark there. A command that was refused at once leaves none and is not resumed.
+    `torchrun --max-restarts` starts all processes again if one ends, also after a command that was refused.
+    An attempt that trains leaves the name of its torchrun in the folder of the run, see `mark_as_begun`.
     """
     if processes.world_size == 1 or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return False
-    return processes.from_first(_agent_store() is not None and _agent_store().check([BEGUN]))
+    mark = out / ATTEMPT
+    return processes.from_first(processes.is_first and mark.exists() and mark.read_text() == agent_name())
 
 
-def mark_as_begun(processes: Processes) -> None:
-    """Let the processes of a later attempt know that this one began to train, see `is_restarted`."""
-    if processes.world_size > 1 and processes.is_first and (store := _agent_store()) is not None:
-        store.set(BEGUN, "yes")
+def mark_as_begun(processes: Processes, out: Path) -> None:
+    """Let the processes of a later attempt of this `torchrun` know that this one began to train.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    if processes.world_size > 1 and processes.is_first and "TORCHELASTIC_RUN_ID" in os.environ:
+        (out / ATTEMPT).write_text(agent_name())
 
 
-BEGUN = "dalle2_fast/begun"
-
-
-def _agent_store() -> dist.TCPStore | None:
-    """The store of torchrun's agent, without the prefix that is different in each attempt."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+def agent_name() -> str:
+    """The torchrun that started this process; it stays the same when it starts processes again."""
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID')} {socket.gethostname()} {os.getppid()}"
 
 
 @contextmanager
