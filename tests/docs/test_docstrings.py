@@ -21,7 +21,7 @@ WITH_EXAMPLES = sorted(
 OPTIONAL = {
     "dalle2_fast.adapters.diffusers": "diffusers",
     "dalle2_fast.adapters.dalle2_pytorch": "dalle2_pytorch",
-    "dalle2_fast.data.shards": "webdataset",
+    "dalle2_fast.data.sources": "webdataset",
 }
 CALLABLES = sorted(
     f"{module}.{name}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,7 @@ class ArrowRows:
             else:
                 table = _open_arrow(path)
                 names, total = table.schema.names, table.num_rows
+                _validate(path, table.select([name for name in choose_columns(path, names) if name]))
                 counts = [min(ROWS, total - begin) for begin in range(0, total, ROWS)]
                 self._parts += [(number, begin) for begin in range(0, total, ROWS)]
             self._columns.append(choose_columns(path, names))
@@ -62,12 +64,12 @@ class ArrowRows:
         return self.__dict__ | {"_tables": None}
 
     def held_out(self, shard: int) -> np.ndarray:
-        columns = self._columns[self._parts[shard][0]]
+        column = self._columns[self._parts[shard][0]][2]
         keys = (self._key(shard, row) for row in range(self.counts[shard]))
-        if columns[2] is not None:
-            table, first = self._table(shard)
-            values = table.column(columns[2]).slice(first, self.counts[shard]).to_pylist()
-            keys = (str(value) for value in values)
+        if column is not None:
+            with suppress(SampleError, UnicodeError):  # of rows that cannot be read it does not matter
+                table, first = self._table(shard)
+                keys = map(str, table.column(column).slice(first, self.counts[shard]).to_pylist())
         return held_out_mask(self.names[shard], keys)
 
     def count_held_out(self, shard: int) -> int:
@@ -79,11 +81,13 @@ class ArrowRows:
         table, first = self._table(shard)
         if first + row >= table.num_rows:
             raise SampleError("shard has changed", name, f"sample {row}")
-        key = self._key(shard, row)
-        if key_column is not None:
-            key = str(table.column(key_column)[first + row].as_py())
-        caption = text_of(table.column(caption_column)[first + row].as_py() or "")
-        data = None
+        key, data = self._key(shard, row), None
+        try:
+            caption = text_of(table.column(caption_column)[first + row].as_py() or "")
+            if key_column is not None:
+                key = str(table.column(key_column)[first + row].as_py())
+        except UnicodeError as error:
+            raise SampleError("caption is no text", name, f"sample {key}") from error
         if image:
             data = self._image(table.column(image_column)[first + row].as_py(), name, key)
         return Pair(data, caption, name, key)
@@ -120,8 +124,11 @@ class ArrowRows:
 
     def _read_group(self, shard: int):
         number, group = self._parts[shard]
-        columns = [name for name in self._columns[number] if name is not None]
-        return open_parquet(self._paths[number]).read_row_group(group, columns=columns)
+        path, columns = self._paths[number], [name for name in self._columns[number] if name is not None]
+        try:
+            return open_parquet(path).read_row_group(group, columns=columns)
+        except (OSError, ValueError, import_pyarrow().ArrowException) as error:
+            raise SampleError("row group cannot be read", path, f"{group}: {line_of(error)}") from error
 
 
 def saved_dataset_files(folder: Path) -> list[str] | None:
@@ -166,8 +173,8 @@ def open_parquet(path: str):
 
     try:
         return pyarrow.parquet.ParquetFile(path)
-    except arrow.ArrowInvalid as error:
-        raise ValueError(f"data: {path}: it is no Parquet file: {error}") from error
+    except (OSError, arrow.ArrowException) as error:
+        raise ValueError(f"data: {path}: it cannot be read as a Parquet file: {line_of(error)}") from error
 
 
 def _open_arrow(path: str):
@@ -176,8 +183,21 @@ def _open_arrow(path: str):
 
     try:
         return pyarrow.ipc.open_stream(arrow.memory_map(path)).read_all()
-    except arrow.ArrowInvalid as error:
-        raise ValueError(f"data: {path}: it is no Arrow stream: {error}") from error
+    except (OSError, arrow.ArrowException) as error:
+        raise ValueError(f"data: {path}: it cannot be read as an Arrow stream: {line_of(error)}") from error
+
+
+def _validate(path: str, table) -> None:
+    """Raise ValueError for a damaged table: Arrow does not look, and would read outside of the file."""
+    try:
+        table.validate(full=True)
+    except import_pyarrow().ArrowException as error:
+        raise ValueError(f"data: {path}: it is damaged: {line_of(error)}") from error
+
+
+def line_of(error: Exception) -> str:
+    """The message of an error in one line."""
+    return " ".join(str(error).split())[:200]
 
 
 def _read_json(path: Path) -> dict:

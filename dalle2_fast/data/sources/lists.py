@@ -49,7 +49,7 @@ def choose_columns(where: str, columns: Sequence[str]) -> tuple[str, str, str | 
     caption = next((lowered[name] for name in CAPTION_COLUMNS if name in lowered), None)
     if image is None or caption is None:
         what, names = ("image", IMAGE_COLUMNS) if image is None else ("caption", CAPTION_COLUMNS)
-        got = ", ".join(map(str, columns[:20])) or "none"
+        got = ", ".join(filter(str.isprintable, columns[:20])) or "none"
         raise ValueError(f"data: {where}: expected a column of the {what} ({', '.join(names)}), got {got}")
     return image, caption, lowered.get("key")
 
@@ -58,7 +58,7 @@ def _entries(path: Path, rows: Iterator[dict]) -> Iterator[tuple[str, str, str]]
     first = next(rows, None)
     if first is None:
         return
-    image_column, caption_column, key_column = choose_columns(str(path), list(first))
+    image_column, caption_column, key_column = choose_columns(str(path), list(filter(None, first)))
     folder = path.parent.resolve()
     for row in _chain(first, rows):
         image = row.get(image_column)
@@ -73,7 +73,12 @@ def _entries(path: Path, rows: Iterator[dict]) -> Iterator[tuple[str, str, str]]
             )
         key = row.get(key_column) if key_column else None
         key = str(PurePosixPath(image).with_suffix("")) if key in (None, "") else str(key)
-        yield str(folder / image), text_of(row.get(caption_column)) or "", key
+        yield str(folder / _valid(image)), _valid(text_of(row.get(caption_column)) or ""), _valid(key)
+
+
+def _valid(text: str) -> str:
+    """A text without halves of surrogate pairs, which JSON may hold and no file can."""
+    return text.encode(errors="replace").decode()
 
 
 def _chain(first: dict, rows: Iterator[dict]) -> Iterator[dict]:
@@ -108,9 +113,12 @@ def _jsonl(path: Path) -> Iterator[dict]:
 
 
 def _parquet(path: Path) -> Iterator[dict]:
-    from dalle2_fast.data.sources.arrow import open_parquet
+    from dalle2_fast.data.sources.arrow import import_pyarrow, line_of, open_parquet
 
     file = open_parquet(str(path))
     columns = choose_columns(str(path), file.schema_arrow.names)
-    for batch in file.iter_batches(columns=[name for name in columns if name is not None]):
-        yield from batch.to_pylist()
+    try:
+        for batch in file.iter_batches(columns=[name for name in columns if name is not None]):
+            yield from batch.to_pylist()
+    except (OSError, UnicodeError, import_pyarrow().ArrowException) as error:
+        raise ValueError(f"data: {path}: it is a damaged Parquet file: {line_of(error)}") from error

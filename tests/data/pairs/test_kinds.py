@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import pickle
+import random
 from collections import Counter
 
 import pytest
@@ -204,3 +205,38 @@ def test_a_shard_that_shrinks_or_vanishes_costs_its_samples(tmp_path):
     captions = stream.batch(0)["captions"]
     assert set(captions) == {caption(number) for number in range(8, COUNT)}
     assert stream.skipped == {"sample cannot be read": 4, "shard has changed": 4}
+
+
+@pytest.mark.parametrize("make", [comma_list, parquet_paths, parquet_pictures, imagefolder, dataset])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::ResourceWarning")
+def test_damaged_files_are_read_or_refused_in_one_line(make, tmp_path):
+    """Catches: an error of a library without the name of the file, a crash, an endless search."""
+    data = make(tmp_path)
+    place = data if data.is_dir() else data.parent
+    endings = (".csv", ".parquet", ".jsonl", ".arrow", "state.json")
+    files = [path for path in sorted(place.rglob("*")) if path.name.endswith(endings)]
+    draw, refused = random.Random(0), 0
+    for _ in range(25):
+        path = draw.choice(files)
+        good = path.read_bytes()
+        begin = draw.randrange(len(good))
+        overwritten = good[:begin] + draw.randbytes(8) + good[begin + 8 :]
+        path.write_bytes(draw.choice([b"", good[:begin], overwritten, bytes(999)]))
+        try:
+            PairStream(data, 4, (4,), tokenizer=WORDS).batch(0)
+        except (ValueError, OSError) as error:
+            refused += 1
+            assert "data: " in str(error) and len(str(error).splitlines()) == 1, error
+        path.write_bytes(good)
+    assert refused
+
+
+def test_halves_of_surrogate_pairs_in_metadata(tmp_path):
+    """Catches: a caption that no file can hold, which ends the listing."""
+    data = imagefolder(tmp_path)
+    metadata = data / "train" / "metadata.jsonl"
+    lines = metadata.read_text().replace("picture number3", r"\ud800 number3")
+    metadata.write_text(lines.replace("00004.png", r"\ud800.png"))
+    with pytest.warns(UserWarning, match="sample cannot be read"):
+        captions = PairStream(data, COUNT, (4,), tokenizer=WORDS).batch(0)["captions"]
+    assert "? number3" in captions and caption(4) not in captions
