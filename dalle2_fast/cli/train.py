@@ -102,6 +102,7 @@ def _train_together(args: argparse.Namespace, device: torch.device, processes: P
             workers=args.workers,
             allow_pipe=args.allow_pipe,
             embeddings=args.embeddings,
+            sample_prompts=args.sample_prompts,
         )
         reports = choose_reports(args.report_to)
         if args.print_config:

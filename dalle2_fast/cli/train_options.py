@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--init",
         type=Path,
         metavar="PATH",
-        help="start from a STAGE/model.safetensors file, or from a pipeline's folder, whose CLIP the run then "
-        "takes",
+        help="start from a STAGE/model.safetensors file, or from the folder of a pipeline, whose CLIP the "
+        "run then takes",
     )
     add(
         "--freeze",
@@ -175,6 +175,12 @@ def add_planning_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"where the log also goes: some of {', '.join(REPORTS)}, or none (default: tensorboard where it "
         "is installed)",
+    )
+    add(
+        "--sample-prompts",
+        type=Path,
+        metavar="FILE",
+        help="captions, one per line, of which the decoder draws images at every validation",
     )
     add("--print-config", action="store_true", help="train nothing: print the preset as YAML")
     add(

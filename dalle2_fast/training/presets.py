@@ -208,7 +208,7 @@ TINY = Preset(
         optimisation=_BRIEF),
 )
 
-# ---------------------------- photos-64 and karlo: for images of the user (--data), at real sizes. Not trained.
+# ------------------------ photos-64 and karlo: for images of the user (--data), at real sizes. Not trained.
 # Optimisation of both is unCLIP's (2204.06125, appendix C, table 3), with batches of photos-64 for eight GPUs
 # and not for hundreds: as many samples in all would take years. docs/distributed.md says what they need.
 def _adam(batch_size: int, steps: int, rate: float, beta: float, decay: float) -> Optimisation:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dalle2_fast.data import World, render, sample_scenes
 from dalle2_fast.training.errors import TrainingError
+from dalle2_fast.training.parallel.execution import Execution
 from dalle2_fast.training.presets import PRESETS
 from dalle2_fast.training.recipes import EXTRA_STAGES, STAGES
 from dalle2_fast.training.run import export_pipeline, train_stage
@@ -115,6 +116,34 @@ def test_a_decoder_without_a_text_tower_reads_clips_encodings(trained):
     assert stage.model.text_encoder is None and loss.isfinite()
     assert all(parameter.grad is None for parameter in stage.clip.parameters())
     assert stage.measure().images.shape[0] == 2 * stage.held_out_size
+
+
+def test_validation_has_the_loss_of_held_out_data(trained):
+    """Catches: a log that does not show overfitting, noise that differs from one validation to the next."""
+    for name in (*STAGES, *EXTRA_STAGES):
+        stage = make_stage(name, PRESETS["tiny"], out=trained, seed=0, device=torch.device("cpu"))
+        stage.model.eval()
+        with torch.no_grad():
+            first, second = stage.validate().metrics, stage.validate().metrics
+            expected = stage.loss(stage.held_out, torch.Generator().manual_seed(0))
+        assert first == second
+        assert first["val_loss"] == pytest.approx(expected.item(), rel=1e-5), name
+        assert name != "decoder" or -100 <= first["clip_score"] <= 100
+
+
+def test_captions_of_the_user_are_drawn_at_each_validation(trained, tmp_path):
+    """Catches: prompts that are ignored, images that depend on the held-out ones, a wrong file found late."""
+    def stage(text):
+        file = tmp_path / "prompts.txt"
+        file.write_text(text)
+        options = dict(out=trained, seed=0, device=torch.device("cpu"))
+        return make_stage("decoder", PRESETS["tiny"], execution=Execution(sample_prompts=file), **options)
+
+    made = stage("a red circle\n\na blue square\n").measure()
+    assert made.images.shape[0] == 2 * 8 + 2 and made.columns == 8
+    for wrong in ("\n", "a\n" * 65):
+        with pytest.raises(TrainingError, match="--sample-prompts: expected 1 to 64 captions"):
+            stage(wrong)
 
 
 def test_own_data(tmp_path, capsys):

@@ -77,6 +77,9 @@ class DistilledStage(SceneStage):
         first_phase = 0.0 if self.guidance is None else FIRST_PHASE
         return super().batch(step) | {"gap": gap(min(progress, 1.0), first_phase)}
 
+    def held_out_loss(self, generator: torch.Generator) -> Tensor:
+        return self.loss(self.held_out | {"gap": gap(1.0, FIRST_PHASE)}, generator)
+
     def loss(self, batch: dict, generator: torch.Generator) -> Tensor:
         x0, student, teacher = self.denoisers(batch, generator)
         diffusion, steps = self.model.diffusion, self.model.consistency_steps

@@ -30,6 +30,7 @@ class Execution:
         allow_pipe: whether data may be the output of commands (pipe:).
         embeddings: folder of embeddings of the images, which prior and decoder read instead of computing them
             in every step. None: they compute them.
+        sample_prompts: file of captions, one per line, of which the decoder's validation draws images.
 
     Raises:
         ValueError: an option is out of range, or does not fit another one.
@@ -45,6 +46,7 @@ class Execution:
     workers: int = 0
     allow_pipe: bool = False
     embeddings: Path | None = None
+    sample_prompts: Path | None = None
 
     def __post_init__(self) -> None:
         if self.parallel not in PARALLEL:

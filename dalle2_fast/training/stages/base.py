@@ -91,8 +91,16 @@ class SceneStage:
         raise NotImplementedError
 
     def validate(self) -> Validation:
-        """Metrics and images on the held-out batch; nothing if there is none."""
-        return Validation({}) if self.held_out is None else self.measure()
+        """val_loss, metrics and images on the held-out batch; nothing if there is none."""
+        if self.held_out is None:
+            return Validation({})
+        loss = self.held_out_loss(torch.Generator(self.device).manual_seed(0)).item()
+        measured = self.measure()
+        return measured._replace(metrics={"val_loss": loss, **measured.metrics})
+
+    def held_out_loss(self, generator: torch.Generator) -> Tensor:
+        """The loss of the held-out batch, with the same noise and times in every validation."""
+        return self.loss(self.held_out, generator)
 
     def measure(self) -> Validation:
         """`validate`, where there is a held-out batch."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from dalle2_fast.models.clip.model import CLIP, LARGEST_LOGIT_SCALE
 from dalle2_fast.training.errors import TrainingError
 from dalle2_fast.training.parallel.contrastive import Features, contrastive_loss
+from dalle2_fast.training.parallel.processes import ALONE
 from dalle2_fast.training.stages.base import SceneStage
 from dalle2_fast.training.stages.protocol import Validation
 
@@ -55,6 +56,13 @@ class ClipStage(SceneStage):
             negative_text=batch.get("negatives"),
             negative_mask=batch.get("negative_mask"),
         )
+
+    def held_out_loss(self, generator: torch.Generator) -> Tensor:
+        """The loss of the held-out batch, which only one process has."""
+        batch = self.held_out
+        images, texts, wrong = self.features(batch)
+        scale = self.model.logit_scale.exp()
+        return contrastive_loss((images, texts, wrong), batch.get("negative_mask"), scale, ALONE)
 
     @torch.no_grad()
     def limit_scale(self) -> None:

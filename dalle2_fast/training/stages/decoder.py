@@ -16,6 +16,8 @@ from dalle2_fast.training.stages.base import ClipGuidedStage
 from dalle2_fast.training.stages.protocol import Validation
 from dalle2_fast.training.stages.source import Source
 
+MOST_PROMPTS = 64
+
 
 class DecoderStage(ClipGuidedStage):
     """The decoder on images, captions and image embeddings.
@@ -35,6 +37,7 @@ class DecoderStage(ClipGuidedStage):
     def __init__(self, preset: Preset, source: Source, *, out: Path) -> None:
         super().__init__(preset, source, out=out)
         self.size = self.model.image_size
+        self.prompts = read_prompts(source.execution.sample_prompts)
         self.weight = self.recipe.data.get("foreground_weight", 1.0)
         if source.shards is not None and self.weight != 1.0:
             print(
@@ -91,7 +94,13 @@ class DecoderStage(ClipGuidedStage):
         return dict(zip(names, encoded, strict=True))
 
     def measure(self) -> Validation:
-        """Upper row: held-out scenes. Lower row: sampled from their captions and embeddings."""
+        """clip_score: mean cosine of the sampled images and their captions by the run's CLIP, times 100.
+
+        Upper row: held-out images. Lower row: sampled from their captions and embeddings. Then, with
+        --sample-prompts, images of the user's captions alone.
+
+        Source: Hessel et al., "CLIPScore", 2104.08718, without its factor 2.5.
+        """
         truth = self.held_out["images"][self.size]
         sampled = self.model.sample(
             self.image_embed(self.held_out),
@@ -101,7 +110,44 @@ class DecoderStage(ClipGuidedStage):
             cond_scale=2.0,
             progress=False,
         )
-        return Validation({}, torch.cat([truth, sampled.to(truth.dtype)]), columns=len(truth))
+        rows, score = [truth, sampled.to(truth.dtype)], self.clip_score(sampled, self.held_out["tokens"])
+        if self.prompts is not None:
+            wanted = {"tokens": self.tokenizer.encode(self.prompts, unknown="token", truncate=True)}
+            wanted["tokens"] = wanted["tokens"].to(self.device)
+            made = self.model.sample(
+                **self.captions(wanted),
+                seeds=self.fixed_seeds(len(self.prompts)),
+                steps=20,
+                cond_scale=2.0,
+                progress=False,
+            )
+            rows.append(made.to(truth.dtype))
+        return Validation({"clip_score": score}, torch.cat(rows), columns=len(truth))
+
+    def clip_score(self, images: Tensor, tokens: Tensor) -> float:
+        """100 times the mean cosine of images and captions."""
+        size = self.clip.image_size
+        images = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        image, text = self.clip.encode_image(images), self.clip.encode_text(tokens)[0]
+        return 100 * F.cosine_similarity(image.float(), text.float()).mean().item()
+
+
+def read_prompts(path: Path | None) -> list[str] | None:
+    """The captions of a file, one per line; empty lines do not count.
+
+    Raises:
+        TrainingError: the file cannot be read, or has no caption or more than 64.
+    """
+    if path is None:
+        return None
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainingError(f"--sample-prompts: {path} cannot be read: {error}") from error
+    prompts = [line for line in lines if line]
+    if not 1 <= len(prompts) <= MOST_PROMPTS:
+        raise TrainingError(f"--sample-prompts: expected 1 to {MOST_PROMPTS} captions, got {len(prompts)}")
+    return prompts
 
 
 def foreground_weight(batch: dict, size: int, weight: float) -> Tensor:
