@@ -75,10 +75,9 @@ def pack(
     """
     if not isinstance(shard_size, int) or shard_size < 1:
         raise ValueError(f"shard_size: expected an int >= 1, got {shard_size!r}")
-    data, out = Path(data), Path(out)
+    source, data, out = open_source(data), Path(data), Path(out)
     if data.is_dir() and out.resolve().is_relative_to(data.resolve()):
         raise ValueError(f"out: expected a folder outside of the data {data}, got {out}")
-    source = open_source(data)
     if isinstance(source, StreamedNames):
         raise ValueError(f"data: expected files that are read at any place, got {source.kind}")
     pairs = IndexedPairs(source, 0, 0, None)

@@ -172,8 +172,10 @@ def open_parquet(path: str):
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(path)
-    except (OSError, arrow.ArrowException) as error:
+        file = pyarrow.parquet.ParquetFile(path)
+        file.schema_arrow.names  # noqa: B018, they may be no text
+        return file
+    except (OSError, UnicodeError, arrow.ArrowException) as error:
         raise ValueError(f"data: {path}: it cannot be read as a Parquet file: {line_of(error)}") from error
 
 

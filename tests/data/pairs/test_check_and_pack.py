@@ -157,6 +157,7 @@ def test_pack_leaves_out_what_is_broken_and_writes_only_into_its_folder(tmp_path
 
 def test_options_are_checked(tmp_path, capsys):
     data = write_pictures(tmp_path / "data", 2)
+    streamed = write_shards(tmp_path / "streamed", [2], compressed=True)
     for words, message in (
         (["check", data, "--verify"], "--verify: is for data pack, got data check"),
         (["pack", data], "OUT: expected the folder of the shards, got none"),
@@ -164,6 +165,7 @@ def test_options_are_checked(tmp_path, capsys):
         (["check", data, "--threads", 0], "--threads: expected at least 1, got 0"),
         (["check", tmp_path / "absent"], "absent: expected tar shards"),
         (["check", "pipe:cat a.tar"], "--allow-pipe"),
+        (["pack", streamed, tmp_path / "o"], "got streamed shards"),
         (["check", data, "--contact-sheet", tmp_path / "no" / "a.png"], "is no folder"),
     ):
         assert run(*words) == 2

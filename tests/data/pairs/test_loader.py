@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from itertools import pairwise
 
@@ -180,6 +181,36 @@ def test_background_processes_end(tmp_path):
         for step in range(3):
             one.batch(step)
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def test_a_background_process_that_is_killed_ends_the_training(tmp_path):
+    """Catches: a training that waits for ever for a process that the system has killed for its memory."""
+    import multiprocessing
+
+    one = stream(write_pictures(tmp_path / "data", 9), workers=1)
+    one.batch(0)
+    with pytest.raises((OSError, RuntimeError), match="DataLoader worker"):
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
+        for step in range(1, 9):
+            one.batch(step)
+    one.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_on_a_gpu_are_those_of_the_cpu(tmp_path, workers):
+    """Catches: page-locked memory that is used again before it has been copied."""
+    data = write_shards(tmp_path / "data", SIZES)
+    here, there = stream(data), stream(data, workers=workers, device="cuda")
+    found = [there.batch(step) for step in range(12)]
+    there.close()
+    for step, batch in enumerate(found):
+        expected = here.batch(step)
+        assert batch["images"][4].is_cuda and torch.equal(batch["images"][4].cpu(), expected["images"][4])
+        assert torch.equal(batch["tokens"].cpu(), expected["tokens"])
 
 
 def test_the_generator_of_the_training_is_left_alone(tmp_path):
