@@ -86,7 +86,11 @@ def test_float16_trains_as_float32_does(tmp_path):
     """Catches: a gradient that is clipped before the scale is taken out of it."""
     half, whole = trainer_of(tmp_path / "half", torch.float16), trainer_of(tmp_path / "whole", torch.float32)
     assert half.train() == whole.train() == "finished"
-    for row, other in zip(log_rows(tmp_path / "whole"), log_rows(tmp_path / "half"), strict=True):
+    rows, others = (
+        [row for row in log_rows(tmp_path / name) if "loss" in row] for name in ("whole", "half")
+    )
+    assert len(rows) == len(others) >= 2
+    for row, other in zip(rows, others, strict=True):
         for name in ("loss", "grad_norm"):
             assert other[name] == pytest.approx(row[name], rel=0.03), (row["step"], name)
 
