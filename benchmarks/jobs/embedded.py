@@ -5,8 +5,8 @@
 The CLIP of the package, the networks of the preset scenes-gpu with initial weights, pictures as in
 benchmarks/jobs/loader.py, one thread, no background processes. `batch` is reading and decoding, `loss` the
 loss and its gradient; the optimiser, which does not depend on embeddings, is left out. Both kinds take turns,
-step by step, on the same samples; the values are medians. `embed_samples_per_s` is that of `dalle2-fast embed`
-on the same pictures. The result is benchmarks/results/embedded.json.
+step by step, on the same samples; the values are medians. `embed_samples_per_s` is the rate of `dalle2-fast
+embed` on the same pictures. The result is benchmarks/results/embedded.json.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="of prior and decoder: embeddings of the images of --data, computed by dalle2-fast embed with "
-        "the CLIP of the run; give it again with --resume, to repeat bit for bit",
+        "the CLIP of the run (default: those of the run)",
     )
     add_data_options(parser)
     add_execution_options(parser)

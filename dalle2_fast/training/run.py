@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -166,11 +167,13 @@ def _train(
         if init is None and recorded and not begun and recorded["init"] is not None:
             init = Path(recorded["init"])
         freeze = tuple((recorded["freeze"] if recorded else ()) if freeze is None else freeze)
+        if execution.embeddings is None and recorded and recorded.get("embeddings"):
+            execution = replace(execution, embeddings=Path(recorded["embeddings"]))
 
         def settings_of(stage: str, **others) -> dict:
             return stage_settings(stage, preset, seed=seed, dtype=dtype, **others)
 
-        settings = settings_of(name, freeze=freeze, init=init)
+        settings = settings_of(name, freeze=freeze, init=init, embeddings=execution.embeddings)
         if begun and init is None:
             settings["init"] = recorded["init"] if recorded else None
         if begun and init is not None and not recorded:

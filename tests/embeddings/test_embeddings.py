@@ -205,6 +205,25 @@ def test_what_does_not_fit_is_one_line(made, tmp_path, capsys):
     assert "dtype: the folder has float16, got float32" in capsys.readouterr().err
 
 
+def test_a_resumed_run_keeps_its_embeddings(made, tmp_path, capsys):
+    """Catches: a paused run that goes on with CLIP or with other embeddings, and ends elsewhere."""
+    given = ["--embeddings", made / "float16"]
+    ended = {}
+    for name, pauses in (("whole", False), ("paused", True)):
+        out = tmp_path / name
+        out.mkdir()
+        shutil.copytree(made / "run" / "clip", out / "clip")
+        shutil.copy(made / "run" / "tokenizer.json", out)
+        assert train("prior", out, made / "data", *given, *(["--pause-after", 0] if pauses else [])) == 0
+        if pauses:
+            other = ["--resume", "--embeddings", made / "float32"]
+            assert train("prior", out, made / "data", *other) == 2
+            assert "--embeddings: the run has" in capsys.readouterr().err
+            assert train("prior", out, made / "data", "--resume") == 0
+        ended[name] = load_stage(out, "prior").state_dict()
+    assert all(torch.equal(value, ended["paused"][name]) for name, value in ended["whole"].items())
+
+
 def test_a_changed_shard_is_noticed(made, tmp_path):
     """Catches: embeddings of other images after a shard was written anew with as many samples."""
     data = shutil.copytree(made / "data", tmp_path / "data")

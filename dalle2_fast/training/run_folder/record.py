@@ -39,7 +39,8 @@ RUN_SETTINGS = ("preset", "world", "data", "val_data", "tokenizer")
 OPTIONS = {
     "preset": "--preset", "data": "--data", "val_data": "--val-data", "tokenizer": "--tokenizer",
     "seed": "--seed", "dtype": "--dtype", "freeze": "--freeze", "init": "--init",
-    "prior": "--prior", "batch_size": "--batch-size", "learning_rate": "--lr", "length": "--steps, --minutes",
+    "embeddings": "--embeddings", "prior": "--prior",
+    "batch_size": "--batch-size", "learning_rate": "--lr", "length": "--steps, --minutes",
 }  # fmt: skip
 
 
@@ -99,8 +100,9 @@ def has_begun(out: Path) -> bool:
 
 
 def stage_settings(
-    name: str, preset: Preset, *, seed: int, dtype: torch.dtype, freeze: tuple[str, ...], init: Path | None
-) -> dict:
+    name: str, preset: Preset, *, seed: int, dtype: torch.dtype, freeze: tuple[str, ...], init: Path | None,
+    embeddings: Path | None = None,
+) -> dict:  # fmt: skip
     """What defines the training of stage `name`, as plain JSON values.
 
     Args:
@@ -110,6 +112,8 @@ def stage_settings(
         dtype: of autocast.
         freeze: prefixes of the weights that are not trained.
         init: file of the weights it starts from.
+        embeddings: folder of precomputed embeddings, whose rounding changes the weights; recorded only if it
+            is given, because runs of older releases have none.
     """
     recipe: Recipe = preset.recipe(name)
     optimisation = dataclasses.asdict(recipe.optimisation)
@@ -125,6 +129,7 @@ def stage_settings(
         "length": length,
         **{key: value for key, value in optimisation.items() if key not in HOUSEKEEPING},
         "data_options": recipe.data,
+        **({} if embeddings is None else {"embeddings": os.path.abspath(embeddings)}),
     }
     return json.loads(json.dumps(settings))  # tuples become lists, as in the file
 
