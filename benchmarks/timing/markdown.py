@@ -57,9 +57,9 @@ def about(result: dict) -> str:
 
 
 def summary(results: list[tuple[str, dict]], folder: str) -> str:
-    """For the README: per device a line for every case, ours against every rival.
+    """Per device a line for every case, ours against every rival.
 
-    folder: of the results, relative to the README.
+    folder: of the results, relative to the file of the summary.
     """
     lines = []
     for name, result in results:

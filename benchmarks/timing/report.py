@@ -4,9 +4,10 @@
     python -m benchmarks.timing.report run.json [session.jsonl ...]
     python -m benchmarks.timing.report --compare OLD.json NEW.json
 
-The first form writes benchmarks/results/<device>.json, .md and plots, and the README. Rows of a later run
-replace those of an earlier one. In the README, the text between the markers `<!-- benchmarks:begin -->` and
-`<!-- benchmarks:end -->` is replaced by a summary of all files in results/ that this program wrote. The
+The first form writes benchmarks/results/<device>.json, .md and plots, and two summaries. Rows of a later run
+replace those of an earlier one. In docs/measured.md, the text between the markers `<!-- benchmarks:begin -->`
+and `<!-- benchmarks:end -->` is replaced by a summary of all files in results/ that this program wrote; in the
+README by that of the GPUs. The
 second form exits with status 1 if a row became slower by more than its spread. The plots need matplotlib
 (extra "bench").
 """
@@ -65,7 +66,7 @@ def read_runs(paths: list[Path]) -> dict:
     return result | {"rows": list(rows.values()), "absent": missing}
 
 
-def write_readme(path: Path, folder: Path) -> None:
+def write_summary(path: Path, folder: Path, *, gpus_only: bool) -> None:
     """Replace the text between the markers. ValueError if they are missing."""
     text = path.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
@@ -74,7 +75,8 @@ def write_readme(path: Path, folder: Path) -> None:
     for file in sorted(folder.glob("*.json")):
         result = json.loads(file.read_text())
         if isinstance(result, dict) and result.get("format") == FORMAT:
-            results.append((file.stem, result))
+            if not gpus_only or result["machine"]["gpu"]:
+                results.append((file.stem, result))
     before, rest = text.split(BEGIN)
     shown = summary(results, os.path.relpath(folder, path.parent))
     write(path, f"{before}{BEGIN}\n{shown}{END}{rest.split(END)[1]}")
@@ -108,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="files in results/")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="default: %(default)s")
     parser.add_argument("--no-plots", action="store_true")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="default: the project's, unless --output")
+    parser.add_argument("--summary", type=Path, metavar="FILE", help="another file with the two markers")
     args = parser.parse_args(arguments)
     if bool(args.runs) == bool(args.compare):
         parser.error("expected files of runs, or --compare OLD NEW")
@@ -133,13 +135,15 @@ def main(arguments: list[str] | None = None) -> int:
     written = [stem.with_suffix(".json"), stem.with_suffix(".md"), *plots]
     write(written[0], json.dumps(result, indent=1) + "\n")
     write(written[1], table(result))
-    readme = args.readme or (ROOT / "README.md" if args.output == RESULTS else None)
-    if readme is not None:
+    summaries = {} if args.summary is None else {args.summary: False}
+    if args.output == RESULTS:
+        summaries |= {ROOT / "docs" / "measured.md": False, ROOT / "README.md": True}
+    for path, gpus_only in summaries.items():
         try:
-            write_readme(readme, args.output)
+            write_summary(path, args.output, gpus_only=gpus_only)
         except (OSError, ValueError) as error:
             parser.error(str(error))
-        written.append(readme)
+        written.append(path)
     print("\n".join(map(str, written)))
     return 0
 

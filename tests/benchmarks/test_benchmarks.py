@@ -172,7 +172,7 @@ def test_the_report_says_where_we_win_and_lose(tmp_path, capsys):
                                             ("loss", "rival"): 7.5e-5})  # fmt: skip
     readme, folder = tmp_path / "README.md", tmp_path / "results"
     readme.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
-    command = [str(first), str(second), "--output", str(folder), "--readme", str(readme)]
+    command = [str(first), str(second), "--output", str(folder), "--summary", str(readme)]
     assert report.main(command) == 0
     written = [Path(line) for line in capsys.readouterr().out.split()]
     endings = (".json", ".md", "-rivals.png", "-roofline.png")
