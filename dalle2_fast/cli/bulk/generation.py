@@ -128,7 +128,7 @@ def _read_tokenizer(path: Path | None) -> tuple[str, Tokenizer]:
     if (folder / "config.json").is_file() and not (folder / "model_index.json").exists():
         config = load_config(folder)
     else:  # of another project: its tokenizer is found together with its layout
-        config = open_checkpoint(path, []).config
+        config = open_checkpoint(path, ["clip"]).config
     return config.get("weights_sha256") or str(folder), construct(
         tokenizer_from_config, config, "tokenizer", folder
     )
