@@ -298,7 +298,7 @@ def is_restarted(processes: Processes, out: Path) -> bool:
     `torchrun --max-restarts` starts all processes again if one ends, also after a command that was refused.
     An attempt that trains leaves the name of its torchrun in the folder of the run, see `mark_as_begun`.
     """
-    if processes.world_size == 1 or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return False
     mark = out / ATTEMPT
     return processes.from_first(processes.is_first and mark.exists() and mark.read_text() == agent_name())
@@ -310,7 +310,7 @@ def mark_as_begun(processes: Processes, out: Path) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    if processes.world_size > 1 and processes.is_first and "TORCHELASTIC_RUN_ID" in os.environ:
+    if processes.is_first and "TORCHELASTIC_RUN_ID" in os.environ:
         (out / ATTEMPT).write_text(agent_name())
 
 

@@ -13,7 +13,7 @@ from dalle2_fast.training.parallel.blocks import prepare_blocks, repeated_blocks
 from dalle2_fast.training.parallel.contrastive import contrastive_loss, two_passes
 from dalle2_fast.training.parallel.execution import Execution
 from dalle2_fast.training.parallel.gradient import rows_of
-from dalle2_fast.training.parallel.processes import ALONE, Processes, is_restarted, mark_as_begun
+from dalle2_fast.training.parallel.processes import ALONE, is_restarted, mark_as_begun
 from dalle2_fast.training.parallel.strategies import make_strategy
 from dalle2_fast.training.recipes import Optimisation
 from dalle2_fast.training.run import check_execution
@@ -130,16 +130,13 @@ def test_options_that_do_not_fit():
 
 def test_a_restarted_attempt_goes_on_and_another_command_does_not(tmp_path, monkeypatch):
     """Catches: `torchrun --max-restarts` that resumes a run which its command was not allowed to touch."""
-    processes = Processes(rank=0, world_size=2)
-    monkeypatch.setattr(processes, "from_first", lambda value: value)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert not is_restarted(processes, tmp_path)
-    mark_as_begun(processes, tmp_path)
-    assert is_restarted(processes, tmp_path)
     assert not is_restarted(ALONE, tmp_path)
+    mark_as_begun(ALONE, tmp_path)
+    assert is_restarted(ALONE, tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert not is_restarted(processes, tmp_path)
+    assert not is_restarted(ALONE, tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     monkeypatch.setattr("os.getppid", lambda: -1)
-    assert not is_restarted(processes, tmp_path)
+    assert not is_restarted(ALONE, tmp_path)
