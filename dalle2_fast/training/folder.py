@@ -53,7 +53,7 @@ def reason(error: OSError) -> str:
     return cause.strerror or str(cause)
 
 
-def find_damage(path: Path) -> str | None:
+def find_damage(path: Path | io.BytesIO) -> str | None:
     """What is wrong with an archive that torch.save wrote: truncated, or a checksum that does not hold."""
     try:
         with zipfile.ZipFile(path) as archive:

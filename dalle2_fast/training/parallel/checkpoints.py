@@ -13,6 +13,7 @@ on.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from dalle2_fast.checkpoints.atomic import SUFFIX, flush_names
 from dalle2_fast.training.errors import TrainingError
-from dalle2_fast.training.folder import StageFolder, checkpoint_number, reason, write_file
+from dalle2_fast.training.folder import StageFolder, checkpoint_number, find_damage, reason, write_file
 from dalle2_fast.training.optimisers import parameter_names
 from dalle2_fast.training.parallel.processes import Processes
 from dalle2_fast.training.parallel.shards import like_shard
@@ -139,12 +140,14 @@ class Checkpoints:
         return found[0] if found else None
 
     def _read(self, path: Path, state: TrainingState) -> dict:
-        advice = f"; delete {path} to resume the state before it" if self.folder.checkpoints()[1:] else ""
         try:
             facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
             state.check_origin(facts, path)
             reader = dcp.FileSystemReader(path)
-            places, live = reader.read_metadata().state_dict_metadata, places_of(state)
+            metadata, live = reader.read_metadata(), places_of(state)
+            places = metadata.state_dict_metadata
+            with self.processes.together():
+                self._check(path, list(metadata.storage_data.values()))
             tensors = {name: place_for(name, entry, live) for name, entry in places.items()}
             alone = self.processes.world_size == 1
             with warnings.catch_warnings():
@@ -156,7 +159,7 @@ class Checkpoints:
             raise
         except (Exception, CheckpointException) as error:  # torch's is a BaseException
             text = reasons(error) or " ".join(str(error).split()) or type(error).__name__
-            raise TrainingError(f"{path}: damaged training state ({text[:300]}){advice}") from error
+            raise self._damaged(path, text[:300]) from error
         window = facts["window"]
         facts["window"] = window | {name: torch.tensor(window[name]) for name in ("loss", "norm")}
         groups: dict[str, dict] = {name: {} for name in TENSORS}
@@ -168,6 +171,26 @@ class Checkpoints:
             "ema": {"updates": facts["ema_updates"], "average": groups["ema"]},
             "optimizers": numbered(groups["optimizers"], state),
         }
+
+
+    def _damaged(self, path: Path, what: str) -> TrainingError:
+        advice = f"; delete {path} to resume the state before it" if self.folder.checkpoints()[1:] else ""
+        return TrainingError(f"{path}: damaged training state ({what}){advice}")
+
+    def _check(self, path: Path, entries: list) -> None:
+        """Compare the checksums of the tensors, which torch does not; each process does it for some of them.
+
+        Args:
+            path: of the state.
+            entries: where each tensor is: an archive of torch.save within a file.
+        """
+        entries.sort(key=lambda entry: (entry.relative_path, entry.offset))
+        for entry in entries[self.processes.rank :: self.processes.world_size]:
+            with open(path / entry.relative_path, "rb") as file:
+                file.seek(entry.offset)
+                damage = find_damage(io.BytesIO(file.read(entry.length)))
+            if damage is not None:
+                raise self._damaged(path, f"{entry.relative_path}: {damage}")
 
 
 class _WriteErrors:
