@@ -64,7 +64,7 @@ def decode(
     prompt: str | Sequence[str] | None = None,
     x_T: Tensor | None = None,  # [P, C, S, S]
     eta: float = 0.0,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     size: int | None = None,
     batch_size: int | None = None,

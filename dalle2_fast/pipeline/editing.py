@@ -6,6 +6,7 @@ a part of the image. The functions are methods of DALLE2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -183,12 +184,12 @@ def inpaint(
     pipe: DALLE2,
     image: ImageInput,
     mask: Tensor | Image,
-    prompt: str | None = None,
+    prompt: str | Sequence[str] | None = None,
     num_images: int = 4,
     *,
     resample: int = 1,
     jump: int = 10,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     prior_steps: int | None = None,
     prior_guidance: float | None = None,
@@ -203,11 +204,12 @@ def inpaint(
     """Repaint an image where the mask is 1; where it is 0, keep it, to the bit at the size of the result.
 
     Args:
-        image: one image, as in `embed_image`.
-        mask: [S, S], [1, S, S] or [1, 1, S, S] of 0 and 1 (or bool), or a PIL image, which is repainted where
-            it is lighter than middle grey; of any size.
-        prompt: a caption of the whole result; None: z is that of the image, and the kept part decides.
-        num_images: results.
+        image: one or several images, as in `embed_image`.
+        mask: [S, S], [1, S, S] or [P, 1, S, S] of 0 and 1 (or bool), or a PIL image, which is repainted where
+            it is lighter than middle grey; of any size; one for all images, or one for each.
+        prompt: a caption of the whole result, or one for each image; None: z is that of the image, and the
+            kept part decides.
+        num_images: results of each image.
         resample: how often each stretch of `jump` steps is sampled, see GaussianDiffusion.sample; more
             resampling means fewer seams.
         jump: steps of a stretch.
@@ -238,8 +240,11 @@ def inpaint(
         >>> torch.equal(made[0, :, 32:], image[:, 32:])
         True
     """
-    images = expect_one("image", as_images("image", image, pipe.device))
-    kept = KeptImage(images, expect_one("mask", as_mask("mask", mask, pipe.device)))
+    images, masks = as_images("image", image, pipe.device), as_mask("mask", mask, pipe.device)
+    inputs = len(images)
+    if len(masks) not in (1, inputs):
+        raise ValueError(f"mask: expected one or {inputs}, one for each image, got {len(masks)}")
+    kept = KeptImage(images, masks)
     mine, decoder_options = split_options(settings)
     mine |= dict(
         prior_steps=prior_steps, prior_guidance=prior_guidance,
@@ -249,20 +254,23 @@ def inpaint(
     chosen = resolve_settings(pipe, size, **mine)
     if pipe.decoder.channels != 3:
         raise ValueError(f"image: expected a decoder of 3 channels, got {pipe.decoder.channels}")
+    prompts = [prompt] * inputs if isinstance(prompt, str) else prompt
+    if prompts is not None and len(prompts) != inputs:
+        raise ValueError(f"prompt: expected one caption or {inputs}, got {len(prompts)}")
     context = GenerationContext.for_inputs(
-        pipe, 1, num_images, seed=seed, generator=generator, batch_size=batch_size, progress=progress,
+        pipe, inputs, num_images, seed=seed, generator=generator, batch_size=batch_size, progress=progress,
         graphs=graphs,
     )  # fmt: skip
     with context.evaluation_mode():
-        if prompt is None:
-            image_embed = embed_image(pipe, images).expand(num_images, -1)
-            captions = encode_decoder_captions(context, None, 1, chosen)
+        if prompts is None:
+            image_embed = context.repeat(embed_image(pipe, images))
+            captions = encode_decoder_captions(context, None, inputs, chosen)
         else:
             check_prior(pipe, prior_steps=prior_steps, prior_guidance_interval=prior_guidance_interval)
-            encoded = encode_captions(context, [prompt], chosen.negative_prompt)
+            encoded = encode_captions(context, prompts, chosen.negative_prompt)
             image_embed = sample_image_embeddings(context, encoded, chosen)
             captions = encoded.for_decoder
-        known, unknown = kept.at(pipe.decoder.image_size, num_images)
+        known, unknown = kept.at(pipe.decoder.image_size, len(image_embed))
         low_res = sample_decoder(
             context,
             image_embed,

@@ -29,15 +29,16 @@ class EncodedCaptions(NamedTuple):
 
 
 class KeptImage(NamedTuple):
-    """An image that inpainting keeps where the mask is False."""
+    """Images that inpainting keeps where the mask is False."""
 
-    image: Tensor  # [1, 3, S, S] in [0, 1]
-    mask: Tensor  # bool [1, 1, S, S], True = repaint
+    image: Tensor  # [P, 3, S, S] in [0, 1]
+    mask: Tensor  # bool [P or 1, 1, S, S], True = repaint
 
     def at(self, side: int, rows: int) -> tuple[Tensor, Tensor]:
-        """Image [rows, 3, side, side] and mask [rows, 1, side, side]."""
-        image, mask = resized(self.image, side), resized_mask(self.mask, side)
-        return image.expand(rows, -1, -1, -1), mask.expand(rows, -1, -1, -1)
+        """Image [rows, 3, side, side] and mask [rows, 1, side, side], rows of an image side by side."""
+        both = resized(self.image, side), resized_mask(self.mask, side)
+        image, mask = (each.repeat_interleave(rows // len(each), dim=0) for each in both)
+        return image, mask
 
 
 def encode_captions(

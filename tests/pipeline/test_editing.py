@@ -124,6 +124,21 @@ def test_inpainting_keeps_pixels_to_the_bit_at_the_size_that_comes_out(pipe, pro
     assert small.images.shape == (1, 3, 16, 16)
 
 
+def test_images_that_are_repainted_together_equal_each_alone(pipe):
+    """Catches: rows of images, masks, captions and seeds that are not those of one another."""
+    images, captions, seeds = torch.cat([picture(0), picture(1)]), ["a red ring", "a blue square"], [5, 6]
+    masks = torch.zeros(2, 1, 32, 32, dtype=torch.bool)
+    masks[0, ..., :12], masks[1, ..., 20:, :] = True, True
+    made = pipe.inpaint(images, masks, captions, 2, seed=seeds).images
+    for row in range(2):
+        alone = pipe.inpaint(images[row], masks[row], captions[row], 2, seed=seeds[row]).images
+        close(made[2 * row : 2 * row + 2], alone)
+    with pytest.raises(ValueError, match="mask: expected one or 3, one for each image, got 2"):
+        pipe.inpaint(images[[0, 1, 1]], masks)
+    with pytest.raises(ValueError, match="prompt: expected one caption or 2, got 1"):
+        pipe.inpaint(images, masks, captions[:1])
+
+
 def test_strength_one_equals_generate(pipe):
     plain = pipe.generate("a red ring", 2, seed=1, steps=5)
     started = pipe.generate("a red ring", 2, seed=1, steps=5, init_image=picture(), strength=1.0)
