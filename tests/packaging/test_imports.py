@@ -42,7 +42,8 @@ ARROWS = {
     "training": {"embeddings", "evaluation", "pipeline", "models", "losses", "diffusion", "data",
                  "checkpoints", "functional", "seeds", "draws", "cuda_graphs"},  # fmt: skip
     "adapters": {"losses", "models", "modules", "functional", "ops"},
-    "cli": {"training", "embeddings", "evaluation", "pipeline", "models", "data", "checkpoints", "ops",
+    "serving": {"pipeline", "data", "seeds"},
+    "cli": {"serving", "training", "embeddings", "evaluation", "pipeline", "models", "data", "checkpoints", "ops",
             "memory", "seeds", "__init__"},  # fmt: skip
     "__main__": {"cli"},
     "previous_paths": {"pipeline", "models", "data", "adapters"},

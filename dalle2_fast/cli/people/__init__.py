@@ -1,0 +1,1 @@
+"""Commands for people who are not at a shell: a server."""
