@@ -32,6 +32,7 @@ from dalle2_fast.data.synthetic.vocabulary import (
     INSIDE,
     MAX_LENGTH,
     MAX_OBJECTS,
+    NAMED_OBJECTS,
     ONE,
     OPENERS,
     PLURAL_SYNONYMS,
@@ -47,8 +48,6 @@ from dalle2_fast.data.synthetic.vocabulary import (
     TWO,
     WORD_TO_ID,
 )
-
-NAMED_OBJECTS = 3  # the most noun phrases of a caption; "count" names its equal objects once
 
 
 class _NounPhrase(NamedTuple):

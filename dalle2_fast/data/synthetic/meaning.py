@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dalle2_fast.data.synthetic import vocabulary as v
-from dalle2_fast.data.synthetic.captions import NAMED_OBJECTS
-from dalle2_fast.data.synthetic.palette import palette
+from dalle2_fast.data.synthetic.vocabulary import NAMED_OBJECTS
 
 
 def _indices(names: Sequence[str], synonyms: dict[str, tuple[str, ...]]) -> dict[str, int]:
@@ -66,11 +65,19 @@ def check_meaning(words: Sequence[str]) -> None:
     if len(objects) > NAMED_OBJECTS:
         raise ValueError(f"a caption names up to {NAMED_OBJECTS} objects, got {len(objects)}")
     for thing in objects:
-        if min(background, thing.color) >= 0 and not palette().allowed[thing.color, v.SOLID, background]:
+        if min(background, thing.color) >= 0 and not _visible(thing.color, background):
             raise ValueError(
                 f'"{v.COLORS[thing.color]}" for "{thing.word}": it would hardly be visible on a '
                 f"{v.BACKGROUNDS[background]} background; choose another colour for one of them"
             )
+
+
+def _visible(color: int, background: int) -> bool:
+    from dalle2_fast.data.synthetic.palette import (
+        palette,  # needs torch, which other captions do not wait for
+    )
+
+    return bool(palette().allowed[color, v.SOLID, background])
 
 
 def _parse(words: Sequence[str]) -> tuple[list[_Object], int]:

@@ -24,6 +24,7 @@ COUNTS = ("zero", "one", "two", "three", "four", "five")
 BACKGROUNDS = ("white", "black", "gray", "beige", "navy", "mint", "lavender", "sky")
 TEXTURES = ("plain", "striped", "checkered", "dotted", "gradient")
 KINDS = ("one", "two", "count", "three")
+NAMED_OBJECTS = 3  # the most noun phrases of a caption; "count" names its equal objects once
 
 # The same names as indices, for code that asks about one of them.
 ONE, TWO, COUNT, THREE = range(4)

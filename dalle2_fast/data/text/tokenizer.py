@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -15,8 +13,7 @@ from dalle2_fast.data.synthetic.words import scene_words
 from dalle2_fast.data.synthetic.world import World
 from dalle2_fast.data.text.bpe import BPETokenizer
 from dalle2_fast.data.text.rows import check_context_length, checked_ids, encode_rows
-
-_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")  # letters and digits, joined by - or '
+from dalle2_fast.data.text.words import check_known, check_length, split_words
 
 
 class WordTokenizer:
@@ -101,25 +98,14 @@ class WordTokenizer:
 
     def _encode(self, caption: str, unknown: str, truncate: bool) -> list[int]:
         words, room = split_words(caption), self.context_length - 2
-        if not words:
-            raise ValueError(f"the caption {caption!r} is empty: expected 1 to {room} words")
-        strangers = list(dict.fromkeys(word for word in words if word not in self._known))
-        if strangers and unknown == "error":
-            names = ", ".join(map(self._with_nearest, strangers))
-            raise ValueError(
-                f"unknown {'word' if len(strangers) == 1 else 'words'} {names} in the caption; "
-                f"`dalle2-fast vocabulary` lists the {len(self.words)} known words"
-            )
+        # With unknown="token" every word is allowed, but there must be one.
+        check_known(caption, words, self._known if unknown == "error" else words, room)
         if self.of_scenes and unknown == "error":
             check_meaning(words)
-        if len(words) > room and not truncate:
-            raise ValueError(f"the caption has {len(words)} words: expected at most {room}")
+        if not truncate:
+            check_length(len(words), room)
         ids = [self._ids[word] if word in self._known else UNK for word in words[:room]]
         return [BOS, *ids, EOS] + [PAD] * (room - len(ids))
-
-    def _with_nearest(self, stranger: str) -> str:
-        near = difflib.get_close_matches(stranger, self.words, n=3, cutoff=0.7)
-        return f'"{stranger}"' + (f" (nearest: {', '.join(near)})" if near else "")
 
     def decode(self, row: Tensor | Sequence[int]) -> str:
         """The words of one row, without padding, begin and end.
@@ -185,16 +171,6 @@ class WordTokenizer:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, WordTokenizer) and self.to_config() == other.to_config()
-
-
-def split_words(caption: str) -> list[str]:
-    """The words of a caption in lower case, without punctuation.
-
-    Example:
-        >>> split_words("The cat's blue-green hat.")
-        ['the', "cat's", 'blue-green', 'hat']
-    """
-    return _WORD.findall(caption.lower())
 
 
 Tokenizer = WordTokenizer | BPETokenizer  # what turns captions into tokens for a CLIP and a DALLE2
