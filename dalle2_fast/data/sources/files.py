@@ -33,7 +33,7 @@ class PictureFolder:
     """A `PairSource` of NAME.jpg (jpeg, png, webp) with NAME.txt (caption, json), in sub-folders, too.
 
     Args:
-        root: the folder. Links to folders are followed, except to one that contains the link.
+        root: the folder. Links to folders are followed; each folder is read once.
     """
 
     kind, near = "folder of pictures", None
@@ -110,7 +110,7 @@ def walk(root: Path) -> Iterator[FolderSample]:
     A picture without caption has None in its place. A caption file without picture is also yielded, except
     JSON files, which are often about other things.
     """
-    for folder, names in _folders(root, "", ()):
+    for folder, names in _folders(root):
         samples: dict[str, dict[str, str]] = {}
         for name in names:
             stem, _, ending = name.rpartition(".")
@@ -125,24 +125,26 @@ def walk(root: Path) -> Iterator[FolderSample]:
                 yield FolderSample(folder + stem, *paths)
 
 
-def _folders(path: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, list[str]]]:
-    """(relative name with a "/" at its end, names of files) of a folder and those in it."""
-    status = os.stat(path)
-    here = (status.st_dev, status.st_ino)
-    if here in above:  # a link to a folder that contains it
-        return
-    files, folders = [], []
-    with os.scandir(path) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                folders.append(entry.name)
-            elif entry.is_file():  # no pipe, no device, no link to nothing
-                files.append(entry.name)
-    yield prefix, sorted(files)
-    for name in sorted(folders):
-        yield from _folders(path / name, f"{prefix}{name}/", (*above, here))
+def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """(relative name with a "/" at its end, names of files) of a folder and of those in it."""
+    waiting, seen = [""], set()
+    while waiting:
+        prefix = waiting.pop()
+        status = os.stat(root / prefix)
+        if (here := (status.st_dev, status.st_ino)) in seen:  # by another link, or in a loop of them
+            continue
+        seen.add(here)
+        files, folders = [], []
+        with os.scandir(root / prefix) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    folders.append(entry.name)
+                elif entry.is_file():  # no pipe, no device, no link to nothing
+                    files.append(entry.name)
+        yield prefix, sorted(files)
+        waiting += [f"{prefix}{name}/" for name in sorted(folders, reverse=True)]
 
 
 def read_file(path: Path, shard: str, key: str) -> bytes:

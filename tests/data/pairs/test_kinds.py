@@ -46,7 +46,11 @@ def streamed(folder):
 def pictures(folder):
     data = write_pictures(folder / "pictures", COUNT)
     (data / "000" / "notes.json").write_text("{}")
-    (data / "000" / "back").symlink_to(data, target_is_directory=True)  # a loop
+    for name in "abcdefghijkl":  # links in loops, with more paths than can be walked
+        (data / name).mkdir()
+        for other in "abcdefghijkl":
+            (data / name / f"link{other}").symlink_to(data / other, target_is_directory=True)
+        (data / name / "back").symlink_to(data, target_is_directory=True)
     os.mkfifo(data / "000" / "pipe.png")  # reading it would wait for ever
     (data / "000" / "pipe.txt").write_text("a pipe")
     return data
