@@ -112,7 +112,7 @@ class StreamedShards:
 
     def pairs(self, shard: str) -> Iterator[Pair | None]:
         """The samples of a shard in order; None for one that is not of the split or cannot be used."""
-        for sample in read_shard(shard, self.report):
+        for sample in read_shard(shard, lambda complaint: self.report(complaint)):  # which may change
             key = sample["__key__"]
             if self._split is not None and is_held_out(shard, key) != (self._split == "held_out"):
                 yield None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import sys
 from collections import Counter
 from itertools import pairwise
@@ -124,6 +125,21 @@ def test_a_resumed_stream_opens_no_earlier_shard(tmp_path, monkeypatch):
     opened.clear()
     assert stream(data, shuffle=5).batch(7)["captions"] == last["captions"]
     assert len(opened) <= 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_is_lost_of_streamed_shards_is_counted(tmp_path, workers):
+    """Catches: damage in a shard that is opened after the first batch, of which nothing is said."""
+    data = write_shards(tmp_path / "data", [8, 8], compressed=True)
+    shard = bytearray(gzip.decompress((data / "00001.tar").read_bytes()))
+    shard[3] ^= 0x40  # in the name of the first file
+    (data / "00001.tar").write_bytes(gzip.compress(shard))
+    one = stream(data, shuffle=1, batch_size=4, workers=workers, seed=1)  # in the order 0, 1
+    for step in range(4):
+        one.batch(step)
+    one.close()
+    assert one.skipped == {"tar header is damaged": 1, "no image": 1}
 
 
 def test_errors_about_processes(tmp_path):
