@@ -39,13 +39,17 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         """The JSON object of the response."""
-        # A lone surrogate, which JSON can spell, cannot be encoded.
-        text = self.message.encode("utf-8", "backslashreplace").decode()
+        text, param = _encodable(self.message), _encodable(self.param)
         if len(text) > MAX_LENGTH:
             text = f"{text[:MAX_LENGTH]} ..."
         kinds = {401: "authentication_error", 429: "rate_limit_error"}
         kind = "server_error" if self.status >= 500 else kinds.get(self.status, "invalid_request_error")
-        return {"error": {"message": text, "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": text, "type": kind, "param": param, "code": self.code}}
+
+
+def _encodable(text: str | None) -> Any:
+    """`text` without lone surrogates, which JSON can spell and UTF-8 cannot encode."""
+    return text and text.encode("utf-8", "backslashreplace").decode()
 
 
 def did_you_mean(word: str, known: Collection[str]) -> str:

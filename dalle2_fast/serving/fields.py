@@ -22,7 +22,7 @@ Caption = Annotated[str, Field(max_length=MAX_PROMPT)]
 class Fields(BaseModel):
     """What the three requests have in common; a field that is null or missing has its default."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid")
     files: ClassVar[tuple[str, ...]] = ()
 
     model: Annotated[str, Field(description="dalle2-fast, or dall-e-2")] = MODEL
@@ -87,26 +87,23 @@ def read_form(kind: type[Kind], values: Mapping[str, str]) -> Kind:
 
 def _checked(kind: type[Kind], values: Mapping[str, Any], *, strict: bool) -> Kind:
     given = {name: value for name, value in values.items() if value is not None}
+    for name in given:  # first, because an unknown name explains a missing one
+        if name not in kind.model_fields:
+            hint = did_you_mean(name, [*kind.model_fields, *kind.files])
+            raise ApiError(400, f"{_shown(name)}: unknown field{hint}", param=name[:64])
     try:
         fields = kind.model_validate(given, strict=strict)
     except ValidationError as error:
-        details = error.errors()
-        # An unknown name explains a missing one, so it comes first.
-        first = next((each for each in details if each["type"] == "extra_forbidden"), details[0])
-        raise _refused(kind, first) from None
+        raise _refused(error.errors()[0]) from None
     if fields.model not in MODELS:
         message = f"model: there is no model {_shown(fields.model)}{did_you_mean(fields.model, MODELS)}"
         raise ApiError(404, message, param="model", code="model_not_found")
     return fields
 
 
-def _refused(kind: type[Fields], detail: Any) -> ApiError:
+def _refused(detail: Any) -> ApiError:
     """An error of pydantic as one sentence that begins with the field."""
     name = str(detail["loc"][0])
-    if detail["type"] == "extra_forbidden":
-        known = [*kind.model_fields, *kind.files]
-        shown = _shown(name)
-        return ApiError(400, f"{shown}: unknown field{did_you_mean(name, known)}", param=name[:64])
     if detail["type"] == "missing":
         return ApiError(400, f"{name}: expected a value, got none", param=name)
     if detail["type"] == "string_too_long":
