@@ -302,10 +302,13 @@ def test_one_command_at_a_time_and_no_lock_outlives_a_kill(tmp_path, capsys):
         pass
 
 
-def test_copies_started_by_torchrun_are_refused(tmp_path, capsys, monkeypatch):
-    """Catches: N copies that train into one folder."""
+def test_copies_that_cannot_meet_are_refused(tmp_path, capsys, monkeypatch):
+    """Catches: N copies that train into one folder; a distillation in N copies, which is one process."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert train(tmp_path / "out") == 2
+    assert "the processes did not meet" in capsys.readouterr().err
+    distill = ["distill", "prior", "--teacher", str(tmp_path), "--steps", "1", "--out", str(tmp_path / "out")]
+    assert main(distill) == 2
     assert "without torchrun" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
