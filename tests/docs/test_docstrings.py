@@ -22,6 +22,7 @@ OPTIONAL = {
     "dalle2_fast.adapters.diffusers": "diffusers",
     "dalle2_fast.adapters.dalle2_pytorch": "dalle2_pytorch",
     "dalle2_fast.data.sources": "webdataset",
+    "dalle2_fast.serving.fields": "pydantic",
 }
 CALLABLES = sorted(
     f"{module}.{name}"
