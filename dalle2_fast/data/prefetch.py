@@ -7,6 +7,7 @@ import itertools
 import math
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
@@ -87,17 +88,19 @@ class Prefetcher:
     def _start(self, step: int) -> None:
         self.close()
         waiting = math.ceil(len(self._spans(step)) / self._workers) + 1
-        loader = DataLoader(
-            _Parts(self._maker),
-            sampler=_Consecutive(self._spans, step),
-            batch_size=None,
-            collate_fn=_unchanged,
-            num_workers=self._workers,
-            prefetch_factor=max(2, waiting),
-            pin_memory=self._pin,
-            worker_init_fn=_prepare_worker,
-            generator=torch.Generator(),  # otherwise it draws from the generator of the training's noise
-        )
+        with warnings.catch_warnings():  # more workers than cores are the user's choice
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            loader = DataLoader(
+                _Parts(self._maker),
+                sampler=_Consecutive(self._spans, step),
+                batch_size=None,
+                collate_fn=_unchanged,
+                num_workers=self._workers,
+                prefetch_factor=max(2, waiting),
+                pin_memory=self._pin,
+                worker_init_fn=_prepare_worker,
+                generator=torch.Generator(),  # otherwise it draws from the generator of the training's noise
+            )
         self._parts, self._step = iter(loader), step
 
 
