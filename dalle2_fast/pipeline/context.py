@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from dalle2_fast.diffusion.graphs.cache import StageGraphs
 from dalle2_fast.pipeline.compilation.graphs import graphs_of
+from dalle2_fast.pipeline.like_diffusers.offload import resident
+from dalle2_fast.pipeline.parts import PARTS
 from dalle2_fast.pipeline.progress import Progress, StageTimer
 from dalle2_fast.pipeline.settings import check_count
 from dalle2_fast.seeds import sample_seed
@@ -27,7 +29,8 @@ class Generation:
     """What a call of the pipeline made: B = P * N rows, N images of each of P inputs, input after input.
 
     Args:
-        images: float32 [B, 3, size, size] in [0, 1].
+        images: float32 [B, 3, size, size] in [0, 1]; with output_type "np" or "pil" what `convert_images`
+            makes of it.
         low_res: float32 [B, 3, S, S] in [0, 1], the decoder's output.
         image_embed: [B, D], the prior's output, or what the decoder was given.
         seed: the seed of the call, or one of each prompt.
@@ -150,7 +153,8 @@ class GenerationContext:
         the next batch, if a result is not finite.
         """
         results = []
-        with self.timer(stage, len(self.batches)) as track:
+        part = stage if stage in PARTS else "decoder"  # of the inversion
+        with self.timer(stage, len(self.batches)) as track, resident(self.pipe, part):
             for rows in self.batches:
                 inputs = {k: v[rows] if isinstance(v, Tensor) else v for k, v in options.items()}
                 shown = track if self.timer.progress else None
@@ -182,9 +186,14 @@ def resolve_seed(seed: int | None, generator: torch.Generator | None = None) -> 
     """`seed`, or one drawn from `generator`, or else from torch's global generator.
 
     Raises:
-        TypeError: `seed` is no int.
+        TypeError: `seed` is no int, or `generator` no generator.
         ValueError: `seed` is not in 0 ... 2^63 - 1, or both are given.
     """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        came = type(generator).__name__
+        raise TypeError(
+            f"generator: expected one torch.Generator, got {came}; seed takes one seed for each prompt"
+        )
     if seed is None:
         device = "cpu" if generator is None else generator.device
         return int(torch.randint(2**32, (), generator=generator, device=device))

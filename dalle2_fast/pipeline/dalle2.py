@@ -10,17 +10,24 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from dalle2_fast.data.images import to_pil
 from dalle2_fast.pipeline import decoding, editing, inversion, reconstruction
 from dalle2_fast.pipeline.checkpoint import load_pipeline, save_pipeline
 from dalle2_fast.pipeline.compilation import graphs as cuda_graphs
 from dalle2_fast.pipeline.compilation.pipeline import compile_networks
 from dalle2_fast.pipeline.context import Generation, GenerationContext
-from dalle2_fast.pipeline.parts import check_parts
+from dalle2_fast.pipeline.like_diffusers import hub, offload
+from dalle2_fast.pipeline.like_diffusers.names import (
+    accept_names,
+    check_output_type,
+    convert_images,
+    like_diffusers,
+)
+from dalle2_fast.pipeline.parts import PARTS, check_parts
 from dalle2_fast.pipeline.progress import Progress
 from dalle2_fast.pipeline.settings import (
     GenerateOptions,
     SamplingSettings,
+    SettingOptions,
     resolve_prompts,
     resolve_settings,
     resolve_size,
@@ -38,7 +45,7 @@ from dalle2_fast.pipeline.stages import (
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
     from dalle2_fast.data.text.tokenizer import Tokenizer
     from dalle2_fast.models.clip.model import CLIP
@@ -102,6 +109,16 @@ class DALLE2(nn.Module):
         self.sampling = settings.to_dict()
         self.metadata = dict(metadata or {})
 
+    _offload_device: torch.device | None = None  # where the stages run, see enable_model_cpu_offload
+
+    def __repr__(self) -> str:
+        """One line; `print(pipe.decoder)` shows the layers of a stage."""
+        stages = {name: getattr(self, name) for name in PARTS}
+        counts = [f"{name} {hub.count_parameters(net):,}" for name, net in stages.items() if net is not None]
+        where = f"{self.device}, {str(self.dtype).removeprefix('torch.')}"
+        sizes = ", ".join(map(str, self.sizes))
+        return f"{type(self).__name__}({', '.join(counts)} parameters; {where}; sizes {sizes})"
+
     @property
     def sizes(self) -> tuple[int, ...]:
         """The image sizes that this pipeline makes, smallest first."""
@@ -110,13 +127,25 @@ class DALLE2(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
+        """Where the stages run: where the weights are, except with `enable_model_cpu_offload`."""
+        return self._offload_device or next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights and of the computation."""
         return next(self.parameters()).dtype
+
+    def to(self, *args: Any, **options: Any) -> Self:
+        """Move all networks or change their dtype, as nn.Module.to; a device ends `enable_model_cpu_offload`.
+
+        Returns:
+            The same pipeline.
+        """
+        if torch._C._nn._parse_to(*args, **options)[0] is not None:
+            self._offload_device = None
+        return super().to(*args, **options)
+
+    enable_model_cpu_offload = offload.enable_model_cpu_offload
 
     # ---------------------------------------------------------------------------------- captions to images
 
@@ -127,6 +156,7 @@ class DALLE2(nn.Module):
         num_images: int = 4,
         *,
         output_type: Literal["pt"] = "pt",
+        return_dict: Literal[False] = False,
         **options: Unpack[GenerateOptions],
     ) -> Tensor: ...
 
@@ -137,42 +167,60 @@ class DALLE2(nn.Module):
         num_images: int = 4,
         *,
         output_type: Literal["pil"],
+        return_dict: Literal[False] = False,
         **options: Unpack[GenerateOptions],
     ) -> list[Image]: ...
 
+    @overload
     def __call__(
         self,
         prompt: str | Sequence[str],
         num_images: int = 4,
         *,
         output_type: str = "pt",
+        return_dict: bool = False,
         **options: Unpack[GenerateOptions],
-    ) -> Tensor | list[Image]:
+    ) -> Any: ...
+
+    @accept_names
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        num_images: int = 4,
+        *,
+        output_type: str = "pt",
+        return_dict: bool = False,
+        **options: Unpack[GenerateOptions],
+    ) -> Any:
         """`num_images` images of each prompt.
 
         Args:
             prompt: as in `generate`.
             num_images: as in `generate`.
-            output_type: "pt" for a tensor, "pil" for PIL images.
+            output_type: "pt" for a tensor, "np" for float32 [B, size, size, 3] in NumPy, "pil" for a list of
+                PIL images.
+            return_dict: True for the Generation with the images as `.images`, as diffusers' pipelines return
+                it.
             options: the other arguments of `generate`.
 
         Returns:
-            float32 [B, 3, size, size] in [0, 1], or a list of B PIL images.
+            float32 [B, 3, size, size] in [0, 1], or the images as output_type says.
 
         Raises:
             ValueError: another output_type; and as `generate` does.
 
         Example:
             >>> pipe = DALLE2.from_pretrained()
-            >>> few = dict(steps=2, prior_steps=2, candidates=1, size=64)
+            >>> few = dict(num_inference_steps=2, prior_num_inference_steps=2, candidates=1, size=64)
             >>> pipe("a red circle", 1, seed=0, output_type="pil", **few)[0].size
             (64, 64)
         """
-        if output_type not in ("pt", "pil"):
-            raise ValueError(f"output_type: expected 'pt' or 'pil', got {output_type!r}")
-        images = self.generate(prompt, num_images, **options).images
-        return images if output_type == "pt" else to_pil(images)
+        check_output_type(output_type)
+        made = self.generate(prompt, num_images, **options)
+        made.images = convert_images(made.images, output_type)
+        return made if return_dict else made.images
 
+    @like_diffusers
     @torch.no_grad()
     def generate(
         self,
@@ -181,24 +229,13 @@ class DALLE2(nn.Module):
         *,
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        guidance_interval: tuple[float, float] | None = None,
-        candidates: int | None = None,
-        prior_steps: int | None = None,
-        prior_guidance: float | None = None,
-        prior_guidance_interval: tuple[float, float] | None = None,
-        negative_prompt: str | None = None,
         init_image: Tensor | Image | None = None,
         strength: float = 0.6,
-        upsampler_steps: int | None = None,
-        upsampler2_steps: int | None = None,
         size: int | None = None,
-        tile: int | None = None,
-        sampler: str | None = None,
         batch_size: int | None = None,
         progress: Progress = False,
         graphs: bool | str = "auto",
+        **settings: Unpack[SettingOptions],
     ) -> Generation:
         """Captions -> images, without gradients and in evaluation mode.
 
@@ -211,26 +248,10 @@ class DALLE2(nn.Module):
                 other prompts; a list has one seed for each prompt. None draws it from `generator`, or from
                 torch's global generator (torch.manual_seed).
             generator: see seed.
-            steps: diffusion steps of the decoder.
-            guidance: guidance scale of the decoder; 1 is no guidance, more follows the caption more closely.
-            guidance_interval: (low, high) in log-SNR, log(alpha^2 / sigma^2): only the decoder's steps at
-                low <= log-SNR < high have guidance, see GaussianDiffusion.sample. (-100, 100) is all steps.
-            candidates: images that the decoder samples for each image asked for; the one that CLIP finds
-                nearest to the caption is kept, and upsampled.
-            prior_steps: diffusion steps of the prior; an autoregressive prior has none.
-            prior_guidance: guidance scale of the prior.
-            prior_guidance_interval: the same of the prior's steps; an autoregressive prior has none.
-            negative_prompt: a caption that guidance leads away from.
             init_image: the decoder starts from this image, noised: one image, or one per prompt; square, of
                 any size.
             strength: the part of the decoder's steps that it then makes, in (0, 1]; 1 forgets the image.
-            upsampler_steps: diffusion steps of the first upsampler; upsamplers have no guidance.
-            upsampler2_steps: diffusion steps of the second upsampler.
             size: one of `sizes`; None is the largest.
-            tile: side in pixels of the tiles in which an upsampler makes a larger image, to save memory, see
-                Upsampler.sample.
-            sampler: "ddpm", "ddim" or "dpm++", for every stage; "consistency" for distilled ones, see
-                SamplingSettings.
             batch_size: at most so many images at a time, to save memory; the images are the same up to
                 rounding.
             progress: True draws one bar per stage on stderr; a callable(stage, iterable, total) -> iterable
@@ -238,6 +259,13 @@ class DALLE2(nn.Module):
             graphs: whether the steps of a stage are captured as a CUDA graph when its shapes are new, and
                 then replayed: "auto" where the device has CUDA graphs, True (an error where it has none),
                 or False. The result's `graphs` says what each stage did.
+            settings: those of SamplingSettings: steps, guidance, guidance_interval, candidates, prior_steps,
+                prior_guidance, prior_guidance_interval, prior_candidates, negative_prompt, upsampler_steps,
+                upsampler2_steps, tile, sampler, prior_sampler, upsampler_sampler and upsampler2_sampler; and
+                guidance_rescale, clip, dynamic_threshold and spacing as in GaussianDiffusion.sample, for the
+                decoder. diffusers' names are known, too: num_inference_steps, guidance_scale,
+                num_images_per_prompt, {prior,decoder,super_res}_num_inference_steps,
+                {prior,decoder}_guidance_scale, and output_type ("pt", "np", "pil") for the result's images.
 
         Raises:
             ValueError: an unknown word, an empty or over-long caption, an argument out of range, or a setting
@@ -255,58 +283,45 @@ class DALLE2(nn.Module):
         """
         prompts = resolve_prompts(prompt)
         size = resolve_size(self, size)
-        settings = resolve_settings(
-            self,
-            size,
-            steps=steps,
-            guidance=guidance,
-            guidance_interval=guidance_interval,
-            candidates=candidates,
-            prior_steps=prior_steps,
-            prior_guidance=prior_guidance,
-            prior_guidance_interval=prior_guidance_interval,
-            negative_prompt=negative_prompt,
-            upsampler_steps=upsampler_steps,
-            upsampler2_steps=upsampler2_steps,
-            tile=tile,
-            sampler=sampler,
-        )
-        check_prior(self, prior_steps=prior_steps, prior_guidance_interval=prior_guidance_interval)
-        check_candidates(self, settings.candidates)
+        given, decoder_options = decoding.split_options(settings, SamplingSettings.names())
+        chosen = resolve_settings(self, size, **given)
+        of_diffusion = ("prior_steps", "prior_guidance_interval")
+        check_prior(self, **{name: given.get(name) for name in of_diffusion})
+        check_candidates(self, chosen.candidates)
         context = GenerationContext.for_inputs(
             self,
             len(prompts),
             num_images,
-            candidates=settings.candidates,
+            candidates=chosen.candidates,
             seed=seed,
             generator=generator,
             batch_size=batch_size,
             progress=progress,
             graphs=graphs,
         )
-        start: dict[str, Any] = {}
+        start = dict(decoder_options)
         if init_image is not None:
             image = prepare_init_image(context, init_image, len(prompts))
-            start = {"init_image": image, "strength": strength}
+            start |= {"init_image": image, "strength": strength}
 
         with context.evaluation_mode():
-            captions = encode_captions(context, prompts, settings.negative_prompt)
-            image_embed = sample_image_embeddings(context, captions, settings)
-            low_res = sample_decoder(context, image_embed, captions.for_decoder, settings, **start)
-            low_res, image_embed = choose_candidates(context, low_res, image_embed, prompts, settings)
-            images = upsample(context, low_res, settings, size)
+            captions = encode_captions(context, prompts, chosen.negative_prompt)
+            image_embed = sample_image_embeddings(context, captions, chosen)
+            low_res = sample_decoder(context, image_embed, captions.for_decoder, chosen, **start)
+            low_res, image_embed = choose_candidates(context, low_res, image_embed, prompts, chosen)
+            images = upsample(context, low_res, chosen, size)
         return context.result(images, low_res, image_embed)
 
     # ------------------------------------------------------- what begins with an image or an image embedding
 
     embed_image = decoding.embed_image
-    decode = decoding.decode
-    variations = editing.variations
-    interpolate = editing.interpolate
-    text_diff = editing.text_diff
-    inpaint = editing.inpaint
-    invert = inversion.invert
-    reconstruct = reconstruction.reconstruct
+    decode = like_diffusers(decoding.decode)
+    variations = like_diffusers(editing.variations)
+    interpolate = like_diffusers(editing.interpolate)
+    text_diff = like_diffusers(editing.text_diff)
+    inpaint = like_diffusers(editing.inpaint)
+    invert = accept_names(inversion.invert)
+    reconstruct = like_diffusers(reconstruction.reconstruct)
     fit_pca = reconstruction.fit_pca
 
     # ------------------------------------------------------------------- compiled programs and CUDA graphs
@@ -317,7 +332,11 @@ class DALLE2(nn.Module):
 
     # ----------------------------------------------------------------------------------------- checkpoints
 
-    def save_pretrained(self, path: str | PathLike, *, dtype: torch.dtype | None = None) -> Path:
+    push_to_hub = hub.push_to_hub
+
+    def save_pretrained(
+        self, path: str | PathLike, *, dtype: torch.dtype | None = None, model_card: bool = False
+    ) -> Path:
         """Write the pipeline as a checkpoint folder (config.json, model.safetensors).
 
         An earlier checkpoint there stays whole until the new one is complete.
@@ -325,6 +344,7 @@ class DALLE2(nn.Module):
         Args:
             path: the folder.
             dtype: store floating-point weights in it (torch.bfloat16 halves the file); None keeps theirs.
+            model_card: also write a model card, README.md; one that is there is replaced.
 
         Returns:
             The folder.
@@ -332,7 +352,10 @@ class DALLE2(nn.Module):
         Raises:
             OSError: the folder cannot be written.
         """
-        return save_pipeline(self, path, dtype)
+        folder = save_pipeline(self, path, dtype)
+        if model_card:
+            hub.write_card(self, folder, str(path))
+        return folder
 
     @classmethod
     def from_pretrained(

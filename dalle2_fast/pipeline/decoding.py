@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dalle2_fast.data.images import as_images, resized
 from dalle2_fast.pipeline.context import Generation, GenerationContext, check_finite
+from dalle2_fast.pipeline.like_diffusers.offload import resident
 from dalle2_fast.pipeline.progress import Progress
 from dalle2_fast.pipeline.settings import SamplingSettings, check_count, resolve_settings, resolve_size
 from dalle2_fast.pipeline.stages import encode_captions, sample_decoder, upsample
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 # sampler.
 SETTINGS = frozenset({
     "steps", "guidance", "guidance_interval", "negative_prompt",
-    "upsampler_steps", "upsampler2_steps", "tile",
+    "upsampler_steps", "upsampler2_steps", "upsampler_sampler", "upsampler2_sampler", "tile",
 })  # fmt: skip
 DECODER_OPTIONS = frozenset({"guidance_rescale", "clip", "dynamic_threshold", "spacing"})
 
@@ -49,7 +50,7 @@ def embed_image(pipe: DALLE2, image: ImageInput) -> Tensor:
         torch.Size([2, 192])
     """
     images = as_images("image", image, pipe.device)
-    with torch.no_grad():
+    with torch.no_grad(), resident(pipe, "clip"):
         small = resized(images, pipe.clip.image_size)
         embed = pipe.clip.encode_image(small, normalize=pipe.decoder.unit_norm)
     return check_finite("image embedding", embed, pipe.dtype)
@@ -88,8 +89,10 @@ def decode(
         progress: as in `generate`.
         graphs: as in `generate`.
         settings: `steps`, `guidance`, `guidance_interval`, `negative_prompt`, `upsampler_steps`,
-            `upsampler2_steps` and `tile` as in `generate`; `guidance_rescale`, `clip`, `dynamic_threshold`
-            and `spacing` as in GaussianDiffusion.sample.
+            `upsampler2_steps`, `upsampler_sampler`, `upsampler2_sampler` and `tile` as in `generate`;
+            `guidance_rescale`, `clip`, `dynamic_threshold` and `spacing` as in GaussianDiffusion.sample.
+            As in every method that begins with an image, `steps`, `guidance`, `num_images` and
+            `upsampler_steps` may have diffusers' names, and `output_type` is as in `generate`.
 
     Returns:
         A Generation of P * num_images rows. A row depends on its inputs and the seed, not on the number of
@@ -135,10 +138,13 @@ def decode(
     return context.result(images, low_res, image_embed)
 
 
-def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The SamplingSettings among `options`, and the arguments of Decoder.sample. TypeError for any other."""
-    settings = {name: value for name, value in options.items() if name in SETTINGS}
-    rest = {name: value for name, value in options.items() if name not in SETTINGS}
+def split_options(
+    options: Mapping[str, Any], names: Collection[str] = SETTINGS
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The SamplingSettings `names` among `options`, and the arguments of Decoder.sample. TypeError for any
+    other."""
+    settings = {name: value for name, value in options.items() if name in names}
+    rest = {name: value for name, value in options.items() if name not in names}
     if unknown := rest.keys() - DECODER_OPTIONS:
         raise TypeError(f"{', '.join(sorted(unknown))}: not an option here")
     return settings, rest

@@ -18,6 +18,7 @@ from dalle2_fast.ops._dtypes import compute_dtype
 from dalle2_fast.pipeline.context import Generation, GenerationContext
 from dalle2_fast.pipeline.decoding import decode, embed_image, encode_decoder_captions, split_options
 from dalle2_fast.pipeline.inversion import add_seconds, invert_for_decoding
+from dalle2_fast.pipeline.like_diffusers.offload import resident
 from dalle2_fast.pipeline.progress import Progress
 from dalle2_fast.pipeline.settings import check_count, resolve_settings, resolve_size
 from dalle2_fast.pipeline.slerp import slerp
@@ -165,7 +166,8 @@ def text_diff(
         raise ValueError(f"theta: expected a number in [0, 1], got {theta!r}")
     images = expect_one("image", as_images("image", image, pipe.device))
     tokens = pipe.tokenizer.encode([source, target]).to(pipe.device)
-    text = pipe.clip.encode_text(tokens, normalize=True)[0]
+    with resident(pipe, "clip"):
+        text = pipe.clip.encode_text(tokens, normalize=True)[0]
     text = text.to(compute_dtype(text.dtype))
     if torch.equal(text[0], text[1]):
         raise ValueError(f"source, target: expected captions that differ, got {source!r} twice")
@@ -194,7 +196,9 @@ def inpaint(
     prior_steps: int | None = None,
     prior_guidance: float | None = None,
     prior_guidance_interval: tuple[float, float] | None = None,
+    prior_candidates: int | None = None,
     sampler: str | None = None,
+    prior_sampler: str | None = None,
     size: int | None = None,
     batch_size: int | None = None,
     progress: Progress = False,
@@ -218,7 +222,9 @@ def inpaint(
         prior_steps: as in `generate`.
         prior_guidance: as in `generate`.
         prior_guidance_interval: as in `generate`.
+        prior_candidates: as in `generate`.
         sampler: of every stage, as in `generate`.
+        prior_sampler: as in `generate`.
         size: as in `generate`.
         batch_size: as in `generate`.
         progress: as in `generate`.
@@ -248,7 +254,8 @@ def inpaint(
     mine, decoder_options = split_options(settings)
     mine |= dict(
         prior_steps=prior_steps, prior_guidance=prior_guidance,
-        prior_guidance_interval=prior_guidance_interval, sampler=sampler,
+        prior_guidance_interval=prior_guidance_interval, prior_candidates=prior_candidates, sampler=sampler,
+        prior_sampler=prior_sampler,
     )  # fmt: skip
     size = resolve_size(pipe, size)
     chosen = resolve_settings(pipe, size, **mine)

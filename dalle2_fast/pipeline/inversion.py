@@ -47,6 +47,11 @@ class Inversion:
     prompt: str | None
     seconds: dict[str, float]
 
+    @property
+    def images(self) -> Tensor:
+        """`image`, under the name that results of the other methods have."""
+        return self.image
+
 
 @torch.no_grad()
 def invert(

@@ -126,11 +126,10 @@ class SamplingSettings:
         return asdict(self)
 
 
-class GenerateOptions(TypedDict, total=False):
-    """The keyword arguments of `DALLE2.generate`, for `DALLE2.__call__`, which passes them on."""
+class SettingOptions(TypedDict, total=False):
+    """The SamplingSettings of a call, options of the decoder's sampler, and diffusers' names of some of them
+    (see pipeline/like_diffusers/names.py)."""
 
-    seed: int | Sequence[int] | None
-    generator: torch.Generator | None
     steps: int | None
     guidance: float | None
     guidance_interval: tuple[float, float] | None
@@ -138,14 +137,37 @@ class GenerateOptions(TypedDict, total=False):
     prior_steps: int | None
     prior_guidance: float | None
     prior_guidance_interval: tuple[float, float] | None
+    prior_candidates: int | None
     negative_prompt: str | None
-    init_image: Tensor | Image | None
-    strength: float
     upsampler_steps: int | None
     upsampler2_steps: int | None
-    size: int | None
     tile: int | None
     sampler: str | None
+    prior_sampler: str | None
+    upsampler_sampler: str | None
+    upsampler2_sampler: str | None
+    guidance_rescale: float
+    clip: float | None
+    dynamic_threshold: float | None
+    spacing: str | None
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    num_images_per_prompt: int
+    prior_num_inference_steps: int | None
+    prior_guidance_scale: float | None
+    decoder_num_inference_steps: int | None
+    decoder_guidance_scale: float | None
+    super_res_num_inference_steps: int | None
+
+
+class GenerateOptions(SettingOptions, total=False):
+    """The keyword arguments of `DALLE2.generate`, for `DALLE2.__call__`, which passes them on."""
+
+    seed: int | Sequence[int] | None
+    generator: torch.Generator | None
+    init_image: Tensor | Image | None
+    strength: float
+    size: int | None
     batch_size: int | None
     progress: Progress
     graphs: bool | str

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dalle2_fast.data.images import as_images, resized, resized_mask
 from dalle2_fast.pipeline.context import GenerationContext, check_finite
+from dalle2_fast.pipeline.like_diffusers.offload import resident
 from dalle2_fast.pipeline.settings import SamplingSettings
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def encode_captions(
     negative_tokens = _tokenize(pipe, [] if negative_prompt is None else [negative_prompt])
     # Networks that were trained on CLIP's raw projections need the length of the embedding, too.
     unit_norm = all(net.unit_norm for net in (pipe.prior, pipe.decoder) if net is not None)
-    with context.timer("text") as track:
+    with context.timer("text") as track, resident(pipe, "clip"):
         for _ in track(range(1), 1):  # one step, so that the stage shows progress
             caption = None if tokens is None else pipe.clip.encode_text(tokens, normalize=unit_norm)
             # The negative caption is a batch of its own, because a CPU may round one row and two rows
@@ -181,8 +182,9 @@ def choose_candidates(
     if count == 1:
         return low_res, image_embed
     pipe = context.pipe
-    text = pipe.clip.encode_text(pipe.tokenizer.encode(prompts).to(pipe.device))[0].float()
-    image = pipe.clip.encode_image(resized(low_res, pipe.clip.image_size)).float()
+    with resident(pipe, "clip"):
+        text = pipe.clip.encode_text(pipe.tokenizer.encode(prompts).to(pipe.device))[0].float()
+        image = pipe.clip.encode_image(resized(low_res, pipe.clip.image_size)).float()
     rows = image.unflatten(0, (len(prompts), -1, count))
     cosine = check_finite("candidates", torch.einsum("pncd,pd->pnc", rows, text), pipe.dtype)
     first = torch.arange(0, len(low_res), count, device=low_res.device)

@@ -10,7 +10,12 @@ import pytest
 import torch
 
 from dalle2_fast import DALLE2
-from dalle2_fast.pipeline.settings import GenerateOptions, SamplingSettings, resolve_settings
+from dalle2_fast.pipeline.settings import (
+    GenerateOptions,
+    SamplingSettings,
+    SettingOptions,
+    resolve_settings,
+)
 from dalle2_fast.training.distillation.student import make_student
 from tests.support.tiny_pipeline import tiny_pipeline
 
@@ -83,7 +88,8 @@ def test_the_options_of_a_call_are_those_of_generate():
     """Catches: a keyword of `generate` that a type checker refuses in `pipe(...)`, or one that it misses."""
     keywords = [name for name, parameter in inspect.signature(DALLE2.generate).parameters.items()
                 if parameter.kind is inspect.Parameter.KEYWORD_ONLY]  # fmt: skip
-    assert list(GenerateOptions.__annotations__) == keywords
+    assert {*GenerateOptions.__annotations__} == {*keywords, *SettingOptions.__annotations__}
+    assert {*SamplingSettings.names()} <= {*SettingOptions.__annotations__}
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,10 @@ def check_graphs(graphs: bool | str, device: torch.device, argument: str = "grap
 
 def graphs_of(pipe: DALLE2, graphs: bool | str) -> SamplingGraphs | None:
     """The graphs of a pipeline where they are wanted; None where it samples without. See `check_graphs`."""
+    if pipe._offload_device is not None:  # a network that moves has other addresses than its graph
+        if graphs is True:
+            raise ValueError("graphs: expected False or 'auto' with enable_model_cpu_offload, got True")
+        return None
     if not check_graphs(graphs, pipe.device):
         return None
     cache = _GRAPHS.get(pipe)

@@ -1,0 +1,1 @@
+"""What users of a diffusers pipeline expect: its names of arguments, CPU offload, push_to_hub."""
