@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-import dalle2_fast
+PACKAGE = Path(__file__).resolve().parents[2]
 
 
 def facts_of(arguments: Mapping[str, Any], device: torch.device) -> dict[str, str]:
@@ -21,7 +21,7 @@ def facts_of(arguments: Mapping[str, Any], device: torch.device) -> dict[str, st
     """
     options = {f"--{name.replace('_', '-')}": str(value) for name, value in arguments.items()}
     return {
-        "code of dalle2_fast": f"{dalle2_fast.__version__} {fingerprint_of_code()}",
+        "code of dalle2_fast": fingerprint_of_code(),
         "version of torch": torch.__version__,
         "device": device.type,
         **options,
@@ -30,8 +30,7 @@ def facts_of(arguments: Mapping[str, Any], device: torch.device) -> dict[str, st
 
 def fingerprint_of_code() -> str:
     """A hash of the names and contents of all Python files of the package, as 12 hexadecimal digits."""
-    folder = Path(dalle2_fast.__file__).parent
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
