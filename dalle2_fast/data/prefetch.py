@@ -101,7 +101,7 @@ class Prefetcher:
                 worker_init_fn=_prepare_worker,
                 generator=torch.Generator(),  # otherwise it draws from the generator of the training's noise
             )
-        self._parts, self._step = iter(loader), step
+            self._parts, self._step = iter(loader), step
 
 
 class _Parts(Dataset):
