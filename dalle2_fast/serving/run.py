@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -63,7 +64,13 @@ def is_loopback(bound: socket.socket) -> bool:
     return ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback
 
 
-def run_server(app: FastAPI, bound: socket.socket, *, grace: float = 30.0) -> None:
+def run_server(
+    app: FastAPI,
+    bound: socket.socket,
+    *,
+    grace: float = 30.0,
+    on_start: Callable[[], None] = lambda: None,
+) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Args:
@@ -71,13 +78,14 @@ def run_server(app: FastAPI, bound: socket.socket, *, grace: float = 30.0) -> No
         bound: of `bind`.
         grace: seconds after the signal in which requests that were accepted are finished; those that are
             not get status 503.
+        on_start: is called when clients can connect.
     """
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     config = uvicorn.Config(
         app, http=_Protocol, ws="none", lifespan="on", log_config=None, access_log=False, server_header=False,
         limit_concurrency=MAX_CONNECTIONS, timeout_graceful_shutdown=int(grace) + ANSWER_SECONDS,
     )  # fmt: skip
-    server = _Server(config, app, grace)
+    server = _Server(config, app, grace, on_start)
     # uvicorn raises the signal again at its end, which would end the process with an error.
     in_main_thread = threading.current_thread() is threading.main_thread()
     handlers = {}
@@ -93,9 +101,15 @@ def run_server(app: FastAPI, bound: socket.socket, *, grace: float = 30.0) -> No
 class _Server(uvicorn.Server):
     """uvicorn's server, which ends accepted requests itself when the grace period is over."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, grace: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, app: FastAPI, grace: float, on_start: Callable[[], None]
+    ) -> None:
         super().__init__(config)
-        self._batcher, self._grace = app.state.server.batcher, grace
+        self._batcher, self._grace, self._on_start = app.state.server.batcher, grace, on_start
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if not self.should_exit:

@@ -102,8 +102,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"warning: {reach}: anyone there can draw pictures", file=sys.stderr)
         sizes = ", ".join(f"{side} x {side}" for side in pipe.sizes)
         how = f"{device}, {str(dtype).removeprefix('torch.')}"
-        print(f"serving at {url_of(bound)} ({sizes}; {how})", flush=True)
-        run_server(app, bound, grace=args.grace)
+        line = f"serving at {url_of(bound)} ({sizes}; {how})"
+        run_server(app, bound, grace=args.grace, on_start=lambda: print(line, flush=True))
     finally:
         bound.close()
     return 0
