@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 
 import torch
@@ -12,6 +13,7 @@ from dalle2_fast.models.clip.resnet import Bottleneck
 from dalle2_fast.models.transformer import Block
 from dalle2_fast.models.unet.blocks import AttentionBlock, ResBlock
 
+PROGRAMS = 64  # of one class of blocks
 BLOCKS = (Block, ResBlock, AttentionBlock, Bottleneck)
 
 
@@ -30,8 +32,12 @@ def prepare_blocks(model: nn.Module, *, checkpoint_activations: bool, compile: b
         compile: compile the forward and the backward pass of each block with torch.compile. Blocks of one
             class and shape share the compiled code.
     """
+    # The blocks of a U-Net have many shapes, and validation is compiled for itself. With torch's limit of eight
+    # programs for one function the others would not be compiled. (Releases before it could be set warn.)
+    has_limit = "recompile_limit" in inspect.signature(torch.compile).parameters
+    limit = {"recompile_limit": PROGRAMS} if has_limit else {}
     for block in repeated_blocks(model):
         if compile:
-            block.forward = torch.compile(block.forward)
+            block.forward = torch.compile(block.forward, **limit)
         if checkpoint_activations:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
