@@ -32,8 +32,8 @@ def prepare_blocks(model: nn.Module, *, checkpoint_activations: bool, compile: b
         compile: compile the forward and the backward pass of each block with torch.compile. Blocks of one
             class and shape share the compiled code.
     """
-    # The blocks of a U-Net have many shapes, and validation is compiled for itself. With torch's limit of eight
-    # programs for one function the others would not be compiled. (Releases before it could be set warn.)
+    # The blocks of a U-Net have many shapes, and validation is compiled for itself. With torch's limit of
+    # eight programs for one function the others would not be compiled. (Releases that cannot set it warn.)
     has_limit = "recompile_limit" in inspect.signature(torch.compile).parameters
     limit = {"recompile_limit": PROGRAMS} if has_limit else {}
     for block in repeated_blocks(model):
