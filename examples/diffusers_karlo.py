@@ -13,10 +13,33 @@ import argparse
 import time
 
 import torch
-from diffusers import UnCLIPPipeline
+from diffusers import PriorTransformer, UnCLIPPipeline, UnCLIPScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 import dalle2_fast
-from dalle2_fast.adapters.diffusers import UnCLIPScheduler
+from dalle2_fast.adapters import diffusers as ours
+
+NETWORKS = {
+    "prior": PriorTransformer,
+    "text_encoder": CLIPTextModelWithProjection,
+    "text_proj": UnCLIPTextProjModel,
+    "decoder": UNet2DConditionModel,
+    "super_res_first": UNet2DModel,
+    "super_res_last": UNet2DModel,
+}
+SCHEDULERS = ("prior_scheduler", "decoder_scheduler", "super_res_scheduler")
+
+
+def load(model: str, scheduler: type, dtype: torch.dtype) -> UnCLIPPipeline:
+    """The pipeline, part by part: newer versions of diffusers do not find text_proj by Karlo's index."""
+    networks = {
+        name: kind.from_pretrained(model, subfolder=name, torch_dtype=dtype)
+        for name, kind in NETWORKS.items()
+    }
+    schedulers = {name: scheduler.from_pretrained(model, subfolder=name) for name in SCHEDULERS}
+    tokenizer = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer")
+    return UnCLIPPipeline(tokenizer=tokenizer, **networks, **schedulers)
 
 
 def main() -> None:
@@ -31,11 +54,10 @@ def main() -> None:
     args = parser.parse_args()
 
     on_gpu = torch.cuda.is_available()
-    pipe = UnCLIPPipeline.from_pretrained(args.model, torch_dtype=torch.float16 if on_gpu else torch.float32)
+    scheduler = UnCLIPScheduler if args.plain else ours.UnCLIPScheduler
+    pipe = load(args.model, scheduler, torch.float16 if on_gpu else torch.float32)
     pipe.to("cuda" if on_gpu else "cpu")
     if not args.plain:
-        for name in ("prior_scheduler", "decoder_scheduler", "super_res_scheduler"):
-            setattr(pipe, name, UnCLIPScheduler.from_config(getattr(pipe, name).config))
         print(dalle2_fast.patch(pipe))
 
     start = time.perf_counter()

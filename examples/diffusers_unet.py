@@ -4,7 +4,7 @@
     python examples/diffusers_unet.py --steps 500 --out circles
 
 The loop and the pipeline are those of diffusers. Two lines are ours: `patch(unet)`, which swaps the blocks in
-place, and the scheduler, whose step is one kernel. What `--out` writes is loaded by `DDPMPipeline` alone, too.
+place, and the scheduler, whose step is one kernel. What `--out` writes is loaded by `DDPMPipeline` alone.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     pip install lightning
     python examples/lightning_decoder.py --steps 200
 
-Lightning's trainer does devices, DDP (`--devices 8`), precision (`--precision bf16-mixed`), checkpoints, logs.
+The trainer does devices, DDP (`--devices 8`), precision (`--precision bf16-mixed`), checkpoints, logs.
 The decoder's `forward` is its loss, so that a LightningModule has nothing else to compute.
 """
 

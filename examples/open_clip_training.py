@@ -3,7 +3,7 @@
     pip install open_clip_torch
     python examples/open_clip_training.py --steps 200
 
-Model and tokenizer are those of open_clip; the loss is `dalle2_fast.ClipLoss`, or `SigLipLoss` with `--siglip`.
+Model and tokenizer are open_clip's; the loss is `dalle2_fast.ClipLoss`, or `SigLipLoss` with `--siglip`.
 To run open_clip's training script with these losses, no file is needed:
 
     python -m dalle2_fast.adapters.open_clip --model ViT-B-32 --train-data ...

@@ -4,8 +4,8 @@
     dalle2-fast generate "a small red star on a navy background" --checkpoint tuned
 
 Needs dalle2_fast alone. The images are rendered scenes; for yours, replace `batches` by a loader of images in
-[0, 1] and of captions that `pipe.tokenizer` encodes. `dalle2-fast train` does all of this and more; this file is
-for those who have a loop.
+[0, 1] and of captions that `pipe.tokenizer` encodes. `dalle2-fast train` does this and more; this file is for
+those who have a loop.
 """
 
 from __future__ import annotations
