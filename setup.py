@@ -75,7 +75,10 @@ def find_pybind11() -> Path:
     # compile command, and so ninja's decision, the same.
     link = OBJECTS / f"pybind11-{pybind11.__version__}"
     link.unlink(missing_ok=True)
-    link.symlink_to(pybind11.get_include())
+    try:
+        link.symlink_to(pybind11.get_include())
+    except OSError:  # a file system without links: an isolated build then compiles everything again
+        return Path(pybind11.get_include())
     return link
 
 
@@ -259,26 +262,33 @@ class NinjaBuild(build_ext):
         return module
 
 
-def complete_checkout() -> None:
-    """End the build, with one sentence, if the checkout lacks something without which it would succeed.
+def complete_checkout() -> dict[str, str]:
+    """Where the packages are, for `package_dir`; ends the build with one sentence if a part is missing.
 
     Where symbolic links are not unpacked (GitHub's ZIP, git with core.symlinks=false), dalle2_fast/kernels is
-    a file with the link's target as its text. It is made the link that it stands for.
+    a file with the link's target as its text. It is made the link that it stands for. On a file system
+    without links a wheel takes the modules from kernels/, and an editable install is refused.
     """
+    # The default, said explicitly: setuptools then makes an editable install a plain path, which type
+    # checkers can follow, and not an import hook, which they cannot.
+    places = {"": "."}
     link = ROOT / "dalle2_fast" / "kernels"
     if link.is_file() and link.read_text().strip() == "../kernels":
         temporary = link.with_name("kernels.link")
         try:
             temporary.symlink_to("../kernels", target_is_directory=True)
             temporary.replace(link)
+            print("dalle2_fast/kernels: made the symbolic link that it was unpacked without", file=sys.stderr)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise SystemExit(
-                "dalle2_fast/kernels: expected a symbolic link to ../kernels, got a file, and no link can be "
-                f"made ({error.strerror}): replace the file by a link or a copy of the folder kernels"
-            ) from None
-        print("dalle2_fast/kernels: made the symbolic link that it was unpacked without", file=sys.stderr)
-    needed = ["dalle2_fast/kernels/_op.py", "dalle2_fast/pretrained/scenes/config.json"]
+            if {"develop", "editable_wheel", "--inplace"} & set(sys.argv):
+                raise SystemExit(
+                    "dalle2_fast/kernels: an editable install needs a symbolic link to ../kernels here, and "
+                    f"none can be made ({error.strerror}): pip install without -e, or copy the folder there"
+                ) from None
+            places["dalle2_fast.kernels"] = "kernels"
+    kernels = places.get("dalle2_fast.kernels", "dalle2_fast/kernels")
+    needed = [f"{kernels}/_op.py", "dalle2_fast/pretrained/scenes/config.json"]
     needed += ["dalle2_fast/data/text/clip_merges.txt.gz"] + ([] if NATIVE == "none" else ["csrc/module.cpp"])
     for name in needed:
         if not (ROOT / name).is_file():
@@ -286,12 +296,22 @@ def complete_checkout() -> None:
     for path in (ROOT / "dalle2_fast" / "pretrained").rglob("*"):
         if path.is_file() and path.open("rb").read(40).startswith(b"version https://git-lfs"):
             raise SystemExit(f"{path.relative_to(ROOT)} is a Git LFS pointer, not the file: run git lfs pull")
+    return places
+
+
+def find_packages(places: dict[str, str]) -> list[str]:
+    # pretrained/ is data, not code: without the exclusion its folders would be listed as packages.
+    packages = find_namespace_packages(include=["dalle2_fast*"], exclude=["dalle2_fast.pretrained*"])
+    for name, folder in places.items():
+        if name:
+            packages += [name, *(f"{name}.{inner}" for inner in find_namespace_packages(folder))]
+    return packages
 
 
 if NATIVE not in ("auto", "cuda", "cpu", "none"):
     raise SystemExit(f"DALLE2_FAST_NATIVE: expected auto, cuda, cpu or none, got {NATIVE!r}")
 
-complete_checkout()
+places = complete_checkout()
 native = Extension(
     "dalle2_fast._C",
     sources=[f"csrc/{source}" for source in find_sources(".cpp")],
@@ -299,11 +319,8 @@ native = Extension(
 )
 
 setup(
-    # pretrained/ is data, not code: without the exclusion its folders would be listed as packages.
-    # The default, said explicitly: setuptools then makes an editable install a plain path, which type
-    # checkers can follow, and not an import hook, which they cannot.
-    package_dir={"": "."},
-    packages=find_namespace_packages(include=["dalle2_fast*"], exclude=["dalle2_fast.pretrained*"]),
+    package_dir=places,
+    packages=find_packages(places),
     package_data={"dalle2_fast": ["py.typed", "pretrained/**", "data/text/clip_merges.*"]},
     include_package_data=False,
     ext_modules=[] if NATIVE == "none" else [native],

@@ -59,6 +59,8 @@ def test_sdist_builds_the_same_wheel(tree, wheel, tmp_path):
     """An sdist that stores the symlink, or loses the data, builds a different wheel."""
     sdist = build("sdist", tree, tmp_path / "sdist")
     with tarfile.open(sdist) as archive:
+        assert not [member.name for member in archive if member.issym() or member.islnk()]
+        assert not [member.name for member in archive if re.search(r"/tests/|__pycache__|\.so$", member.name)]
         archive.extractall(tmp_path / "unpacked", filter="data")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     sources = [path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*") if path.is_file()]
@@ -107,6 +109,30 @@ def test_a_copy_without_symbolic_links_builds_the_same_wheel(wheel, tmp_path):
     """It succeeded without the kernels, and every command failed."""
     copy = without_links(copy_checkout(tmp_path / "tree"))
     assert contents(build("wheel", copy, tmp_path / "wheel")) == contents(wheel)
+
+
+# A file system without links, for the build that imports this module first.
+NO_LINKS = """
+import os
+
+def symlink(*args, **kwargs):
+    raise OSError(1, "Operation not permitted")
+
+os.symlink = symlink
+"""
+
+
+def test_a_file_system_without_links_builds_the_same_wheel(wheel, tmp_path):
+    """Catches: a build that needs links, and an editable install that lacks the kernels."""
+    copy = without_links(copy_checkout(tmp_path / "tree"))
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(NO_LINKS)
+    no_links = {"PYTHONPATH": str(tmp_path / "site")}
+    assert contents(build("wheel", copy, tmp_path / "wheel", **no_links)) == contents(wheel)
+    assert (copy / "dalle2_fast" / "kernels").is_file()
+    failed = attempt([sys.executable, "setup.py", "build_ext", "--inplace"], copy, **no_links)
+    assert failed.returncode != 0 and failed.stderr.count("\n") == 1
+    assert "an editable install needs a symbolic link to ../kernels" in failed.stderr
 
 
 @pytest.mark.parametrize(
