@@ -16,6 +16,7 @@ import math
 
 import open_clip
 import torch
+from open_clip import loss as open_clip_loss
 
 from dalle2_fast import ClipLoss, SigLipLoss
 from dalle2_fast.data import SceneStream
@@ -47,7 +48,7 @@ def main() -> None:
     model = build_model(args.siglip).to(device).train()
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
     loss_of = SigLipLoss() if args.siglip else ClipLoss()
-    theirs = open_clip.SigLipLoss() if args.siglip else open_clip.ClipLoss()
+    theirs = (open_clip_loss.SigLipLoss if args.siglip else open_clip_loss.ClipLoss)()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     mean, std = (torch.tensor(values, device=device)[:, None, None]
                  for values in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))  # fmt: skip
