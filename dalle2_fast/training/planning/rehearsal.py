@@ -13,13 +13,16 @@ from pathlib import Path
 
 import torch
 
-from dalle2_fast.data import Tokenizer
+from dalle2_fast.pipeline.device import choose_dtype
 from dalle2_fast.training.errors import TrainingError
 from dalle2_fast.training.folder import StageFolder
 from dalle2_fast.training.parallel.execution import PLAIN, Execution
 from dalle2_fast.training.parallel.processes import ALONE, Processes
 from dalle2_fast.training.recipes import Preset
+from dalle2_fast.training.run_folder.agreement import agree_on_run
 from dalle2_fast.training.run_folder.initial import freeze_weights
+from dalle2_fast.training.run_folder.record import RunRecord
+from dalle2_fast.training.run_folder.tokenizer import run_tokenizer
 from dalle2_fast.training.stages.base import SceneStage
 from dalle2_fast.training.stages.registry import make_stage
 from dalle2_fast.training.trainer import Trainer
@@ -187,11 +190,11 @@ def _trainers(
     *,
     seed: int | None = None,
     device: torch.device,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     freeze: Sequence[str] | None = None,
     shards: str | None = None,
     val_shards: str | None = None,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: str | None = None,
     processes: Processes = ALONE,
     execution: Execution = PLAIN,
 ) -> Iterator[Trainer]:
@@ -199,15 +202,17 @@ def _trainers(
 
     Args:
         stages, preset, out: see `rehearse`.
-        seed, device, dtype, freeze, shards, val_shards, processes, execution: see `train_stage`.
-        tokenizer: of the captions; None is that of the scenes.
+        seed, device, dtype, freeze, shards, val_shards, tokenizer, processes, execution: see `train_stage`.
     """
-    seed = 0 if seed is None else seed
+    seed, record = 0 if seed is None else seed, RunRecord.read(out, resume=True)
+    dtype = choose_dtype("auto", device) if dtype is None else dtype
+    shards, val_shards = agree_on_run(record, preset, out, shards, val_shards, override=False)
+    reads = run_tokenizer(preset, out, shards, tokenizer, allow_pipe=execution.allow_pipe)
 
     def made(name: str) -> SceneStage:
         return make_stage(
             name, preset, out=folder, seed=seed, device=device, shards=shards, val_shards=val_shards,
-            tokenizer=tokenizer, processes=processes,
+            tokenizer=reads, processes=processes, execution=execution,
         )  # fmt: skip
 
     with _folder_of_weights(out) as folder:

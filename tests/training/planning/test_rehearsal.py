@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from dalle2_fast import cli
@@ -34,6 +35,23 @@ def test_a_dry_run_states_every_stage_and_leaves_nothing(tmp_path):
     assert f"clip: {needs[0].parameters:,} parameters; state 0.2 MB" in str(needs[0])
     (frozen,) = rehearse(("clip",), preset, tmp_path, freeze=["visual"], **ON_CPU)
     assert frozen.trained < frozen.parameters and "of them trained" in str(frozen)
+
+
+def test_a_dry_run_on_own_data(tmp_path):
+    """Catches: text towers of another size than in the training, a preset for own data without any."""
+    pytest.importorskip("webdataset")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for index, caption in enumerate(["a quiet harbour", "two dogs", "the sea at night", "a red bicycle"]):
+        Image.new("RGB", (40, 32), (60 * index, 90, 200)).save(pictures / f"{index}.png")
+        (pictures / f"{index}.txt").write_text(caption)
+    options = dict(shards=str(pictures), **ON_CPU)
+    (words,) = rehearse(("clip",), PRESETS["tiny"], tmp_path / "run", **options)
+    (pieces,) = rehearse(("clip",), PRESETS["tiny"], tmp_path / "run", tokenizer="clip", **options)
+    assert pieces.parameters - words.parameters > 49_000 * 16
+    with pytest.raises(ValueError, match="--data: expected images with captions for the preset photos-64"):
+        next(rehearse(("clip",), PRESETS["photos-64"], tmp_path / "run", **ON_CPU))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_range_test_stops_where_the_loss_diverges(tmp_path, monkeypatch):
