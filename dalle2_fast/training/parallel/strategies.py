@@ -99,6 +99,8 @@ class Replicated(Alone):
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         super().__init__(model)
+        # The gradient of a 1 x 1 convolution has strides of another name for the same order of its numbers.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         has_unused = getattr(model, "last_unet", None) is not None  # the loss of an upsampler leaves it out
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the newer name of broadcast_buffers
