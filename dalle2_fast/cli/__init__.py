@@ -36,6 +36,7 @@ COMMANDS = {
     "train": ("dalle2_fast.cli.train", "train CLIP, prior, decoder and upsampler"),
     "embed": ("dalle2_fast.cli.bulk.embed", "compute CLIP's embeddings of image-caption pairs, for training"),
     "distill": ("dalle2_fast.cli.distill", "train a network that needs one to four steps from one of many"),
+    "completion": ("dalle2_fast.cli.help.completion", "print a script that completes commands in a shell"),
     "evaluate": ("dalle2_fast.cli.evaluate", "score a checkpoint against captions and baselines"),
 }
 # TypeError is not among them: from a command line it is a fault of the program.

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dalle2_fast.cli.arguments import DEVICE_HELP, add_guidance_interval
+from dalle2_fast.cli.arguments import DEVICE_HELP, add_guidance_interval, add_json
 from dalle2_fast.cli.image_files import check_writable
 from dalle2_fast.evaluation.amounts import FULL, PARTS, QUICK, SETTINGS, SPLITS, Amounts
 from dalle2_fast.pipeline.device import choose_device
@@ -79,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quick", action="store_true", help="few captions: a quick check with rough scores")
     add("--device", default="auto", help=DEVICE_HELP)
     add("--output", type=Path, metavar="FILE.json", help="also write everything to this file")
+    add_json(parser)
     add("--quiet", action="store_true", help="no progress bars")
 
 
@@ -121,11 +122,15 @@ def run(args: argparse.Namespace) -> int:
         progress=not args.quiet,
     )
     report = {"checkpoint": args.checkpoint, **report}
-    print_report(report)
+    if args.json:
+        print(json.dumps(report))
+    else:
+        print_report(report)
     if args.output is not None:
         with atomic_write(args.output) as temporary:
             temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        print(f"written: {args.output}")
+        if not args.json:
+            print(f"written: {args.output}")
     return 0
 
 

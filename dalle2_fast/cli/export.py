@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
-from dalle2_fast.cli.arguments import add_checkpoint
+from dalle2_fast.cli.arguments import add_checkpoint, add_json
 from dalle2_fast.pipeline.exporting import FORMATS
+
+EXAMPLES = """\
+  dalle2-fast export networks --format onnx
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="a new folder for the files and export.json")
     parser.add_argument("--format", choices=FORMATS, required=True, help="which runtime reads the files")
     add_checkpoint(parser)
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -25,7 +31,15 @@ def run(args: argparse.Namespace) -> int:
     find_runtime(args.format)  # before the weights are read
     check_folder(args.folder)
     pipe = DALLE2.from_pretrained(args.checkpoint, device="cpu", dtype="fp32")
+    differences = {}
     for name, difference in export_networks(pipe, args.folder, args.format):
-        print(f"{name + ':':<20}largest difference {difference:.2g}", flush=True)
-    print(f"{'written:':<20}{args.folder.resolve()}")
+        differences[name] = float(difference)
+        if not args.json:
+            print(f"{name + ':':<20}largest difference {difference:.2g}", flush=True)
+    written = str(args.folder.resolve())
+    print(
+        json.dumps({"folder": written, "largest_difference": differences})
+        if args.json
+        else f"{'written:':<20}{written}"
+    )
     return 0

@@ -1,7 +1,8 @@
-"""Image files of a command: those it is given, opened and made square, and the PNG files it writes."""
+"""Image files of a command: those it is given, opened and made square, and those it writes."""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+# What is written: the end of a file name -> Pillow's name of the format.
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+MAX_SIDES = {"JPEG": 65_500, "WEBP": 16_383}  # pixels
+EXIF_DESCRIPTION = 0x010E
 MAX_COLUMNS = 8  # of a grid whose images have an order
 
 
@@ -61,27 +66,76 @@ def square_image(image: Image, path: Path, side: int) -> tuple[Tensor, str | Non
     return square, f"note: {path} is {width} x {height}: {', '.join(changes)}" if changes else None
 
 
-def save_png(image: Image, path: Path, texts: Mapping[str, object]) -> None:
-    """Write a PNG file, complete or not at all.
+def check_format(path: Path, option: str) -> str:
+    """Pillow's name of the format that a file name asks for; ValueError for one that is not written.
+
+    Example:
+        >>> check_format(Path("grid.jpg"), "--output")
+        'JPEG'
+    """
+    if path.suffix.lower() not in FORMATS:
+        expected = ", ".join(FORMATS)
+        raise ValueError(f"{option}: expected a name that ends in {expected}, got {str(path)!r}")
+    return FORMATS[path.suffix.lower()]
+
+
+def check_sides(path: Path, width: int, height: int, option: str) -> None:
+    """ValueError if the format of a file name does not hold an image of that size."""
+    most = MAX_SIDES.get(check_format(path, option), max(width, height))
+    if max(width, height) > most:
+        raise ValueError(
+            f"{option}: {path.suffix} holds up to {most} pixels a side, got {width} x {height}; expected .png"
+        )
+
+
+def save_image(image: Image, path: Path, texts: Mapping[str, object], quality: int = 90) -> None:
+    """Write an image file, complete or not at all, in the format that its name asks for.
 
     Args:
         image: what to write.
         path: the file.
-        texts: text chunks (Pillow: Image.open(path).text).
+        texts: what to write into it: as text chunks of a PNG (Pillow: Image.open(path).text); as JSON in the
+            EXIF field ImageDescription of a JPEG or WebP.
+        quality: of a JPEG or WebP, 1 to 100.
 
     Raises:
+        ValueError: another format, or one that does not hold so many pixels.
         OSError: the file cannot be written; the message names it.
     """
-    from PIL.PngImagePlugin import PngInfo
-
     from dalle2_fast.checkpoints.atomic import atomic_write
 
-    info = PngInfo()
-    for key, value in texts.items():
-        # iTXt, because a caption may hold any letter; a file name may even hold bytes that are no text.
-        info.add_itxt(key, str(value).encode("utf-8", "backslashreplace").decode())
+    kind = check_format(path, "--output")
+    check_sides(path, *image.size, "--output")
+    # iTXt, because a caption may hold any letter; a file name may even hold bytes that are no text.
+    plain = {key: str(value).encode("utf-8", "backslashreplace").decode() for key, value in texts.items()}
+    if kind == "PNG":
+        from PIL.PngImagePlugin import PngInfo
+
+        info = PngInfo()
+        for key, value in plain.items():
+            info.add_itxt(key, value)
+        options: dict[str, object] = {"pnginfo": info}
+    else:
+        from PIL.Image import Exif
+
+        exif = Exif()
+        exif[EXIF_DESCRIPTION] = json.dumps(plain)  # ASCII, as EXIF wants it
+        options = {"quality": quality, "exif": exif}
     with atomic_write(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
+        image.save(temporary, format=kind, **options)
+
+
+def free_path(path: Path) -> Path:
+    """`path`, or its first sibling name-2, name-3, ... that does not exist.
+
+    Example:
+        >>> free_path(Path("no/such/folder/a-ring.png")).name
+        'a-ring.png'
+    """
+    number, free = 2, path
+    while free.exists():
+        number, free = number + 1, path.with_stem(f"{path.stem}-{number}")
+    return free
 
 
 def check_writable(path: Path, option: str) -> None:

@@ -17,6 +17,14 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args, **options) -> None:
         super().__init__(*args, **options, allow_abbrev=False)
+        self.commands: dict[str, Parser] = {}  # filled by make_parser
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        """As argparse, with the nearest of the choices."""
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            hint = did_you_mean(str(value), choices)
+            raise argparse.ArgumentError(action, f"expected one of {', '.join(choices)}, got {value!r}{hint}")
 
     def error(self, message: str) -> NoReturn:
         """One line, as for every other error, because twenty lines of usage would hide it."""
@@ -51,6 +59,43 @@ def parse(
     Returns:
         The arguments and the module. SystemExit for --help (0) and for a wrong command line (2).
     """
+    top = make_parser({}, [])
+    place = next((place for place, word in enumerate(words) if not word.startswith("-")), len(words))
+    top.reject_unknown_options(words[:place], "; those of a command follow its name")
+    asked = words[place].replace("_", "-") if place < len(words) else None  # methods are spelled with _
+    if asked is not None and asked not in commands:
+        every = f"expected one of {', '.join(commands)}"
+        top.error(f"unknown command {words[place]!r}{did_you_mean(asked, commands) or '; ' + every}")
+    parser = make_parser(commands, [] if asked is None else [asked])
+    chosen = parser
+    if asked is not None:
+        chosen, rest = parser.commands[asked], words[place + 1 :]
+        chosen.reject_unknown_options(rest)
+        if {"-h", "--help"} & {*rest}:
+            from dalle2_fast.cli.help.defaults import show_defaults
+
+            show_defaults(chosen, rest)
+    args, rest = parser.parse_known_args(words)
+    if rest and isinstance(getattr(args, "captions", None), list):
+        # argparse leaves out the captions that follow an option which follows a caption.
+        args.captions, rest = [*args.captions, *rest], []
+    if rest:
+        hint = "; a caption of several words needs quotes around it" if "caption" in args else ""
+        chosen.error(f"unexpected: {' '.join(rest)}{hint}")
+    return args, "" if asked is None else commands[asked][0]
+
+
+def make_parser(
+    commands: Mapping[str, tuple[str, str]], complete: Collection[str], *, aliases: bool = True
+) -> Parser:
+    """The parser of the command line.
+
+    Args:
+        commands: name -> (its module, its purpose).
+        complete: the commands whose options are declared, for which their modules are imported. A module may
+            have EXAMPLES, which `--help` shows at its end.
+        aliases: whether text_diff is text-diff, too.
+    """
     parser = Parser(
         prog="dalle2-fast",
         description="DALL-E 2 in PyTorch: from captions to images, and its training.",
@@ -58,31 +103,23 @@ def parse(
     parser.add_argument("--version", action="version", version=f"dalle2-fast {__version__}")
     _add_traceback(parser, False)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    place = next((place for place, word in enumerate(words) if not word.startswith("-")), len(words))
-    parser.reject_unknown_options(words[:place], "; those of a command follow its name")
-    asked = words[place].replace("_", "-") if place < len(words) else None  # methods are spelled with _
-    if asked is not None and asked not in commands:
-        every = f"expected one of {', '.join(commands)}"
-        parser.error(f"unknown command {words[place]!r}{did_you_mean(asked, commands) or '; ' + every}")
-    module, chosen = "", parser
     for name, (home, purpose) in commands.items():
         underscored = name.replace("-", "_")
         subparser = subparsers.add_parser(
             name,
-            aliases=[underscored] if underscored != name else [],
+            aliases=[underscored] if aliases and underscored != name else [],
             help=purpose,
             description=f"{purpose[0].upper()}{purpose[1:]}.",
         )
-        if name == asked:
-            module, chosen = home, subparser
-            import_module(home).add_arguments(subparser)
+        parser.commands[name] = subparser
+        if name in complete:
+            module = import_module(home)
+            module.add_arguments(subparser)
             _add_traceback(subparser, argparse.SUPPRESS)
-            subparser.reject_unknown_options(words[place + 1 :])
-    args, rest = parser.parse_known_args(words)
-    if rest:
-        hint = "; a caption of several words needs quotes around it" if "caption" in args else ""
-        chosen.error(f"unexpected: {' '.join(rest)}{hint}")
-    return args, module
+            if examples := getattr(module, "EXAMPLES", None):
+                subparser.formatter_class = argparse.RawDescriptionHelpFormatter
+                subparser.epilog = f"examples:\n{examples}"
+    return parser
 
 
 def did_you_mean(word: str, known: Collection[str]) -> str:

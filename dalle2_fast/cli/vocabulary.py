@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import textwrap
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from dalle2_fast.cli.arguments import add_checkpoint
+from dalle2_fast.cli.arguments import add_checkpoint, add_json
+
+if TYPE_CHECKING:
+    from dalle2_fast.data import Tokenizer
+
+EXAMPLES = """\
+  dalle2-fast vocabulary
+  dalle2-fast vocabulary --json | jq -r '.words[]'
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `dalle2-fast vocabulary`."""
     add_checkpoint(parser)
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -24,6 +35,9 @@ def run(args: argparse.Namespace) -> int:
     path = args.checkpoint or embedded_path()
     tokenizer = construct(tokenizer_from_config, load_config(path), "tokenizer", path)
     limit = tokenizer.context_length - 2  # without the begin and the end token
+    if args.json:
+        print(json.dumps(_facts(tokenizer, limit)))
+        return 0
     if isinstance(tokenizer, BPETokenizer):
         print(
             f"Any text: it is read as byte pairs of {tokenizer.vocab_size:,} kinds; a caption holds at most "
@@ -46,6 +60,21 @@ def run(args: argparse.Namespace) -> int:
     for sentence in LIMITS:
         print(textwrap.fill(f"- {sentence}", width=_width(), initial_indent="  ", subsequent_indent="    "))
     return 0
+
+
+def _facts(tokenizer: Tokenizer, limit: int) -> dict[str, object]:
+    """The words as one JSON object; `words` is None where any text is read."""
+    from dalle2_fast.data.synthetic.grammar import word_groups
+
+    words = getattr(tokenizer, "words", None)
+    of_scenes = getattr(tokenizer, "of_scenes", False)
+    groups = {name: list(group) for name, group in word_groups(words).items()} if of_scenes else {}
+    return {
+        "kind": "byte pairs" if words is None else "words",
+        "limit": limit,
+        "words": None if words is None else sorted(words),
+        "groups": groups,
+    }
 
 
 def _width() -> int:

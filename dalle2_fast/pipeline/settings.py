@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from dalle2_fast.diffusion.names import SAMPLERS, check_guidance_interval
+from dalle2_fast.diffusion.names import SPACINGS as SPACINGS  # for the command line
 from dalle2_fast.pipeline.parts import UPSAMPLERS
 
 if TYPE_CHECKING:

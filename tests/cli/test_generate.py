@@ -43,9 +43,11 @@ def pixels(path):
 def test_defaults(generate):
     code, printed, err = generate()
     assert code == 0
-    (name,) = os.listdir()
+    assert os.listdir() == ["outputs"]
+    (name,) = os.listdir("outputs")
     seed = int(printed["seed"])
     assert name == f"a-red-ring-{seed}.png"
+    name = f"outputs/{name}"
     assert printed["image"].strip() == f"{os.path.abspath(name)} (4 of 32 x 32)"
     assert "cpu" in printed["device"]
     native = _native.WHY_ABSENT is None
@@ -101,6 +103,12 @@ def test_options_arrive(generate, monkeypatch):
         "16",
         "--sampler",
         "ddim",
+        "--negative",
+        "a blue ring",
+        "--prior-sampler",
+        "ddpm",
+        "--spacing",
+        "log_snr",
         "--dtype",
         "fp32",
         "--batch-size",
@@ -121,11 +129,17 @@ def test_options_arrive(generate, monkeypatch):
         prior_guidance=2.5,
         guidance_interval=[-4.5, 100.0],
         prior_guidance_interval=None,
+        prior_candidates=None,
+        negative_prompt="a blue ring",
         upsampler_steps=None,
         upsampler2_steps=None,
         size=16,
         tile=None,
         sampler="ddim",
+        prior_sampler="ddpm",
+        upsampler_sampler=None,
+        upsampler2_sampler=None,
+        spacing="log_snr",
         batch_size=2,
         progress=False,
         graphs="auto",
@@ -159,7 +173,10 @@ def test_output_in_a_new_folder(generate):
     ("arguments", "says"),
     [
         (["--size", "100"], "size: expected one of 16, 32, got 100"),
-        (["--output", "x.jpg"], "--output: expected a name that ends in .png, got 'x.jpg'"),
+        (["--output", "x.gif"], "--output: expected a name that ends in .png, .jpg, .jpeg, .webp, got 'x."),
+        (["--quality", "50"], "--quality: is for .jpg and .webp, got 50 for a-red-ring-"),
+        (["--negative", "a red zebra"], '--negative: unknown word "zebra"'),
+        (["--guidance-interval", "3", "1"], "guidance_interval: expected finite numbers (low, high)"),
         (["--output", "folder.png"], "--output: folder.png is a folder"),
         (["--output", "file/x.png"], "--output: file is not a folder"),
         (["--individual", "file"], "--individual: file is not a folder"),
@@ -233,7 +250,8 @@ def test_an_interrupt_leaves_nothing(generate, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", interrupted)
     code, _, err = generate("--quiet")
-    assert (code, err) == (130, "dalle2-fast: interrupted\n") and os.listdir() == []
+    assert (code, err) == (130, "dalle2-fast: interrupted\n")
+    assert not [name for _, _, names in os.walk(".") for name in names]
 
 
 @pytest.mark.gpu

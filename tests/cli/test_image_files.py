@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from dalle2_fast.cli import image_files
-from dalle2_fast.cli.image_files import check_space, check_writable, default_file_name, save_png
+from dalle2_fast.cli.image_files import check_space, check_writable, default_file_name, save_image
 
 
 def test_failed_write_keeps_the_old_picture(tmp_path, monkeypatch):
     path = tmp_path / "x.png"
-    save_png(Image.new("RGB", (2, 2), "red"), path, {"caption": "ring é"})
+    save_image(Image.new("RGB", (2, 2), "red"), path, {"caption": "ring é"})
     with Image.open(path) as picture:
         assert picture.text["caption"] == "ring é"
 
@@ -23,7 +23,7 @@ def test_failed_write_keeps_the_old_picture(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", half)
     with pytest.raises(OSError, match="x.png: cannot be written .No space left on device"):
-        save_png(Image.new("RGB", (2, 2), "blue"), path, {})
+        save_image(Image.new("RGB", (2, 2), "blue"), path, {})
     assert os.listdir(tmp_path) == ["x.png"]
     with Image.open(path) as picture:
         assert picture.getpixel((0, 0)) == (255, 0, 0)
@@ -43,7 +43,7 @@ def test_file_name(caption, name):
 
 
 def test_a_file_name_that_is_no_text_is_escaped_in_the_file(tmp_path):
-    save_png(Image.new("RGB", (2, 2)), tmp_path / "x.png", {"image": "caf\udcff.png"})
+    save_image(Image.new("RGB", (2, 2)), tmp_path / "x.png", {"image": "caf\udcff.png"})
     with Image.open(tmp_path / "x.png") as image:
         assert image.text["image"] == "caf\\udcff.png"
 

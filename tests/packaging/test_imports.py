@@ -34,7 +34,7 @@ ARROWS = {
     "losses": {"functional", "ops"},
     "diffusion": {"functional", "seeds", "draws", "ops", "_lazy"},
     "data": {"seeds", "ops", "_lazy"},
-    "checkpoints": {"ops", "data"},
+    "checkpoints": {"ops", "data", "_lazy"},
     "models": {"seeds", "draws", "modules", "functional", "ops", "diffusion", "data", "checkpoints", "_lazy"},
     "pipeline": {"seeds", "models", "diffusion", "ops", "data", "checkpoints", "cuda_graphs", "_lazy"},
     "evaluation": {"seeds", "pipeline", "models", "diffusion", "data", "checkpoints"},

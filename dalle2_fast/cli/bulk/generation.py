@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dalle2_fast import __version__
-from dalle2_fast.cli.arguments import given_settings
+from dalle2_fast.cli.arguments import given_decoder_options, given_settings
 from dalle2_fast.cli.bulk.agreement import agree_on_record
 from dalle2_fast.cli.bulk.processes import Process
 from dalle2_fast.cli.bulk.prompts import check_prompts, read_prompts
 from dalle2_fast.cli.bulk.results import RECORD, Files, Picture, key_of, open_shard, recorded_seed
+from dalle2_fast.cli.checks.request import check_request
 from dalle2_fast.cli.image_files import check_writable
 from dalle2_fast.pipeline.device import choose_dtype
 from dalle2_fast.seeds import mix_seed
@@ -35,13 +36,14 @@ if TYPE_CHECKING:
     from dalle2_fast.pipeline.dalle2 import DALLE2
 
 BATCH_SIZE = 16  # images at a time, candidates included, if --batch-size is not given
-ONE_CAPTION = ("init_image", "strength", "individual")  # options of `generate CAPTION` alone
+ONE_CAPTION = ("init_image", "strength", "individual", "quality")  # options of `generate CAPTION` alone
 
 
 def run(args: argparse.Namespace) -> int:
     """Generate what the folder lacks; the exit code."""
     began, process = time.perf_counter(), Process.current()
     folder = _check(args, process)
+    check_request(args, given_settings(args))
     device = process.device(args.device)
     dtype = choose_dtype(args.dtype, device)
     prompts = read_prompts(args.prompts)
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     pipe = DALLE2.from_pretrained(args.checkpoint, device=device, dtype=dtype)
     if args.compile is not None:
         pipe.compile(args.compile)
-    given = given_settings(args)
+    given, decoder_options = given_settings(args), given_decoder_options(args)
     size = resolve_size(pipe, given.pop("size"))
     settings = resolve_settings(pipe, size, **given)
     check_prior(pipe, **{name: given[name] for name in ("prior_steps", "prior_guidance_interval")})
@@ -75,22 +77,28 @@ def run(args: argparse.Namespace) -> int:
         "size": size,
         "dtype": str(dtype).removeprefix("torch."),
         "compile": args.compile,
-        "settings": settings.to_dict(),
+        "settings": settings.to_dict() | decoder_options,
     }
     agree_on_record(folder / RECORD, record, "--output")
     job = Generation(
         pipe, prompts, count, record,
-        batch_size=args.batch_size or BATCH_SIZE, options=given | {"size": size, "graphs": graphs},
+        batch_size=args.batch_size or BATCH_SIZE,
+        options=given | decoder_options | {"size": size, "graphs": graphs},
     )  # fmt: skip
     made, there = _write(job, folder, process, show=process.is_first and not args.quiet)
     _report(
         {
-            "pictures": f"{folder.resolve()} ({made} made, {there} were there)",
-            "process": f"{process.rank} of {process.count}" if process.count > 1 else None,
+            "folder": str(folder.resolve()),
+            "made": made,
+            "were_there": there,
+            "process": process.rank,
+            "processes": process.count,
             "seed": record["seed"],
-            "device": f"{device}, {record['dtype']}",
-            "seconds": f"{time.perf_counter() - began:.2f}",
-        }
+            "device": str(device),
+            "dtype": record["dtype"],
+            "seconds": time.perf_counter() - began,
+        },
+        as_json=args.json,
     )
     return 0
 
@@ -220,7 +228,17 @@ def _write(job: Generation, folder: Path, process: Process, *, show: bool) -> tu
     return made, mine - made
 
 
-def _report(lines: dict[str, Any]) -> None:
+def _report(facts: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(facts))
+        return
+    lines = {
+        "pictures": f"{facts['folder']} ({facts['made']} made, {facts['were_there']} were there)",
+        "process": f"{facts['process']} of {facts['processes']}" if facts["processes"] > 1 else None,
+        "seed": facts["seed"],
+        "device": f"{facts['device']}, {facts['dtype']}",
+        "seconds": f"{facts['seconds']:.2f}",
+    }
     for name, value in lines.items():
         if value is not None:
             print(f"{name + ':':<12}{value}")

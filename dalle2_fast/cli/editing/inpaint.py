@@ -9,6 +9,11 @@ from dalle2_fast.cli import arguments
 from dalle2_fast.cli.image_files import MAX_COLUMNS, open_image
 from dalle2_fast.cli.job import Job
 
+EXAMPLES = """\
+  dalle2-fast inpaint photo.png "a blue star" --box 0.5,0,1,1
+  dalle2-fast inpaint photo.png --mask mask.png --resample 10
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `dalle2-fast inpaint`."""
@@ -53,8 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Inpaint and write; the exit code."""
-    if args.caption is not None and not args.caption.strip():
-        raise ValueError("caption: expected words, got an empty caption")
     job = Job(args, f"{args.image.stem}-{args.caption or 'inpainted'}")
     opened = open_image(args.image, "image")
     opened_mask = None if args.mask is None else open_image(args.mask, "--mask")

@@ -9,6 +9,11 @@ from dalle2_fast.cli import arguments
 from dalle2_fast.cli.image_files import MAX_COLUMNS, open_image
 from dalle2_fast.cli.job import Job
 
+EXAMPLES = """\
+  dalle2-fast interpolate first.png second.png --frames 8
+  dalle2-fast interpolate first.png second.png --noise slerp -o way.webp
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `dalle2-fast interpolate`."""

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 SHOWN_SIDE = 256  # pixels of an image in the grid, because the decoder's images are small
 
+EXAMPLES = """\
+  dalle2-fast invert photo.png --steps 100 --refine 2
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `dalle2-fast invert`."""

@@ -14,6 +14,10 @@ from dalle2_fast.cli.job import Job
 if TYPE_CHECKING:
     from torch import Tensor
 
+EXAMPLES = """\
+  dalle2-fast reconstruct photo.png --dims 1,4,16,64
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `dalle2-fast reconstruct`."""

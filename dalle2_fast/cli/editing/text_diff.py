@@ -9,6 +9,10 @@ from dalle2_fast.cli import arguments
 from dalle2_fast.cli.image_files import MAX_COLUMNS, open_image
 from dalle2_fast.cli.job import Job
 
+EXAMPLES = """\
+  dalle2-fast text-diff photo.png --from "a small red circle" --to "a large red circle"
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `dalle2-fast text-diff`."""

@@ -9,11 +9,16 @@ from dalle2_fast.cli import arguments
 from dalle2_fast.cli.image_files import MAX_COLUMNS, open_image
 from dalle2_fast.cli.job import Job
 
+EXAMPLES = """\
+  dalle2-fast variations photo.png -n 6
+  dalle2-fast variations photo.png --eta 0.5 --caption "a red ring" -o others.png
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `dalle2-fast variations`."""
     parser.add_argument("image", type=Path, help="the image to vary")
-    arguments.add_num_images(parser, "variations")
+    arguments.add_num_images(parser, "variations (default 4)")
     parser.add_argument(
         "--eta",
         type=arguments.fraction,

@@ -23,7 +23,9 @@ def sampled(pipe, monkeypatch):
     """stage -> the arguments of its last `sample`. (Images of random weights hardly depend on them.)"""
     seen = {}
     for stage in ("prior", "decoder", "upsampler"):
-        def spy(stage=stage, inner=getattr(pipe, stage).sample, **options):
+        inner = getattr(pipe, stage).sample
+
+        def spy(stage=stage, inner=inner, **options):
             seen[stage] = options
             return inner(**options)
 

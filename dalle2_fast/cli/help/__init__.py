@@ -1,0 +1,1 @@
+"""What `--help` adds to argparse, and the completion of a shell."""
