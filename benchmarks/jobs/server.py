@@ -67,12 +67,13 @@ MALFORMED = [  # what is sent, and the status that answers it
 
 
 @contextmanager
-def server(checkpoint: Path | None, *options: str) -> Iterator[tuple[int, int]]:
+def server(checkpoint: Path | None, threads: int, *options: str) -> Iterator[tuple[int, int]]:
     """A server; its port and process id."""
     command = [sys.executable, "-m", "dalle2_fast", "serve", "--port", "0", "--device", "cpu",
                "--dtype", "fp32", "--quiet", "--url-memory", "1", *options]  # fmt: skip
     command += [] if checkpoint is None else ["--checkpoint", str(checkpoint)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         yield int(re.search(r":(\d+) ", process.stdout.readline())[1]), process.pid
         process.terminate()
@@ -162,12 +163,14 @@ def resident(pid: int) -> float:
     return int(re.search(r"VmRSS:\s+(\d+)", text)[1]) / 1024
 
 
-def measure(model: str, checkpoint: Path | None, max_batch: int, count: int, connections: int) -> dict:
+def measure(
+    model: str, checkpoint: Path | None, max_batch: int, count: int, connections: int, threads: int
+) -> dict:
     """One row of the table."""
-    with server(checkpoint, "--max-batch", str(max_batch)) as (port, pid):
+    with server(checkpoint, threads, "--max-batch", str(max_batch)) as (port, pid):
         load = os.getloadavg()[0]
         if model == "tiny":  # buffers and allocator reach their size
-            asyncio.run(Load(model, port, pid, 500, connections).run())
+            asyncio.run(Load(model, port, pid, 100, connections).run())
         metrics = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
         before = totals(metrics)
         run = Load(model, port, pid, count, connections)
@@ -233,7 +236,8 @@ def rounding(dtype: str) -> dict:
 
 def report(result: dict) -> str:
     """The table."""
-    where = f"{result['machine']['cores']} cores of {result['machine']['cpu']}"
+    about = result["machine"]
+    where = f"{about['threads']} thread, {about['cores']} cores of {about['cpu']}"
     source = f"{result['date']}, commit {result['commit']}, {where}, float32"
     heads = ("model", "--max-batch", "connections", "requests", "per second", "pictures per second",
              "P50, ms", "P99, ms", "mean batch", "memory, MiB: begin, middle, end")  # fmt: skip
@@ -276,24 +280,31 @@ def main() -> None:
     parser.add_argument("--unbatched", type=int, default=2000, help="to the tiny pipeline, --max-batch 1")
     parser.add_argument("--scenes", type=int, default=24, help="to the checkpoint in the package; 0: none")
     parser.add_argument("--connections", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=1, help="of the server's computation")
     parser.add_argument("--note", default="", help="kept in the file, e.g. other load on the machine")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     packages = versions("fastapi", "uvicorn", "starlette")
     about = {"machine": machine(), "versions": packages, "note": arguments.note}
+    about["machine"]["threads"] = arguments.threads
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         tiny = tiny_pipeline().save_pretrained(Path(folder) / "tiny")
-        plan = [("tiny", tiny, 8, arguments.requests), ("tiny", tiny, 1, arguments.unbatched)]
+        plan = [("tiny", tiny, 1, arguments.unbatched), ("tiny", tiny, 8, arguments.requests)]
         plan += [("scenes", None, size, arguments.scenes) for size in (8, 1)]
         for model, checkpoint, size, count in plan:
             if count:
-                rows.append(measure(model, checkpoint, size, count, arguments.connections))
-                print(json.dumps(rows[-1]), flush=True)
-    roundings = [rounding(dtype) for dtype in ("fp32", "bf16")] if arguments.scenes else []
+                rows.append(measure(model, checkpoint, size, count, arguments.connections, arguments.threads))
+                keep(about, rows, [])
+    if arguments.scenes:
+        keep(about, rows, [rounding(dtype) for dtype in ("fp32", "bf16")])
+
+
+def keep(about: dict, rows: list[dict], roundings: list[dict]) -> None:
+    """Write what is known so far, because a whole run takes long."""
     path = save("server", {**about, "rows": rows, "rounding": roundings})
     write(RESULTS / "server.md", report(json.loads(path.read_text())))
-    print(path)
+    print(json.dumps(rows[-1]), path, flush=True)
 
 
 if __name__ == "__main__":
