@@ -16,11 +16,18 @@ from dalle2_fast.serving.limits import Limits
 KEY = "DALLE2_FAST_API_KEY"
 MEBIBYTE = 2**20
 DEFAULT = Limits()
+EXAMPLES = """\
+  dalle2-fast serve
+  dalle2-fast serve --checkpoint runs/mine --device cuda --port 9000 --max-batch 32
+  DALLE2_FAST_API_KEY=... dalle2-fast serve --host 0.0.0.0
+  curl http://127.0.0.1:8000/v1/images/generations -H "Content-Type: application/json" \\
+    -d '{"prompt": "three green stars", "n": 2, "seed": 7}'
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `dalle2-fast serve`."""
-    where = parser.add_argument_group("where")
+    where = arguments.section(parser, "where")
     where.add_argument(
         "--host", default="127.0.0.1", help="address to serve at (default 127.0.0.1: this machine alone)"
     )
@@ -35,14 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"environment variable {KEY} (default: none)",
     )  # fmt: skip
 
-    model = parser.add_argument_group("model")
+    model = arguments.section(parser, arguments.RUN)
     arguments.add_checkpoint(model)
     model.add_argument("--device", default="auto", help=arguments.DEVICE_HELP)
     model.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="as for generate")
     model.add_argument("--compile", choices=BACKENDS, help="as for generate")
     model.add_argument("--graphs", action=argparse.BooleanOptionalAction, help="as for generate")
 
-    batches = parser.add_argument_group("batches and queue")
+    batches = arguments.section(parser, "batches and queue")
     _count(batches, "--max-batch", DEFAULT.max_batch, "pictures drawn at a time, candidates included")
     _number(batches, "--max-wait", 1000 * DEFAULT.max_wait, "MS",
             "milliseconds that a picture waits for others to share its batch")  # fmt: skip
@@ -50,14 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _number(batches, "--timeout", DEFAULT.timeout, "S", "seconds that a request may take; then status 504")
     _number(batches, "--grace", 30, "S", "seconds after SIGTERM in which accepted requests are finished")
 
-    limits = parser.add_argument_group("limits")
+    limits = arguments.section(parser, "limits")
     _count(limits, "--max-images", DEFAULT.max_images, "the largest n of a request")
     _count(limits, "--max-steps", DEFAULT.max_steps, "the largest number of steps of a request")
     _number(limits, "--max-body", DEFAULT.max_body / MEBIBYTE, "MB", "MiB of a request")
     _count(limits, "--max-pixels", DEFAULT.max_pixels, "width times height of an uploaded image")
     _number(limits, "--url-seconds", DEFAULT.url_seconds, "S", "how long a picture has its URL")
     _number(limits, "--url-memory", DEFAULT.url_bytes / MEBIBYTE, "MB", "MiB of all pictures that have one")
-    parser.add_argument("--quiet", action="store_true", help="no line for each request")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no line for each request")
 
 
 def run(args: argparse.Namespace) -> int:
