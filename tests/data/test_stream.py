@@ -63,7 +63,7 @@ def test_stream_of_a_world_and_split():
 
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_the_rows_of_all_ranks_are_the_batch(at_once):
-    """Catches: ranks that see the same scenes, rows in another order, or draws that depend on their number."""
+    """Catches: ranks that see the same scenes, rows in another order, or draws that depend on it."""
     options = dict(batch_size=8, resolutions=(8,), seed=3, negatives=2, at_once=at_once)
     whole = SceneStream(**options)
     parts = [SceneStream(**options, rank=rank, world_size=4) for rank in range(4)]
