@@ -56,15 +56,19 @@ def assert_same(out: Path, expected: dict, *, exactly: bool) -> None:
 
 
 @pytest.fixture(scope="module")
-def broken(tmp_path_factory):
-    """Runs of two processes: a whole one, and those of ddp and of fsdp that end in the fifth step."""
-    folder = tmp_path_factory.mktemp("states")
-    outcomes = {}
-    for parallel in ("ddp", "fsdp"):
-        run(train, 2, folder / "results", str(folder / f"whole-{parallel}"), parallel, None)
-        broken = Launch(train, 2, folder / "results", str(folder / parallel), parallel, 4)
-        outcomes[parallel] = broken.wait()
-    return folder, outcomes
+def runs(tmp_path_factory):
+    """By name, made when they are asked for: "whole-ddp", "whole-fsdp", of two processes; and "ddp", "fsdp",
+    which end in the fifth step, with the outcomes of their processes."""
+    folder, done = tmp_path_factory.mktemp("states"), {}
+
+    def get(name: str) -> tuple[Path, list]:
+        if name not in done:
+            parallel, broken = name.removeprefix("whole-"), None if name.startswith("whole") else 4
+            started = Launch(train, 2, folder / "results", str(folder / name), parallel, broken)
+            done[name] = folder / name, started.wait()
+        return done[name]
+
+    return get
 
 
 def copy_of(source: Path, out: Path) -> Path:
@@ -72,54 +76,46 @@ def copy_of(source: Path, out: Path) -> Path:
     return out
 
 
-def test_an_error_on_one_process_ends_all_with_its_message(broken):
-    """Catches: processes that wait for one that has failed, and an error that only its own process shows."""
-    _, outcomes = broken
-    for first, second in outcomes.values():
-        assert first.code == second.code == 1
-        assert first.stderr.strip().splitlines()[-1].endswith("TrainingError: process 1: a sample is broken")
-        assert second.stderr.strip().splitlines()[-1] == "ValueError: a sample is broken"
-
-
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_the_same_processes_go_on_bit_for_bit(broken, tmp_path, parallel):
-    """Catches: a part of the state that is not saved, buckets of gradients that change after the first step,
-    a state that the training changes while it is written."""
-    folder, _ = broken
-    out = copy_of(folder / parallel, tmp_path / "out")
+def test_an_error_on_one_process_ends_all_and_they_go_on_bit_for_bit(runs, tmp_path, parallel):
+    """Catches: processes that wait for one that has failed, and an error that only its own process shows; a
+    part of the state that is not saved, buckets of gradients that change after the first step, a state that
+    the training changes while it is written."""
+    broken, (first, second) = runs(parallel)
+    assert first.code == second.code == 1
+    assert first.stderr.strip().splitlines()[-1].endswith("TrainingError: process 1: a sample is broken")
+    assert second.stderr.strip().splitlines()[-1] == "ValueError: a sample is broken"
+    out = copy_of(broken, tmp_path / "out")
     assert StageFolder(out / "clip").checkpoints()[0].name in ("step-000000002", "step-000000004")
     assert run(train, 2, tmp_path / "results", str(out), parallel, None) == ["finished"] * 2
-    assert_same(out, weights(folder / f"whole-{parallel}"), exactly=True)
+    assert_same(out, weights(runs(f"whole-{parallel}")[0]), exactly=True)
     assert len(StageFolder(out / "clip").checkpoints()) == 2  # --keep
     assert not list(out.rglob("*.partial"))
 
 
 @pytest.mark.parametrize("saved, parallel, count", [("ddp", "fsdp", 4), ("fsdp", "ddp", 1)])
-def test_another_number_of_processes_goes_on(broken, tmp_path, saved, parallel, count):
+def test_another_number_of_processes_goes_on(runs, tmp_path, saved, parallel, count):
     """Catches: a state that only the processes that saved it can read, or moments of another parameter."""
-    folder, _ = broken
-    out = copy_of(folder / saved, tmp_path / "out")
+    out = copy_of(runs(saved)[0], tmp_path / "out")
     assert run(train, count, tmp_path / "results", str(out), parallel, None) == ["finished"] * count
-    assert_same(out, weights(folder / "whole-ddp"), exactly=False)
+    assert_same(out, weights(runs("whole-ddp")[0]), exactly=False)
     # The states of the other form are older, and gone.
     stage = StageFolder(out / "clip")
     assert stage.state_path.exists() == (count == 1) and bool(stage.checkpoints()) == (count > 1)
 
 
-def test_many_processes_go_on_from_the_state_of_one(broken, tmp_path):
+def test_many_processes_go_on_from_the_state_of_one(runs, tmp_path):
     """Catches: moments of the optimiser that are numbered in another order under fsdp."""
-    folder, _ = broken
     with pytest.raises(ValueError, match="a sample is broken"):
         train(str(tmp_path / "out"), "ddp", 4, ALONE)
     assert (tmp_path / "out" / "clip" / "state.pt").exists()
     assert run(train, 2, tmp_path / "results", str(tmp_path / "out"), "fsdp", None) == ["finished"] * 2
-    assert_same(tmp_path / "out", weights(folder / "whole-ddp"), exactly=False)
+    assert_same(tmp_path / "out", weights(runs("whole-ddp")[0]), exactly=False)
 
 
-def test_a_damaged_state_is_named(broken, tmp_path):
+def test_a_damaged_state_is_named(runs, tmp_path):
     """Catches: a traceback of torch for half of a file, and a flipped bit that is trained on."""
-    folder, _ = broken
-    out = copy_of(folder / "ddp", tmp_path / "out")
+    out = copy_of(runs("ddp")[0], tmp_path / "out")
     newest = StageFolder(out / "clip").checkpoints()[0]
     largest = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
     whole = largest.read_bytes()
