@@ -6,10 +6,9 @@
 
 The first form writes benchmarks/results/<device>.json, .md and plots, and two summaries. Rows of a later run
 replace those of an earlier one. In docs/measured.md, the text between the markers `<!-- benchmarks:begin -->`
-and `<!-- benchmarks:end -->` is replaced by a summary of all files in results/ that this program wrote; in the
-README by that of the GPUs. The
-second form exits with status 1 if a row became slower by more than its spread. The plots need matplotlib
-(extra "bench").
+and `<!-- benchmarks:end -->` is replaced by a summary of all files in results/ that this program wrote; in
+the README by that of the GPUs. The second form exits with status 1 if a row became slower by more than its
+spread. The plots need matplotlib (extra "bench").
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ ARROWS = {
                  "checkpoints", "functional", "seeds", "draws", "cuda_graphs"},  # fmt: skip
     "adapters": {"losses", "models", "modules", "functional", "ops"},
     "serving": {"pipeline", "data", "seeds"},
-    "cli": {"serving", "training", "embeddings", "evaluation", "pipeline", "models", "data", "checkpoints", "ops",
-            "memory", "seeds", "__init__"},  # fmt: skip
+    "cli": {"serving", "training", "embeddings", "evaluation", "pipeline", "models", "data", "checkpoints",
+            "ops", "memory", "seeds", "__init__"},  # fmt: skip
     "__main__": {"cli"},
     "previous_paths": {"pipeline", "models", "data", "adapters"},
     "__init__": {"pipeline", "models", "modules", "losses", "functional", "diffusion", "data", "checkpoints",
