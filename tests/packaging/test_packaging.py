@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,10 @@ def test_wheel_holds_every_module_and_the_data_and_nothing_else(tree, wheel):
     assert "dalle2_fast/kernels/_op.py" in modules
     merges = {f"dalle2_fast/data/text/clip_merges.{name}" for name in ("txt.gz", "LICENSE.txt")}
     assert contents(wheel) == modules | merges | {DATA, "dalle2_fast/py.typed"}
+    notices = {name for name in zipfile.ZipFile(wheel).namelist() if "/licenses/" in name}
+    assert {name.partition("/licenses/")[2] for name in notices} == {
+        "LICENSE", "dalle2_fast/data/text/clip_merges.LICENSE.txt"
+    }  # fmt: skip
 
 
 def test_sdist_builds_the_same_wheel(tree, wheel, tmp_path):
