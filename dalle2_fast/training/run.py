@@ -20,7 +20,9 @@ from dalle2_fast.training.distillation.student import teacher_tokenizer
 from dalle2_fast.training.errors import TrainingError
 from dalle2_fast.training.folder import StageFolder, delete_leftovers, reason, write_file
 from dalle2_fast.training.parallel.execution import PLAIN, Execution
+from dalle2_fast.training.parallel.gradient import check_parts
 from dalle2_fast.training.parallel.processes import ALONE, Processes, mark_as_begun, silent_unless
+from dalle2_fast.training.parallel.strategies import check_strategy
 from dalle2_fast.training.planning.config_file import FILE as CONFIGURATION
 from dalle2_fast.training.planning.utilisation import watch_utilisation
 from dalle2_fast.training.recipes import EXTRA_STAGES, STAGES, Preset
@@ -209,6 +211,8 @@ def _train(
         )  # fmt: skip
         if init is not None and not begun:
             load_initial(stage.model, init, name)
+        check_parts(stage, processes, execution)
+        check_strategy(stage.model, execution, processes)
     stage.fit()
     with processes.together():
         freeze_weights(stage.model, freeze)

@@ -48,8 +48,7 @@ class StepGradient:
         self.device, self.dtype, self.loss_scale = device, dtype, loss_scale
         self.generator = BatchGenerator(device)
         self.is_contrastive = hasattr(stage, "features")
-        if execution.accumulate > 1 and not self.is_contrastive:  # whose chunks may have any size
-            check_division(stage.name, stage.scenes_per_batch(), processes, execution.accumulate)
+        check_parts(stage, processes, execution)
 
     def __call__(self, batch: dict, seed: int) -> Tensor:
         """The loss, a float32 scalar: the mean over the batch. The generator has the seed already."""
@@ -128,6 +127,15 @@ class StepGradient:
         if self.loss_scale is not None:
             self.strategy.unscale(1.0 / self.loss_scale.value)
         return self.strategy.clip(largest).detach().float()
+
+
+def check_parts(stage: Stage, processes: Processes, execution: Execution) -> None:
+    """Raise TrainingError unless the micro-batches divide the rows of a process.
+
+    A contrastive loss is computed in chunks, which may have any size.
+    """
+    if execution.accumulate > 1 and not hasattr(stage, "features"):
+        check_division(stage.name, stage.scenes_per_batch(), processes, execution.accumulate)
 
 
 def rows_of(batch, begin: int, end: int):

@@ -148,9 +148,6 @@ class Sharded(Alone):
         device: of the model.
         processes: of the training.
         shard_size: number of processes that share one copy; see `Execution`.
-
-    Raises:
-        TrainingError: shard_size does not divide the number of processes.
     """
 
     def __init__(
@@ -166,10 +163,6 @@ class Sharded(Alone):
         super().__init__(model)
         self.plain, self.device, self.processes = plain, device, processes
         world, size = processes.world_size, shard_size or processes.world_size
-        if world % size:
-            raise TrainingError(
-                f"--shard-size: expected a divisor of the number of processes = {world}, got {size}"
-            )
         # One copy needs a mesh of one dimension; with two, fsdp keeps replicas of the shards (HSDP).
         shape = (size,) if size == world else (world // size, size)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replica", "shard")[-len(shape) :])
@@ -221,10 +214,8 @@ class Sharded(Alone):
             plain.cpu()
 
 
-def make_strategy(
-    model: nn.Module, execution: Execution, processes: Processes, device: torch.device
-) -> Alone:
-    """The strategy of an execution. It changes the model in place, before its optimiser is made.
+def check_strategy(model: nn.Module, execution: Execution, processes: Processes) -> None:
+    """Raise unless `make_strategy` can divide this model so.
 
     Raises:
         ValueError: fsdp with one process.
@@ -238,6 +229,23 @@ def make_strategy(
         )
     if processes.world_size == 1 and execution.parallel != "ddp":
         raise ValueError(f"--parallel {execution.parallel}: expected several processes (torchrun), got one")
+    world, size = processes.world_size, execution.shard_size or processes.world_size
+    if world % size:
+        raise TrainingError(
+            f"--shard-size: expected a divisor of the number of processes = {world}, got {size}"
+        )
+
+
+def make_strategy(
+    model: nn.Module, execution: Execution, processes: Processes, device: torch.device
+) -> Alone:
+    """The strategy of an execution. It changes the model in place, before its optimiser is made.
+
+    Raises:
+        ValueError: fsdp with one process.
+        TrainingError: the model or the number of processes does not fit it.
+    """
+    check_strategy(model, execution, processes)
     processes.share(model)
     is_sharded = execution.parallel == "fsdp"
     plain = copy.deepcopy(model).cpu() if is_sharded and processes.is_first else None
