@@ -24,13 +24,17 @@ OPTIONAL = {
     "dalle2_fast.data.sources": "webdataset",
     "dalle2_fast.serving.fields": "pydantic",
 }
+# The references are the formulas of the functions in dalle2_fast.functional, which have the arguments.
+FORMULAS = [f"dalle2_fast.reference.{name}" for name in PUBLIC["dalle2_fast.reference"].split()]
 CALLABLES = sorted(
-    f"{module}.{name}"
-    for module in ("dalle2_fast", "dalle2_fast.functional", "dalle2_fast.diffusion", "dalle2_fast.data",
-                   "dalle2_fast.checkpoints")
-    for name in PUBLIC[module].split()
-    if callable(getattr(import_module(module), name)) and name not in ("Tokenizer",)
-)  # fmt: skip
+    {
+        id(thing): f"{module}.{name}"  # a name that two modules share is checked once
+        for module in reversed(PUBLIC)
+        if module != "dalle2_fast.reference"
+        for name in PUBLIC[module].split()
+        if callable(thing := getattr(import_module(module), name)) and name != "Tokenizer"  # a union
+    }.values()
+)
 
 
 @pytest.mark.parametrize("name", WITH_EXAMPLES)
@@ -60,3 +64,11 @@ def test_public_docstrings_are_complete(name):
     if inspect.isfunction(thing) and inspect.signature(thing).return_annotation not in (None, "None"):
         assert "Returns:" in text, "no Returns"
     assert ">>> " in text, "no example"
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_references_begin_with_their_formula(name):
+    """Catches: a public reference that does not say what it computes."""
+    module, _, attribute = name.rpartition(".")
+    first = (inspect.getdoc(getattr(import_module(module), attribute)) or "").partition("\n\n")[0]
+    assert any(sign in first for sign in "=()") or first.endswith(".")
