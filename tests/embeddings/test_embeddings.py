@@ -242,8 +242,11 @@ def test_a_clip_alone_and_wrong_ones(made, tmp_path, capsys):
                  visual_heads=1, visual_image_size=16, visual_patch_size=8, text_seq_len=12)  # fmt: skip
     CLIP(**sizes).save_pretrained(tmp_path / "clip")
     words = ["embed", str(made / "data"), str(tmp_path / "out"), "--device", "cpu", "--quiet"]
-    assert main([*words, "--clip", str(tmp_path / "clip")]) == 0
-    assert EmbeddingFolder(tmp_path / "out").width == 8
+    capsys.readouterr()
+    assert main([*words, "--clip", str(tmp_path / "clip"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert EmbeddingFolder(tmp_path / "out").width == facts["width"] == 8
+    assert facts["samples"] == sum(SIZES) - len(BROKEN) and facts["parts_made"] == len(SIZES)
     CLIP(**sizes, num_text_tokens=9).save_pretrained(tmp_path / "words")
     capsys.readouterr()
     for name, message in (("words", "expected a vocabulary of 49,408"), ("none", "none: no such")):

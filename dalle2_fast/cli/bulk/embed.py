@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections import Counter
@@ -76,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="threads that decode images (default 4)",
     )
     add("--device", default="auto", help=arguments.DEVICE_HELP)
+    arguments.add_json(parser)
     add("--quiet", action="store_true", help="no progress bar, no lines about samples that are skipped")
 
 
@@ -116,13 +118,29 @@ def run(args: argparse.Namespace) -> int:
     if skipped and not args.quiet:
         counts = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common())
         print(f"embed: skipped {skipped.total()} samples: {counts}", file=sys.stderr)
+    seconds = time.perf_counter() - began
+    if args.json:
+        facts = {
+            "folder": str(args.out.resolve()),
+            "samples": written,
+            "parts_made": len(left),
+            "parts_were_there": len(mine) - len(left),
+            "process": process.rank,
+            "processes": process.count,
+            "clip": record["clip"],
+            "width": record["width"],
+            "device": str(device),
+            "seconds": seconds,
+        }
+        print(json.dumps(facts))
+        return 0
     lines = {
         "embeddings": f"{args.out.resolve()} ({written:,} samples in {len(left)} parts made, "
         f"{len(mine) - len(left)} parts were there)",
         "process": f"{process.rank} of {process.count}" if process.count > 1 else None,
         "clip": f"{encoder.name} ({record['clip'][:12]}), width {record['width']}",
         "device": str(device),
-        "seconds": f"{time.perf_counter() - began:.2f}",
+        "seconds": f"{seconds:.2f}",
     }
     for name, value in lines.items():
         if value is not None:
