@@ -270,7 +270,7 @@ FAST = dict(
         ("cpu", "float32", dict(cpu_instructions="portable"), "portable instructions"),
         ("cpu", "float32", dict(cpu_instructions="AVX2"), "AVX2 instructions"),
         ("cpu", "bfloat16", {}, "no matrix units for bfloat16: --dtype fp32"),
-        ("cpu", "float32", dict(cpu_threads=0), "torch runs 0 thread(s)"),
+        ("cpu", "float32", dict(cpu_threads=7), "torch runs 7 thread(s) on 8 cores"),
         ("cuda", "float32", {}, "float32 on a GPU: --dtype bf16"),
         ("cuda", "bfloat16", dict(why_not_fused="triton is not installed"), "(triton is not installed)"),
         ("cuda", "bfloat16", dict(native={"why_no_cuda": "no nvcc"}), "no CUDA part (no nvcc)"),
@@ -281,6 +281,7 @@ def test_each_reason_is_said_and_no_other(monkeypatch, device, dtype, change, sa
     monkeypatch.setattr(machine, "_large_pages", lambda: "madvise")
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda process: range(8), raising=False)
     arguments = torch.device(device), getattr(torch, dtype)
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (8.0, 0, 0), raising=False)
     (reason,) = machine.slow_because(*arguments, FAST | change, fast_bfloat16=False)
     assert says in reason
 
@@ -289,9 +290,39 @@ def test_a_fast_machine_has_no_reason(monkeypatch, tmp_path):
     """Catches: advice where there is nothing to do; a setting of large pages that is misread."""
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda process: range(8), raising=False)
     monkeypatch.setattr(machine, "LARGE_PAGES", tmp_path / "enabled")
+    info, load = FAST | {"cpu_threads": 8}, 16.0
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (load, 0, 0), raising=False)
     for text, count in (("always [madvise] never", 0), ("always madvise [never]", 1), (None, 0)):
         machine.LARGE_PAGES.unlink(missing_ok=True)
         if text:
             machine.LARGE_PAGES.write_text(text)
-        reasons = machine.slow_because(torch.device("cpu"), torch.float32, FAST, fast_bfloat16=True)
+        reasons = machine.slow_because(torch.device("cpu"), torch.float32, info, fast_bfloat16=True)
         assert len(reasons) == count
+    load = 16.5
+    (reason,) = machine.slow_because(torch.device("cpu"), torch.float32, info, fast_bfloat16=True)
+    assert "16.5 of them want its 8 core(s)" in reason
+
+
+def test_prompts_can_be_json_and_take_the_decoders_options(command, tmp_path):
+    """Catches: a bulk run that drops --spacing, or whose record does not say that it had it."""
+    (tmp_path / "captions.txt").write_text("a red ring\na blue ring\n")
+    words = ["--prompts", str(tmp_path / "captions.txt"), "-o", "made", "-s", "1", "-q", "--json"]
+    words += ["--device", "cpu"]
+    code, out, _ = command("generate", *words, "--spacing", "log_snr")
+    facts = json.loads(out)
+    assert code == 0 and (facts["made"], facts["were_there"], facts["seed"]) == (2, 0, 1)
+    assert json.loads(Path("made/generate.json").read_text())["settings"]["spacing"] == "log_snr"
+    code, _, err = command("generate", *words, "--quality", "50")
+    assert code == 2 and "--quality: is for a single caption" in err
+
+
+def test_a_format_that_holds_fewer_pixels_is_refused(tmp_path):
+    """Catches: an error of the encoder without the name of the option, or a file that is cut."""
+    from dalle2_fast.cli.image_files import save_image
+
+    wide = Image.new("RGB", (16_384, 1))
+    with pytest.raises(ValueError, match="^--output: .webp holds up to 16383 pixels a side, got 16384 x 1"):
+        save_image(wide, tmp_path / "x.webp", {})
+    save_image(wide, tmp_path / "x.jpg", {"caption": "ring é \udcff"}, 80)
+    with Image.open(tmp_path / "x.jpg") as image:
+        assert json.loads(image.getexif()[0x010E]) == {"caption": "ring é \\udcff"}

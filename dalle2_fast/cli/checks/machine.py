@@ -54,6 +54,9 @@ def _on_a_cpu(dtype: torch.dtype, info: Mapping[str, Any], fast_bfloat16: bool) 
         yield f"torch runs {info['cpu_threads']} thread(s) on {cores} cores: is OMP_NUM_THREADS set?"
     if cores < 4:
         yield f"{cores} core(s): a network's time falls with their number"
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > cores + info["cpu_threads"]:  # this program alone is one per thread
+        yield f"other programs use this machine: {load:.1f} of them want its {cores} core(s)"
     if _large_pages() == "never":
         yield f"the system gives no pages of 2 MB: write madvise into {LARGE_PAGES}"
 
