@@ -127,6 +127,22 @@ def test_every_report_can_be_json(command):
     assert cli.main(["vocabulary", "--json"]) == 0
 
 
+def test_reports_of_export_and_evaluate_can_be_json(command, monkeypatch):
+    """Catches: lines for people among the JSON, or a report that is not printed at all."""
+    from dalle2_fast.evaluation import measure
+    from dalle2_fast.pipeline.exporting import export, runtimes
+
+    monkeypatch.setattr(runtimes, "find_runtime", lambda name: None)
+    monkeypatch.setattr(export, "export_networks", lambda *arguments: iter([("decoder", 1e-6)]))
+    code, out, _ = command("export", "new", "--format", "onnx", "--json")
+    assert code == 0
+    assert json.loads(out) == {"folder": str(Path("new").resolve()), "largest_difference": {"decoder": 1e-6}}
+    monkeypatch.setattr(measure, "evaluate", lambda *arguments, **options: {"iid": {"one": 1.0}})
+    code, out, _ = command("evaluate", "--json", "--quiet", "--device", "cpu", "--output", "x.json")
+    written = json.loads(Path("x.json").read_text())
+    assert code == 0 and json.loads(out) == written and written["iid"] == {"one": 1.0}
+
+
 # ---------------------------------------------------------------------------- refused before torch is there
 
 
