@@ -29,7 +29,24 @@ class FolderSample(NamedTuple):
     caption: str | None
 
 
-class PictureFolder:
+class _KeyedFiles:
+    """What both sources know of their samples: the keys, cut into shards of ROWS."""
+
+    def _set_keys(self, name: str, keys: Iterable[str]) -> None:
+        self._keys = PackedStrings.of(keys)
+        total = len(self._keys)
+        self.counts = [min(ROWS, total - begin) for begin in range(0, total, ROWS)]
+        self.names = [name] * len(self.counts)
+
+    def held_out(self, shard: int) -> np.ndarray:
+        begin = shard * ROWS
+        return held_out_mask("", (self._keys[begin + row] for row in range(self.counts[shard])))
+
+    def count_held_out(self, shard: int) -> int:
+        return int(self.held_out(shard).sum())
+
+
+class PictureFolder(_KeyedFiles):
     """A `PairSource` of NAME.jpg (jpeg, png, webp) with NAME.txt (caption, json), in sub-folders, too.
 
     Args:
@@ -51,16 +68,8 @@ class PictureFolder:
             keys.append(key)
             endings.append(known.setdefault((image[len(key) :], caption[len(key) :]), len(known)))
         self._endings = list(known)
-        self._keys, self._spelled = PackedStrings.of(keys), np.asarray(endings, dtype=np.int16)
-        self.counts = [min(ROWS, len(keys) - begin) for begin in range(0, len(keys), ROWS)]
-        self.names = [str(root)] * len(self.counts)
-
-    def held_out(self, shard: int) -> np.ndarray:
-        begin = shard * ROWS
-        return held_out_mask("", (self._keys[begin + row] for row in range(self.counts[shard])))
-
-    def count_held_out(self, shard: int) -> int:
-        return int(self.held_out(shard).sum())
+        self._spelled = np.asarray(endings, dtype=np.int16)
+        self._set_keys(str(root), keys)
 
     def read(self, shard: int, row: int, *, image: bool = True) -> Pair:
         number = shard * ROWS + row
@@ -72,7 +81,7 @@ class PictureFolder:
         return Pair(data, caption, self.names[shard], key)
 
 
-class FileList:
+class FileList(_KeyedFiles):
     """A `PairSource` of pairs (path of an image, caption), held in memory.
 
     Args:
@@ -84,18 +93,9 @@ class FileList:
 
     def __init__(self, name: str, entries: Iterable[tuple[str, str, str]]) -> None:
         columns = list(zip(*entries, strict=True)) or [(), (), ()]
-        self._paths, self._captions, self._keys = map(PackedStrings.of, columns)
+        self._paths, self._captions = map(PackedStrings.of, columns[:2])
+        self._set_keys(name, columns[2])
         self.complaints: list[Complaint] = []
-        total = len(self._keys)
-        self.counts = [min(ROWS, total - begin) for begin in range(0, total, ROWS)]
-        self.names = [name] * len(self.counts)
-
-    def held_out(self, shard: int) -> np.ndarray:
-        begin = shard * ROWS
-        return held_out_mask("", (self._keys[begin + row] for row in range(self.counts[shard])))
-
-    def count_held_out(self, shard: int) -> int:
-        return int(self.held_out(shard).sum())
 
     def read(self, shard: int, row: int, *, image: bool = True) -> Pair:
         number = shard * ROWS + row
