@@ -209,8 +209,9 @@ TINY = Preset(
 )
 
 # ------------------------ photos-64 and karlo: for images of the user (--data), at real sizes. Not trained.
-# Optimisation of both is unCLIP's (2204.06125, appendix C, table 3), with batches of photos-64 for eight GPUs
-# and not for hundreds: as many samples in all would take years. docs/distributed.md says what they need.
+# Optimisation of both is unCLIP's (2204.06125, appendix C, table 3; quoted from memory, to be compared with
+# the paper), with batches of photos-64 for eight GPUs and not for hundreds: as many samples in all would take
+# years. docs/training.md says what they need.
 def _adam(batch_size: int, steps: int, rate: float, beta: float, decay: float) -> Optimisation:
     return Optimisation(
         batch_size=batch_size, steps=steps, learning_rate=rate, betas=(0.9, beta), weight_decay=decay,
