@@ -14,7 +14,7 @@ from dalle2_fast.diffusion.graphs.cache import StageGraphs
 from dalle2_fast.pipeline.compilation.graphs import graphs_of
 from dalle2_fast.pipeline.like_diffusers.offload import resident
 from dalle2_fast.pipeline.parts import PARTS
-from dalle2_fast.pipeline.progress import Progress, StageTimer
+from dalle2_fast.pipeline.progress import Progress, StageTimer, StepCallback
 from dalle2_fast.pipeline.settings import check_count
 from dalle2_fast.seeds import sample_seed
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dalle2_fast.pipeline.dalle2 import DALLE2
 
 STAGES = ("text", "prior", "decoder", "upsampler", "upsampler2")  # a stage's position derives its seeds
+IMAGE_STAGES = STAGES[2:]
 
 
 @dataclass
@@ -59,10 +60,11 @@ class GenerationContext:
         batch_size: at most so many rows run at a time; None is all of them.
         progress: see StageTimer.
         graphs: whether steps are replayed as CUDA graphs, see `check_graphs`.
+        callback: see `DALLE2.generate`.
 
     Raises:
-        TypeError, ValueError: batch_size is no int of at least 1, or progress is neither a bool nor a
-            callable.
+        TypeError, ValueError: batch_size is no int of at least 1, progress is neither a bool nor a callable,
+            or callback is no callable.
     """
 
     def __init__(
@@ -74,10 +76,13 @@ class GenerationContext:
         batch_size: int | None = None,
         progress: Progress = False,
         graphs: bool | str = "auto",
+        callback: StepCallback | None = None,
     ) -> None:
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback: expected a callable, got {type(callback).__name__}")
         self.pipe, self.seed, self.sample_seeds = pipe, seed, list(sample_seeds)
         self.batch_size = batch_size if batch_size is None else check_count("batch_size", batch_size)
-        self.timer = StageTimer(progress, pipe.device)
+        self.timer, self.callback = StageTimer(progress, pipe.device), callback
         self.graphs, self.graphs_required = graphs_of(pipe, graphs), graphs is True
         self.graph_outcomes: dict[str, str] = {}
 
@@ -94,6 +99,7 @@ class GenerationContext:
         batch_size: int | None = None,
         progress: Progress = False,
         graphs: bool | str = "auto",
+        callback: StepCallback | None = None,
     ) -> GenerationContext:
         """`num_images` images of each input, and `candidates` rows for each image.
 
@@ -106,7 +112,8 @@ class GenerationContext:
         for of_input in seed if isinstance(seed, tuple) else (seed,) * inputs:
             for index in range(num_images):
                 rows += candidate_seeds(sample_seed(of_input, index), candidates)
-        return cls(pipe, seed, rows, batch_size=batch_size, progress=progress, graphs=graphs)
+        shared: dict[str, Any] = dict(progress=progress, graphs=graphs, callback=callback)
+        return cls(pipe, seed, rows, batch_size=batch_size, **shared)
 
     @property
     def batches(self) -> list[slice]:
@@ -137,6 +144,9 @@ class GenerationContext:
         # With the same seeds all stages would start from the same noise.
         seeds = [sample_seed(seed, STAGES.index(stage)) for seed in self.sample_seeds]
         options["seeds"] = torch.tensor(seeds, device=self.pipe.device)
+        if self.callback is not None and stage in IMAGE_STAGES:
+            follow = self.callback
+            options["callback"] = lambda step, _, x0: follow(stage, step, ((x0 + 1) / 2).clamp(0, 1))
         if self.graphs is None:
             return self.run(stage, sample, **options)
         graphs = StageGraphs(self.graphs, stage, self.graphs_required)

@@ -23,7 +23,7 @@ from dalle2_fast.pipeline.like_diffusers.names import (
     like_diffusers,
 )
 from dalle2_fast.pipeline.parts import PARTS, check_parts
-from dalle2_fast.pipeline.progress import Progress
+from dalle2_fast.pipeline.progress import Progress, StepCallback
 from dalle2_fast.pipeline.settings import (
     GenerateOptions,
     SamplingSettings,
@@ -235,6 +235,7 @@ class DALLE2(nn.Module):
         batch_size: int | None = None,
         progress: Progress = False,
         graphs: bool | str = "auto",
+        callback: StepCallback | None = None,
         **settings: Unpack[SettingOptions],
     ) -> Generation:
         """Captions -> images, without gradients and in evaluation mode.
@@ -259,6 +260,8 @@ class DALLE2(nn.Module):
             graphs: whether the steps of a stage are captured as a CUDA graph when its shapes are new, and
                 then replayed: "auto" where the device has CUDA graphs, True (an error where it has none),
                 or False. The result's `graphs` says what each stage did.
+            callback: called as callback(stage, step, x0) after each step of decoder and upsamplers, which run
+                without CUDA graphs then. x0: [B, 3, S, S] in [0, 1], candidates next to each other.
             settings: those of SamplingSettings: steps, guidance, guidance_interval, candidates, prior_steps,
                 prior_guidance, prior_guidance_interval, prior_candidates, negative_prompt, upsampler_steps,
                 upsampler2_steps, tile, sampler, prior_sampler, upsampler_sampler and upsampler2_sampler; and
@@ -298,6 +301,7 @@ class DALLE2(nn.Module):
             batch_size=batch_size,
             progress=progress,
             graphs=graphs,
+            callback=callback,
         )
         start = dict(decoder_options)
         if init_image is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from dalle2_fast.data.images import as_images, resized
 from dalle2_fast.pipeline.context import Generation, GenerationContext, check_finite
 from dalle2_fast.pipeline.like_diffusers.offload import resident
-from dalle2_fast.pipeline.progress import Progress
+from dalle2_fast.pipeline.progress import Progress, StepCallback
 from dalle2_fast.pipeline.settings import SamplingSettings, check_count, resolve_settings, resolve_size
 from dalle2_fast.pipeline.stages import encode_captions, sample_decoder, upsample
 
@@ -71,6 +71,7 @@ def decode(
     batch_size: int | None = None,
     progress: Progress = False,
     graphs: bool | str = "auto",
+    callback: StepCallback | None = None,
     **settings: Any,
 ) -> Generation:
     """Image embeddings -> images: the pipeline without its prior. The decoder samples with DDIM.
@@ -88,6 +89,7 @@ def decode(
         batch_size: as in `generate`.
         progress: as in `generate`.
         graphs: as in `generate`.
+        callback: as in `generate`.
         settings: `steps`, `guidance`, `guidance_interval`, `negative_prompt`, `upsampler_steps`,
             `upsampler2_steps`, `upsampler_sampler`, `upsampler2_sampler` and `tile` as in `generate`;
             `guidance_rescale`, `clip`, `dynamic_threshold` and `spacing` as in GaussianDiffusion.sample.
@@ -123,7 +125,7 @@ def decode(
         decoder_options["x_T"] = x_T.repeat_interleave(check_count("num_images", num_images), dim=0)
     context = GenerationContext.for_inputs(
         pipe, inputs, num_images, seed=seed, generator=generator, batch_size=batch_size, progress=progress,
-        graphs=graphs,
+        graphs=graphs, callback=callback,
     )  # fmt: skip
     with context.evaluation_mode():
         captions = encode_decoder_captions(context, prompt, inputs, chosen)

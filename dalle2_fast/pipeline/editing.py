@@ -19,7 +19,7 @@ from dalle2_fast.pipeline.context import Generation, GenerationContext
 from dalle2_fast.pipeline.decoding import decode, embed_image, encode_decoder_captions, split_options
 from dalle2_fast.pipeline.inversion import add_seconds, invert_for_decoding
 from dalle2_fast.pipeline.like_diffusers.offload import resident
-from dalle2_fast.pipeline.progress import Progress
+from dalle2_fast.pipeline.progress import Progress, StepCallback
 from dalle2_fast.pipeline.settings import check_count, resolve_settings, resolve_size
 from dalle2_fast.pipeline.slerp import slerp
 from dalle2_fast.pipeline.stages import (
@@ -203,6 +203,7 @@ def inpaint(
     batch_size: int | None = None,
     progress: Progress = False,
     graphs: bool | str = "auto",
+    callback: StepCallback | None = None,
     **settings: Any,
 ) -> Generation:
     """Repaint an image where the mask is 1; where it is 0, keep it, to the bit at the size of the result.
@@ -229,6 +230,7 @@ def inpaint(
         batch_size: as in `generate`.
         progress: as in `generate`.
         graphs: as in `generate`.
+        callback: as in `generate`.
         settings: as in `decode`.
 
     Raises:
@@ -266,7 +268,7 @@ def inpaint(
         raise ValueError(f"prompt: expected one caption or {inputs}, got {len(prompts)}")
     context = GenerationContext.for_inputs(
         pipe, inputs, num_images, seed=seed, generator=generator, batch_size=batch_size, progress=progress,
-        graphs=graphs,
+        graphs=graphs, callback=callback,
     )  # fmt: skip
     with context.evaluation_mode():
         if prompts is None:

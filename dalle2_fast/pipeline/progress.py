@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 Progress = bool | Callable[[str, Iterable, int | None], Iterable]
+StepCallback = Callable[[str, int, Tensor], None]  # (stage, step, x0 [B, 3, S, S] in [0, 1])
 
 
 class StageTimer:

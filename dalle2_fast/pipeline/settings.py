@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dalle2_fast.pipeline.dalle2 import DALLE2
-    from dalle2_fast.pipeline.progress import Progress
+    from dalle2_fast.pipeline.progress import Progress, StepCallback
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,7 @@ class GenerateOptions(SettingOptions, total=False):
     batch_size: int | None
     progress: Progress
     graphs: bool | str
+    callback: StepCallback | None
 
 
 def resolve_prompts(prompt: str | Sequence[str]) -> list[str]:
