@@ -27,7 +27,7 @@ from dalle2_fast.training.planning.config_file import FILE as CONFIGURATION
 from dalle2_fast.training.planning.utilisation import watch_utilisation
 from dalle2_fast.training.recipes import EXTRA_STAGES, STAGES, Preset
 from dalle2_fast.training.run_folder.agreement import agree_on_data, agree_on_run, is_to_be_extended, refuse
-from dalle2_fast.training.run_folder.initial import freeze_weights, load_initial, take_clip
+from dalle2_fast.training.run_folder.initial import freeze_weights, load_initial, take_finished
 from dalle2_fast.training.run_folder.lock import run_lock
 from dalle2_fast.training.run_folder.record import FILE as RECORD
 from dalle2_fast.training.run_folder.record import RunRecord, differences, stage_settings
@@ -147,7 +147,8 @@ def _train(
     check_execution(graphs, device, dtype, processes, execution)
     with processes.together():
         if processes.is_first:
-            take_clip(init, name, out, on_shards=shards is not None)
+            decoder = ["decoder"] if preset.recipe(name).data.get("sampled") else []
+            take_finished(init, name, ["clip", *decoder], out, on_shards=shards is not None)
     with processes.together():  # nothing in this block waits for another process, or writes
         if folder.has_state() and not resume:
             raise TrainingError(

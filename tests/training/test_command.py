@@ -142,6 +142,11 @@ def test_init_from_a_pipeline(trained, tmp_path, capsys):
         after = load_weights(tmp_path / name / "model.safetensors")[1]
         for key, value in before.items():  # the pipeline has bfloat16
             torch.testing.assert_close(after[key], value, rtol=2**-8, atol=1e-6)
+    sampled = "{fraction: 1.0, strength: [0.5, 0.5], steps: 2, guidance: [1.0]}"
+    args = ["train", "upsampler", *args[2:4], "--out", str(tmp_path / "up"), "--quiet", "--device", "cpu"]
+    assert main([*args, "--init", str(trained), "--set", f"upsampler.data.sampled={sampled}"]) == 0
+    assert f"decoder: that of {trained}" in capsys.readouterr().out
+    args = ["train", "decoder", *args[2:]]
     other = ["--init", str(trained), "--out", str(tmp_path / "other")]
     other += ["--set", "decoder.model.num_image_tokens=3"]
     assert main([*args[:4], "--quiet", *other]) == 2

@@ -55,28 +55,38 @@ def load_initial(model: nn.Module, path: Path, name: str | None = None) -> None:
         raise TrainingError(f"--init: {path} does not fit this stage and preset: {what}") from error
 
 
-def take_clip(path: Path | None, name: str, out: Path, *, on_shards: bool) -> None:
-    """Make CLIP and tokenizer of the pipeline that a stage starts from those of its run, if it has none.
+def take_finished(
+    path: Path | None, name: str, needed: Sequence[str], out: Path, *, on_shards: bool
+) -> None:
+    """Take networks that a stage uses as they are, and the tokenizer, from the pipeline that it starts from.
 
     Args:
         path: of --init; nothing is done unless it is a folder.
         name: of the stage.
+        needed: the stages whose networks it uses. Those that the run has begun itself stay.
         out: folder of the run.
         on_shards: whether the run is on images of the user, and so keeps its tokenizer in a file.
 
     Raises:
         TrainingError: the folder is no pipeline, or the file cannot be written.
     """
-    folder = StageFolder(Path(out) / "clip")
-    if path is None or not path.is_dir() or name == "clip" or folder.has_begun():
+    if path is None or not path.is_dir():
+        return
+    needed = [each for each in needed if each != name and not StageFolder(Path(out) / each).has_begun()]
+    if not needed:
         return
     pipe = _pipeline(path)
     facts = {"tokenizer": describe_tokenizer(pipe.tokenizer), "init": str(path)}
-    folder.prepare()
-    if on_shards:
-        write_file(Path(out) / TOKENIZER, json.dumps(pipe.tokenizer.to_config()).encode())
-    save_weights(folder.weights_path, {"model": pipe.clip.config} | facts, pipe.clip.state_dict())
-    print(f"clip: that of {path} ({folder.weights_path})")
+    for each in needed:
+        network = getattr(pipe, each)
+        if network is None:
+            raise TrainingError(f"--init: {path} has no {each}, which {name} needs")
+        folder = StageFolder(Path(out) / each)
+        folder.prepare()
+        if each == "clip" and on_shards:
+            write_file(Path(out) / TOKENIZER, json.dumps(pipe.tokenizer.to_config()).encode())
+        save_weights(folder.weights_path, {"model": network.config} | facts, network.state_dict())
+        print(f"{each}: that of {path} ({folder.weights_path})")
 
 
 def _pipeline(path: Path) -> DALLE2:

@@ -27,7 +27,7 @@ class UpsamplerStage(SceneStage):
     """The upsampler on aligned crops, which is possible because it is fully convolutional.
 
     In the recipe, data["crop"] is their side in pixels of the large image; data["crops_per_image"] is the
-    number of crops from each scene.
+    number of crops from each scene. Whole images are used as often, each time with other noise.
 
     With data["sampled"], a part of the small images has the errors of the run's decoder, so that the
     upsampler learns to correct them: the decoder samples them, from the true image with noise on it. This is
@@ -88,7 +88,7 @@ class UpsamplerStage(SceneStage):
         if self.sampled is not None:
             chosen = bernoulli(len(low), self.sampled["fraction"], low.device, generator)
             low = torch.where(chosen[:, None, None, None], self.sample_low(batch, generator), low)
-        if self.crop < self.high:
+        if self.crop < self.high or self.crops > 1:
             low, high = random_crops(low, high, self.crop, self.crops, generator)
         return self.model(high, low, generator=generator, check_range=self.device.type == "cpu")
 
