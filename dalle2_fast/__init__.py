@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dalle2_fast._lazy import attach
 
 __version__ = "0.1.0"
+"""The version of the package."""
 
 if TYPE_CHECKING:  # for editors and type checkers, which cannot follow `attach`
     from dalle2_fast.adapters.patch import patch as patch

@@ -29,6 +29,7 @@ from dalle2_fast.checkpoints.errors import CheckpointError, contents, damaged
 from dalle2_fast.checkpoints.tensor_files import opened_safetensors, read_json
 
 FORMAT_VERSION = 1
+"""Version of the format of the folders that `save_folder` writes; older ones are read, newer ones refused."""
 # version -> what turns a config of it into one of the next version. An option that is younger than a config
 # needs no entry: the default of its class holds. Only what would be misread needs an entry, and a version.
 MIGRATIONS: dict[int, Callable[[dict], dict]] = {}

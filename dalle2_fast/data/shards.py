@@ -8,3 +8,4 @@ from dalle2_fast.data.stream import PairStream
 from dalle2_fast.data.stream import SkippedSample as SkippedSample
 
 WebDatasetStream = PairStream
+"""The name that `PairStream` had when it read WebDataset shards only."""

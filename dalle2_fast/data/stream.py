@@ -71,8 +71,9 @@ class PairStream:
             The batches are the same. Streamed shards are read by one process with so many threads.
         split: "held_out" reads one sample in 25, chosen by a hash of the names of shard and sample; "train"
             reads the others. None reads all.
-        rank, world_size: this process and the number of processes that share each batch: it gets the rows
-            rank * batch_size / world_size and following.
+        rank: this process, of those that share each batch: it gets the rows rank * batch_size / world_size
+            and following.
+        world_size: the number of these processes.
         allow_pipe: run the commands of shards that begin with "pipe:".
         embeddings: precomputed embeddings of the images of `data`, an `embeddings.folder.EmbeddingFolder`:
             batches then have them, and without `resolutions` no image is read.

@@ -12,6 +12,7 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction", "edm")
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 WEIGHTINGS = ("uniform", "simple", "x0", "v", "min_snr")
 SAMPLERS = ("ddpm", "ddim", "dpm++", "consistency")
+"""The samplers that `sampler_table` knows, by the names that the argument `sampler` takes."""
 SPACINGS = ("time", "log_snr", "trailing")
 
 

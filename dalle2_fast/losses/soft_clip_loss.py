@@ -31,7 +31,7 @@ class SoftClipLoss(ClipLoss):
 
     Raises:
         NotImplementedError: local_loss=True in a call with several processes, or use_horovod=True.
-        Otherwise the errors of `ClipLoss`.
+        TypeError, ValueError: as `ClipLoss` does.
 
     Source: Shariatnia, "Simple CLIP", 2021 (github.com/moein-shariatnia/OpenAI-CLIP), where the targets carry
     a gradient.

@@ -31,11 +31,11 @@ def build_info() -> dict[str, object]:
         - `native`: how it was built (`compiler`, `cuda`, `why_no_cuda`, `targets`), or None.
         - `why_no_native`: why it is not usable, or None.
         - `cpu_instructions`: the vector instructions that the native module uses on this CPU: "AVX-512 with
-          BF16", "AVX-512", "AVX2" or "portable"; None without the module.
+            BF16", "AVX-512", "AVX2" or "portable"; None without the module.
         - `kernels`: names of the ops that have a Triton kernel.
         - `cpu_kernels`: names of the ops that have a kernel for the CPU, in the native module.
         - `fused_ops`: names of the ops that impl="auto" runs fused on this machine: on its first GPU, or on
-          the CPU. On the CPU the losses run fused from 2^22 logits on.
+            the CPU. On the CPU the losses run fused from 2^22 logits on.
         - `why_not_fused`: why no kernel runs on this machine, or None.
 
     Example:

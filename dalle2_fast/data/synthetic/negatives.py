@@ -30,7 +30,7 @@ from dalle2_fast.data.synthetic.vocabulary import (
 )
 from dalle2_fast.data.synthetic.world import World
 
-# The weight with which each kind is sampled: large for what is hard to learn. With weights of 1 and 2, a CLIP
+# A weight is large for what is hard to learn. With weights of 1 and 2, a CLIP
 # that had seen 106k images distinguished top from bottom, but not left from right: a linear probe of the
 # image embedding found the column of a single object in 58 % of images. 26k more images with these weights
 # made it 80 %.
@@ -50,6 +50,7 @@ NEGATIVE_KINDS = {
     "change_background": 1.0,
     "change_texture": 1.0,
 }
+"""Kinds of negatives, and the weight with which `sample_negatives` draws each."""
 _SCENE_ATTRIBUTES = {"change_background": ("bg", "backgrounds"), "change_texture": ("btex", "textures")}
 _INVERSE_RELATION = {LEFT: RIGHT, RIGHT: LEFT, ABOVE: BELOW, BELOW: ABOVE, INSIDE: -1}
 

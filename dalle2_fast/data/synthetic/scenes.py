@@ -43,6 +43,7 @@ from dalle2_fast.data.synthetic.world import OUTER_SHAPES, World
 Scenes = dict[str, Tensor]
 
 SPLITS = ("train", "iid", "comp", "all")
+"""Splits of the scenes, see `sample_scenes`: every scene of "comp" shows a pair that "train" never has."""
 MARGIN = 0.035  # between an object and the edge of the canvas
 CELL = 0.27  # from the middle of the canvas to the outer cells of the 3 x 3 positions, where there is room
 GAP = 0.05  # at least, between two related objects

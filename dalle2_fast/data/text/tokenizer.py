@@ -173,7 +173,8 @@ class WordTokenizer:
         return isinstance(other, WordTokenizer) and self.to_config() == other.to_config()
 
 
-Tokenizer = WordTokenizer | BPETokenizer  # what turns captions into tokens for a CLIP and a DALLE2
+Tokenizer = WordTokenizer | BPETokenizer
+"""What turns captions into token ids for a CLIP and a DALLE2: one of two classes."""
 
 
 def tokenizer_from_config(config: dict) -> Tokenizer:

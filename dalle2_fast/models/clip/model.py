@@ -33,9 +33,10 @@ from dalle2_fast.models.clip.vision_transformer import VisionTransformer
 from dalle2_fast.models.transformer import TextTransformer
 from dalle2_fast.ops._dtypes import compute_dtype
 
-# Mean and standard deviation per channel of the images on which OpenAI trained CLIP.
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+"""Mean per channel of the images on which OpenAI trained CLIP."""
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Standard deviation per channel of these images."""
 LARGEST_LOGIT_SCALE = math.log(100.0)
 
 

@@ -47,7 +47,7 @@ def sample(
     init_image: Tensor | None = None,  # [B, C, H, W] in [0, 1]
     strength: float | None = None,
     progress: Progress = None,
-    **sampler_options,
+    **sampler_options: Any,
 ) -> Tensor:
     """Sample images.
 
@@ -150,7 +150,7 @@ def invert(
     cond_scale: float | Tensor = 1.0,
     guidance_interval: Sequence[float] | None = None,  # (low, high) in log-SNR
     progress: Progress = None,
-    **options,
+    **options: Any,
 ) -> Tensor:
     """Find the noise x_T that leads to an image by DDIM.
 

@@ -10,7 +10,7 @@ Source: Ramesh et al., "unCLIP", 2204.06125, section 2.2 and appendix C.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -261,7 +261,7 @@ class DiffusionPrior(EmbeddingPrior):
         guidance_interval: Sequence[float] | None = None,  # (low, high) in log-SNR
         sampler: str | None = None,
         progress: Progress = None,
-        **sampler_options,
+        **sampler_options: Any,
     ) -> Tensor:
         """Sample an image embedding for each caption: the best of some candidates.
 

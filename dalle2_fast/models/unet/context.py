@@ -18,6 +18,12 @@ class ContextCache:
         keys: one tensor [B, heads, S, head_dim] per attention layer.
         values: the same for the values.
         mask: bool [B, S], True = attend; None if every position counts.
+
+    Example:
+        >>> import torch
+        >>> k, v = (torch.randn(2, 4, 77, 64) for _ in "kv")  # of a U-Net with one attention layer
+        >>> ContextCache((k,), (v,), mask=None).first(1).keys[0].shape
+        torch.Size([1, 4, 77, 64])
     """
 
     keys: tuple[Tensor, ...]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ def sample(
     tile: int | None = None,
     overlap: int | None = None,
     progress: Progress = None,
-    **sampler_options,
+    **sampler_options: Any,
 ) -> Tensor:
     """Sample large images for small ones.
 
