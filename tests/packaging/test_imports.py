@@ -41,10 +41,12 @@ ARROWS = {
     "embeddings": {"models", "data", "checkpoints"},
     "training": {"embeddings", "evaluation", "pipeline", "models", "losses", "diffusion", "data",
                  "checkpoints", "functional", "seeds", "draws", "cuda_graphs"},  # fmt: skip
-    "adapters": {"losses", "models", "modules", "functional", "ops"},
+    "adapters": {"losses", "models", "modules", "functional", "ops", "diffusion", "data", "checkpoints",
+                 "_lazy"},  # fmt: skip
     "serving": {"pipeline", "data", "seeds"},
-    "cli": {"serving", "training", "embeddings", "evaluation", "pipeline", "models", "data", "checkpoints",
-            "ops", "memory", "seeds", "__init__"},  # fmt: skip
+    "demo": {"pipeline", "evaluation", "models", "data"},
+    "cli": {"serving", "demo", "training", "embeddings", "evaluation", "pipeline", "models", "data",
+            "checkpoints", "ops", "memory", "seeds", "__init__"},  # fmt: skip
     "__main__": {"cli"},
     "previous_paths": {"pipeline", "models", "data", "adapters"},
     "__init__": {"pipeline", "models", "modules", "losses", "functional", "diffusion", "data", "checkpoints",

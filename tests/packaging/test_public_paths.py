@@ -41,6 +41,7 @@ PUBLIC = {
     "dalle2_fast.adapters.patch": "patch unpatch",
     "dalle2_fast.adapters.diffusers": "",
     "dalle2_fast.adapters.dalle2_pytorch": "",
+    "dalle2_fast.adapters.published": "Glide GuidedDiffusion load_glide load_guided_diffusion",
     "dalle2_fast.cli": "main",
 }
 # A whole pipeline, other networks, results and tokenizers, written with torch.save by version 0.1.0. The

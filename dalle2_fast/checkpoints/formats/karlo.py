@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dalle2_fast.checkpoints.checkpoint import Checkpoint, Part
 from dalle2_fast.checkpoints.errors import CheckpointError
+from dalle2_fast.checkpoints.formats.adm import shape_of, unet_options
 from dalle2_fast.checkpoints.formats.diffusers import pipeline_config
 from dalle2_fast.checkpoints.formats.diffusers_options import SAMPLING
 from dalle2_fast.checkpoints.formats.karlo_keys import (
@@ -138,8 +139,9 @@ def _recognise(file: Path) -> tuple[str | None, Any]:
 def _read_prior(originals: Originals) -> Part:
     file, tensors = originals.need("prior")
     statistics, (mean, std) = originals.need("statistics")
-    width, embed_dim = _shape(tensors, "model.clip_img_proj.weight", 2, file)
+    width, embed_dim = shape_of(tensors, "model.clip_img_proj.weight", 2, file)
     depth = count_numbers(tensors, "model.transformer.resblocks.")
+    hidden, _ = shape_of(tensors, "model.transformer.resblocks.0.mlp.c_fc.weight", 2, file)
     if mean.shape != (embed_dim,) or std.shape != (embed_dim,):
         raise CheckpointError(
             f"{statistics}: expected mean and deviation of {embed_dim} entries, got {list(mean.shape)}, "
@@ -148,9 +150,9 @@ def _read_prior(originals: Originals) -> Part:
     config = {
         "net": {
             "dim": width, "depth": depth, "heads": width // HEAD_DIM, "dim_head": HEAD_DIM,
-            "embed_dim": embed_dim, "text_dim": _shape(tensors, "model.text_enc_proj.weight", 2, file)[1],
-            "context_length": _shape(tensors, "model.positional_embedding", 3, file)[1] - 4,
-            "mlp_ratio": _shape(tensors, "model.transformer.resblocks.0.mlp.c_fc.weight", 2, file)[0] / width,
+            "embed_dim": embed_dim, "text_dim": shape_of(tensors, "model.text_enc_proj.weight", 2, file)[1],
+            "context_length": shape_of(tensors, "model.positional_embedding", 3, file)[1] - 4,
+            "mlp_ratio": hidden / width,
         },
         "sample_timesteps": SAMPLING["prior_steps"], "unit_norm": False, "embed_scale": 1.0,
         "prediction": "sample", "sample_clip": 10.0,
@@ -161,13 +163,13 @@ def _read_prior(originals: Originals) -> Part:
 
 def _read_decoder(originals: Originals) -> Part:
     file, tensors = originals.need("decoder")
-    unet = _unet_options(tensors, "model.", file)
-    embed_dim = _shape(tensors, "model.clip_emb.weight", 2, file)[1]
-    tokens = _shape(tensors, "model.clip_tok_proj.weight", 2, file)[0] // unet["cross_dim"]
+    unet = unet_options(tensors, "model.", file, HEAD_DIM)
+    embed_dim = shape_of(tensors, "model.clip_emb.weight", 2, file)[1]
+    tokens = shape_of(tensors, "model.clip_tok_proj.weight", 2, file)[0] // unet["cross_dim"]
     config = {
         "unet": unet, "image_size": LOW_RES_SIZE, "image_embed_dim": embed_dim,
-        "text_embed_dim": _shape(tensors, "model.text_feat_proj.weight", 2, file)[1],
-        "text_encoding_dim": _shape(tensors, "model.text_seq_proj.0.weight", 2, file)[1],
+        "text_embed_dim": shape_of(tensors, "model.text_feat_proj.weight", 2, file)[1],
+        "text_encoding_dim": shape_of(tensors, "model.text_seq_proj.0.weight", 2, file)[1],
         "num_image_tokens": tokens, "unit_norm": False, "embed_scale": 1.0,
         "prediction": "epsilon", "variance": "learned_range", "sample_timesteps": SAMPLING["steps"],
     }  # fmt: skip
@@ -183,46 +185,6 @@ def _read_upsampler(originals: Originals) -> Part:
     }  # fmt: skip
     rules: Rules = {}
     for name, prefix in (("unet", "model_first_steps."), ("last_unet", "model_last_step.")):
-        config[name] = _unet_options(tensors, prefix, file)
+        config[name] = unet_options(tensors, prefix, file, HEAD_DIM)
         rules |= prefixed(f"{name}.", original_rules(config[name]), prefix)
     return config, translate(tensors, rules, file)
-
-
-def _unet_options(tensors: Mapping[str, Tensor], prefix: str, file: Path) -> dict[str, Any]:
-    """The arguments of our UNet, from the shapes of an original one.
-
-    The levels are found on the way up: each but the last ends with a block that doubles the resolution, and
-    each has one block more than on the way down.
-    """
-    channels, layers, attends, blocks = [], [], [], 0
-    for station in range(count_numbers(tensors, f"{prefix}output_blocks.")):
-        begin, blocks = f"{prefix}output_blocks.{station}.", blocks + 1
-        attention = f"{begin}1.qkv.weight" in tensors
-        last = station == count_numbers(tensors, f"{prefix}output_blocks.") - 1
-        if last or f"{begin}{1 + attention}.in_layers.2.weight" in tensors:
-            channels.append(_shape(tensors, f"{begin}0.out_layers.3.weight", 4, file)[0])
-            layers.append(blocks - 1)
-            attends.append(attention)
-            blocks = 0
-    channels, layers, attends = channels[::-1], layers[::-1], attends[::-1]
-    if not channels or min(layers) < 1:
-        raise CheckpointError(f"{file}: {prefix}output_blocks: expected the blocks of a U-Net, got {layers}")
-    levels = [level for level, here in enumerate(attends) if here]
-    film, width = _shape(tensors, f"{prefix}input_blocks.1.0.emb_layers.1.weight", 2, file)
-    cross = f"{prefix}middle_block.1.encoder_kv.weight"
-    return {
-        "in_channels": _shape(tensors, f"{prefix}input_blocks.0.0.weight", 4, file)[1],
-        "out_channels": _shape(tensors, f"{prefix}out.2.weight", 4, file)[0],
-        "channels": channels, "layers_per_block": layers, "attention_levels": levels, "head_dim": HEAD_DIM,
-        "cross_dim": _shape(tensors, cross, 3, file)[1] if levels else None, "embed_dim": width,
-        "film": film == 2 * channels[0],
-    }  # fmt: skip
-
-
-def _shape(tensors: Mapping[str, Tensor], name: str, dimensions: int, file: Path) -> tuple[int, ...]:
-    if name not in tensors:
-        raise CheckpointError(f"{file}: the weights do not fit: missing 1 ({name})")
-    if tensors[name].dim() != dimensions:
-        came = list(tensors[name].shape)
-        raise CheckpointError(f"{file}: {name}: expected {dimensions} dimensions, got {came}")
-    return tuple(tensors[name].shape)

@@ -1,10 +1,10 @@
-"""Which tensors of Karlo make those of our U-Nets, in both layouts of its files.
+"""Which tensors of Karlo, guided-diffusion and GLIDE make those of our U-Nets.
 
-The original files name the blocks of an ADM U-Net as guided-diffusion does; diffusers' classes are
-UNet2DConditionModel and UNet2DModel. The blocks run in the same order everywhere, but they are numbered
-differently. Ours numbers the layers. The original numbers the stations at which a skip connection begins or
-ends, so that a block that doubles the resolution is a part of the station before it. diffusers numbers the
-levels.
+Karlo's original files name the blocks of an ADM U-Net as guided-diffusion and GLIDE do. The classes of
+diffusers are UNet2DConditionModel and UNet2DModel. The blocks run in the same order everywhere, but they are
+numbered differently. Ours numbers the layers. The original numbers the stations at which a skip connection
+begins or ends, so that a block that doubles the resolution is a part of the station before it. diffusers
+numbers the levels.
 
 karlo_keys.py says the same of the other networks.
 """
@@ -28,6 +28,7 @@ class Block:
     diffusers: str  # of the block; the attention is called "attentions" instead of "resnets"
     attends: bool  # whether there is an attention
     skips: bool  # whether the skip is a convolution, because the block changes the width
+    level: int  # of the block
 
 
 def unet_blocks(
@@ -49,29 +50,29 @@ def unet_blocks(
         attends = level in attention_levels
         for index in range(layers[level]):
             theirs = (f"input_blocks.{down + 1}", 0, f"down_blocks.{level}.resnets.{index}")
-            yield Block(f"down.{down}", *theirs, attends, width != after)
+            yield Block(f"down.{down}", *theirs, attends, width != after, level)
             width, down = after, down + 1
             skips.append(width)
         if level < len(channels) - 1:
             theirs = (f"input_blocks.{down + 1}", 0, f"down_blocks.{level}.downsamplers.0")
-            yield Block(f"down.{down}", *theirs, False, False)
+            yield Block(f"down.{down}", *theirs, False, False, level)
             down += 1
             skips.append(width)
 
-    attends = len(attention_levels) > 0
-    yield Block("middle.0", "middle_block", 0, "mid_block.resnets.0", attends, False)
-    yield Block("middle.1", "middle_block", 1 + attends, "mid_block.resnets.1", False, False)
+    attends, last = len(attention_levels) > 0, len(channels) - 1
+    yield Block("middle.0", "middle_block", 0, "mid_block.resnets.0", attends, False, last)
+    yield Block("middle.1", "middle_block", 1 + attends, "mid_block.resnets.1", False, False, last)
 
     up = station = 0
     for number, level in enumerate(reversed(range(len(channels)))):
         after, attends = channels[level], level in attention_levels
         for index in range(layers[level] + 1):
             theirs = (f"output_blocks.{station}", 0, f"up_blocks.{number}.resnets.{index}")
-            yield Block(f"up.{up}", *theirs, attends, width + skips.pop() != after)
+            yield Block(f"up.{up}", *theirs, attends, width + skips.pop() != after, level)
             width, up, station = after, up + 1, station + 1
         if level > 0:
             theirs = (f"output_blocks.{station - 1}", 1 + attends, f"up_blocks.{number}.upsamplers.0")
-            yield Block(f"up.{up}", *theirs, False, False)
+            yield Block(f"up.{up}", *theirs, False, False, level)
             up += 1
 
 
@@ -86,14 +87,15 @@ _RES = {
 }
 
 
-def original_rules(unet: Mapping[str, Any]) -> Rules:
-    """The rules for a U-Net of Karlo's original files.
+def original_rules(unet: Mapping[str, Any], heads_first: bool = True) -> Rules:
+    """The rules for a U-Net of Karlo's original files, of guided-diffusion and of GLIDE.
 
-    Its projections are convolutions, whose rows [heads, 3, head_dim] hold the queries, keys and values of
-    each head together.
+    Its projections are convolutions.
 
     Args:
         unet: the arguments of our UNet.
+        heads_first: whether their rows are [heads, 3, head_dim], which hold the queries, keys and values of
+            each head together, or ours, [3, heads, head_dim].
     """
     rules = (
         renamed("time_embed.0", "time_embed.0")
@@ -102,7 +104,7 @@ def original_rules(unet: Mapping[str, Any]) -> Rules:
         | renamed("norm_out", "out.0")
         | renamed("conv_out", "out.2")
     )
-    head_dim = unet["head_dim"]
+    head_dims, context = unet["head_dim"], unet["cross_dim"] is not None
     for block in _blocks(unet):
         theirs = f"{block.original}.{block.number}"
         for ours, (name, _) in _RES.items():
@@ -110,9 +112,12 @@ def original_rules(unet: Mapping[str, Any]) -> Rules:
                 rules |= renamed(f"{block.ours}.res.{ours}", f"{theirs}.{name}")
         if block.attends:
             ours, theirs = f"{block.ours}.attention", f"{block.original}.{block.number + 1}"
+            head_dim = head_dims if isinstance(head_dims, int) else head_dims[block.level]
             rules |= renamed(f"{ours}.norm", f"{theirs}.norm")
-            rules |= renamed(f"{ours}.qkv", f"{theirs}.qkv", parts_first(3, head_dim))
-            rules |= renamed(f"{ours}.context_kv", f"{theirs}.encoder_kv", parts_first(2, head_dim))
+            reorder = parts_first(3, head_dim) if heads_first else without_kernel_axis
+            rules |= renamed(f"{ours}.qkv", f"{theirs}.qkv", reorder)
+            if context:
+                rules |= renamed(f"{ours}.context_kv", f"{theirs}.encoder_kv", parts_first(2, head_dim))
             rules |= renamed(f"{ours}.project", f"{theirs}.proj_out", without_kernel_axis)
     return rules
 

@@ -1,0 +1,28 @@
+"""Weights that others published for networks that are no part of a DALLE2: loaders, and the networks.
+
+    from dalle2_fast.adapters.published import load_guided_diffusion
+
+    model = load_guided_diffusion("256x256_diffusion_uncond.pt", device="cuda", dtype=torch.float16)
+    images = model.sample(batch_size=4, steps=100)
+
+Each name is imported on first use. The files are read without running anything in them, and tensors that are
+missing, left over or of another shape are named. docs/weights.md lists the files.
+"""
+
+from typing import TYPE_CHECKING
+
+from dalle2_fast._lazy import attach
+
+if TYPE_CHECKING:  # for editors and type checkers, which cannot follow `attach`
+    from dalle2_fast.adapters.published.glide import Glide as Glide
+    from dalle2_fast.adapters.published.glide import load_glide as load_glide
+    from dalle2_fast.adapters.published.guided_diffusion import GuidedDiffusion as GuidedDiffusion
+    from dalle2_fast.adapters.published.guided_diffusion import load_guided_diffusion as load_guided_diffusion
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "dalle2_fast.adapters.published.glide": ["Glide", "load_glide"],
+        "dalle2_fast.adapters.published.guided_diffusion": ["GuidedDiffusion", "load_guided_diffusion"],
+    },
+)
