@@ -28,6 +28,7 @@ COMMANDS = {
     "reconstruct": (
         "dalle2_fast.cli.editing.reconstruct", "make an image from a few components of its embedding",
     ),
+    "demo": ("dalle2_fast.cli.people.demo", "draw and edit images on a page in the browser"),
     "serve": ("dalle2_fast.cli.people.serve", "answer requests for images as OpenAI's images API does"),
     "vocabulary": ("dalle2_fast.cli.vocabulary", "list the words that a checkpoint knows"),
     "export": ("dalle2_fast.cli.export", "write the networks as files for ONNX or OpenVINO"),

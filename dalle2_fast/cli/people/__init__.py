@@ -1,1 +1,1 @@
-"""Commands for people who are not at a shell: a server."""
+"""Commands for people who are not at a shell: a page, a server."""

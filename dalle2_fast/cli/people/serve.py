@@ -9,6 +9,7 @@ import sys
 from urllib.parse import urlsplit
 
 from dalle2_fast.cli import arguments
+from dalle2_fast.cli.people.address import add_address
 from dalle2_fast.pipeline.compilation import BACKENDS
 from dalle2_fast.pipeline.device import DTYPES, choose_device, choose_dtype
 from dalle2_fast.serving.limits import Limits
@@ -28,10 +29,7 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `dalle2-fast serve`."""
     where = arguments.section(parser, "where")
-    where.add_argument(
-        "--host", default="127.0.0.1", help="address to serve at (default 127.0.0.1: this machine alone)"
-    )
-    where.add_argument("--port", type=_port, default=8000, help="0 is any free one (default 8000)")
+    add_address(where, 8000)
     where.add_argument(
         "--public-url", type=_url, metavar="URL",
         help="how clients reach the server, for the URLs of pictures (default: as they address it)",
@@ -132,12 +130,6 @@ def _count(group: argparse._ArgumentGroup, name: str, default: int, what: str) -
 def _number(group: argparse._ArgumentGroup, name: str, default: float, unit: str, what: str) -> None:
     kind = arguments.non_negative_float
     group.add_argument(name, type=kind, default=default, metavar=unit, help=f"{what} (default {default:g})")
-
-
-def _port(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 65535, got {text!r}")
-    return int(text)
 
 
 def _url(text: str) -> str:
