@@ -102,27 +102,57 @@ def opened_safetensors(path: Path) -> Iterator[safe_open]:
         raise damaged(path, error) from None
 
 
-def read_torch(path: Path, mapped: bool = False) -> Any:
+class Ignored:
+    """Stands in the content of a file for an object whose class is not wanted, and runs none of its code.
+
+    Attributes:
+        arguments: with which the object was made.
+        state: what it was given afterwards, or None.
+    """
+
+    arguments: tuple
+    state: Any = None
+
+    def __new__(cls, *arguments: Any) -> Ignored:
+        ignored = super().__new__(cls)
+        ignored.arguments = arguments
+        return ignored
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+def read_torch(path: Path, mapped: bool = False, ignored: tuple[str, ...] = ()) -> Any:
     """The content of a file of torch.save, read with weights_only=True: tensors, containers, numbers, text.
 
     Args:
         path: the file.
         mapped: map the tensors from the file, which is then read when they are used. A file whose records are
             compressed, or that is no zip archive, is read instead.
+        ignored: packages, such as "packaging.", of whose classes objects may be in a zip archive. `Ignored`
+            takes their place.
 
     Raises:
         CheckpointError: the file is damaged, or its pickle asks for anything else; nothing in it was run.
     """
+    replaced: list[Any] = []
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 check_sizes(archive, path)
                 check_storages(archive)
                 mapped = mapped and is_stored(archive)
+            if ignored:
+                named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+                replaced = [(Ignored, name) for name in named if name.startswith(ignored)]
         else:
             check_legacy(path)
             mapped = False
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with torch.serialization.safe_globals(replaced):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         # torch's message advises to read the file without protection; only what it found is repeated here.
         found = re.search(r"GLOBAL (\S+)", str(error))

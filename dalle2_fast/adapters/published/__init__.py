@@ -18,11 +18,14 @@ if TYPE_CHECKING:  # for editors and type checkers, which cannot follow `attach`
     from dalle2_fast.adapters.published.glide import load_glide as load_glide
     from dalle2_fast.adapters.published.guided_diffusion import GuidedDiffusion as GuidedDiffusion
     from dalle2_fast.adapters.published.guided_diffusion import load_guided_diffusion as load_guided_diffusion
+    from dalle2_fast.adapters.published.prior import Dalle2PytorchPrior as Dalle2PytorchPrior
+    from dalle2_fast.adapters.published.prior import load_dalle2_pytorch_prior as load_dalle2_pytorch_prior
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "dalle2_fast.adapters.published.glide": ["Glide", "load_glide"],
         "dalle2_fast.adapters.published.guided_diffusion": ["GuidedDiffusion", "load_guided_diffusion"],
+        "dalle2_fast.adapters.published.prior": ["Dalle2PytorchPrior", "load_dalle2_pytorch_prior"],
     },
 )

@@ -2,7 +2,9 @@
 
     diffusers, diffusers_options   a pipeline of diffusers or its prior, and what its configuration files say
     karlo                          Karlo's original files
-    karlo_keys, unet_keys          which tensors of both make which of ours
+    guided_diffusion, glide, adm   the U-Nets of guided-diffusion and GLIDE
+    dalle2_pytorch/                the files of DALLE2-pytorch's trainers
+    karlo_keys, unet_keys          which tensors of these make which of ours
     clip, clip_options, clip_keys  a CLIP alone: its files, its configuration, its tensors
     renaming                       the rules from their names to ours
 
