@@ -13,7 +13,7 @@ from dalle2_fast.cli import COMMANDS
 from dalle2_fast.cli.parser import parse
 
 ROOT = Path(__file__).parents[2]
-PAGES = {page.relative_to(ROOT).as_posix(): page for page in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+PAGES = {page.relative_to(ROOT).as_posix(): page for page in (ROOT / "README.md", *ROOT.glob("docs/**/*.md"))}
 OWN_TEST = "docs/trainers.md"  # test_trainers_page.py runs its blocks with the packages that they need
 BLOCK = re.compile(r"(<!-- not run: .+ -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
