@@ -34,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("LOW", "HIGH"),
         help="range of the guidance weight that becomes an input (default: 1 to the teacher's plus 2)",
     )
+    add(
+        "--method", choices=("consistency", "dmd2"), default="consistency",
+        help="consistency (default): the end of the teacher's path, as ECT; dmd2: distribution matching with a "
+        "third network, a fifth of the iterations for the student",
+    )  # fmt: skip
     add("--iterations", type=int, help="length of the training in steps of the optimiser (default 10000)")
     add("--resume", action="store_true", help="continue the run in DIR")
     add(
@@ -93,7 +98,7 @@ def _preset(args: argparse.Namespace) -> Preset:
 
     guidance = None if args.guidance is None else tuple(args.guidance)
     pipe = load_teacher(args.teacher)
-    preset = distillation_preset(pipe, args.stage, args.teacher, args.steps, guidance)
+    preset = distillation_preset(pipe, args.stage, args.teacher, args.steps, guidance, args.method)
     data = preset.recipe(args.stage).data
     options = dict(steps=args.iterations, batch_size=args.batch_size, learning_rate=args.lr)
     preset = adjust(preset, (args.stage,), **options)

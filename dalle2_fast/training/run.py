@@ -262,7 +262,7 @@ def _train(
         average = trainer.averaged_weights()
         with processes.together():  # the next stage reads the file on every process
             if processes.is_first:
-                save_weights(folder.weights_path, stage.config | facts, average)
+                save_weights(folder.weights_path, stage.config | facts, stage.published(average))
     return outcome
 
 

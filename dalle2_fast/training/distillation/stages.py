@@ -1,14 +1,16 @@
 """The stages of `dalle2-fast distill`: those of `train` with a student as the model and another loss.
 
 The recipe of such a stage has in its data: teacher (the folder of a pipeline), weights (the fingerprint of
-the network that is distilled), steps, and for the prior and the decoder guidance (the range of the weight)
-and interval (where in log-SNR the teacher has guidance, or None).
+the network that is distilled), steps, for the prior and the decoder guidance (the range of the weight) and
+interval (where in log-SNR the teacher has guidance, or None), and method where it is not "consistency".
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from dalle2_fast.models.decoder.guidance import condition
 from dalle2_fast.models.decoder.inpainting import kept_channels
 from dalle2_fast.models.decoder.masks import draw_masks
 from dalle2_fast.models.decoder.model import Decoder
+from dalle2_fast.models.distilled import known_steps
 from dalle2_fast.models.inputs import bernoulli
 from dalle2_fast.models.prior.diffusion import DiffusionPrior
 from dalle2_fast.models.upsampler.model import Upsampler
@@ -32,6 +35,7 @@ from dalle2_fast.training.distillation.loss import (
     per_sample,
     training_times,
 )
+from dalle2_fast.training.distillation.matching import distribution_loss, is_students_turn
 from dalle2_fast.training.distillation.student import check_teacher, fingerprint, load_teacher, make_student
 from dalle2_fast.training.errors import TrainingError
 from dalle2_fast.training.recipes import Preset
@@ -44,8 +48,21 @@ from dalle2_fast.training.stages.source import Source
 from dalle2_fast.training.stages.upsampler import UpsamplerStage
 
 
+class Networks(NamedTuple):
+    """Data and networks with the conditions of a batch filled in."""
+
+    x0: Tensor
+    student: Denoiser
+    teacher: Denoiser
+    follower: Denoiser | None  # of the method "dmd2"
+
+
 class DistilledStage(SceneStage):
-    """A student and its teacher. A subclass defines `denoisers` and what `SceneStage` asks for."""
+    """A student and its teacher. A subclass defines `networks` and what `SceneStage` asks for.
+
+    With the method "dmd2" a third network follows the student (`matching`). It is a part of the model that is
+    trained, and therefore of the saved state, but not of the published weights.
+    """
 
     clip_x0: float | None = 1.0  # bound on a predicted x0, as in sampling
 
@@ -62,35 +79,56 @@ class DistilledStage(SceneStage):
                 "it shards with --data"
             )
         self.guidance, self.interval = options.get("guidance"), options.get("interval")
+        self.method = options.get("method", "consistency")
         super().__init__(preset, source, out=out)
 
     def build_model(self) -> nn.Module:
         guidance = None if self.guidance is None else tuple(self.guidance)
-        return make_student(self.teacher, self.recipe.data["steps"], guidance)
+        student = make_student(self.teacher, self.recipe.data["steps"], guidance)
+        if self.method == "dmd2":
+            student.follower = deepcopy(self.teacher).requires_grad_(True)
+        return student
+
+    @property
+    def follower(self) -> nn.Module | None:
+        """The network that follows the student, if the method has one."""
+        return getattr(self.model, "follower", None)
+
+    def published(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The student's."""
+        return {name: value for name, value in weights.items() if not name.startswith("follower.")}
 
     def why_not_captured(self) -> str | None:
-        return "the steps of the teacher become shorter and shorter"
+        return "its loss is not the same in every step"
 
     def batch(self, step: int) -> dict:
-        """The batch of the stream, and "gap": the length of the teacher's steps."""
+        """The batch of the stream, "gap": the length of the teacher's steps, and whose turn it is."""
         progress = step / self.recipe.optimisation.steps
         first_phase = 0.0 if self.guidance is None else FIRST_PHASE
-        return super().batch(step) | {"gap": gap(min(progress, 1.0), first_phase)}
+        facts = {"gap": gap(min(progress, 1.0), first_phase), "students_turn": is_students_turn(step)}
+        return super().batch(step) | facts
 
     def held_out_loss(self, generator: torch.Generator) -> Tensor:
-        return self.loss(self.held_out | {"gap": gap(1.0, FIRST_PHASE)}, generator)
+        return self.loss(self.held_out | {"gap": gap(1.0, FIRST_PHASE), "students_turn": False}, generator)
 
     def loss(self, batch: dict, generator: torch.Generator) -> Tensor:
-        x0, student, teacher = self.denoisers(batch, generator)
+        x0, student, teacher, follower = self.networks(batch, generator)
         diffusion, steps = self.model.diffusion, self.model.consistency_steps
-        t = training_times(diffusion, len(x0), steps, generator, x0.device)
         noise = draw(torch.randn, x0.shape, generator, device=x0.device)
+        if follower is not None:
+            known = known_steps(steps)
+            steps = known[int(torch.randint(len(known), (), generator=generator, device=generator.device))]
+            return distribution_loss(
+                diffusion, student, teacher, follower, noise, generator, steps=steps,
+                students_turn=batch["students_turn"], clip=self.clip_x0,
+            ).mean()  # fmt: skip
+        t = training_times(diffusion, len(x0), steps, generator, x0.device)
         return distillation_loss(
             diffusion, student, teacher, x0, t=t, noise=noise, g=batch["gap"], clip=self.clip_x0
         ).mean()
 
-    def denoisers(self, batch: dict, generator: torch.Generator) -> tuple[Tensor, Denoiser, Denoiser]:
-        """The data x0, and student and teacher with the conditions of this batch filled in."""
+    def networks(self, batch: dict, generator: torch.Generator) -> Networks:
+        """The data x0, and the networks with the conditions of this batch filled in."""
         raise NotImplementedError
 
     def draw_weights(self, batch: int, generator: torch.Generator) -> Tensor:
@@ -151,7 +189,7 @@ class DecoderDistillation(DistilledStage):
     def resolutions(self) -> tuple[int, ...]:
         return tuple(dict.fromkeys((self.teacher.image_size, self.clip.image_size)))
 
-    def denoisers(self, batch: dict, generator: torch.Generator) -> tuple[Tensor, Denoiser, Denoiser]:
+    def networks(self, batch: dict, generator: torch.Generator) -> Networks:
         student, teacher = self.model, self.teacher
         x0 = batch["images"][teacher.image_size] * 2 - 1
         rows = len(x0)
@@ -175,8 +213,14 @@ class DecoderDistillation(DistilledStage):
         def with_extra(x: Tensor) -> Tensor:
             return x if extra is None else torch.cat([x, extra.to(x.dtype)], dim=1)
 
-        context, mask, classes = conditions(student)
-        classes = classes + student.guidance_input(weights)
+        def conditional(network: Decoder) -> Denoiser:
+            context, mask, classes = conditions(network)
+            if network is student:
+                classes = classes + student.guidance_input(weights)
+            return self.x0_of(
+                network, lambda x, time: network.unet(with_extra(x), time, context, classes, mask)
+            )
+
         with torch.no_grad():
             without = None if negative is None else self.captions(teacher, negative, 1).expand(rows)
             pairs = zip(
@@ -184,14 +228,12 @@ class DecoderDistillation(DistilledStage):
             )
             both_context, both_mask, both_classes = (cat_padded(*pair) for pair in pairs)
 
-        def student_net(x: Tensor, time: Tensor) -> Tensor:
-            return student.unet(with_extra(x), time, context, classes, mask)
-
         def teacher_net(x: Tensor, time: Tensor) -> Tensor:
             x, time = torch.cat([with_extra(x)] * 2), torch.cat([time] * 2)
             return teacher.unet(x, time, both_context, both_classes, both_mask)
 
-        return x0, self.x0_of(student, student_net), self.guided(teacher_net, weights)
+        follower = None if self.follower is None else conditional(self.follower)
+        return Networks(x0, conditional(student), self.guided(teacher_net, weights), follower)
 
     @torch.no_grad()
     def image_embed(self, batch: dict) -> Tensor:
@@ -234,7 +276,7 @@ class PriorDistillation(DistilledStage):
     def resolutions(self) -> tuple[int, ...]:
         return (self.clip.image_size,)
 
-    def denoisers(self, batch: dict, generator: torch.Generator) -> tuple[Tensor, Denoiser, Denoiser]:
+    def networks(self, batch: dict, generator: torch.Generator) -> Networks:
         student, teacher, tokens = self.model, self.teacher, batch["tokens"]
         rows, negative = len(tokens), self.negative_tokens()
         with torch.no_grad():
@@ -250,16 +292,22 @@ class PriorDistillation(DistilledStage):
                 without = teacher.condition(other.expand(rows), every)
             both = kept.followed_by(without)
         weights = self.draw_weights(rows, generator)
-        offset = student.guidance_input(weights)
 
-        def student_net(x: Tensor, time: Tensor) -> Tensor:
-            return student.net(x, time, kept.embed, kept.encodings, kept.mask, offset).to(x.dtype)
+        def conditional(network: DiffusionPrior) -> Denoiser:
+            offset = student.guidance_input(weights) if network is student else None
+            return self.x0_of(
+                network,
+                lambda x, time: network.net(
+                    x, time, kept.embed, kept.encodings, kept.mask, offset
+                ).to(x.dtype),
+            )
 
         def teacher_net(x: Tensor, time: Tensor) -> Tensor:
             x, time = torch.cat([x] * 2), torch.cat([time] * 2)
             return teacher.net(x, time, both.embed, both.encodings, both.mask).to(x.dtype)
 
-        return x0, self.x0_of(student, student_net), self.guided(teacher_net, weights)
+        follower = None if self.follower is None else conditional(self.follower)
+        return Networks(x0, conditional(student), self.guided(teacher_net, weights), follower)
 
     def measure(self) -> Validation:
         """Mean cosine similarity of a sample to the true image embedding."""
@@ -293,7 +341,7 @@ class UpsamplerDistillation(DistilledStage):
     def resolutions(self) -> tuple[int, ...]:
         return self.low, self.high
 
-    def denoisers(self, batch: dict, generator: torch.Generator) -> tuple[Tensor, Denoiser, Denoiser]:
+    def networks(self, batch: dict, generator: torch.Generator) -> Networks:
         x0, enlarged, level, _ = self.teacher.training_pair(
             batch["images"][self.high], batch["images"][self.low], crop=self.crop, generator=generator,
             check_range=self.device.type == "cpu",
@@ -304,7 +352,8 @@ class UpsamplerDistillation(DistilledStage):
                 network, lambda x, time: network.predict(network.unet, x, time, enlarged, level)
             )
 
-        return x0, denoiser(self.model), denoiser(self.teacher)
+        follower = None if self.follower is None else denoiser(self.follower)
+        return Networks(x0, denoiser(self.model), denoiser(self.teacher), follower)
 
 
 def chosen(caption: Caption, other: Caption, keep: Tensor) -> Caption:

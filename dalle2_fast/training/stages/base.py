@@ -90,6 +90,10 @@ class SceneStage:
     def loss(self, batch: dict, generator: torch.Generator) -> Tensor:
         raise NotImplementedError
 
+    def published(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the model's weights that a finished stage keeps: all."""
+        return weights
+
     def validate(self) -> Validation:
         """val_loss, metrics and images on the held-out batch; nothing if there is none."""
         if self.held_out is None:

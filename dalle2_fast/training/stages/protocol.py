@@ -37,3 +37,6 @@ class Stage(Protocol):
 
     def validate(self) -> Validation:
         """Metrics and images of the model's current weights; called in eval mode and without gradients."""
+
+    def published(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the model's weights that the file of a finished stage has."""
