@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--method", choices=("consistency", "dmd2"), default="consistency",
-        help="consistency (default): the end of the teacher's path, as ECT; dmd2: distribution matching with a "
-        "third network, a fifth of the iterations for the student",
+        help="consistency (default): the end of the teacher's path, as ECT; dmd2: distribution matching with "
+        "a third network, a fifth of the iterations for the student",
     )  # fmt: skip
     add("--iterations", type=int, help="length of the training in steps of the optimiser (default 10000)")
     add("--resume", action="store_true", help="continue the run in DIR")

@@ -1,19 +1,19 @@
-"""Distribution matching: the student's samples get the distribution of its teacher's, not each its own target.
+"""Distribution matching: the student's samples get the distribution of the teacher's, and no target each.
 
 Let x = F(x_s, s, w) be a sample of the student, x_t that sample with new noise, T(x_t, t, w) the teacher's x0
-with guidance weight w, and G(x_t, t) the x0 of a third network that is trained on the student's samples alone.
-T and G estimate the scores of the two distributions, and the difference leads a sample from one to the other:
+with guidance weight w, and G(x_t, t) the x0 of a third network, trained on the student's samples alone. T and
+G estimate the scores of the two distributions, and the difference leads a sample from one to the other:
 
     gradient = (G(x_t, t) - T(x_t, t, w)) / mean |x - T(x_t, t, w)|
     loss     = 1/2 mean (x - stopgrad(x - gradient))^2
 
-x_s is what the student meets when it samples: pure noise in its first step, and in a later one its own earlier
-answer with noise. G starts as the teacher and must follow the student, so it is updated four times as often.
+x_s is what the student meets when it samples: pure noise in its first step, in a later one its own answer with
+noise. G starts as the teacher and must follow the student, so it is updated four times as often.
 
 Source: Yin et al., "Improved Distribution Matching Distillation", 2405.14867, sections 4.2 (no regression, two
 time scales), 4.4 and 4.5 (several steps from the student's own samples); "One-step Diffusion with Distribution
-Matching Distillation", 2311.18828, equations 7 and 8, for the gradient and its factor. The paper's adversarial
-loss (section 4.3) is left out.
+Matching Distillation", 2311.18828, equations 7 and 8, for the gradient and its factor. The adversarial loss of
+section 4.3 is left out.
 """
 
 from __future__ import annotations

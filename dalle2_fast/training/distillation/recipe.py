@@ -21,9 +21,8 @@ OPTIMISATION = Optimisation(
     batch_size=64, steps=10_000, learning_rate=1e-4, betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=100,
     hold=0.8, decay="linear", ema_decay=0.999,
 )  # fmt: skip
-METHODS = ("consistency", "dmd2")
-# Without a memory of the gradient, as 2405.14867 (appendix) trains both networks. Its rates, up to 2e-6, are of
-# networks that have 30 to 300 times as many weights as the scenes'.
+# Without a memory of the gradient, as 2405.14867 (appendix) trains both networks. Its rates, up to 2e-6, are
+# of networks that have 30 to 300 times as many weights as the scenes'.
 MATCHING = replace(OPTIMISATION, learning_rate=2e-5, betas=(0.0, 0.999))
 
 
@@ -43,7 +42,7 @@ def distillation_preset(
         teacher: the folder of `pipe`.
         steps: the largest number of steps of the student.
         guidance: smallest and largest weight; None is 1 to the teacher's plus 2.
-        method: one of METHODS.
+        method: "consistency" or "dmd2".
 
     Raises:
         ValueError: the teacher has no such network, or the upsampler would get a range of guidance.
