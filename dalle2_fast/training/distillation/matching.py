@@ -7,13 +7,13 @@ G estimate the scores of the two distributions, and the difference leads a sampl
     gradient = (G(x_t, t) - T(x_t, t, w)) / mean |x - T(x_t, t, w)|
     loss     = 1/2 mean (x - stopgrad(x - gradient))^2
 
-x_s is what the student meets when it samples: pure noise in its first step, in a later one its own answer with
-noise. G starts as the teacher and must follow the student, so it is updated four times as often.
+x_s is what the student meets when it samples: pure noise in its first step, in a later one its own answer
+with noise. G starts as the teacher and must follow the student, so it is updated four times as often.
 
-Source: Yin et al., "Improved Distribution Matching Distillation", 2405.14867, sections 4.2 (no regression, two
-time scales), 4.4 and 4.5 (several steps from the student's own samples); "One-step Diffusion with Distribution
-Matching Distillation", 2311.18828, equations 7 and 8, for the gradient and its factor. The adversarial loss of
-section 4.3 is left out.
+Source: Yin et al., "Improved Distribution Matching Distillation", 2405.14867, sections 4.2 (no regression,
+two time scales), 4.4 and 4.5 (several steps from the student's own samples); "One-step Diffusion with
+Distribution Matching Distillation", 2311.18828, equations 7 and 8, for the gradient and its factor. The
+adversarial loss of section 4.3 is left out.
 """
 
 from __future__ import annotations
