@@ -42,7 +42,7 @@ ARROWS = {
     "training": {"embeddings", "evaluation", "pipeline", "models", "losses", "diffusion", "data",
                  "checkpoints", "functional", "seeds", "draws", "cuda_graphs"},  # fmt: skip
     "adapters": {"losses", "models", "modules", "functional", "ops", "diffusion", "data", "checkpoints",
-                 "_lazy"},  # fmt: skip
+                 "seeds", "_lazy"},  # fmt: skip
     "serving": {"pipeline", "data", "seeds"},
     "demo": {"pipeline", "evaluation", "models", "data"},
     "cli": {"serving", "demo", "training", "embeddings", "evaluation", "pipeline", "models", "data",

@@ -41,8 +41,8 @@ PUBLIC = {
     "dalle2_fast.adapters.patch": "patch unpatch",
     "dalle2_fast.adapters.diffusers": "",
     "dalle2_fast.adapters.dalle2_pytorch": "",
-    "dalle2_fast.adapters.published": "Dalle2PytorchPrior Glide GuidedDiffusion "
-    "load_dalle2_pytorch_prior load_glide load_guided_diffusion",
+    "dalle2_fast.adapters.published": "Dalle2PytorchDecoder Dalle2PytorchPrior Glide "
+    "GuidedDiffusion load_dalle2_pytorch_decoder load_dalle2_pytorch_prior load_glide load_guided_diffusion",
     "dalle2_fast.cli": "main",
 }
 # A whole pipeline, other networks, results and tokenizers, written with torch.save by version 0.1.0. The

@@ -14,6 +14,10 @@ from typing import TYPE_CHECKING
 from dalle2_fast._lazy import attach
 
 if TYPE_CHECKING:  # for editors and type checkers, which cannot follow `attach`
+    from dalle2_fast.adapters.published.decoder import Dalle2PytorchDecoder as Dalle2PytorchDecoder
+    from dalle2_fast.adapters.published.decoder import (
+        load_dalle2_pytorch_decoder as load_dalle2_pytorch_decoder,
+    )
     from dalle2_fast.adapters.published.glide import Glide as Glide
     from dalle2_fast.adapters.published.glide import load_glide as load_glide
     from dalle2_fast.adapters.published.guided_diffusion import GuidedDiffusion as GuidedDiffusion
@@ -24,6 +28,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which cannot follow `attach`
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        "dalle2_fast.adapters.published.decoder": ["Dalle2PytorchDecoder", "load_dalle2_pytorch_decoder"],
         "dalle2_fast.adapters.published.glide": ["Glide", "load_glide"],
         "dalle2_fast.adapters.published.guided_diffusion": ["GuidedDiffusion", "load_guided_diffusion"],
         "dalle2_fast.adapters.published.prior": ["Dalle2PytorchPrior", "load_dalle2_pytorch_prior"],
