@@ -24,7 +24,9 @@ from dalle2_fast.pipeline.settings import check_count, resolve_settings, resolve
 from dalle2_fast.pipeline.slerp import slerp
 from dalle2_fast.pipeline.stages import (
     KeptImage,
+    check_candidates,
     check_prior,
+    choose_candidates,
     encode_captions,
     sample_decoder,
     sample_image_embeddings,
@@ -197,6 +199,7 @@ def inpaint(
     prior_guidance: float | None = None,
     prior_guidance_interval: tuple[float, float] | None = None,
     prior_candidates: int | None = None,
+    candidates: int | None = None,
     sampler: str | None = None,
     prior_sampler: str | None = None,
     size: int | None = None,
@@ -212,8 +215,8 @@ def inpaint(
         image: one or several images, as in `embed_image`.
         mask: [S, S], [1, S, S] or [P, 1, S, S] of 0 and 1 (or bool), or a PIL image, which is repainted where
             it is lighter than middle grey; of any size; one for all images, or one for each.
-        prompt: a caption of the whole result, or one for each image; None: z is that of the image, and the
-            kept part decides.
+        prompt: a caption of the whole result, kept part included, or one for each image; None: z is that of
+            the image, and the kept part decides.
         num_images: results of each image.
         resample: how often each stretch of `jump` steps is sampled, see GaussianDiffusion.sample; more
             resampling means fewer seams.
@@ -224,6 +227,7 @@ def inpaint(
         prior_guidance: as in `generate`.
         prior_guidance_interval: as in `generate`.
         prior_candidates: as in `generate`.
+        candidates: as in `generate`. Without a prompt there is nothing to choose by: 1.
         sampler: of every stage, as in `generate`.
         prior_sampler: as in `generate`.
         size: as in `generate`.
@@ -260,15 +264,20 @@ def inpaint(
         prior_sampler=prior_sampler,
     )  # fmt: skip
     size = resolve_size(pipe, size)
-    chosen = resolve_settings(pipe, size, **mine)
+    if prompt is None:
+        if candidates not in (None, 1):
+            raise ValueError(f"candidates: expected 1, as no prompt chooses among them, got {candidates}")
+        candidates = 1
+    chosen = resolve_settings(pipe, size, candidates=candidates, **mine)
+    check_candidates(pipe, chosen.candidates)
     if pipe.decoder.channels != 3:
         raise ValueError(f"image: expected a decoder of 3 channels, got {pipe.decoder.channels}")
     prompts = [prompt] * inputs if isinstance(prompt, str) else prompt
     if prompts is not None and len(prompts) != inputs:
         raise ValueError(f"prompt: expected one caption or {inputs}, got {len(prompts)}")
     context = GenerationContext.for_inputs(
-        pipe, inputs, num_images, seed=seed, generator=generator, batch_size=batch_size, progress=progress,
-        graphs=graphs, callback=callback,
+        pipe, inputs, num_images, candidates=chosen.candidates, seed=seed, generator=generator,
+        batch_size=batch_size, progress=progress, graphs=graphs, callback=callback,
     )  # fmt: skip
     with context.evaluation_mode():
         if prompts is None:
@@ -291,6 +300,8 @@ def inpaint(
             jump=jump,
             **decoder_options,
         )
+        if prompts is not None:
+            low_res, image_embed = choose_candidates(context, low_res, image_embed, prompts, chosen)
         images = upsample(context, low_res, chosen, size, kept)
     return context.result(images, low_res, image_embed)
 

@@ -82,7 +82,7 @@ class ImageModel:
 
     def capacity(self, settings: Settings) -> int:
         """Pictures of a batch: a picture of a caption has several candidates, which are drawn together."""
-        candidates = self.pipe.sampling["candidates"] if settings.kind is Generations else 1
+        candidates = 1 if settings.kind is Variations else self.pipe.sampling["candidates"]
         return max(1, self.limits.max_batch // candidates)
 
     def draw(
@@ -133,7 +133,7 @@ class ImageModel:
             chosen = resolve_settings(pipe, size, **given)
             if isinstance(fields, Generations):
                 check_prior(pipe)
-            if type(fields) is Generations:
+            if isinstance(fields, Generations):
                 check_candidates(pipe, chosen.candidates)
         except ValueError as error:  # begins with the name of the setting
             param = str(error).partition(":")[0]

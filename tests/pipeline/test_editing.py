@@ -7,6 +7,7 @@ import torch
 
 from dalle2_fast import DALLE2, Upsampler
 from dalle2_fast.models.prior.pca import PCA
+from dalle2_fast.pipeline import editing
 from tests.support.tiny_pipeline import tiny_pipeline
 
 
@@ -122,6 +123,29 @@ def test_inpainting_keeps_pixels_to_the_bit_at_the_size_that_comes_out(pipe, pro
     assert torch.equal(again.images[kept[:1]], image[kept[:1]])
     small = pipe.inpaint(image, mask[..., ::2, ::2], prompt, 1, seed=0, size=16)
     assert small.images.shape == (1, 3, 16, 16)
+
+
+def test_the_candidate_nearest_to_the_caption_is_repainted(pipe, monkeypatch):
+    """Catches: candidates that are sampled and not compared, or compared with another image's caption."""
+    images, captions = torch.cat([picture(0), picture(1)]), ["a red ring", "a blue square"]
+    mask, rows = torch.zeros(1, 1, 32, 32, dtype=torch.bool), []
+    mask[..., :20] = True
+    choose = editing.choose_candidates
+
+    def recording(context, low_res, *others):
+        rows.append(low_res)
+        return choose(context, low_res, *others)
+
+    monkeypatch.setattr(editing, "choose_candidates", recording)
+    made = pipe.inpaint(images, mask, captions, 2, seed=0, candidates=3, size=16)
+    assert rows[0].shape == (12, 3, 16, 16) and made.images.shape == (4, 3, 16, 16)
+    text = pipe.clip.encode_text(pipe.tokenizer.encode(captions))[0]
+    for number, candidates in enumerate(rows[0].split(3)):
+        cosines = pipe.embed_image(candidates) @ text[number // 2]
+        close(made.images[number][:, mask[0, 0, ::2, ::2]],
+              candidates[cosines.argmax()][:, mask[0, 0, ::2, ::2]])  # fmt: skip
+    with pytest.raises(ValueError, match="candidates: expected 1, as no prompt chooses among them, got 2"):
+        pipe.inpaint(images, mask, candidates=2)
 
 
 def test_images_that_are_repainted_together_equal_each_alone(pipe):

@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     arguments.add_seed(parser)
     arguments.add_decoder(parser)
+    arguments.add_candidates(parser)
     arguments.add_prior(parser)
     arguments.add_upsamplers(parser)
     arguments.add_sampler(parser)
