@@ -207,6 +207,7 @@ def load_dalle2_pytorch_prior(
         "unit_norm": bool(options.get("sampling_final_clamp_l2norm", False)),
         **schedule_of(stored, "noise_scheduler.", options.get("beta_schedule"), net["num_timesteps"]),
     }  # fmt: skip
+    arguments["sample_timesteps"] = min(arguments["sample_timesteps"], arguments["timesteps"])
     part = Dalle2PytorchPrior.part
     tensors = {f"{part}.{name}": tensor for name, tensor in tensors.items()}
     return build(Dalle2PytorchPrior, {part: arguments}, tensors, part, stored.file, device, dtype)

@@ -205,6 +205,22 @@ class ManyKernels(nn.Module):
         return torch.cat([conv(x) for conv in self.convs], dim=1)
 
 
+class Shuffled(nn.Module):
+    """Doubles the resolution by a pixel shuffle.
+
+    Example:
+        >>> Shuffled(4, 6)(torch.randn(1, 4, 2, 2)).shape
+        torch.Size([1, 6, 4, 4])
+    """
+
+    def __init__(self, dim: int, dim_out: int):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(dim, 4 * dim_out, 1), nn.SiLU(), nn.PixelShuffle(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
 def downsample(kind: str, dim: int, dim_out: int) -> nn.Module:
     """The layer that halves the resolution: "unshuffle", "conv" or "kernels" (2 and 4); "none" keeps it.
 
@@ -227,10 +243,7 @@ def upsample(kind: str, dim: int, dim_out: int) -> nn.Module:
         torch.Size([1, 6, 4, 4])
     """
     if kind == "shuffle":
-        layer = nn.Module()
-        layer.net = nn.Sequential(nn.Conv2d(dim, 4 * dim_out, 1), nn.SiLU(), nn.PixelShuffle(2))
-        layer.forward = layer.net.forward
-        return layer
+        return Shuffled(dim, dim_out)
     if kind == "nearest":
         return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(dim, dim_out, 3, padding=1))
     return nn.ConvTranspose2d(dim, dim_out, 4, 2, 1) if kind == "transposed" else nn.Identity()

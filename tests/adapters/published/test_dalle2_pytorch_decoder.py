@@ -183,6 +183,19 @@ def test_precision_saving_and_guidance(tmp_path):
         loaded.sample(embed)
 
 
+@torch.no_grad()
+def test_bfloat16_stays_close():
+    """Catches: an argument that is not converted, the time in half precision."""
+    decoder = ours()
+    x, (embed, encodings) = rows(3, 3, SIDE, SIDE, dtype=torch.float32), caption(torch.float32)
+    expected = decoder.unets[0](x, TIMES, embed, encodings)
+    half = decoder.bfloat16()
+    found = half.unets[0](x.bfloat16(), TIMES, embed.bfloat16(), encodings.bfloat16())
+    assert difference(found.float(), expected) < 5e-2
+    images = half.sample(embed, text_encodings=encodings, text_mask=MASK, seeds=torch.arange(3), steps=2)
+    assert images.dtype == torch.float32 and torch.isfinite(images).all()
+
+
 @pytest.mark.parametrize(("change", "options", "says"), [
     (lambda t: t.pop("unets.0.mid_block1.block1.project.bias"), {}, r"missing 1 \(decoder.unets.0.mid_bl"),
     (lambda t: t.update({"unets.0.extra": torch.zeros(1)}), {}, r"left over 1 \(decoder.unets.0.extra\)"),

@@ -186,6 +186,19 @@ def test_configuration_precision_and_saving(tmp_path):
     assert torch.equal(again.sample(**condition), loaded.sample(**condition))
 
 
+@torch.no_grad()
+def test_half_precision_stays_close(tmp_path):
+    """Catches: angles of the rotation, or another small number, that half precision spoils."""
+    net = dict(max_text_len=200)
+    file = stored(tmp_path, state_of(ours(**net)))
+    x, t, embed, encodings = inputs(torch.float32)
+    full, half = (load_dalle2_pytorch_prior(file, dtype=dtype) for dtype in (torch.float32, torch.float16))
+    expected = full.net(x, t, embed, encodings)
+    assert difference(half.net(x, t, embed, encodings).float(), expected) < 5e-3
+    sampled = half.sample(text_embed=embed, text_encodings=encodings, seeds=torch.arange(3), steps=2)
+    assert sampled.dtype == torch.float32 and torch.isfinite(sampled).all()
+
+
 def test_a_clip_in_the_file_is_left_alone(tmp_path):
     """Catches: priors that were saved with their CLIP and are refused for its tensors."""
     state = state_of(ours()) | {"clip.clip.logit_scale": torch.zeros(())}

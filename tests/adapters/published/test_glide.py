@@ -105,9 +105,14 @@ def test_half_precision_and_saving(tmp_path):
     model = load_glide(file, image_size=16, head_dim=16)
     assert {x.dtype for x in model.state_dict().values()} == {torch.float32}
     assert torch.equal(model.text.token_embedding.weight, tensors["token_embedding.weight"].float())
+    half = type(model)(**model.config).bfloat16()
+    half.load_state_dict(model.state_dict())
+    x = rows(3, 3, 16, 16).float()
+    with torch.no_grad():
+        assert difference(half(x, TIMES, TOKENS, MASK), model(x, TIMES, TOKENS, MASK)) < 5e-2
+    assert half.sample(TOKENS, MASK, seeds=torch.arange(3), steps=2).dtype == torch.float32
     again = Glide.from_pretrained(model.save_pretrained(tmp_path / "ours"))
     assert again.config == model.config
-    x = rows(3, 3, 16, 16).float()
     assert torch.equal(again(x, TIMES, TOKENS, MASK), model(x, TIMES, TOKENS, MASK))
 
 

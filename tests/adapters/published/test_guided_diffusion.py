@@ -111,9 +111,14 @@ def test_half_precision_and_saving(tmp_path):
     model = load_guided_diffusion(file, image_size=16, num_heads=4)
     assert {x.dtype for x in model.state_dict().values()} == {torch.float32}
     assert torch.equal(model.unet.label_embed.weight, tensors["label_emb.weight"].float())
+    half = type(model)(**model.config).bfloat16()
+    half.load_state_dict(model.state_dict())
+    x = rows(3, 3, 16, 16).float()
+    with torch.no_grad():
+        assert difference(half(x, TIMES, LABELS), model(x, TIMES, LABELS)) < 5e-2
+    assert half.sample(LABELS, seeds=torch.arange(3), steps=2).dtype == torch.float32
     again = GuidedDiffusion.from_pretrained(model.save_pretrained(tmp_path / "ours"))
     assert again.config == model.config
-    x = rows(3, 3, 16, 16).float()
     assert torch.equal(again(x, TIMES, LABELS), model(x, TIMES, LABELS))
 
 
