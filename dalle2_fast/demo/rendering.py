@@ -66,11 +66,10 @@ def seconds(stages: Mapping[str, float], in_all: float, note: str = "") -> str:
     named = dict(stages) | {"rest": max(0.0, in_all - sum(stages.values()))}
     whole = sum(named.values()) or 1.0
     colours = [f"d2-stage{index}" for index in range(len(stages))] + ["d2-rest"]
-    bar, legend = "", ""
+    bar, legend = "", f"<li><span>{_seconds(in_all)}</span> in all</li>"
     for colour, (name, spent) in zip(colours, named.items(), strict=True):
         bar += f'<i class="{colour}" style="width:{spent / whole:.2%}"></i>'
         legend += f'<li><b class="{colour}"></b>{escape(name)} <span>{_seconds(spent)}</span></li>'
-    legend += f"<li>in all <span>{_seconds(in_all)}</span></li>"
     note = f'<p class="d2-note">{escape(note)}</p>' if note else ""
     return f'<div class="d2-seconds"><div class="d2-stack">{bar}</div><ul>{legend}</ul>{note}</div>'
 

@@ -30,7 +30,7 @@ CSS = """
 .d2-bar, .d2-stack {height: 8px; border-radius: 4px; overflow: hidden; display: flex;
     background: var(--background-fill-secondary)}
 .d2-bar i {background: var(--color-accent); transition: width .15s linear}
-.d2-seconds ul {display: flex; flex-wrap: wrap; gap: 2px 18px; list-style: none; padding: 0; margin: 8px 0 0;
+.d2-seconds ul {display: flex; flex-wrap: wrap; gap: 2px 14px; list-style: none; padding: 0; margin: 8px 0 0;
     font-size: 13px; color: var(--body-text-color-subdued)}
 .d2-seconds li span {font-variant-numeric: tabular-nums; color: var(--body-text-color)}
 .d2-seconds b {display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 5px}
@@ -54,6 +54,11 @@ CSS = """
 .d2-word:hover, .d2-word:focus-visible {border-color: var(--color-accent); color: var(--color-accent)}
 .d2-rules {margin: 10px 0 0; padding-left: 18px; font-size: 13px; color: var(--body-text-color-subdued)}
 .d2-use {gap: 6px !important; flex-wrap: wrap} .d2-use button {flex: 0 0 auto; min-width: 0}
+.thumbnail-lg {display: flex !important; flex-direction: column; aspect-ratio: auto !important;
+    height: auto !important}
+.thumbnail-lg img {aspect-ratio: 1; height: auto !important}
+.thumbnail-lg .caption-label {position: static !important; max-width: none !important; width: 100%;
+    padding: 5px 4px !important; border: 0 !important; box-shadow: none !important; text-align: center}
 .grid-wrap {max-height: none !important; min-height: 0 !important}
 @media (prefers-reduced-motion: reduce) {.d2-bar i {transition: none}}
 """

@@ -131,11 +131,12 @@ def diff(studio: Studio, jobs: Jobs, vocabulary: Vocabulary) -> Panel:
 def inpaint(studio: Studio, jobs: Jobs, vocabulary: Vocabulary) -> Panel:
     """Picture, brush and caption -> the painted part drawn anew."""
     panel = Panel("inpaint", again=True)
+    width = max(4, studio.pipe.sizes[-1] // 6)  # of the brush, in pixels of the pictures that are drawn here
     with gr.Row():
         with _form("Paint over what is to be drawn anew; the rest stays as it is, to the bit."):
             panel.add("painting", gr.ImageEditor(
                 type="pil", label="Picture", sources=["upload", "clipboard"], transforms=(), layers=False,
-                brush=gr.Brush(default_size=40, colors=[BRUSH], default_color=BRUSH, color_mode="fixed"),
+                brush=gr.Brush(default_size=width, colors=[BRUSH], default_color=BRUSH, color_mode="fixed"),
                 height=420, buttons=["fullscreen"], format="png", elem_id="inpaint-editor",
                 canvas_size=(512, 512),
             ))  # fmt: skip
