@@ -33,8 +33,9 @@ def make_page(studio: Studio, worker: Worker, facts: tuple[str, ...] = ()) -> gr
     """
     jobs, vocabulary = Jobs(worker), vocabulary_of(studio.pipe.tokenizer)
     with gr.Blocks(
-        title="dalle2_fast", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)
-    ) as page:
+        title="dalle2_fast", analytics_enabled=False, fill_width=True,
+        delete_cache=(KEPT_SECONDS, KEPT_SECONDS),
+    ) as page:  # fmt: skip
         gr.HTML(rendering.header(facts))
         panels: dict[str, Panel] = {}
         with gr.Tabs(elem_id="tabs"):

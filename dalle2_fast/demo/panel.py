@@ -58,15 +58,12 @@ class Panel:
     """The fields of a tab, with a place for an error below each, and its result.
 
     Args:
-        candidates: pictures that are drawn for each one that is kept.
         again: whether a picture can be drawn again with its seed.
         slider: the label of a slider from the first picture to the last; None for no slider.
     """
 
-    def __init__(
-        self, name: str, *, candidates: int = 1, again: bool = False, slider: str | None = None
-    ) -> None:
-        self.name, self.candidates = name, candidates
+    def __init__(self, name: str, *, again: bool = False, slider: str | None = None) -> None:
+        self.name = name
         self.fields: dict[str, gr.components.Component] = {}
         self.errors: dict[str, gr.HTML] = {}
         self.has_again, self.slider_label = again, slider
@@ -130,9 +127,10 @@ class Panel:
             begin = time.perf_counter()
             yield self._starting()
             try:
-                job = jobs.start(request.session_hash, method(**dict(zip(names, values, strict=True))))
+                given = dict(zip(names, values, strict=True))
+                job = jobs.start(request.session_hash, method(**given))
                 for state in job.states():
-                    yield self._drawing(state)
+                    yield self._drawing(state, given.get("number"))
                 yield self._done(job.result(), time.perf_counter() - begin)
             except Stopped:
                 yield self._idle() | {self.status: "<p class='d2-note'>Stopped.</p>"}
@@ -176,11 +174,12 @@ class Panel:
         return gone | {self.run: gr.update(interactive=False), self.halt: gr.update(visible=True),
                        self.status: ""}  # fmt: skip
 
-    def _drawing(self, state: Any) -> dict:
-        shown: dict = {self.status: rendering.progress(state, self.candidates)}
+    def _drawing(self, state: Any, pictures: int | None) -> dict:
+        candidates = rendering.candidates_of(state.images, pictures)
+        shown: dict = {self.status: rendering.progress(state, candidates)}
         if state.images is not None:
             shown[self.preview] = gr.update(
-                value=rendering.preview(state.images, self.candidates), visible=True
+                value=rendering.preview(state.images, candidates), visible=True
             )
             shown[self.gallery] = gr.update(visible=False)
             if self.slider_label is not None:

@@ -74,17 +74,33 @@ def seconds(stages: Mapping[str, float], in_all: float, note: str = "") -> str:
     return f'<div class="d2-seconds"><div class="d2-stack">{bar}</div><ul>{legend}</ul>{note}</div>'
 
 
+def candidates_of(images: Tensor | None, pictures: int | None) -> int:
+    """The candidates of each picture among the rows of a preview.
+
+    Args:
+        images: [B, 3, S, S], of which the upsamplers have one row for each picture, the chosen one.
+        pictures: how many are drawn; None if every row is one.
+
+    Example:
+        >>> import torch
+        >>> candidates_of(torch.rand(6, 3, 8, 8), 3)
+        2
+    """
+    if images is None or not pictures or len(images) % pictures:
+        return 1
+    return len(images) // int(pictures)
+
+
 def preview(images: Tensor, candidates: int) -> str:
     """What the pictures would be if the step were the last; candidates of one picture share its place.
 
     Args:
         images: float32 [B, 3, S, S] in [0, 1].
-        candidates: rows of each picture.
+        candidates: rows of each picture, see `candidates_of`.
     """
     from dalle2_fast.data.images import to_pil
 
     files = [_data_url(image) for image in to_pil(images)]
-    candidates = candidates if len(files) % candidates == 0 else 1  # the upsampler has the chosen ones alone
     cells = [files[start : start + candidates] for start in range(0, len(files), candidates)]
     inner = math.ceil(math.sqrt(candidates))
     html = "".join(

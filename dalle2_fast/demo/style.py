@@ -48,7 +48,7 @@ CSS = """
 .d2-examples span {color: var(--body-text-color-subdued); margin-right: 2px}
 .d2-example {padding: 2px 10px; border-radius: 8px; border: 1px solid var(--border-color-primary);
     background: var(--block-background-fill); color: var(--body-text-color); font-size: 13px;
-    font-weight: 400; margin: 0 !important; cursor: pointer}
+    font-weight: 400; text-align: left; margin: 0 !important; cursor: pointer}
 .d2-example:hover, .d2-example:focus-visible {border-color: var(--color-accent); color: var(--color-accent)}
 #words {max-height: 340px; overflow-y: auto}
 .d2-word:hover, .d2-word:focus-visible {border-color: var(--color-accent); color: var(--color-accent)}

@@ -35,7 +35,7 @@ NAMES = {
 
 def draw(studio: Studio, jobs: Jobs, vocabulary: Vocabulary) -> Panel:
     """Caption -> pictures."""
-    panel = Panel("draw", candidates=studio.pipe.sampling["candidates"], again=True)
+    panel = Panel("draw", again=True)
     with gr.Row():
         with _form():
             examples = vocabulary.examples

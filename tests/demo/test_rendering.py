@@ -53,8 +53,9 @@ def test_a_preview_has_a_place_for_each_picture_and_its_candidates():
     html = rendering.preview(torch.rand(6, 3, 8, 8), candidates=2)
     cells = re.findall(r'<div style="grid-template-columns:repeat\(2', html)
     assert html.count("<img") == 6 and len(cells) == 3
-    chosen = rendering.preview(torch.rand(3, 3, 8, 8), candidates=2)
-    assert chosen.count("<img") == 3 and "repeat(2,1fr)\"><img" not in chosen
+    rows = torch.rand(6, 3, 8, 8)
+    counts = [rendering.candidates_of(rows, pictures) for pictures in (3, 6, 4, None)]
+    assert counts == [2, 1, 1, 1] and rendering.candidates_of(None, 3) == 1
 
 
 def test_seconds_add_up():
