@@ -118,3 +118,23 @@ def paint_upper_half(page) -> None:
 def read(address: str) -> np.ndarray:
     with urllib.request.urlopen(address, timeout=20) as answer:
         return np.array(Image.open(io.BytesIO(answer.read())).convert("RGB"))
+
+
+def test_a_slider_from_one_picture_to_another(url, browser_page, tmp_path):
+    """Catches: a slider that moves no picture, and an upload that the page does not take."""
+    page = browser_page
+    page.goto(url)
+    page.click("[role=tab]:has-text('Interpolation')")
+    for field, color in (("first", "red"), ("second", "blue")):
+        Image.new("RGB", (40, 32), color).save(tmp_path / f"{field}.png")
+        page.locator(f"#interpolate-{field} input[type=file]").set_input_files(tmp_path / f"{field}.png")
+        page.wait_for_selector(f"#interpolate-{field} img")
+    page.click("#interpolate-run")
+    page.wait_for_selector("#interpolate-gallery img")
+    shown = page.locator("#interpolate-gallery .thumbnail-item img").all()
+    frames = [each.get_attribute("src") for each in shown]
+    assert len(frames) == 6
+    page.locator("#interpolate-slider input[type=range]").fill("5")
+    page.wait_for_function(
+        "source => document.querySelector('#interpolate-frame img')?.src === source", arg=frames[-1]
+    )
