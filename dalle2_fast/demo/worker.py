@@ -89,12 +89,13 @@ class Job:
         waiting = None
         while True:
             try:
-                state = self._states.get(timeout=every)
+                state = last = self._states.get(timeout=every)
                 while state is not None and not self._states.empty():
-                    state = self._states.get()
+                    last, state = state, self._states.get()
+                if last is not None:
+                    yield state or last
                 if state is None:
                     return
-                yield state
             except queue.Empty:
                 if self._state.stage is None and waiting != (ahead := self._ahead()):
                     waiting = ahead

@@ -36,6 +36,14 @@ def test_states_of_a_drawing(worker, studio):
     assert shown[-1] in seen and len(shown) <= len(seen)
 
 
+def test_the_last_state_of_a_fast_job_is_shown(worker):
+    """Catches: a job that ends before its page looks, and shows nothing."""
+    job = worker.start(lambda job: list(job.progress("decoder", range(3), 3)))
+    job.result()
+    worker.start(lambda job: None).result()  # the job before has ended for its page, too
+    assert [(state.step, state.steps) for state in job.states()] == [(3, 3)]
+
+
 def test_no_preview(worker, pipe):
     from dalle2_fast.demo.studio import Studio
 
