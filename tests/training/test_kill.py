@@ -12,7 +12,7 @@ import pytest
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("options", ["--kills 5 --stages clip upsampler", "--kills 3 --stages clip --shards"])
+@pytest.mark.parametrize("options", ["--kills 3 --stages clip upsampler", "--kills 3 --stages clip --shards"])
 def test_no_kill_full_disk_or_read_only_folder_loses_a_run(options):
     """Catches: a state that is replaced before the new one is whole, a lock or a temporary file that outlives
     its process, data or settings that a killed run forgets, a log that repeats lines."""
