@@ -8,21 +8,12 @@ import torch
 from dalle2_fast import DALLE2, Upsampler
 from dalle2_fast.models.prior.pca import PCA
 from dalle2_fast.pipeline import editing
-from tests.support.tiny_pipeline import tiny_pipeline
+from tests.support.tiny_pipeline import shaken_pipeline, tiny_pipeline
 
 
 @pytest.fixture(scope="module")
 def pipe():
     return shaken_pipeline()
-
-
-def shaken_pipeline() -> DALLE2:
-    pipe = tiny_pipeline()
-    with torch.no_grad():  # an untrained U-Net answers zero to every input
-        for name, parameter in pipe.decoder.named_parameters():
-            generator = torch.Generator().manual_seed(len(name) * 1000 + parameter.numel())
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return pipe
 
 
 def picture(seed: int = 0, side: int = 32) -> torch.Tensor:

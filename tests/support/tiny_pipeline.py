@@ -55,6 +55,17 @@ def tiny_pipeline(seed: int = 0, upsampler: bool = True, own_text_encoder: bool 
         )
 
 
+def shaken_pipeline() -> DALLE2:
+    """The same, shaken so that its images depend on every input: an untrained U-Net answers zero."""
+    pipe = tiny_pipeline().eval()
+    with torch.no_grad():
+        for name, parameter in pipe.named_parameters():
+            if name.startswith(("decoder", "upsampler")):
+                generator = torch.Generator().manual_seed(len(name) * 1000 + parameter.numel())
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return pipe
+
+
 def load_on_cpu(path: str | Path) -> DALLE2:
     """DALLE2.from_pretrained in float32 on the CPU, where its defaults may choose a GPU or bfloat16."""
     return DALLE2.from_pretrained(path, device="cpu", dtype=torch.float32)
