@@ -32,8 +32,8 @@ GALLERY = {
     "invert": ["invert", "circle.png", "--steps", "50"],
     "reconstruct": ["reconstruct", "square.png", "--dims", "1,2,4,8,16,192"],
     "inpaint": [
-        "inpaint", "circle.png", "a green square above a red circle on a navy background",
-        "--box", "0,0,1,0.5", "--num-images", "4",
+        "inpaint", "circle.png", "a red circle to the left of a green square on a navy background",
+        "--box", "0.5,0,1,1", "--num-images", "4",
     ],
     "init-image": [
         "generate", "a large yellow square on a navy background", "--init-image", "circle.png",
