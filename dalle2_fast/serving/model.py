@@ -133,7 +133,6 @@ class ImageModel:
             chosen = resolve_settings(pipe, size, **given)
             if isinstance(fields, Generations):
                 check_prior(pipe)
-            if isinstance(fields, Generations):
                 check_candidates(pipe, chosen.candidates)
         except ValueError as error:  # begins with the name of the setting
             param = str(error).partition(":")[0]
