@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from dalle2_fast.diffusion.process import GaussianDiffusion
+from dalle2_fast.diffusion.training import loss_weight
 from dalle2_fast.draws import batch_rows, draw
 
 # x_t [B, C, *] and times t [B] -> x0 [B, C, *]; conditions and guidance weights are part of the function.
@@ -58,6 +59,16 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
         torch.Size([2, 1, 1])
     """
     return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def bounded(x: Tensor, clip: float | None) -> Tensor:
+    """x in [-clip, clip]; None is no bound.
+
+    Example:
+        >>> bounded(torch.tensor([-2.0, 0.5]), 1.0)
+        tensor([-1.0000,  0.5000])
+    """
+    return x if clip is None else x.clamp(-clip, clip)
 
 
 def gap(progress: float, first_phase: float) -> float:
@@ -161,19 +172,16 @@ def distillation_loss(
         >>> distillation_loss(diffusion, same, same, zeros, t=t, noise=zeros, g=0.5)
         tensor([0., 0.])
     """
-
-    def bounded(x: Tensor) -> Tensor:
-        return x if clip is None else x.clamp(-clip, clip)
-
     x_t = diffusion.add_noise(x0, t, noise)
     with torch.no_grad():
-        target = bounded(teacher(x_t, t))
+        target = bounded(teacher(x_t, t), clip)
         if g < 1:
             r, at_data = earlier_times(diffusion, t, g)
             x_r = deterministic_step(diffusion, x_t, target, t, r)
-            target = torch.where(per_sample(at_data, x_t), target, bounded(student(x_r, r)))
+            target = torch.where(per_sample(at_data, x_t), target, bounded(student(x_r, r), clip))
     squared = (student(x_t, t) - target).float().square().flatten(1).mean(1)
-    weight = (1 + diffusion.schedule.log_snr(t).exp()).clamp(max=diffusion.max_weight**2).sqrt()
+    log_snr = diffusion.schedule.log_snr(t)
+    weight = loss_weight(log_snr, "sample", "v", diffusion.min_snr_gamma, diffusion.max_weight**2).sqrt()
     return weight.to(squared.dtype) * ((squared + HUBER**2).sqrt() - HUBER)
 
 

@@ -18,14 +18,13 @@ adversarial loss of section 4.3 is left out.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from dalle2_fast.diffusion.process import GaussianDiffusion
+from dalle2_fast.diffusion.training import loss_weight
 from dalle2_fast.draws import draw
-from dalle2_fast.training.distillation.loss import Denoiser, per_sample
+from dalle2_fast.training.distillation.loss import Denoiser, bounded, per_sample
 
 PERIOD = 5  # steps of the training: four for G, then one for the student
 
@@ -38,16 +37,6 @@ def is_students_turn(step: int) -> bool:
         [4, 9]
     """
     return step % PERIOD == PERIOD - 1
-
-
-def bounded(x: Tensor, clip: float | None) -> Tensor:
-    """x in [-clip, clip]; None is no bound.
-
-    Example:
-        >>> bounded(torch.tensor([-2.0, 0.5]), 1.0)
-        tensor([-1.0000,  0.5000])
-    """
-    return x if clip is None else x.clamp(-clip, clip)
 
 
 @torch.no_grad()
@@ -126,7 +115,8 @@ def following_loss(diffusion: GaussianDiffusion, x0: Tensor, followed: Tensor, t
         >>> following_loss(diffusion, torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([5]))
         tensor([0.])
     """
-    weight = (1 + diffusion.schedule.log_snr(t).exp()).clamp(max=diffusion.max_weight)
+    log_snr = diffusion.schedule.log_snr(t)
+    weight = loss_weight(log_snr, "sample", "v", diffusion.min_snr_gamma, diffusion.max_weight)
     squared = (followed - x0).float().square().flatten(1).mean(1)
     return weight.to(squared.dtype) * squared
 
@@ -159,8 +149,8 @@ def distribution_loss(
     with torch.set_grad_enabled(students_turn):
         x0 = student(x_s, s)
     t = diffusion.sample_times(len(x0), generator, x0.device)
-    normal = partial(draw, torch.randn, x0.shape, generator, device=x0.device)
-    x_t = diffusion.add_noise(x0.detach(), t, normal().to(x0.dtype))
+    fresh = draw(torch.randn, x0.shape, generator, device=x0.device)
+    x_t = diffusion.add_noise(x0.detach(), t, fresh.to(x0.dtype))
     if not students_turn:
         return following_loss(diffusion, bounded(x0, clip), follower(x_t, t), t)
     with torch.no_grad():

@@ -79,13 +79,12 @@ class DistilledStage(SceneStage):
                 "it shards with --data"
             )
         self.guidance, self.interval = options.get("guidance"), options.get("interval")
-        self.method = options.get("method", "consistency")
         super().__init__(preset, source, out=out)
 
     def build_model(self) -> nn.Module:
         guidance = None if self.guidance is None else tuple(self.guidance)
         student = make_student(self.teacher, self.recipe.data["steps"], guidance)
-        if self.method == "dmd2":
+        if self.recipe.data.get("method") == "dmd2":
             student.follower = deepcopy(self.teacher).requires_grad_(True)
         return student
 
@@ -130,6 +129,13 @@ class DistilledStage(SceneStage):
     def networks(self, batch: dict, generator: torch.Generator) -> Networks:
         """The data x0, and the networks with the conditions of this batch filled in."""
         raise NotImplementedError
+
+    def with_follower(
+        self, x0: Tensor, conditional: Callable[[nn.Module], Denoiser], teacher: Denoiser
+    ) -> Networks:
+        """The networks; conditional(network) makes student and follower functions to x0."""
+        follower = None if self.follower is None else conditional(self.follower)
+        return Networks(x0, conditional(self.model), teacher, follower)
 
     def draw_weights(self, batch: int, generator: torch.Generator) -> Tensor:
         """Guidance weights [batch], uniform in their range."""
@@ -232,8 +238,7 @@ class DecoderDistillation(DistilledStage):
             x, time = torch.cat([with_extra(x)] * 2), torch.cat([time] * 2)
             return teacher.unet(x, time, both_context, both_classes, both_mask)
 
-        follower = None if self.follower is None else conditional(self.follower)
-        return Networks(x0, conditional(student), self.guided(teacher_net, weights), follower)
+        return self.with_follower(x0, conditional, self.guided(teacher_net, weights))
 
     @torch.no_grad()
     def image_embed(self, batch: dict) -> Tensor:
@@ -306,8 +311,7 @@ class PriorDistillation(DistilledStage):
             x, time = torch.cat([x] * 2), torch.cat([time] * 2)
             return teacher.net(x, time, both.embed, both.encodings, both.mask).to(x.dtype)
 
-        follower = None if self.follower is None else conditional(self.follower)
-        return Networks(x0, conditional(student), self.guided(teacher_net, weights), follower)
+        return self.with_follower(x0, conditional, self.guided(teacher_net, weights))
 
     def measure(self) -> Validation:
         """Mean cosine similarity of a sample to the true image embedding."""
@@ -352,8 +356,7 @@ class UpsamplerDistillation(DistilledStage):
                 network, lambda x, time: network.predict(network.unet, x, time, enlarged, level)
             )
 
-        follower = None if self.follower is None else denoiser(self.follower)
-        return Networks(x0, denoiser(self.model), denoiser(self.teacher), follower)
+        return self.with_follower(x0, denoiser, denoiser(self.teacher))
 
 
 def chosen(caption: Caption, other: Caption, keep: Tensor) -> Caption:
