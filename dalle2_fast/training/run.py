@@ -34,7 +34,7 @@ from dalle2_fast.training.run_folder.record import RunRecord, differences, stage
 from dalle2_fast.training.run_folder.reports import open_reports
 from dalle2_fast.training.run_folder.tokenizer import FILE as TOKENIZER
 from dalle2_fast.training.run_folder.tokenizer import run_tokenizer
-from dalle2_fast.training.stages.registry import load_stage, make_stage
+from dalle2_fast.training.stages.registry import STAGE_CLASSES, load_stage, make_stage
 from dalle2_fast.training.trainer import Trainer
 from dalle2_fast.training.weights import save_weights
 
@@ -147,8 +147,8 @@ def _train(
     check_execution(graphs, device, dtype, processes, execution)
     with processes.together():
         if processes.is_first:
-            decoder = ["decoder"] if preset.recipe(name).data.get("sampled") else []
-            take_finished(init, name, ["clip", *decoder], out, on_shards=shards is not None)
+            needed = STAGE_CLASSES[name].needs(preset.recipe(name))
+            take_finished(init, name, needed, out, on_shards=shards is not None)
     with processes.together():  # nothing in this block waits for another process, or writes
         if folder.has_state() and not resume:
             raise TrainingError(

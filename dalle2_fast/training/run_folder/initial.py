@@ -72,7 +72,7 @@ def take_finished(
     """
     if path is None or not path.is_dir():
         return
-    needed = [each for each in needed if each != name and not StageFolder(Path(out) / each).has_begun()]
+    needed = [each for each in needed if not StageFolder(Path(out) / each).has_begun()]
     if not needed:
         return
     pipe = _pipeline(path)

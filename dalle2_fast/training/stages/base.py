@@ -13,7 +13,7 @@ from dalle2_fast.embeddings.folder import EmbeddingFolder
 from dalle2_fast.models.clip.model import CLIP
 from dalle2_fast.training.errors import TrainingError
 from dalle2_fast.training.parallel.processes import check_division
-from dalle2_fast.training.recipes import Preset
+from dalle2_fast.training.recipes import Preset, Recipe
 from dalle2_fast.training.run_folder.record import describe_tokenizer
 from dalle2_fast.training.stages.finished import load_finished
 from dalle2_fast.training.stages.protocol import Validation
@@ -89,6 +89,11 @@ class SceneStage:
 
     def loss(self, batch: dict, generator: torch.Generator) -> Tensor:
         raise NotImplementedError
+
+    @classmethod
+    def needs(cls, recipe: Recipe) -> tuple[str, ...]:
+        """The stages that a run has before one of this recipe; the tokenizer comes with CLIP."""
+        return ("clip",)
 
     def published(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Those of the model's weights that a finished stage keeps: all."""

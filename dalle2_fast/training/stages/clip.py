@@ -9,6 +9,7 @@ from dalle2_fast.models.clip.model import CLIP, LARGEST_LOGIT_SCALE
 from dalle2_fast.training.errors import TrainingError
 from dalle2_fast.training.parallel.contrastive import Features, contrastive_loss
 from dalle2_fast.training.parallel.processes import ALONE
+from dalle2_fast.training.recipes import Recipe
 from dalle2_fast.training.stages.base import SceneStage
 from dalle2_fast.training.stages.protocol import Validation
 
@@ -21,6 +22,10 @@ class ClipStage(SceneStage):
     stream_number = 1
     held_out_size = 256
     negatives = 2
+
+    @classmethod
+    def needs(cls, recipe: Recipe) -> tuple[str, ...]:
+        return ()
 
     def build_model(self) -> CLIP:
         if (batch_size := self.scenes_per_batch()) < 2:

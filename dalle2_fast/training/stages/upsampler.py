@@ -16,7 +16,7 @@ from dalle2_fast.models.decoder.model import Decoder
 from dalle2_fast.models.inputs import bernoulli
 from dalle2_fast.models.upsampler.model import Upsampler
 from dalle2_fast.training.errors import TrainingError
-from dalle2_fast.training.recipes import Preset
+from dalle2_fast.training.recipes import Preset, Recipe
 from dalle2_fast.training.stages.base import SceneStage
 from dalle2_fast.training.stages.finished import load_finished
 from dalle2_fast.training.stages.protocol import Validation
@@ -53,6 +53,10 @@ class UpsamplerStage(SceneStage):
                 f"{self.name}: sampled: expected a decoder of {self.low} pixels, "
                 f"got {self.decoder.image_size}"
             )
+
+    @classmethod
+    def needs(cls, recipe: Recipe) -> tuple[str, ...]:
+        return ("clip", "decoder") if recipe.data.get("sampled") else ("clip",)
 
     def build_model(self) -> Upsampler:
         model = Upsampler(**self.recipe.model)
