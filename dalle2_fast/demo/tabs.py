@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import gradio as gr
@@ -36,23 +38,20 @@ NAMES = {
 def draw(studio: Studio, jobs: Jobs, vocabulary: Vocabulary) -> Panel:
     """Caption -> pictures."""
     panel = Panel("draw", again=True)
-    with gr.Row():
-        with _form():
-            examples = vocabulary.examples
-            panel.add("caption", gr.Textbox(
-                examples[0] if examples else "", label="Caption", lines=2,
-                placeholder="What to draw", elem_id="draw-caption",
-            ))  # fmt: skip
-            panel.buttons("Draw")
-            if examples:
-                gr.HTML(rendering.examples(examples), js_on_load=ADD_WORD, elem_id="examples")
-            with gr.Accordion("Known words" if vocabulary.groups else "Captions", open=False):
-                gr.HTML(
-                    rendering.words(vocabulary.groups, vocabulary.rules), js_on_load=ADD_WORD, elem_id="words"
-                )
-            _settings(panel, studio, "Pictures")
-        with _side():
-            panel.result()
+    with _sides(panel):
+        examples = vocabulary.examples
+        panel.add("caption", gr.Textbox(
+            examples[0] if examples else "", label="Caption", lines=2,
+            placeholder="What to draw", elem_id="draw-caption",
+        ))  # fmt: skip
+        panel.buttons("Draw")
+        if examples:
+            gr.HTML(rendering.examples(examples), js_on_load=ADD_WORD, elem_id="examples")
+        with gr.Accordion("Known words" if vocabulary.groups else "Captions", open=False):
+            gr.HTML(
+                rendering.words(vocabulary.groups, vocabulary.rules), js_on_load=ADD_WORD, elem_id="words"
+            )
+        _settings(panel, studio, "Pictures")
     panel.connect(jobs, studio.draw)
     return panel
 
@@ -60,16 +59,15 @@ def draw(studio: Studio, jobs: Jobs, vocabulary: Vocabulary) -> Panel:
 def vary(studio: Studio, jobs: Jobs, vocabulary: Vocabulary) -> Panel:
     """Picture -> others of the same content."""
     panel = Panel("vary", again=True)
-    with gr.Row():
-        with _form("Other pictures with the content of one: its CLIP embedding, decoded from other noise."):
-            _image(panel, "image", "Picture")
-            panel.add("eta", gr.Slider(
-                0, 1, 1, step=0.05, label="Eta", info="How random each step is", buttons=[],
-            ))  # fmt: skip
-            panel.buttons("Vary")
-            _settings(panel, studio, "Variations")
-        with _side():
-            panel.result()
+    with _sides(
+        panel, "Other pictures with the content of one: its CLIP embedding, decoded from other noise."
+    ):
+        _image(panel, "image", "Picture")
+        panel.add("eta", gr.Slider(
+            0, 1, 1, step=0.05, label="Eta", info="How random each step is", buttons=[],
+        ))  # fmt: skip
+        panel.buttons("Vary")
+        _settings(panel, studio, "Variations")
     panel.connect(jobs, studio.variations)
     return panel
 
@@ -77,22 +75,19 @@ def vary(studio: Studio, jobs: Jobs, vocabulary: Vocabulary) -> Panel:
 def interpolate(studio: Studio, jobs: Jobs, vocabulary: Vocabulary) -> Panel:
     """Two pictures -> those between them."""
     panel = Panel("interpolate", slider="From the first picture to the second")
-    with gr.Row():
-        with _form("The pictures between two: CLIP's embedding turns from the first to the second."):
-            with gr.Row():
-                with gr.Column(min_width=140):
-                    _image(panel, "first", "First picture")
-                with gr.Column(min_width=140):
-                    _image(panel, "second", "Second picture")
-            noise = panel.add("noise", gr.Radio(
-                [("of the seed, the same for all", "fixed"), ("of the two pictures", "slerp")], value="fixed",
-                label="Noise", info="With that of the pictures the first and the last frame are they",
-            ))  # fmt: skip
-            _inversion_steps(panel)
-            panel.buttons("Interpolate")
-            _settings(panel, studio, "Frames", low=2, value=6)
-        with _side():
-            panel.result()
+    with _sides(panel, "The pictures between two: CLIP's embedding turns from the first to the second."):
+        with gr.Row():
+            with gr.Column(min_width=140):
+                _image(panel, "first", "First picture")
+            with gr.Column(min_width=140):
+                _image(panel, "second", "Second picture")
+        noise = panel.add("noise", gr.Radio(
+            [("of the seed, the same for all", "fixed"), ("of the two pictures", "slerp")], value="fixed",
+            label="Noise", info="With that of the pictures the first and the last frame are they",
+        ))  # fmt: skip
+        _inversion_steps(panel)
+        panel.buttons("Interpolate")
+        _settings(panel, studio, "Frames", low=2, value=6)
     usual = studio.pipe.sampling["guidance"]
     # The noise that an inversion finds leads back to the picture without guidance only.
     guidance = panel.fields["guidance"]
@@ -104,26 +99,23 @@ def interpolate(studio: Studio, jobs: Jobs, vocabulary: Vocabulary) -> Panel:
 def diff(studio: Studio, jobs: Jobs, vocabulary: Vocabulary) -> Panel:
     """Picture and two captions -> the changed picture."""
     panel = Panel("diff", slider="From the picture to the change")
-    with gr.Row():
-        with _form("Change a picture by the difference of two captions."):
-            _image(panel, "image", "Picture")
-            panel.add("source", gr.Textbox(
-                label="Caption of the picture", max_lines=1, placeholder="a small red circle",
-                elem_id="diff-source",
-            ))  # fmt: skip
-            panel.add("target", gr.Textbox(
-                label="Caption of what it is to be", max_lines=1, placeholder="a large red circle",
-                elem_id="diff-target",
-            ))  # fmt: skip
-            panel.add("theta", gr.Slider(
-                0, 1, 0.35, step=0.01, label="Theta", buttons=[],
-                info="How far to turn; the paper takes 0.25 to 0.5",
-            ))  # fmt: skip
-            _inversion_steps(panel)
-            panel.buttons("Change")
-            _settings(panel, studio, "Frames", low=2, value=5, guidance=1.0)
-        with _side():
-            panel.result()
+    with _sides(panel, "Change a picture by the difference of two captions."):
+        _image(panel, "image", "Picture")
+        panel.add("source", gr.Textbox(
+            label="Caption of the picture", max_lines=1, placeholder="a small red circle",
+            elem_id="diff-source",
+        ))  # fmt: skip
+        panel.add("target", gr.Textbox(
+            label="Caption of what it is to be", max_lines=1, placeholder="a large red circle",
+            elem_id="diff-target",
+        ))  # fmt: skip
+        panel.add("theta", gr.Slider(
+            0, 1, 0.35, step=0.01, label="Theta", buttons=[],
+            info="How far to turn; the paper takes 0.25 to 0.5",
+        ))  # fmt: skip
+        _inversion_steps(panel)
+        panel.buttons("Change")
+        _settings(panel, studio, "Frames", low=2, value=5, guidance=1.0)
     panel.connect(jobs, studio.text_diff)
     return panel
 
@@ -132,26 +124,23 @@ def inpaint(studio: Studio, jobs: Jobs, vocabulary: Vocabulary) -> Panel:
     """Picture, brush and caption -> the painted part drawn anew."""
     panel = Panel("inpaint", again=True)
     width = max(4, studio.pipe.sizes[-1] // 6)  # of the brush, in pixels of the pictures that are drawn here
-    with gr.Row():
-        with _form("Paint over what is to be drawn anew; the rest stays as it is, to the bit."):
-            panel.add("painting", gr.ImageEditor(
-                type="pil", label="Picture", sources=["upload", "clipboard"], transforms=(), layers=False,
-                brush=gr.Brush(default_size=width, colors=[BRUSH], default_color=BRUSH, color_mode="fixed"),
-                height=420, buttons=["fullscreen"], format="png", elem_id="inpaint-editor",
-                canvas_size=(512, 512),
-            ))  # fmt: skip
-            panel.add("caption", gr.Textbox(
-                label="Caption of the whole picture", info="Without one the rest of the picture decides",
-                max_lines=1, elem_id="inpaint-caption",
-            ))  # fmt: skip
-            panel.add("resample", gr.Slider(
-                1, 10, 1, step=1, label="Passes", info="More passes leave fewer seams and take longer",
-                buttons=[],
-            ))  # fmt: skip
-            panel.buttons("Repaint")
-            _settings(panel, studio, "Pictures")
-        with _side():
-            panel.result()
+    with _sides(panel, "Paint over what is to be drawn anew; the rest stays as it is, to the bit."):
+        panel.add("painting", gr.ImageEditor(
+            type="pil", label="Picture", sources=["upload", "clipboard"], transforms=(), layers=False,
+            brush=gr.Brush(default_size=width, colors=[BRUSH], default_color=BRUSH, color_mode="fixed"),
+            height=420, buttons=["fullscreen"], format="png", elem_id="inpaint-editor",
+            canvas_size=(512, 512),
+        ))  # fmt: skip
+        panel.add("caption", gr.Textbox(
+            label="Caption of the whole picture", info="Without one the rest of the picture decides",
+            max_lines=1, elem_id="inpaint-caption",
+        ))  # fmt: skip
+        panel.add("resample", gr.Slider(
+            1, 10, 1, step=1, label="Passes", info="More passes leave fewer seams and take longer",
+            buttons=[],
+        ))  # fmt: skip
+        panel.buttons("Repaint")
+        _settings(panel, studio, "Pictures")
     panel.connect(jobs, studio.inpaint)
     return panel
 
@@ -159,23 +148,20 @@ def inpaint(studio: Studio, jobs: Jobs, vocabulary: Vocabulary) -> Panel:
 def invert(studio: Studio, jobs: Jobs, vocabulary: Vocabulary) -> Panel:
     """Picture -> noise -> picture."""
     panel = Panel("invert")
-    with gr.Row():
-        with _form("The noise from which the decoder samples a picture, found by DDIM inversion."):
-            _image(panel, "image", "Picture")
-            panel.add("caption", gr.Textbox(
-                label="Caption", info="Without one the picture's embedding alone decides", max_lines=1,
-                elem_id="invert-caption",
-            ))  # fmt: skip
-            with gr.Row():
-                panel.add("steps", gr.Slider(2, MAX_STEPS, 50, step=1, label="Steps", buttons=[]))
-                panel.add("guidance", gr.Slider(0, MAX_GUIDANCE, 1, step=0.1, label="Guidance", buttons=[]))
-            panel.add("refine", gr.Slider(
-                0, 5, 0, step=1, label="Refinements", buttons=[],
-                info="Repetitions of each step, for a more exact inverse",
-            ))  # fmt: skip
-            panel.buttons("Invert")
-        with _side():
-            panel.result()
+    with _sides(panel, "The noise from which the decoder samples a picture, found by DDIM inversion."):
+        _image(panel, "image", "Picture")
+        panel.add("caption", gr.Textbox(
+            label="Caption", info="Without one the picture's embedding alone decides", max_lines=1,
+            elem_id="invert-caption",
+        ))  # fmt: skip
+        with gr.Row():
+            panel.add("steps", gr.Slider(2, MAX_STEPS, 50, step=1, label="Steps", buttons=[]))
+            panel.add("guidance", gr.Slider(0, MAX_GUIDANCE, 1, step=0.1, label="Guidance", buttons=[]))
+        panel.add("refine", gr.Slider(
+            0, 5, 0, step=1, label="Refinements", buttons=[],
+            info="Repetitions of each step, for a more exact inverse",
+        ))  # fmt: skip
+        panel.buttons("Invert")
     panel.connect(jobs, studio.invert)
     return panel
 
@@ -185,20 +171,17 @@ def reconstruct(studio: Studio, jobs: Jobs, vocabulary: Vocabulary) -> Panel:
     panel = Panel("reconstruct")
     width = studio.pipe.clip.dim_latent
     dims = [*(4**power for power in range(8) if 4**power < width), width]
-    with gr.Row():
-        with _form("What the first components of a picture's CLIP embedding hold."):
-            _image(panel, "image", "Picture")
-            panel.add("dims", gr.Textbox(
-                ", ".join(map(str, dims)), label="Numbers of components", max_lines=1,
-                elem_id="reconstruct-dims",
-            ))  # fmt: skip
-            panel.add("fit", gr.Number(
-                512, label="Scenes", info="from which the components are found, once", buttons=[],
-            ))  # fmt: skip
-            panel.buttons("Reconstruct")
-            _settings(panel, studio, None)
-        with _side():
-            panel.result()
+    with _sides(panel, "What the first components of a picture's CLIP embedding hold."):
+        _image(panel, "image", "Picture")
+        panel.add("dims", gr.Textbox(
+            ", ".join(map(str, dims)), label="Numbers of components", max_lines=1,
+            elem_id="reconstruct-dims",
+        ))  # fmt: skip
+        panel.add("fit", gr.Number(
+            512, label="Scenes", info="from which the components are found, once", buttons=[],
+        ))  # fmt: skip
+        panel.buttons("Reconstruct")
+        _settings(panel, studio, None)
     panel.connect(jobs, studio.reconstruct)
     return panel
 
@@ -206,16 +189,16 @@ def reconstruct(studio: Studio, jobs: Jobs, vocabulary: Vocabulary) -> Panel:
 # --------------------------------------------------------------------------------------- what tabs share
 
 
-def _form(purpose: str | None = None) -> gr.Column:
-    column = gr.Column(scale=5, min_width=340, elem_classes="d2-form")
-    if purpose is not None:
-        with column:
-            gr.HTML(rendering.purpose(purpose))
-    return column
-
-
-def _side() -> gr.Column:
-    return gr.Column(scale=6, min_width=340, elem_classes="d2-result")
+@contextmanager
+def _sides(panel: Panel, purpose: str | None = None) -> Iterator[None]:
+    """`with _sides(panel):` puts what it makes to the left of the panel's result."""
+    with gr.Row():
+        with gr.Column(scale=5, min_width=340):
+            if purpose is not None:
+                gr.HTML(rendering.purpose(purpose))
+            yield
+        with gr.Column(scale=6, min_width=340):
+            panel.result()
 
 
 def _image(panel: Panel, name: str, label: str) -> None:
