@@ -69,7 +69,8 @@ class Panel:
         self.has_again, self.slider_label = again, slider
 
     def add(self, name: str, component: gr.components.Component) -> gr.components.Component:
-        """A field, below which its errors are shown."""
+        """A field, whose id on the page is that of the tab and its name; below it its errors are shown."""
+        component.elem_id = f"{self.name}-{name}"
         self.fields[name] = component
         self.errors[name] = gr.HTML(visible=False, elem_id=f"{self.name}-{name}-error")
         return component

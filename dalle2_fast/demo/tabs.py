@@ -42,7 +42,7 @@ def draw(studio: Studio, jobs: Jobs, vocabulary: Vocabulary) -> Panel:
         examples = vocabulary.examples
         panel.add("caption", gr.Textbox(
             examples[0] if examples else "", label="Caption", lines=2,
-            placeholder="What to draw", elem_id="draw-caption",
+            placeholder="What to draw",
         ))  # fmt: skip
         panel.buttons("Draw")
         if examples:
@@ -103,11 +103,9 @@ def diff(studio: Studio, jobs: Jobs, vocabulary: Vocabulary) -> Panel:
         _image(panel, "image", "Picture")
         panel.add("source", gr.Textbox(
             label="Caption of the picture", max_lines=1, placeholder="a small red circle",
-            elem_id="diff-source",
         ))  # fmt: skip
         panel.add("target", gr.Textbox(
             label="Caption of what it is to be", max_lines=1, placeholder="a large red circle",
-            elem_id="diff-target",
         ))  # fmt: skip
         panel.add("theta", gr.Slider(
             0, 1, 0.35, step=0.01, label="Theta", buttons=[],
@@ -128,12 +126,11 @@ def inpaint(studio: Studio, jobs: Jobs, vocabulary: Vocabulary) -> Panel:
         panel.add("painting", gr.ImageEditor(
             type="pil", label="Picture", sources=["upload", "clipboard"], transforms=(), layers=False,
             brush=gr.Brush(default_size=width, colors=[BRUSH], default_color=BRUSH, color_mode="fixed"),
-            height=420, buttons=["fullscreen"], format="png", elem_id="inpaint-editor",
-            canvas_size=(512, 512),
+            height=420, buttons=["fullscreen"], format="png", canvas_size=(512, 512),
         ))  # fmt: skip
         panel.add("caption", gr.Textbox(
             label="Caption of the whole picture", info="Without one the rest of the picture decides",
-            max_lines=1, elem_id="inpaint-caption",
+            max_lines=1,
         ))  # fmt: skip
         panel.add("resample", gr.Slider(
             1, 10, 1, step=1, label="Passes", info="More passes leave fewer seams and take longer",
@@ -152,7 +149,6 @@ def invert(studio: Studio, jobs: Jobs, vocabulary: Vocabulary) -> Panel:
         _image(panel, "image", "Picture")
         panel.add("caption", gr.Textbox(
             label="Caption", info="Without one the picture's embedding alone decides", max_lines=1,
-            elem_id="invert-caption",
         ))  # fmt: skip
         with gr.Row():
             panel.add("steps", gr.Slider(2, MAX_STEPS, 50, step=1, label="Steps", buttons=[]))
@@ -173,10 +169,7 @@ def reconstruct(studio: Studio, jobs: Jobs, vocabulary: Vocabulary) -> Panel:
     dims = [*(4**power for power in range(8) if 4**power < width), width]
     with _sides(panel, "What the first components of a picture's CLIP embedding hold."):
         _image(panel, "image", "Picture")
-        panel.add("dims", gr.Textbox(
-            ", ".join(map(str, dims)), label="Numbers of components", max_lines=1,
-            elem_id="reconstruct-dims",
-        ))  # fmt: skip
+        panel.add("dims", gr.Textbox(", ".join(map(str, dims)), label="Numbers of components", max_lines=1))
         panel.add("fit", gr.Number(
             512, label="Scenes", info="from which the components are found, once", buttons=[],
         ))  # fmt: skip
@@ -204,7 +197,7 @@ def _sides(panel: Panel, purpose: str | None = None) -> Iterator[None]:
 def _image(panel: Panel, name: str, label: str) -> None:
     panel.add(name, gr.Image(
         label=label, type="filepath", image_mode=None, sources=["upload", "clipboard"], height=240,
-        buttons=[], format="png", elem_id=f"{panel.name}-{name}",
+        buttons=[], format="png",
     ))  # fmt: skip
 
 
@@ -229,24 +222,17 @@ def _settings(
     with gr.Row():
         if number is not None:
             with gr.Column(min_width=140):
-                panel.add("number", gr.Slider(
-                    low, MAX_NUMBER, value, step=1, label=number, buttons=[], elem_id=f"{panel.name}-number",
-                ))  # fmt: skip
+                panel.add("number", gr.Slider(low, MAX_NUMBER, value, step=1, label=number, buttons=[]))
         with gr.Column(min_width=140):
-            panel.add("seed", gr.Textbox(
-                label="Seed", placeholder="random", max_lines=1, elem_id=f"{panel.name}-seed",
-            ))  # fmt: skip
+            panel.add("seed", gr.Textbox(label="Seed", placeholder="random", max_lines=1))
     with gr.Row():
         with gr.Column(min_width=140):
             panel.add("steps", gr.Slider(
                 1, MAX_STEPS, pipe.sampling["steps"], step=1, label="Steps", buttons=[],
-                elem_id=f"{panel.name}-steps",
             ))  # fmt: skip
         with gr.Column(min_width=140):
             usual = pipe.sampling["guidance"] if guidance is None else guidance
             panel.add("guidance", gr.Slider(0, MAX_GUIDANCE, usual, step=0.1, label="Guidance", buttons=[]))
     if len(pipe.sizes) > 1:
         sizes = [(f"{side} x {side}", side) for side in pipe.sizes]
-        panel.add("size", gr.Radio(
-            sizes, value=pipe.sizes[-1], label="Size", elem_id=f"{panel.name}-size",
-        ))  # fmt: skip
+        panel.add("size", gr.Radio(sizes, value=pipe.sizes[-1], label="Size"))

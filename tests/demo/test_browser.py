@@ -83,7 +83,7 @@ def test_draw_again_and_repaint(url, browser_page):
     page.locator("#draw-gallery .thumbnail-item").nth(1).click()
     page.wait_for_selector("#draw-again:has-text('seed 8')")
     page.click("#draw-to-inpaint-painting")
-    page.wait_for_selector("#inpaint-editor button[aria-label='Brush Size']")  # the editor has the image
+    page.wait_for_selector("#inpaint-painting button[aria-label='Brush Size']")  # the editor has the image
     paint_upper_half(page)
     page.click("#inpaint-run")
     page.wait_for_selector("#inpaint-gallery img, [id^=inpaint][id$=error] .d2-error")
@@ -103,7 +103,7 @@ def test_draw_again_and_repaint(url, browser_page):
 def paint_upper_half(page) -> None:
     """Strokes from left to right over the upper half of the editor's picture."""
     page.wait_for_timeout(1000)  # the editor scales its canvas to the picture
-    box = page.locator("#inpaint-editor canvas").first.bounding_box()
+    box = page.locator("#inpaint-painting canvas").first.bounding_box()
     middle, centre = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     reach = box["height"] * 0.36  # the picture is a little higher and wider than twice this
     for part in range(12):
