@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from dalle2_fast.demo.fields import FieldError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from dalle2_fast.demo.worker import Job
     from dalle2_fast.models.prior.pca import PCA
     from dalle2_fast.pipeline.dalle2 import DALLE2
@@ -44,19 +41,13 @@ class Components:
             job: shows the progress.
             count: images from which they are found.
         """
+        from dalle2_fast.pipeline.reconstruction import world_images
+
         seconds = {}
         if count not in self._kept:
             begin = time.perf_counter()
-            self._kept = {count: self._pipe.fit_pca(self._scenes(job, count))}
+            scenes = world_images(self._pipe, count, seed=0, batch_size=BATCH)
+            followed = job.progress("components", scenes, -(-count // BATCH))
+            self._kept = {count: self._pipe.fit_pca(followed)}
             seconds["components"] = time.perf_counter() - begin
         return self._kept[count], seconds
-
-    def _scenes(self, job: Job, count: int) -> Iterator[Tensor]:
-        from dalle2_fast.data import SceneStream, World
-
-        pipe = self._pipe
-        size = pipe.clip.image_size
-        stream = SceneStream(World.from_config(pipe.metadata["world"]), BATCH, (size,), seed=0)
-        batches = -(-count // BATCH)
-        for step in job.progress("components", range(batches), batches):
-            yield stream.batch(step)["images"][size][: count - step * BATCH].to(pipe.device)

@@ -78,7 +78,7 @@ def fit_pca(
         torch.Size([192, 192])
     """
     if images is None:
-        images = _world_images(pipe, check_count("count", count), seed, batch_size)
+        images = world_images(pipe, check_count("count", count), seed, batch_size)
     with torch.no_grad():
         embeds = [embed_image(pipe, batch).cpu().double() for batch in images]
     if not embeds:
@@ -86,7 +86,8 @@ def fit_pca(
     return PCA.fit(torch.cat(embeds), unit_norm=pipe.decoder.unit_norm)
 
 
-def _world_images(pipe: DALLE2, count: int, seed: int, batch_size: int) -> Iterable[Tensor]:
+def world_images(pipe: DALLE2, count: int, seed: int, batch_size: int) -> Iterable[Tensor]:
+    """Batches of `count` images of the world that the checkpoint was trained on; ValueError without one."""
     if pipe.metadata.get("world") is None:
         raise ValueError("images: expected batches, because the checkpoint names no world, got None")
     size = pipe.clip.image_size
