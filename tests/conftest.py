@@ -25,6 +25,12 @@ from dalle2_fast.ops import _dispatch  # noqa: E402
 _dispatch._INTERPRETED = False  # until a test asks for `kernel_device`
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """`-n auto`: one more than there are cores, because tests that start processes wait for them."""
+    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else None
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
