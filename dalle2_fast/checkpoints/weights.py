@@ -123,6 +123,23 @@ def build(
     return module.eval()
 
 
+def build_alone(
+    make: type[nn.Module],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    source: object,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """`build` of a network that is all of its file: `config` are its arguments, and `tensors` its state_dict.
+
+    Errors call it by its class's `part`.
+    """
+    name = make.part
+    named = {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+    return build(make, {name: config}, named, name, source, device, dtype)
+
+
 @contextmanager
 def unfilled(weights: Mapping[str, Tensor] | None = None) -> Iterator[None]:
     """Within this context, modules are made on the CPU without initialising their parameters.

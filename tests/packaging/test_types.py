@@ -53,8 +53,8 @@ def test_mypy_sees_signatures_and_a_misspelt_argument(pythons, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     for kind, python in pythons.items():
         # What mypy found out about torch, which takes it most of the time, serves both.
-        command = [sys.executable, "-m", "mypy", "--python-executable", python, "--cache-dir", tmp_path / "cache"]
-        done = attempt([*command, "program.py"], cwd=tmp_path)
+        options = ["--python-executable", python, "--cache-dir", tmp_path / "cache"]
+        done = attempt([sys.executable, "-m", "mypy", *options, "program.py"], cwd=tmp_path)
         lines = [line for line in done.stdout.splitlines() if line.startswith("program.py:")]
         for number, text in SEEN:
             found = [line for line in lines if line.startswith(f"program.py:{number}:") and text in line]

@@ -16,7 +16,7 @@ from dalle2_fast.adapters.published.sampling import (
 )
 from dalle2_fast.checkpoints import Pretrained
 from dalle2_fast.checkpoints.formats.glide import read_glide
-from dalle2_fast.checkpoints.weights import build
+from dalle2_fast.checkpoints.weights import build_alone
 from dalle2_fast.data.images import check_images
 from dalle2_fast.diffusion import GaussianDiffusion, make_schedule
 from dalle2_fast.models import UNet
@@ -288,5 +288,4 @@ def load_glide(
         FileNotFoundError: missing.pt: no such file
     """
     config, tensors = read_glide(path, image_size=image_size, low_res_size=low_res_size, head_dim=head_dim)
-    tensors = {f"{Glide.part}.{name}": tensor for name, tensor in tensors.items()}
-    return build(Glide, {Glide.part: config}, tensors, Glide.part, path, device, dtype)
+    return build_alone(Glide, config, tensors, path, device, dtype)

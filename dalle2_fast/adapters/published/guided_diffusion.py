@@ -17,7 +17,7 @@ from dalle2_fast.adapters.published.sampling import (
 )
 from dalle2_fast.checkpoints import Pretrained
 from dalle2_fast.checkpoints.formats.guided_diffusion import read_guided_diffusion
-from dalle2_fast.checkpoints.weights import build
+from dalle2_fast.checkpoints.weights import build_alone
 from dalle2_fast.diffusion import GaussianDiffusion, make_schedule
 
 
@@ -199,6 +199,4 @@ def load_guided_diffusion(
         num_head_channels=num_head_channels, noise_schedule=noise_schedule, diffusion_steps=diffusion_steps,
         use_new_attention_order=use_new_attention_order, predict_xstart=predict_xstart,
     )  # fmt: skip
-    part = GuidedDiffusion.part
-    tensors = {f"{part}.{name}": tensor for name, tensor in tensors.items()}
-    return build(GuidedDiffusion, {part: config}, tensors, part, path, device, dtype)
+    return build_alone(GuidedDiffusion, config, tensors, path, device, dtype)

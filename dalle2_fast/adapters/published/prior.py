@@ -17,7 +17,7 @@ from dalle2_fast.adapters.published.sampling import sampling_inputs
 from dalle2_fast.checkpoints import CheckpointError, Pretrained
 from dalle2_fast.checkpoints.formats.dalle2_pytorch.prior import prior_network
 from dalle2_fast.checkpoints.formats.dalle2_pytorch.stored import read_stored
-from dalle2_fast.checkpoints.weights import build
+from dalle2_fast.checkpoints.weights import build_alone
 from dalle2_fast.diffusion import GaussianDiffusion, make_schedule
 from dalle2_fast.models.inputs import check_features
 from dalle2_fast.models.prior.base import best_candidate, candidate_seeds
@@ -208,6 +208,4 @@ def load_dalle2_pytorch_prior(
         **schedule_of(stored, "noise_scheduler.", options.get("beta_schedule"), net["num_timesteps"]),
     }  # fmt: skip
     arguments["sample_timesteps"] = min(arguments["sample_timesteps"], arguments["timesteps"])
-    part = Dalle2PytorchPrior.part
-    tensors = {f"{part}.{name}": tensor for name, tensor in tensors.items()}
-    return build(Dalle2PytorchPrior, {part: arguments}, tensors, part, stored.file, device, dtype)
+    return build_alone(Dalle2PytorchPrior, arguments, tensors, stored.file, device, dtype)

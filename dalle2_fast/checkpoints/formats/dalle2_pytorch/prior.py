@@ -46,15 +46,7 @@ def prior_network(stored: Stored) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     cosine_sim = padding == "all"
     if padding == "text":
-        if stored.version is None:
-            raise CheckpointError(
-                f"{file}: whether its attention takes cosines depends on the version: pass version=..., that "
-                "of DALLE2-pytorch with which it was trained"
-            )
-        if stored.version < (0, 23, 6):
-            came = ".".join(map(str, stored.version))
-            raise CheckpointError(f"{file}: version: expected one up to 0.15 or from 0.23.6, got {came}")
-        cosine_sim = stored.version >= (1, 4, 4)
+        cosine_sim = stored.known_version("whether its attention takes cosines depends") >= (1, 4, 4)
     dim = shape_of(tensors, "learned_query", 1, file)[0]
     dim_head = shape_of(tensors, f"{first}0.null_kv", 2, file)[1]
     inner = shape_of(tensors, f"{first}1.5.weight", 2, file)[1]

@@ -49,6 +49,25 @@ class Stored:
     config: dict[str, Any]
     averaged: bool
 
+    def known_version(self, why: str) -> tuple[int, int, int]:
+        """The version, of the later ones that can be loaded.
+
+        Args:
+            why: the beginning of the message if it is unknown, such as "its shape depends".
+
+        Raises:
+            CheckpointError: it is unknown, or one that cannot be loaded.
+        """
+        if self.version is None:
+            raise CheckpointError(
+                f"{self.file}: {why} on the version: pass version=..., that of DALLE2-pytorch with which it "
+                "was trained"
+            )
+        if self.version < (0, 23, 6):
+            came = ".".join(map(str, self.version))
+            raise CheckpointError(f"{self.file}: version: expected one up to 0.15 or from 0.23.6, got {came}")
+        return self.version
+
 
 def read_stored(
     path: str | PathLike,

@@ -96,16 +96,8 @@ def _newest_names(stored: Stored, prefix: str) -> tuple[dict[str, Tensor], tuple
             if not name.endswith(".beta"):
                 renamed[name.replace(".cross_attn.fn.", ".cross_attn.")] = tensor
         return renamed, (0, 15, 4)
-    if stored.version is None:
-        raise CheckpointError(
-            f"{stored.file}: the scale of its attention depends on the version: pass version=..., that of "
-            "DALLE2-pytorch with which it was trained"
-        )
-    if stored.version < (0, 23, 6):
-        came = ".".join(map(str, stored.version))
-        raise CheckpointError(f"{stored.file}: version: expected one up to 0.15 or from 0.23.6, got {came}")
-    tensors = {name.replace(".cross_attn.fn.", ".cross_attn."): x for name, x in tensors.items()}
-    return tensors, stored.version
+    version = stored.known_version("the scale of its attention depends")
+    return {name.replace(".cross_attn.fn.", ".cross_attn."): x for name, x in tensors.items()}, version
 
 
 def _attention(tensors: Mapping[str, Tensor], level: int) -> str | None:
