@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pictures",
         type=int,
         metavar="N",
-        help=f"images for the PSNR of the upsampler and of denoising (default {FULL.pictures})",
+        help=f"images that are upsampled, and that are denoised (default {FULL.pictures})",
     )
     add(
         "--outlines",

@@ -15,14 +15,15 @@ from tqdm import tqdm
 
 from dalle2_fast.data.synthetic.captions import make_captions
 from dalle2_fast.data.synthetic.rendering import render
-from dalle2_fast.data.synthetic.scenes import sample_scenes
+from dalle2_fast.data.synthetic.scenes import Scenes, sample_scenes
 from dalle2_fast.data.synthetic.world import World
 from dalle2_fast.data.text.tokenizer import WordTokenizer
 from dalle2_fast.evaluation.amounts import FULL, PARTS, SETTINGS, SPLITS, Amounts
 from dalle2_fast.evaluation.baselines import nearest_training_scenes, shuffle_images
 from dalle2_fast.evaluation.clip_scores import score_clip
-from dalle2_fast.evaluation.denoising import score_denoising
-from dalle2_fast.evaluation.outlines import score_outlines
+from dalle2_fast.evaluation.denoising import denoise_once
+from dalle2_fast.evaluation.outlines import outline_iou, outline_scenes, score_outlines
+from dalle2_fast.evaluation.psnr import psnr
 from dalle2_fast.evaluation.reading.reader import Reader
 from dalle2_fast.evaluation.scores import ATTRIBUTES, Tally, score_captions
 from dalle2_fast.evaluation.upsampling import score_upsampler
@@ -199,18 +200,35 @@ def _score_upsampler(pipe: DALLE2, world: World, amounts: Amounts, seed: int, sa
 
 
 def _score_denoising(pipe: DALLE2, world: World, amounts: Amounts, seed: int) -> dict:
-    """{"psnr": {log-SNR: dB}, "pictures": their number}, see `score_denoising`."""
+    """{"psnr": {log-SNR: dB}, "pictures": images, "outline_iou": {log-SNR: mean}, "outlines": images}.
+
+    The last two are of about as many images of one large object, and None for a world without such.
+    """
     generator = _generator(seed, "iid", "denoising")
+
+    def denoise(scenes: Scenes) -> Iterator[tuple[int, Tensor, Tensor]]:
+        tokens, _ = make_captions(scenes, generator)
+        images = render(scenes, pipe.decoder.image_size).to(pipe.device)
+        found = denoise_once(
+            pipe.decoder,
+            images,
+            pipe.clip.encode_image(render(scenes, pipe.clip.image_size).to(pipe.device, pipe.dtype)),
+            pipe.tokenizer.encode(_texts(tokens)).to(pipe.device),
+            torch.arange(len(images), device=pipe.device),
+        )
+        return ((log_snr, x0, images) for log_snr, x0 in found)
+
     scenes = sample_scenes(amounts.pictures, generator, "iid", world)
-    tokens, _ = make_captions(scenes, generator)
-    scores = score_denoising(
-        pipe.decoder,
-        render(scenes, pipe.decoder.image_size).to(pipe.device),
-        pipe.clip.encode_image(render(scenes, pipe.clip.image_size).to(pipe.device, pipe.dtype)),
-        pipe.tokenizer.encode(_texts(tokens)).to(pipe.device),
-        torch.arange(amounts.pictures, device=pipe.device),
-    )
-    return {"psnr": scores, "pictures": amounts.pictures}
+    scores = ((log_snr, psnr(x0, true).mean().item()) for log_snr, x0, true in denoise(scenes))
+    report = {"psnr": {str(log_snr): round(decibels, 2) for log_snr, decibels in scores}}
+    report |= {"pictures": amounts.pictures, "outline_iou": None, "outlines": None}
+    per_shape = max(1, amounts.pictures // len(world.shapes))
+    if (single := outline_scenes(world, per_shape, generator)) is not None:
+        shape = single["shape"][:, 0]
+        scores = ((log_snr, outline_iou(x0, shape).mean().item()) for log_snr, x0, _ in denoise(single))
+        report["outline_iou"] = {str(log_snr): round(iou, 4) for log_snr, iou in scores}
+        report["outlines"] = len(shape)
+    return report
 
 
 # ------------------------------------------------------------------------------------------------ their needs

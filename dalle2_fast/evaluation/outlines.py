@@ -55,7 +55,7 @@ def score_outlines(
         JSON-able: "generated" and "renders", each with the IoU "by_shape", its "mean" and that of the "worst"
         shape, and "captions", their number. None if the world has no such scenes.
     """
-    scenes = _scenes(world, per_shape, generator)
+    scenes = outline_scenes(world, per_shape, generator)
     if scenes is None:
         return None
     tokens, _ = make_captions(scenes, generator, drop=0, canonical=True)
@@ -70,8 +70,11 @@ def score_outlines(
     return report
 
 
-def _scenes(world: World, per_shape: int, generator: torch.Generator) -> Scenes | None:
-    """Scenes of every shape in turn, because the images of a batch share their noise."""
+def outline_scenes(world: World, per_shape: int, generator: torch.Generator) -> Scenes | None:
+    """Scenes of one large, solid object on a plain background; None if the world has none.
+
+    Every shape comes in turn, because the images of a batch share their noise.
+    """
     if "one" not in world.kinds or "solid" not in world.fills or "plain" not in world.textures:
         return None
     choices = dict(colors=world.colors, backgrounds=world.backgrounds, sizes=world.sizes[-1:])

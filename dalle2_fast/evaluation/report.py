@@ -45,6 +45,9 @@ def print_report(report: dict) -> None:
         print(f"\nDenoising: PSNR of the decoder's x0 from {number} true images with noise")
         print("log-SNR" + "".join(f"{name:>8}" for name in values))
         print("dB     " + "".join(f"{value:8.2f}" for value in values.values()))
+        if (found := report["denoising"]["outline_iou"]) is not None:
+            title = f"IoU    {''.join(f'{value:8.3f}' for value in found.values())}"
+            print(f"{title}   (outlines of {report['denoising']['outlines']} large objects)")
     print(f"\nseconds: {', '.join(f'{name} {value}' for name, value in report['seconds'].items())}")
 
 

@@ -179,6 +179,8 @@ def test_the_command_writes_a_complete_report(checkpoint, tmp_path, capsys):
     assert outlines["renders"]["worst"] > 0.5  # 16 pixels are few
     assert list(denoising["psnr"]) == ["-2", "0", "2", "4", "6", "8"] and denoising["pictures"] == 2
     assert all(math.isfinite(value) for value in denoising["psnr"].values())
+    assert list(denoising["outline_iou"]) == list(denoising["psnr"]) and denoising["outlines"] == 3
+    assert all(0 <= value <= 1 for value in denoising["outline_iou"].values())
     assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]
 
 
