@@ -15,6 +15,7 @@ from dalle2_fast.models.decoder.model import Decoder
 LOG_SNRS = (-2, 0, 2, 4, 6, 8)
 
 
+@torch.no_grad()
 def denoise_once(
     decoder: Decoder,
     images: Tensor,  # [n, 3, R, R] in [0, 1]
@@ -38,15 +39,13 @@ def denoise_once(
     """
     weight, diffusion = decoder.unet.conv_in.weight, decoder.diffusion
     x0 = images.to(weight.dtype) * 2 - 1
-    with torch.no_grad():
-        caption = encode_captions(decoder, len(x0), text, None, None, None)
-        extra = nothing_kept(x0.shape, weight) if decoder.inpaint else None
-        net = guided_denoiser(decoder, len(x0), image_embed, caption, None, extra=extra).conditional_net
+    caption = encode_captions(decoder, len(x0), text, None, None, None)
+    extra = nothing_kept(x0.shape, weight) if decoder.inpaint else None
+    net = guided_denoiser(decoder, len(x0), image_embed, caption, None, extra=extra).conditional_net
     for log_snr in log_snrs:
         wanted = torch.full((len(x0),), float(log_snr), dtype=torch.float64, device=x0.device)
         t = diffusion.schedule.time_at(wanted)
         x_t = diffusion.add_noise(x0, t, seeds=seeds)
-        with torch.no_grad():
-            output = net(diffusion.network_input(x_t, t), diffusion.schedule.net_time(t))
-            predicted = diffusion.predict_x0(x_t, t, diffusion.split_output(output, x_t)[0])
+        output = net(diffusion.network_input(x_t, t), diffusion.schedule.net_time(t))
+        predicted = diffusion.predict_x0(x_t, t, diffusion.split_output(output, x_t)[0])
         yield log_snr, ((predicted + 1) / 2).clamp(0, 1)

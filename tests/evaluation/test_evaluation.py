@@ -13,12 +13,14 @@ from dalle2_fast import CLIP, DALLE2, Decoder, DiffusionPrior, Upsampler, cli
 from dalle2_fast.data.synthetic.captions import compose, draw_phrasing, make_captions
 from dalle2_fast.data.synthetic.rendering import render
 from dalle2_fast.data.synthetic.scenes import has_held_out_pair, sample_scenes
-from dalle2_fast.data.synthetic.vocabulary import WORDS
+from dalle2_fast.data.synthetic.vocabulary import SHAPES, WORDS
 from dalle2_fast.data.synthetic.world import World
 from dalle2_fast.data.text.tokenizer import WordTokenizer
+from dalle2_fast.evaluation import measure
 from dalle2_fast.evaluation.baselines import _bag, nearest_training_scenes
 from dalle2_fast.evaluation.clip_scores import score_clip
 from dalle2_fast.evaluation.measure import Amounts, evaluate
+from dalle2_fast.evaluation.outlines import outline_iou
 from dalle2_fast.evaluation.upsampling import score_upsampler
 
 WORLD = World(
@@ -182,6 +184,26 @@ def test_the_command_writes_a_complete_report(checkpoint, tmp_path, capsys):
     assert list(denoising["outline_iou"]) == list(denoising["psnr"]) and denoising["outlines"] == 3
     assert all(0 <= value <= 1 for value in denoising["outline_iou"].values())
     assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]
+
+
+def test_outlines_of_denoised_images_are_scored_against_their_own_scenes(monkeypatch):
+    """Catches: shapes of other scenes, images in another order, a world without outlines that fails."""
+    given = []
+
+    def known(decoder, images, *conditions):
+        given.append(images)
+        assert all(len(values) == len(images) for values in conditions)
+        return iter([(0, images), (1, torch.zeros_like(images))])
+
+    monkeypatch.setattr(measure, "denoise_once", known)
+    options = dict(amounts=Amounts(6, 10, 50, 6, 1), parts=("denoising",), progress=False)
+    found = evaluate(pipeline().eval(), WORLD, **options)["denoising"]
+    assert found["outlines"] == 6 == len(given[1]) and found["psnr"]["1"] < 40 < found["psnr"]["0"]
+    shape = torch.tensor([SHAPES.index(name) for name in WORLD.shapes] * 2)
+    assert found["outline_iou"] == {"0": round(outline_iou(given[1], shape).mean().item(), 4), "1": 0}
+    plain = World(shapes=["circle"], fills=["solid"], textures=["dotted"], kinds=["one"])
+    found = evaluate(pipeline(plain).eval(), plain, splits=("iid",), **options)["denoising"]
+    assert found["outline_iou"] is None is found["outlines"] and found["psnr"]["1"] < 40
 
 
 # Catches: scores that change from run to run, or with the order in which things are scored.
